@@ -1,0 +1,42 @@
+# Everything that is done with this repository. Needs Python 3.11 to 3.13, git and make; the rest is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS ?= 200
+
+.PHONY: repro test test-long check format ui setup clean help
+
+help:            ## what can be made
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: .venv/ready  ## install the pinned dependencies into .venv
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "$(PYTHON) is Python %d.%d; pipelib needs 3.11 to 3.13, for example: make PYTHON=python3.12" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+repro: setup     ## run the whole pipeline, or what of it is not up to date
+	$(BIN)/dvc repro
+	@$(BIN)/pipelib summary
+
+test: setup      ## the tests
+	$(BIN)/python -m pytest --numprocesses 2
+
+test-long: setup ## the tests that kill at random, RUNS times (200)
+	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest tests/test_kill.py -s
+
+check: setup     ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup    ## put the code in its form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: setup        ## compare runs in the browser
+	$(BIN)/mlflow ui
+
+clean: setup     ## list the stages' state and free it
+	$(BIN)/pipelib clean

@@ -1,0 +1,1 @@
+"""pipelib: from web text to an evaluated GPT-2, in reproducible stages."""

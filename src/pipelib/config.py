@@ -1,0 +1,218 @@
+"""Read a YAML section into a frozen dataclass, or say everything that is wrong with it.
+
+This file is the mechanism only. Each wing declares its own parameters (`corpus/params.py`, `training/params.py`, ...),
+so that a change there re-runs that wing's stages and no others; `params.py` puts the sections together.
+
+DVC writes YAML 1.2 and PyYAML reads YAML 1.1: there, `6e-05` is a string, `on` is a boolean and `1:30` is ninety. The
+loader below reads numbers and booleans as YAML 1.2 does, and refuses a key that is given twice.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pipelib.errors import UserError
+
+T = TypeVar("T")
+
+
+class ParamsError(UserError):
+    """Everything that is wrong with a parameter file, each problem with its key, its value and the remedy."""
+
+    def __init__(self, path: Path, problems: list[str]) -> None:
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{path} has {count}; nothing was run.\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers a parameter may take; part of its type: `Annotated[float, Bounds(above=0)]`."""
+
+    above: float = -math.inf
+    """Greater than this."""
+    least: float = -math.inf
+    """This or greater."""
+    most: float = math.inf
+    """This or smaller."""
+
+    def problem(self, value: float) -> str | None:
+        """What is wrong with `value`, or None."""
+        if not math.isfinite(value):
+            return "is not a finite number"
+        if value <= self.above:
+            return f"must be greater than {self.above:g}"
+        if value < self.least:
+            return f"must be at least {self.least:g}"
+        if value > self.most:
+            return f"must be at most {self.most:g}"
+        return None
+
+
+PositiveInt = Annotated[int, Bounds(above=0)]
+NaturalInt = Annotated[int, Bounds(least=0)]
+PositiveFloat = Annotated[float, Bounds(above=0)]
+NaturalFloat = Annotated[float, Bounds(least=0)]
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2's core schema."""
+
+
+_Yaml12Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "int", "float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_SCALARS = {
+    "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "int": (r"^[-+]?[0-9][0-9_]*$", "-+0123456789"),
+    "float": (
+        r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+.0123456789",
+    ),
+}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
+
+
+def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} is given twice, so one value would be lost; keep one",
+                problem_mark=node.start_mark,
+            )
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+def _construct_int(_: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)  # 0123 is 123 in YAML 1.2; YAML 1.1 read it as octal
+
+
+_Yaml12Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 file.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or holds something other than a mapping.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _Yaml12Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist, so nothing says what to run; copy one from presets/.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}), so it cannot be read; save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML, so nothing was run: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {_kind(value)}, not sections of parameters; copy a file from presets/.")
+    return value
+
+
+def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | None:
+    """An instance of the dataclass `cls` from the mapping `value`, found under `key` in the file.
+
+    Appends every problem to `problems` and returns None when there is any: unknown, missing, of a wrong type, out of
+    range, and whatever the dataclass's own `problems()` method yields about values that do not go together.
+    """
+    assert dataclasses.is_dataclass(cls)
+    if not isinstance(value, Mapping):
+        problems.append(f"{key or 'the file'} is {_kind(value)}, not a section with keys; see presets/ for its shape.")
+        return None
+    before = len(problems)
+    hints = get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls)]
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(names)}."
+            problems.append(f"{prefix}{name} is not a parameter, so its value would be ignored; {hint}")
+    arguments: dict[str, Any] = {}
+    for name in names:
+        if name not in value:
+            problems.append(
+                f"{prefix}{name} is missing, and no parameter has a default in code; add it (see presets/)."
+            )
+        else:
+            arguments[name] = _convert(hints[name], value[name], prefix + name, problems)
+    if len(problems) > before:
+        return None
+    instance: T = cls(**arguments)
+    for line in getattr(instance, "problems", tuple)():
+        problems.append(f"{prefix}{line}")
+    return instance if len(problems) == before else None
+
+
+def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
+    """`value` as the type `kind`, or a line in `problems`."""
+    if dataclasses.is_dataclass(kind):
+        return parse(kind, value, key, problems)  # type: ignore[arg-type]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        converted = _convert(inner[0], value, key, problems)
+        problem = inner[1].problem(converted) if isinstance(converted, int | float) else None
+        if problem:
+            problems.append(f"{key}: {value!r} {problem}.")
+        return converted
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        (kind,) = (option for option in inner if option is not NoneType)
+        return _convert(kind, value, key, problems)
+    if origin is Literal:
+        if value in inner and type(value) in {type(option) for option in inner}:
+            return value
+        near = difflib.get_close_matches(str(value), [str(option) for option in inner], n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        problems.append(f"{key}: {value!r} is not one of {', '.join(map(str, inner))}{hint}")
+        return None
+    if origin is tuple:
+        if not isinstance(value, list):
+            problems.append(f"{key}: {value!r} is {_kind(value)}, not a list; write it as [a, b].")
+            return ()
+        return tuple(_convert(inner[0], item, f"{key}[{index}]", problems) for index, item in enumerate(value))
+    return _convert_scalar(kind, value, key, problems)
+
+
+def _convert_scalar(kind: type, value: Any, key: str, problems: list[str]) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)  # 1e9 tokens is a natural thing to type
+    if type(value) is kind:
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    problems.append(f"{key}: {value!r} is {_kind(value)}; it must be {words[kind]}.")
+    return None
+
+
+def _kind(value: object) -> str:
+    words: dict[type, str] = {
+        NoneType: "empty", bool: "true/false", int: "a whole number", float: "a number", str: "text",
+        list: "a list", dict: "a section",
+    }  # fmt: skip
+    return words.get(type(value), type(value).__name__)
+
+
+def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(`section.key`, value) of a dataclass or mapping, nested ones included, in order."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from flatten(item, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, value

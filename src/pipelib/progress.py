@@ -1,0 +1,83 @@
+"""One line of progress: done, rate, time left. On a terminal it is rewritten; elsewhere a line comes now and then."""
+
+import os
+import sys
+import time
+
+
+class Progress:
+    """Progress of one long step, printed to standard error.
+
+    Args:
+        label: what is going on.
+        total: how many units there are, or None where nobody knows.
+        unit: what is counted, in the plural.
+    """
+
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self.started = time.monotonic()
+        self._printed = -float("inf")
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._period = 0.2 if self._terminal else 10.0
+        self.add(0)
+
+    def add(self, count: int) -> None:
+        """Count `count` more units, and print if it is time."""
+        self.done += count
+        if time.monotonic() - self._printed >= self._period:
+            self._print()
+
+    def close(self, result: str = "") -> None:
+        """Print the last line; `result` stands in for the time left."""
+        seconds = time.monotonic() - self.started
+        self._write(f"{self.label}: {result or f'{self.done:,} {self.unit}'} in {format_seconds(seconds)}", last=True)
+
+    def _print(self) -> None:
+        seconds = time.monotonic() - self.started
+        rate = self.done / seconds if seconds > 0 else 0.0
+        of_total = f" of {self.total:,}" if self.total else ""
+        line = f"{self.label}: {self.done:,}{of_total} {self.unit}"
+        if self.done:
+            line += f", {rate:,.0f}/s"
+            if self.total:
+                line += f", {format_seconds((self.total - self.done) / rate)} left"
+        self._write(line)
+
+    def _write(self, line: str, last: bool = False) -> None:
+        end = "\n" if last or not self._terminal else ""
+        start = "\r\x1b[K" if self._terminal else ""
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+        self._printed = time.monotonic()
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: 9.5 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+class StatusLine:
+    """A line of status that a terminal rewrites in place, and lines that stay."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    def show(self, line: str) -> None:
+        """Show the status as of now."""
+        print(
+            f"\r\x1b[K{line}" if self._terminal else line,
+            end="" if self._terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def print(self, line: str) -> None:
+        """Print a line that stays above the status."""
+        print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)

@@ -1,0 +1,97 @@
+"""Which code made a result: the import closure of a stage, its hash, and the state of git.
+
+`dvc.yaml` lists, as dependencies of a stage, the files that this module finds for it (a test compares), so that an edit
+re-runs the stages whose results it can change and no others.
+"""
+
+import ast
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+from pipelib.files import sha256_file
+
+EXEMPT = {
+    "stages/__init__.py": "only decides which checkout is imported",
+    "src/pipelib/params.py": "accepts or refuses the whole of params.yaml; each wing's own params.py is a dependency",
+    "src/pipelib/progress.py": "prints; cannot change an out",
+    "src/pipelib/tracking.py": "records and mirrors; cannot change an out",
+    "src/pipelib/provenance.py": "names the code; cannot change an out",
+}
+"""Files no stage depends on, with the reason. The closure ends at them: what only they import is exempt too."""
+
+
+def import_closure(start: Path, root: Path) -> list[Path]:
+    """Every file of this project that importing `start` can reach, `start` included, less the exempt ones.
+
+    Imports are read from the source with `ast`, those inside functions too; nothing is imported.
+
+    Args:
+        start: a Python file under `root`.
+        root: the checkout, with `stages/` and `src/` in it.
+
+    Returns:
+        Paths relative to `root`, sorted.
+    """
+    found: set[Path] = set()
+    waiting = [start.relative_to(root) if start.is_absolute() else start]
+    while waiting:
+        path = waiting.pop()
+        if path in found or path.as_posix() in EXEMPT:
+            continue
+        found.add(path)
+        for module in _imported_modules(root / path):
+            waiting += _files_of(module, root)
+    return sorted(found)
+
+
+def _imported_modules(path: Path) -> set[str]:
+    """Dotted names in the import statements of a file; `from a import b` gives both a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _files_of(module: str, root: Path) -> list[Path]:
+    """The module's file and the `__init__.py` of every package above it, where they are this project's."""
+    base = {"pipelib": Path("src"), "stages": Path()}.get(module.split(".")[0])
+    if base is None:
+        return []
+    parts = module.split(".")
+    files = [base.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1)]
+    files.append(base.joinpath(*parts).with_suffix(".py"))
+    return [file for file in files if (root / file).is_file()]
+
+
+def code_hashes(start: Path, root: Path) -> dict[str, str]:
+    """SHA-256 of every file in the import closure of `start`, by its path in the checkout."""
+    return {path.as_posix(): sha256_file(root / path) for path in import_closure(start, root)}
+
+
+def git_state(root: Path) -> dict[str, str]:
+    """`commit` (empty where there is none) and `dirty` ("true" or "false") of a checkout."""
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return done.stdout.strip()
+
+    return {"commit": git("rev-parse", "HEAD"), "dirty": str(bool(git("status", "--porcelain"))).lower()}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Python's version and those of the named packages, without local suffixes such as +cpu."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

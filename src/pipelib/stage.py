@@ -1,0 +1,98 @@
+"""The frame of a stage: parameters checked, errors said plainly, progress in its state, outs published, run recorded."""
+
+import errno
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from pipelib.errors import UserError
+from pipelib.files import write_json
+from pipelib.params import Params, load_params
+from pipelib.processes import tie_to_parent
+from pipelib.provenance import code_hashes
+from pipelib.state import State
+from pipelib.tracking import Run, open_run
+
+RESULT = "metrics/{}.json"
+"""Where a stage writes what it found out: a function of its inputs."""
+SPEED = "metrics/speed/{}.json"
+"""Where a stage writes what differs from machine to machine: durations, throughput."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a stage's work needs: where to build, and where to record."""
+
+    outs: Path
+    """Outs are made here, under their paths in the workspace; complete when the work returns."""
+    work: Path
+    """Anything else that a later run can go on from."""
+    run: Run
+    """The record of this run, mirrored to MLflow."""
+    fingerprint: str
+    """Stands for the stage's parameters and data."""
+    code: Mapping[str, str]
+    """SHA-256 of every file of code that makes the outs."""
+    resumed_with_other_code: bool
+    """The user chose to go on with unfinished work of other code."""
+
+
+Work = Callable[[Build], tuple[Mapping[str, object], Mapping[str, object]]]
+"""Builds the outs and returns the stage's result and its speed, each as JSON."""
+
+
+def run_stage(name: str, main: Callable[[Params], None]) -> NoReturn:
+    """Run a stage's `main` on the checked parameters and exit with its status.
+
+    The user's mistakes become one message and exit status 1, a full disk too; a defect of ours keeps its traceback.
+    """
+    tie_to_parent()
+    try:
+        main(load_params())
+    except UserError as error:
+        sys.exit(f"{name}: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(
+            f"{name}: the disk is full ({error.filename or 'while writing'}), so the stage stopped and left its outs as they "
+            "were; free some space (`pipelib clean`, `dvc gc -w`) and run dvc repro: finished work is kept."
+        )
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; `dvc repro` goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(0)
+
+
+def build_outs(name: str, params: Params, inputs: Mapping[str, object], work: Work) -> None:
+    """Do a stage's work in its state, unless finished outs of the same inputs and code are there, and publish the outs.
+
+    Args:
+        name: the stage.
+        params: all parameters; those in `inputs` decide the result.
+        inputs: what decides the result: the stage's parameters and the fingerprints of its data.
+        work: builds the outs.
+    """
+    code = code_hashes(Path("stages") / f"{name}.py", Path.cwd())
+    with State(name, inputs, code) as state, open_run(name, params, state.fingerprint, code) as run:
+        if state.finished:
+            print(
+                f"{name}: finished earlier with the same parameters, data and code; its outs are linked again",
+                flush=True,
+            )
+        else:
+            outs = state.work / "outs"
+            shutil.rmtree(outs, ignore_errors=True)
+            outs.mkdir()
+            started = time.monotonic()
+            result, speed = work(Build(outs, state.work, run, state.fingerprint, code, state.resumed_with_other_code))
+            write_json(outs / RESULT.format(name), result)
+            write_json(outs / SPEED.format(name), {"seconds": round(time.monotonic() - started, 2), **speed})
+            state.finish()
+        state.publish()
+        run.log_outs(state.final)

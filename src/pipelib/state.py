@@ -1,0 +1,189 @@
+"""Work in progress, kept outside the outs, so that a stage that was killed goes on where it stopped.
+
+DVC deletes a stage's outs before it runs the stage, and queued experiments run in a folder that is thrown away. So each
+stage works in `STATE/STAGE/FINGERPRINT/`, where STATE is `$PIPELIB_STATE_DIR`, else `.pipelib` in the workspace that
+started DVC, and FINGERPRINT stands for the stage's parameters and data:
+
+    lock          held while a stage works here
+    meta.json     the code and inputs this state belongs to; once finished, the SHA-256 of every file in final/
+    work/         work in progress; its shape is the stage's own business
+    final/        the finished outs, under their paths in the workspace; the outs are hard links to them
+"""
+
+import fcntl
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pipelib.errors import UserError
+from pipelib.files import (
+    files_under,
+    read_json,
+    remove,
+    replace_folder,
+    sha256_file,
+    sha256_json,
+    write_atomic,
+    write_json,
+)
+
+
+def state_root() -> Path:
+    """The folder of all stages' state: `$PIPELIB_STATE_DIR`, else `.pipelib` in the workspace that started DVC."""
+    chosen = os.environ.get("PIPELIB_STATE_DIR")
+    return Path(chosen) if chosen else Path(os.environ.get("DVC_ROOT", ".")) / ".pipelib"
+
+
+class State:
+    """One stage's state for one set of inputs, locked while the `with` block lasts.
+
+    Entering finds unfinished work to go on with, finished outs to publish, or nothing. Finished outs are verified
+    against their hashes and dropped if they are damaged or were made by other code.
+    """
+
+    def __init__(self, stage: str, inputs: Mapping[str, object], code: Mapping[str, str]) -> None:
+        """Args:
+        stage: its name.
+        inputs: everything that decides the result: parameters, fingerprints of data. Named by its hash.
+        code: SHA-256 of the files that make the result, by path.
+        """
+        self.inputs, self.code = dict(inputs), dict(code)
+        self.fingerprint = sha256_json(self.inputs)
+        self.folder = state_root() / stage / self.fingerprint[:16]
+        self.work, self.final = self.folder / "work", self.folder / "final"
+        self.resumed_with_other_code = False
+        self._meta = self.folder / "meta.json"
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.folder)
+        try:
+            self._settle()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    @property
+    def finished(self) -> bool:
+        """Whether final/ holds complete outs."""
+        return "final" in self._read_meta()
+
+    def finish(self) -> None:
+        """Declare the files in work/outs complete: they become final/, and the rest of work/ goes."""
+        outs = self.work / "outs"
+        assert outs.is_dir(), f"{outs} was not made"
+        remove(self.final)
+        hashes = {path.relative_to(outs).as_posix(): sha256_file(path) for path in files_under(outs)}
+        outs.rename(self.final)
+        write_json(self._meta, {**self._read_meta(), "final": hashes})
+        remove(self.work)
+
+    def publish(self) -> None:
+        """Put the finished outs at their places in the workspace, replacing what is there.
+
+        Top folders of two levels (data/raw) and of one (models) are replaced whole; metrics are single files.
+        """
+        for folder in sorted({_out_folder(Path(name)) for name in self._read_meta()["final"]} - {None}, key=str):
+            assert folder is not None
+            replace_folder(self.final / folder, folder)
+        for name in self._read_meta()["final"]:
+            if _out_folder(Path(name)) is None:
+                with write_atomic(Path(name)) as file:  # git tracks it, so it must not share bytes with the state
+                    file.write((self.final / name).read_bytes())
+
+    def _read_meta(self) -> dict[str, dict[str, str]]:
+        """`code` and, once finished, `final`: SHA-256 by path. `inputs` is for people to read."""
+        return dict(read_json(self._meta)) if self._meta.exists() else {}
+
+    def _settle(self) -> None:
+        """Decide what of the folder's content to keep, and note the code that goes on from here."""
+        meta = self._read_meta()
+        wish = os.environ.get("PIPELIB_RESUME", "")
+        if wish not in ("", "continue", "fresh"):
+            raise UserError(
+                f"PIPELIB_RESUME={wish} is neither continue nor fresh, so it is unclear what to keep; unset it."
+            )
+        if wish == "fresh" or ("final" in meta and (meta["code"] != self.code or self._damaged(meta["final"]))):
+            meta = {}
+        elif meta and "final" not in meta and meta["code"] != self.code and self._work_to_lose():
+            if wish != "continue":
+                raise UserError(self._other_code(meta["code"]))
+            self.resumed_with_other_code = True
+        if not meta:
+            for entry in (self._meta, self.work, self.final):
+                remove(entry)
+            meta = {}
+        write_json(self._meta, {**meta, "inputs": self.inputs, "code": self.code})
+        self.work.mkdir(exist_ok=True)
+
+    def _work_to_lose(self) -> bool:
+        """Whether work/ holds anything but outs, which every run builds anew."""
+        return self.work.is_dir() and any(path.name != "outs" for path in self.work.iterdir())
+
+    def _damaged(self, hashes: Mapping[str, str]) -> list[str]:
+        """Finished files that are missing or whose bytes changed; each is said, since hardware may be to blame."""
+        bad = [
+            name
+            for name, sha256 in hashes.items()
+            if not (self.final / name).is_file() or sha256_file(self.final / name) != sha256
+        ]
+        for name in bad:
+            print(
+                f"{self.final / name} is missing or damaged, so the finished state is dropped and made again",
+                flush=True,
+            )
+        return bad
+
+    def _other_code(self, before: Mapping[str, str]) -> str:
+        changed = sorted(name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name))
+        return (
+            f"{self.folder} holds unfinished work of other code: {', '.join(changed)} changed since. Going on would mix "
+            "the two in one result. Choose: PIPELIB_RESUME=continue goes on all the same (the model's record says so), "
+            "PIPELIB_RESUME=fresh starts again; then run dvc repro."
+        )
+
+
+def _out_folder(name: Path) -> Path | None:
+    """The folder that DVC knows as an out for a file of final/: None for a metrics file, which is an out itself."""
+    if name.parts[0] == "metrics":
+        return None
+    return Path(*name.parts[:2]) if name.parts[0] == "data" else Path(name.parts[0])
+
+
+def lock_folder(folder: Path) -> int:
+    """An exclusive lock on a state folder, as an open file descriptor; the system frees it when its holders end.
+
+    Raises:
+        UserError: another process holds it; the message names the process.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = re.sub(r"[^0-9]", "", os.read(descriptor, 32).decode("ascii", "replace")) or "unknown"
+        os.close(descriptor)
+        raise UserError(
+            f"{folder} is in use by process {holder}, and a second run on the same state would spoil both; "
+            f"wait for it, or stop it: kill {holder}"
+        ) from None
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+    return descriptor
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether some process works in a state folder."""
+    try:
+        os.close(lock_folder(folder))
+    except UserError:
+        return True
+    return False
