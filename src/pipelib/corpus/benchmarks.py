@@ -1,0 +1,247 @@
+"""Benchmarks: four-way completion made of the corpus itself, its held-out documents, and HellaSwag's validation set.
+
+A completion item is a stretch of a document: 40 to 80 words of context and the 10 to 20 words that follow. The three
+wrong endings are as many words from three other documents, each at the same relative position, so neither length nor
+position tells the right one. A scorer joins `ctx + " " + ending`, as HellaSwag's does. Chance is 0.25.
+
+Everything follows from the documents and the seed: positions and lengths are drawn with SHA-256, which is the same in
+every version of Python. Expect 2,201 items from the first 580 documents of the offline corpus, seed 1337.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.raw import iterate_raw
+from pipelib.errors import UserError
+from pipelib.files import sha256_file, write_atomic, write_json
+
+CONTEXT_WORDS = (40, 80)
+"""Fewest and most words of a context; the first endings of a document have the shorter ones."""
+ENDING_WORDS = (10, 20)
+"""Fewest and most words of an ending."""
+SLOT_WORDS = 22
+"""The least distance at which endings of one document are placed. They never overlap; contexts may, since half of all
+documents are shorter than two whole items."""
+ITEMS_PER_DOCUMENT = 6
+"""The most items of one document, so that long documents do not dominate."""
+CHOICES = 4
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A document with the places of its words."""
+
+    index: int
+    """Its number in the corpus, from 0."""
+    id: str
+    text: str
+    words: Sequence[tuple[int, int]]
+    """Where each word starts and ends in `text`."""
+
+    def stretch(self, first: int, count: int) -> str:
+        """`count` words from word `first` on, with the white space that is between them."""
+        return self.text[self.words[first][0] : self.words[first + count - 1][1]]
+
+
+class _Draws:
+    """A sequence of whole numbers that its name decides."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._count = name, 0
+
+    def below(self, limit: int) -> int:
+        """The next number, from 0 to `limit` - 1."""
+        digest = hashlib.sha256(f"{self._name} {self._count}".encode()).digest()
+        self._count += 1
+        return int.from_bytes(digest[:8], "big") % limit
+
+    def between(self, least: int, most: int) -> int:
+        """The next number, from `least` to `most`."""
+        return least + self.below(most - least + 1)
+
+
+def completion_items(documents: Iterable[Row], seed: int) -> list[dict[str, Any]]:
+    """Four-way completion items in HellaSwag's schema.
+
+    An item is left out when its right ending was one before, or when no three different wrong endings are found: that
+    happens where documents share a template.
+
+    Args:
+        documents: rows with `text` and `id`, in the order of the corpus. Those of fewer than 62 words give no item.
+        seed: places the items, their wrong endings and the right answer among them.
+    """
+    texts = [_text(index, row) for index, row in enumerate(documents)]
+    usable = [text for text in texts if _slots(text)]
+    items: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for text in usable:
+        for slot in range(_slots(text)):
+            draws = _Draws(f"{seed} {text.index} {slot}")
+            item = _item(text, slot, usable, draws)
+            if item is None or _normal(item["endings"][item["label"]]) in seen:
+                continue
+            seen.add(_normal(item["endings"][item["label"]]))
+            items.append({"ind": len(items), **item})
+    return items
+
+
+def _text(index: int, row: Row) -> _Text:
+    words = [match.span() for match in re.finditer(r"\S+", row["text"])]
+    return _Text(index, row["id"] or f"document {index}", row["text"], words)
+
+
+def _slots(text: _Text) -> int:
+    """How many items a document gives."""
+    return min(ITEMS_PER_DOCUMENT, max(0, len(text.words) - CONTEXT_WORDS[0]) // SLOT_WORDS)
+
+
+def _item(text: _Text, slot: int, texts: Sequence[_Text], draws: _Draws) -> dict[str, Any] | None:
+    """One item, or None where no three different wrong endings are found."""
+    width = (len(text.words) - CONTEXT_WORDS[0]) // _slots(text)
+    count = draws.between(*ENDING_WORDS)
+    start = CONTEXT_WORDS[0] + slot * width + draws.between(0, width - count)
+    context = min(start, draws.between(*CONTEXT_WORDS))
+    right = text.stretch(start, count)
+    endings = _wrong_endings(right, text, start / (len(text.words) - count), count, texts, draws)
+    if endings is None:
+        return None
+    label = draws.below(CHOICES)
+    endings.insert(label, right)
+    ctx = text.stretch(start - context, context)
+    return {
+        "activity_label": "Text",
+        "ctx_a": ctx,
+        "ctx_b": "",
+        "ctx": ctx,
+        "endings": endings,
+        "label": label,
+        "split": "val",
+        "source_id": f"{text.id}~{start}",
+        "document": text.index,
+    }
+
+
+def _wrong_endings(
+    right: str, text: _Text, position: float, count: int, texts: Sequence[_Text], draws: _Draws
+) -> list[str] | None:
+    """As many words as the right ending has, from three other documents, where `position` (0 to 1) lies in them."""
+    endings: list[str] = []
+    taken = {_normal(right)}
+    sources = {text.index}
+    for _ in range(20 * CHOICES):
+        other = texts[draws.below(len(texts))]
+        ending = other.stretch(int(position * (len(other.words) - count)), count)
+        if other.index in sources or _normal(ending) in taken:
+            continue
+        endings.append(ending)
+        taken.add(_normal(ending))
+        sources.add(other.index)
+        if len(endings) == CHOICES - 1:
+            return endings
+    return None
+
+
+def _normal(text: str) -> str:
+    """A text without its case and white space, to find endings that say the same."""
+    return " ".join(text.split()).casefold()
+
+
+def hellaswag_items(parquet: Path) -> Iterator[dict[str, Any]]:
+    """The rows of HellaSwag's parquet file, with the label as a number and no document of the corpus."""
+    for row in pq.read_table(parquet).to_pylist():
+        yield {
+            "ind": row["ind"],
+            "activity_label": row["activity_label"],
+            "ctx_a": row["ctx_a"],
+            "ctx_b": row["ctx_b"],
+            "ctx": row["ctx"],
+            "endings": row["endings"],
+            "label": int(row["label"]),
+            "split": row["split"],
+            "source_id": row["source_id"],
+            "document": None,
+        }
+
+
+def write_benchmarks(
+    params: DownloadParams, raw: Path, folder: Path, fetch_hellaswag: Callable[[], Path]
+) -> dict[str, Any]:
+    """Make the evaluation sets that `download.benchmarks` names.
+
+    Args:
+        raw: the finished raw text.
+        folder: gets one `.jsonl` per set and `manifest.json`.
+        fetch_hellaswag: gives HellaSwag's validation parquet; called only if it is asked for.
+
+    Returns:
+        The manifest: per file its items, the corpus documents it was made of, sha256, and how it was made.
+
+    Raises:
+        UserError: the corpus is too short to make a benchmark of it and still train on it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest: dict[str, Any] = {}
+
+    def add(name: str, rows: Iterable[Row], documents: int, made: str) -> None:
+        items = _write_jsonl(folder / name, rows)
+        manifest[name] = {"items": items, "documents": documents, "sha256": sha256_file(folder / name), "made": made}
+
+    if "completion" in params.benchmarks:
+        head = _first_documents(raw, params.benchmark_documents)
+        items = completion_items(head, params.seed)
+        _require_items(items, len(head))
+        made = f"from the first documents of the corpus, seed {params.seed}, {CHOICES} choices"
+        add("completion.jsonl", items, len(head), made)
+        add("heldout.jsonl", ({"text": row["text"]} for row in head), len(head), "the first documents of the corpus")
+    if "hellaswag" in params.benchmarks:
+        parquet = fetch_hellaswag()
+        add(
+            "hellaswag.jsonl",
+            hellaswag_items(parquet),
+            0,
+            f"HellaSwag's validation set, parquet {sha256_file(parquet)}",
+        )
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def _first_documents(raw: Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` documents, and the certainty that more follow."""
+    head = list(islice(iterate_raw(raw, ("text", "id")), count + 1))
+    if len(head) <= count:
+        raise UserError(
+            f"download.benchmark_documents: {count} of the corpus's {len(head)} documents would go into the "
+            "benchmark and leave none to train on; lower it (a tenth of the corpus is plenty), add text, or drop "
+            "completion from download.benchmarks."
+        )
+    return head[:count]
+
+
+def _require_items(items: Sequence[Row], documents: int) -> None:
+    if not items:
+        raise UserError(
+            f"download.benchmark_documents: the first {documents} documents give no completion item, since fewer than "
+            f"four of them have {CONTEXT_WORDS[0] + SLOT_WORDS} words; raise it, or drop completion from "
+            "download.benchmarks."
+        )
+
+
+def _write_jsonl(path: Path, rows: Iterable[Row]) -> int:
+    """Write rows as JSON lines, and count them."""
+    count = 0
+    with write_atomic(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
+            count += 1
+    return count

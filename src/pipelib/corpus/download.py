@@ -1,0 +1,70 @@
+"""The download stage's work: the corpus from its source, and the benchmarks."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelib.corpus.benchmarks import write_benchmarks
+from pipelib.corpus.docs import DocsSource
+from pipelib.corpus.hub import HELLASWAG, HubSource, fetch_hub_file
+from pipelib.corpus.local import LocalSource
+from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.raw import Source, write_manifest
+from pipelib.errors import UserError
+
+RAW = Path("data/raw")
+BENCHMARKS = Path("data/benchmarks")
+
+
+def source(params: DownloadParams) -> Source:
+    """Where the parameters say that text comes from."""
+    match params.source:
+        case "docs":
+            return DocsSource(params.seed)
+        case "local":
+            return LocalSource(Path(params.path), params.pattern)
+        case "hub":
+            return HubSource(params.repo, params.revision, params.folder)
+
+
+def download_inputs(params: DownloadParams, origin: Source) -> dict[str, Any]:
+    """What decides the outs, and nothing else: changing `download.repo` while the source is `docs` changes nothing."""
+    inputs: dict[str, Any] = {"source": origin.identity(), "benchmarks": sorted(params.benchmarks)}
+    if "completion" in params.benchmarks:
+        inputs["completion"] = {"documents": params.benchmark_documents, "seed": params.seed}
+    return inputs
+
+
+def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put the corpus and the benchmarks under `outs`.
+
+    Args:
+        outs: gets data/raw and data/benchmarks.
+        work: kept until the stage has finished; a killed run goes on from it.
+
+    Returns:
+        The result (`metrics/download.json`) and the speed (`metrics/speed/download.json`).
+
+    Raises:
+        UserError: the source has no text, or what is wrong with it.
+    """
+    started = time.monotonic()
+    raw = outs / RAW
+    written = origin.write(raw, work)
+    seconds = time.monotonic() - started
+    if not written.files:
+        raise UserError(
+            f"download.source: {params.source} gave no document, so there is nothing to train on; add text."
+        )
+    manifest = write_manifest(raw, origin.identity(), written.files)
+    benchmarks = write_benchmarks(params, raw, outs / BENCHMARKS, lambda: fetch_hub_file(HELLASWAG, work))
+    parquet_bytes = sum(file.bytes for file in manifest.files)
+    result = {
+        "documents": manifest.documents,
+        "files": len(manifest.files),
+        "parquet_bytes": parquet_bytes,
+        **written.counts,
+        "benchmark_items": {Path(name).stem: entry["items"] for name, entry in benchmarks.items()},
+    }
+    megabytes = written.counts.get("text_bytes", parquet_bytes) / 1e6
+    return result, {"corpus_seconds": round(seconds, 2), "megabytes_per_second": round(megabytes / seconds, 2)}

@@ -1,0 +1,53 @@
+"""The parameters of the download stage."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelib.config import NaturalInt
+
+Benchmark = Literal["completion", "hellaswag"]
+
+
+@dataclass(frozen=True)
+class DownloadParams:
+    """Section `download` of params.yaml."""
+
+    source: Literal["docs", "local", "hub"]
+    """Where text comes from: the installed packages' docstrings, the user's files, or the Hugging Face hub."""
+    path: str
+    """`local`: the folder of the user's files. It is a dependency of the stage whatever the source is."""
+    pattern: str
+    """`local`: which files of that folder, as a glob."""
+    repo: str
+    """`hub`: the dataset repository, OWNER/NAME."""
+    revision: str
+    """`hub`: the commit of the repository, 40 hexadecimal digits; a branch name would not be reproducible."""
+    folder: str
+    """`hub`: the folder in the repository whose parquet files are the corpus, in the order of their names."""
+    benchmarks: tuple[Benchmark, ...]
+    """The evaluation sets to prepare: `completion` is made of the corpus, `hellaswag` comes from the hub."""
+    benchmark_documents: NaturalInt
+    """How many documents at the start of the corpus the completion benchmark is made of."""
+    seed: NaturalInt
+    """Orders the documents of `docs`, and places the items of the completion benchmark and their distractors."""
+
+    def problems(self) -> Iterator[str]:
+        """What does not go together."""
+        if self.source == "hub" and not (len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
+            yield (
+                f"revision: {self.revision!r} is not a commit (40 hexadecimal digits), so the corpus could change "
+                "under you; pin the commit that the dataset's page shows under 'History'."
+            )
+        if self.source == "hub" and self.repo.count("/") != 1:
+            yield (
+                f"repo: {self.repo!r} is not OWNER/NAME, so the hub would not find it; "
+                "FineWeb-Edu is HuggingFaceFW/fineweb-edu."
+            )
+        if "completion" in self.benchmarks and self.benchmark_documents < 4:
+            yield (
+                f"benchmark_documents: {self.benchmark_documents} documents cannot give an item and three distractors "
+                "from other documents; use at least 4, or drop completion from benchmarks."
+            )
+        if len(set(self.benchmarks)) < len(self.benchmarks):
+            yield f"benchmarks: {list(self.benchmarks)} names one twice; name each once."

@@ -1,0 +1,268 @@
+"""Raw text on disk: parquet files in FineWeb-Edu's columns, and the manifest that says what they are.
+
+Every source ends here and every reader starts here: `000_00000.parquet`, `001_00000.parquet`, ... hold the documents of
+the corpus in their order, and `manifest.json` names the files in that order. Nothing in either tells when, where or by
+whom they were written, so equal text gives equal bytes.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelib.errors import UserError
+from pipelib.files import read_json, sha256_file, sync_folder, write_json
+
+MANIFEST = "manifest.json"
+
+ROW_GROUP_ROWS = 1000
+"""Documents in a row group, the piece that one tokenizing process takes at a time."""
+ROW_GROUP_BYTES = 16 << 20
+"""Bytes of text after which a row group ends early, so that long documents do not gather in memory."""
+FILE_BYTES = 256 << 20
+"""Bytes of text after which the next file begins."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document in FineWeb-Edu's columns; what its source does not know is None."""
+
+    text: str
+    id: str | None = None
+    dump: str | None = None
+    """The edition of the source: a Common Crawl dump, or a package and its version."""
+    url: str | None = None
+    file_path: str | None = None
+    language: str | None = None
+    language_score: float | None = None
+    token_count: int | None = None
+    """GPT-2 tokens, where somebody counted them."""
+    score: float | None = None
+    """FineWeb-Edu's grade of educational value, 0 to 5."""
+    int_score: int | None = None
+
+
+SCHEMA = pa.schema(
+    {
+        "text": pa.string(),
+        "id": pa.string(),
+        "dump": pa.string(),
+        "url": pa.string(),
+        "file_path": pa.string(),
+        "language": pa.string(),
+        "language_score": pa.float64(),
+        "token_count": pa.int64(),
+        "score": pa.float64(),
+        "int_score": pa.int64(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """One parquet file of the corpus, as the manifest lists it."""
+
+    name: str
+    bytes: int
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class RawManifest:
+    """What a folder of raw text holds."""
+
+    source: Mapping[str, Any]
+    """Where the text came from: `kind`, and what pins it (versions, revision, hashes)."""
+    files: tuple[RawFile, ...]
+    """In the order of the corpus."""
+
+    @property
+    def documents(self) -> int:
+        """Documents in all files."""
+        return sum(file.rows for file in self.files)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a source put into a folder of raw text."""
+
+    files: tuple[RawFile, ...]
+    """In the order of the corpus; none if there was no document."""
+    counts: Mapping[str, int]
+    """What was kept and what was left out, for the metrics."""
+
+
+class Source(Protocol):
+    """Where text comes from. `docs.py`, `local.py` and `hub.py` each have one."""
+
+    def identity(self) -> dict[str, Any]:
+        """`kind`, and everything that pins the text; nothing absolute, no dates. It decides the stage's fingerprint."""
+
+    def write(self, folder: Path, work: Path) -> Written:
+        """Put the corpus into `folder` as parquet files.
+
+        Args:
+            folder: where the files go; it does not exist yet.
+            work: kept until the stage has finished, so that a killed run can go on from it.
+        """
+
+
+def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FILE_BYTES) -> Written:
+    """Write documents, in their order, as parquet files into a folder that holds none.
+
+    Memory is bounded by one row group, whatever the number of documents.
+
+    Args:
+        documents: at least one, or no file is written.
+        file_bytes: bytes of text after which a new file begins.
+
+    Returns:
+        The files, and the counts `characters` and `text_bytes` (UTF-8).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    writer: pq.ParquetWriter | None = None
+    written = 0  # bytes of text in the open file
+    counts = {"characters": 0, "text_bytes": 0}
+    try:
+        for group, group_bytes in _row_groups(documents):
+            if writer is None or written + group_bytes > file_bytes:
+                if writer is not None:
+                    writer.close()
+                paths.append(folder / f"{len(paths):03d}_00000.parquet")
+                writer, written = _open_writer(paths[-1]), 0
+            writer.write_table(_table(group), row_group_size=len(group))
+            written += group_bytes
+            counts["characters"] += sum(len(document.text) for document in group)
+            counts["text_bytes"] += group_bytes
+    finally:
+        if writer is not None:
+            writer.close()
+    sync_folder(folder)
+    return Written(tuple(map(describe_file, paths)), counts)
+
+
+def _row_groups(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
+    """Documents in runs of one row group, each with its bytes of text."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.text.encode("utf-8"))
+        if len(group) == ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES:
+            yield group, size
+            group, size = [], 0
+    if group:
+        yield group, size
+
+
+def _open_writer(path: Path) -> pq.ParquetWriter:
+    """A writer with every setting fixed that decides bytes; the pinned pyarrow decides the rest."""
+    return pq.ParquetWriter(
+        path,
+        SCHEMA,
+        version="2.6",
+        data_page_version="1.0",
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=["dump", "language"],
+        write_statistics=False,
+        store_schema=False,
+    )
+
+
+def _table(group: Sequence[Document]) -> pa.Table:
+    return pa.table({name: [getattr(document, name) for document in group] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def describe_file(path: Path, sha256: str | None = None) -> RawFile:
+    """A parquet file's line in the manifest; it is hashed unless its verified `sha256` is given.
+
+    Raises:
+        UserError: the file is not parquet or has no column `text`.
+    """
+    with open_parquet(path) as parquet:
+        rows = parquet.metadata.num_rows
+    return RawFile(path.name, path.stat().st_size, rows, sha256 or sha256_file(path))
+
+
+def write_manifest(folder: Path, source: Mapping[str, Any], files: Sequence[RawFile]) -> RawManifest:
+    """Write a folder's manifest; the last file to appear in it."""
+    manifest = RawManifest(source, tuple(files))
+    lines = [asdict(file) for file in manifest.files]
+    write_json(folder / MANIFEST, {"source": source, "files": lines, "documents": manifest.documents})
+    return manifest
+
+
+def read_manifest(folder: Path) -> RawManifest:
+    """The manifest of a folder of raw text.
+
+    Raises:
+        UserError: there is none, or it has another shape.
+    """
+    path = folder / MANIFEST
+    value = read_json(path)
+    try:
+        return RawManifest(value["source"], tuple(RawFile(**file) for file in value["files"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a manifest of raw text ({error!r}), so its files cannot be trusted; "
+            "delete the folder and run dvc repro."
+        ) from None
+
+
+def iterate_raw(folder: Path, columns: Sequence[str] = ("text",)) -> Iterator[dict[str, Any]]:
+    """The documents of a folder in the order of the corpus, as `{column: value}`; one row group is in memory at a time.
+
+    Raises:
+        UserError: the manifest or a file is missing or damaged.
+    """
+    for file in read_manifest(folder).files:
+        path = folder / file.name
+        with open_parquet(path) as parquet:
+            missing = sorted(set(columns) - set(parquet.schema_arrow.names))
+            if missing:
+                raise UserError(f"{path} has no column {', '.join(missing)}, so it is not raw text; run dvc repro.")
+            for group in range(parquet.num_row_groups):
+                yield from _read_group(parquet, group, columns, path)
+
+
+def _read_group(parquet: pq.ParquetFile, group: int, columns: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = parquet.read_row_group(group, list(columns), use_threads=False).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, f"row group {group}: {error}") from None
+    return rows
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a parquet file that has a column `text`.
+
+    Raises:
+        UserError: it is missing, damaged, cut short, or has no such column.
+    """
+    try:
+        parquet = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist, so a part of the corpus is missing; run dvc repro.") from None
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, str(error)) from None
+    if "text" not in parquet.schema_arrow.names:
+        names = ", ".join(parquet.schema_arrow.names)
+        parquet.close()
+        raise UserError(
+            f"{path} has no column `text` (it has {names}), so there is nothing to train on; rename the column."
+        )
+    return parquet
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """The error for a parquet file that cannot be read."""
+    return UserError(
+        f"{path} cannot be read as parquet ({' '.join(why.split())}), so it is damaged or cut short and its text would "
+        "be lost; fetch or make it again."
+    )

@@ -1,0 +1,140 @@
+"""The completion benchmark: nothing but the text tells the right ending from the wrong ones."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelib.corpus.benchmarks import (
+    CONTEXT_WORDS,
+    ENDING_WORDS,
+    ITEMS_PER_DOCUMENT,
+    completion_items,
+    write_benchmarks,
+)
+from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.raw import Document, write_manifest, write_raw
+from pipelib.errors import UserError
+
+
+def make_documents(count: int, words: int = 200) -> list[dict[str, Any]]:
+    """Documents of words that name their document and place, with varying white space between them."""
+    spaces = random.Random(0)
+    return [
+        {
+            "id": f"d{index}",
+            "text": "".join(f"d{index}w{word}{spaces.choice([' ', '  ', chr(10)])}" for word in range(words)),
+        }
+        for index in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def items() -> list[dict[str, Any]]:
+    return completion_items(make_documents(300), seed=7)
+
+
+def test_an_item_is_a_stretch_of_its_document(items: list[dict[str, Any]]) -> None:
+    documents = make_documents(300)
+    assert [item["ind"] for item in items] == list(range(len(items)))
+    for item in items:
+        document = documents[item["document"]]
+        right = item["endings"][item["label"]]
+        assert item["ctx"] in document["text"]
+        assert right in document["text"]
+        words = document["text"].split()
+        start = int(item["source_id"].split("~")[1])
+        context = item["ctx"].split()
+        assert context + right.split() == words[start - len(context) : start + len(right.split())]
+        assert item["ctx"] == item["ctx_a"]
+        assert item["ctx_b"] == ""
+
+
+def test_lengths_are_as_documented(items: list[dict[str, Any]]) -> None:
+    for item in items:
+        counts = {len(ending.split()) for ending in item["endings"]}
+        assert len(counts) == 1
+        assert ENDING_WORDS[0] <= counts.pop() <= ENDING_WORDS[1]
+        assert CONTEXT_WORDS[0] <= len(item["ctx"].split()) <= CONTEXT_WORDS[1]
+
+
+def test_wrong_endings_come_from_three_other_documents_at_the_same_position(items: list[dict[str, Any]]) -> None:
+    for item in items:
+        origins = [{word.split("w")[0] for word in ending.split()} for ending in item["endings"]]
+        assert all(len(origin) == 1 for origin in origins)
+        assert len({origin.pop() for origin in origins}) == 4
+        places = [int(ending.split()[0].split("w")[1]) for ending in item["endings"]]
+        assert max(places) - min(places) <= 1  # all documents are equally long here
+
+
+def test_endings_of_a_document_do_not_overlap(items: list[dict[str, Any]]) -> None:
+    for document in range(300):
+        words = [
+            word for item in items if item["document"] == document for word in item["endings"][item["label"]].split()
+        ]
+        assert len(set(words)) == len(words)
+    assert max(Counter(item["document"] for item in items).values()) == ITEMS_PER_DOCUMENT
+
+
+def test_the_right_answer_is_anywhere(items: list[dict[str, Any]]) -> None:
+    slots = Counter(item["label"] for item in items)
+    expected = len(items) / 4
+    assert sum((slots[slot] - expected) ** 2 / expected for slot in range(4)) < 16.3  # chi-square, 3 degrees, p = 0.001
+
+
+def test_seed_and_documents_decide(items: list[dict[str, Any]]) -> None:
+    assert completion_items(make_documents(300), seed=7) == items
+    assert completion_items(make_documents(300), seed=8) != items
+
+
+def test_short_documents_give_no_item_and_no_ending() -> None:
+    short = [{"id": f"s{index}", "text": f"short{index} " * 61} for index in range(50)]
+    items = completion_items(make_documents(20) + short, seed=1)
+    assert {item["document"] for item in items} == set(range(20))
+    assert "short" not in json.dumps(items)
+
+
+def test_templates_give_no_two_equal_endings() -> None:
+    template = [{"id": "t", "text": " ".join(f"Word{word}" for word in range(200)).swapcase()} for _ in range(10)]
+    assert completion_items(template, seed=1) == []
+    items = completion_items(make_documents(4) + template, seed=1)
+    assert items
+    for item in items:
+        assert len({" ".join(ending.split()).casefold() for ending in item["endings"]}) == 4
+
+
+def params(documents: int, benchmarks: tuple[Any, ...] = ("completion",)) -> DownloadParams:
+    return DownloadParams("docs", "", "", "", "", "", benchmarks, documents, 1)
+
+
+def write_corpus(folder: Path, count: int, words: int = 200) -> Path:
+    documents = [Document(row["text"], row["id"]) for row in make_documents(count, words)]
+    write_manifest(folder, {}, write_raw(documents, folder).files)
+    return folder
+
+
+def no_hub() -> Path:
+    raise AssertionError("the hub was not asked for")
+
+
+def test_files_and_manifest(tmp_path: Path) -> None:
+    raw = write_corpus(tmp_path / "raw", 30)
+    manifest = write_benchmarks(params(20), raw, tmp_path / "benchmarks", no_hub)
+    assert json.loads((tmp_path / "benchmarks/manifest.json").read_text()) == manifest
+    lines = (tmp_path / "benchmarks/completion.jsonl").read_text().splitlines()
+    assert len(lines) == manifest["completion.jsonl"]["items"] == 120
+    held = [json.loads(line)["text"] for line in (tmp_path / "benchmarks/heldout.jsonl").read_text().splitlines()]
+    assert held == [row["text"] for row in make_documents(30)[:20]]
+    assert write_benchmarks(params(20, ()), raw, tmp_path / "none", no_hub) == {}
+
+
+@pytest.mark.parametrize(
+    ("documents", "words", "message"), [(30, 200, "none to train on"), (20, 61, "no completion item")]
+)
+def test_a_corpus_that_is_too_small(tmp_path: Path, documents: int, words: int, message: str) -> None:
+    raw = write_corpus(tmp_path / "raw", 30, words)
+    with pytest.raises(UserError, match=message):
+        write_benchmarks(params(documents), raw, tmp_path / "benchmarks", no_hub)

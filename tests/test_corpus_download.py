@@ -1,0 +1,114 @@
+"""The download stage: which source, what decides its outs, and what it leaves behind."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelib.corpus import docs
+from pipelib.corpus.docs import DocsSource
+from pipelib.corpus.download import download, download_inputs, source
+from pipelib.corpus.hub import HubSource
+from pipelib.corpus.local import LocalSource
+from pipelib.corpus.params import DownloadParams
+from pipelib.errors import UserError
+from pipelib.files import files_under, sha256_file
+
+ROOT = Path(__file__).parents[1]
+DOCS = DownloadParams(
+    source="docs",
+    path="corpus",
+    pattern="**/*",
+    repo="someone/corpus",
+    revision="a" * 40,
+    folder="sample",
+    benchmarks=("completion",),
+    benchmark_documents=40,
+    seed=1,
+)
+HUB = dataclasses.replace(DOCS, source="hub")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> DownloadParams:
+    """A corpus of 60 documents and an empty one."""
+    rows = [{"text": " ".join(f"d{document}w{word}" for word in range(100))} for document in range(60)]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": ""}]))
+    return dataclasses.replace(DOCS, source="local", path=str(folder))
+
+
+def test_each_source_has_its_class(local: DownloadParams) -> None:
+    assert isinstance(source(DOCS), DocsSource)
+    assert isinstance(source(local), LocalSource)
+    assert isinstance(source(HUB), HubSource)
+
+
+@pytest.mark.parametrize(
+    ("params", "changes", "same"),
+    [
+        (DOCS, {"repo": "other/repo", "revision": "b" * 40, "folder": "x", "path": "y", "pattern": "z"}, True),
+        (DOCS, {"seed": 2}, False),
+        (DOCS, {"benchmark_documents": 41}, False),
+        (DOCS, {"benchmarks": ("completion", "hellaswag")}, False),
+        (HUB, {"path": "y", "pattern": "z"}, True),
+        (HUB, {"revision": "b" * 40}, False),
+        (dataclasses.replace(HUB, benchmarks=()), {"seed": 2, "benchmark_documents": 41}, True),
+    ],
+)
+def test_inputs_hold_what_decides_and_nothing_else(
+    params: DownloadParams, changes: dict[str, object], same: bool
+) -> None:
+    changed = dataclasses.replace(params, **changes)  # type: ignore[arg-type]
+    assert (download_inputs(params, source(params)) == download_inputs(changed, source(changed))) is same
+
+
+def test_inputs_of_docs_name_the_packages() -> None:
+    assert set(download_inputs(DOCS, source(DOCS))["source"]["packages"]) == set(docs.PACKAGES)
+
+
+def test_outs_and_result(local: DownloadParams, tmp_path: Path) -> None:
+    result, speed = download(local, source(local), tmp_path / "outs", tmp_path / "work")
+    assert [path.relative_to(tmp_path / "outs").as_posix() for path in files_under(tmp_path / "outs")] == [
+        "data/benchmarks/completion.jsonl",
+        "data/benchmarks/heldout.jsonl",
+        "data/benchmarks/manifest.json",
+        "data/raw/000_00000.parquet",
+        "data/raw/manifest.json",
+    ]
+    assert result["documents"] == 60
+    assert result["files"] == result["empty_dropped"] == 1
+    assert result["benchmark_items"] == {"completion": 80, "heldout": 40}
+    assert speed["megabytes_per_second"] > 0
+    assert str(tmp_path) not in (tmp_path / "outs/data/raw/manifest.json").read_text()
+
+
+def test_two_runs_give_the_same_bytes(local: DownloadParams, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        download(local, source(local), tmp_path / name, tmp_path / "work")
+    for path in files_under(tmp_path / "a"):
+        assert sha256_file(path) == sha256_file(tmp_path / "b" / path.relative_to(tmp_path / "a"))
+
+
+def test_a_corpus_of_nothing_is_refused(local: DownloadParams, tmp_path: Path) -> None:
+    (Path(local.path) / "a.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(UserError, match=r"download\.source: local gave no document"):
+        download(local, source(local), tmp_path / "outs", tmp_path / "work")
+
+
+def test_the_stage_run_by_its_path_says_how_to_run_it() -> None:
+    done = subprocess.run([sys.executable, ROOT / "stages/download.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("stages/download.py was run by its path")
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_in_the_corpus_wing_imports_torch() -> None:
+    program = (
+        "import pipelib.corpus.download, sys; sys.exit(any(name in sys.modules for name in ('torch', 'datasets')))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": str(ROOT / "src")})

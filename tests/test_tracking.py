@@ -1,0 +1,516 @@
+"""The record is true after every kill, MLflow becomes equal to it, and neither can stop a stage."""
+
+import inspect
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelib import tracking
+from pipelib.tracking import NullRun, Record, Run, open_run, read_events, redact
+
+# MLflow 3.17 with SQLAlchemy 2.1 warns once, when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+CODE = {"stages/train.py": "aa"}
+FINGERPRINT = "f" * 64
+SEARCHED = os.pathsep.join(str(Path(folder).absolute()) for folder in sys.path)
+"""PYTHONPATH for other processes; taken before any test changes the folder."""
+
+
+@dataclass(frozen=True)
+class Logging:
+    log_every: int = 10
+    mlflow: bool = True
+
+
+@dataclass(frozen=True)
+class FakeParams:
+    download: dict[str, Any] = field(default_factory=lambda: {"source": "docs"})
+    tokenize: dict[str, Any] = field(default_factory=lambda: {"shard_tokens": 4096})
+    model: dict[str, Any] = field(default_factory=lambda: {"n_layer": 2})
+    train: dict[str, Any] = field(default_factory=lambda: {"max_lr": 0.0018, "compile": False})
+    evaluate: dict[str, Any] = field(default_factory=lambda: {"tasks": ("a", "b")})
+    logging: Logging = Logging()
+
+
+def start(stage: str = "train", *, mlflow: bool = True, code: dict[str, str] = CODE, **options: Any) -> Run:
+    return open_run(stage, FakeParams(logging=Logging(mlflow=mlflow)), FINGERPRINT, code, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where mlflow.db lies; shared, because making one takes seconds. Each test has its own key in it."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(autouse=True)
+def workspace(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "PIPELIB_RESUME", "PIPELIB_TRACKING_WAIT", "DVC_EXP_BASELINE_REV"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MAX_RETRIES", "TIMEOUT"):
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("DVC_EXP_NAME", re.sub(r"\W", "_", request.node.name))
+    return tmp_path
+
+
+@pytest.fixture
+def client(root: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{root}/mlflow.db")
+
+
+def record_path(stage: str = "train") -> Path:
+    return Path("state/records") / os.environ["DVC_EXP_NAME"] / f"{stage}-{FINGERPRINT[:16]}.jsonl"
+
+
+def points(path: Path) -> list[tuple[str, int | None]]:
+    return [(key, e["step"]) for e in read_events(path)[0] if e["event"] == "metrics" for key in e["metrics"]]
+
+
+def runs(client: Any, stage: str) -> list[Any]:
+    experiment = client.get_experiment_by_name("pipelib").experiment_id
+    key = os.environ["DVC_EXP_NAME"]
+    (parent,) = client.search_runs([experiment], f"tags.`pipelib.key` = '{key}' and tags.`pipelib.stage` = 'pipeline'")
+    if stage == "pipeline":
+        return [parent]
+    family = f"tags.mlflow.parentRunId = '{parent.info.run_id}' and tags.`pipelib.stage` = '{stage}'"
+    return list(client.search_runs([experiment], family))
+
+
+def steps(client: Any, run: Any, key: str) -> list[int]:
+    return [point.step for point in client.get_metric_history(run.info.run_id, key)]
+
+
+# ---- The record ------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_records_no_step_twice() -> None:
+    def killed() -> None:
+        with start(mlflow=False) as run:
+            for step in range(4):
+                run.log({"train/loss": 4.0 - step, "train/lr": 0.1}, step)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    with start(mlflow=False) as run:
+        for step in range(2, 6):
+            run.log({"train/loss": 4.0 - step}, step)
+    recorded = points(record_path())
+    assert recorded.count(("train/loss", 3)) == 1
+    assert [step for key, step in recorded if key == "train/loss"] == [0, 1, 2, 3, 4, 5]
+    ends = [event["status"] for event in read_events(record_path())[0] if event["event"] == "end"]
+    assert ends == ["killed", "finished"]
+
+
+@pytest.mark.parametrize("cut", [1, 12])
+def test_a_line_torn_by_a_kill_is_left_out_and_harms_no_other(cut: int) -> None:
+    path = Path("record.jsonl")
+    record = Record(path)
+    record.append_metrics({"a": 1.0}, 1)
+    record.append_metrics({"a": 2.0}, 2)
+    record.close()
+    os.truncate(path, path.stat().st_size - cut)
+    record = Record(path)
+    record.append_metrics({"a": 2.0}, 2)
+    record.append_metrics({"a": 3.0}, 3)
+    record.close()
+    assert points(path) == [("a", 1), ("a", 2), ("a", 3)]  # cut by 1, only the newline is lost, and the line counts
+
+
+def test_every_line_is_json_also_for_a_loss_that_is_not_a_number() -> None:
+    with start(mlflow=False) as run:
+        run.log({"train/loss": float("nan"), "train/grad_norm": float("inf")}, 7)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in record_path().read_text().splitlines()]
+    assert lines[1]["metrics"] == {"train/loss": "nan", "train/grad_norm": "inf"}
+
+
+def test_a_final_number_is_recorded_again_only_when_it_changed() -> None:
+    with start(mlflow=False) as run:
+        for value in (1.0, 1.0, 2.0):
+            run.log({"evaluate.acc": value})
+    assert points(record_path()) == [("evaluate.acc", None)] * 2
+
+
+def test_a_fresh_start_does_not_meet_the_old_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wish, code in (("", CODE), ("fresh", CODE), ("", {"stages/train.py": "bb"})):
+        monkeypatch.setenv("PIPELIB_RESUME", wish)
+        with start(mlflow=False, code=code) as run:
+            run.log({"train/loss": 1.0}, 1)
+        assert points(record_path()) == [("train/loss", 1)]
+    assert len(list(record_path().parent.iterdir())) == 3
+
+
+def test_another_experiment_that_goes_on_with_the_state_begins_with_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(mlflow=False) as run:
+        run.log({"train/loss": 1.0}, 1)
+    monkeypatch.setenv("DVC_EXP_NAME", "other")
+    with start(mlflow=False) as run:
+        run.log({"train/loss": 1.0}, 1)
+        run.log({"train/loss": 0.5}, 2)
+    assert points(record_path()) == [("train/loss", 1), ("train/loss", 2)]
+
+
+def test_without_an_experiment_name_the_key_follows_params_but_not_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_EXP_NAME")
+    for params in (
+        FakeParams(logging=Logging(1, False)),
+        FakeParams(logging=Logging(2, False)),
+        FakeParams(train={"max_lr": 1.0}, logging=Logging(1, False)),
+    ):
+        with open_run("download", params, FINGERPRINT, CODE):  # type: ignore[arg-type]
+            pass
+    assert len(list(Path("state/records").iterdir())) == 2
+
+
+def test_a_record_that_cannot_be_written_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("state").write_text("a file where a folder should be")
+    with start() as run:
+        run.log({"train/loss": 1.0}, 1)
+    assert isinstance(run, NullRun)
+    assert "this run is not recorded; the stage goes on" in capsys.readouterr().err
+
+
+def test_null_run_has_every_method_of_run_and_writes_nothing(workspace: Path) -> None:
+    for name, method in inspect.getmembers(Run, inspect.isfunction):
+        if not name.startswith("_"):
+            assert getattr(NullRun, name) is not method
+            assert inspect.signature(getattr(NullRun, name)) == inspect.signature(method)
+    with NullRun() as run:
+        run.log({"a": 1.0}, 1)
+        run.log_text("a", "b")
+        run.log_params({"a": 1})
+        run.log_outs(workspace)
+    assert list(workspace.iterdir()) == []
+
+
+def test_the_module_needs_neither_torch_nor_mlflow() -> None:
+    check = "import sys, pipelib.tracking; print(*{'torch', 'mlflow', 'numpy', 'pandas'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": SEARCHED}
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "\n"
+
+
+# ---- MLflow ----------------------------------------------------------------------------------------------------------
+
+
+def write(name: str, content: object) -> None:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def test_a_whole_pipeline_in_mlflow(client: Any, root: Path) -> None:
+    """Download and tokenize were cached; train and evaluate ran."""
+    for stage, result in (("download", {"documents": 5}), ("tokenize", {"tokens": 70}), ("train", {"val_loss": 3.25})):
+        write(f"metrics/{stage}.json", {**result, "note": "text", "yes": True})
+    write("data/tokens/manifest.json", {"shards": []})
+    outs = {"tokenize": ("data/tokens", "11.dir"), "train": ("models", "22.dir")}
+    lock = {"stages": {stage: {"outs": [{"path": path, "md5": md5}]} for stage, (path, md5) in outs.items()}}
+    write("dvc.lock", lock)
+    for name, content in (
+        ("train/final/metrics/train.json", {"val_loss": 3.25}),
+        ("train/final/metrics/speed/train.json", {"seconds": 9}),
+        ("train/final/curves/loss.csv", "step,loss\n1,4.0\n"),
+        ("train/final/models/model.safetensors", "weights"),
+        ("evaluate/final/metrics/evaluate.json", {"hellaswag": {"acc,none": 0.28}}),
+        ("metrics/evaluate.json", {"hellaswag": {"acc,none": 0.28}}),
+    ):
+        write(name, content)
+    with start("train") as run:
+        run.log({"train/loss": 4.0}, 1)
+        run.log_text("samples/step-1.txt", "Once upon a time")
+        run.log_outs(Path("train/final"))
+    with start("evaluate") as run:
+        run.log_outs(Path("evaluate/final"))
+
+    (parent,), (train,), (evaluate,) = (runs(client, stage) for stage in ("pipeline", "train", "evaluate"))
+    assert parent.info.status == train.info.status == evaluate.info.status == "FINISHED"
+    finals = {
+        "download.documents": 5,
+        "tokenize.tokens": 70,
+        "train.val_loss": 3.25,
+        "evaluate.hellaswag.acc_none": 0.28,
+    }
+    assert parent.data.metrics == finals
+    assert train.data.metrics == {"train/loss": 4.0, "train.val_loss": 3.25, "speed.train.seconds": 9}
+    assert parent.data.params["train.max_lr"] == "0.0018"
+    assert parent.data.params["evaluate.tasks"] == '["a", "b"]'
+    assert train.data.params == {"model.n_layer": "2", "train.max_lr": "0.0018", "train.compile": "false"}
+    for stage in ("download", "tokenize"):
+        (cached,) = runs(client, stage)
+        assert cached.data.tags["dvc.cached"] == "true"
+        assert cached.info.status == "FINISHED"
+        assert len(cached.data.metrics) == 1
+    assert "dvc.cached" not in train.data.tags
+    assert train.data.tags["dvc.md5.data/tokens"] == "11.dir"
+    assert train.data.tags["dvc.md5.models"] == parent.data.tags["dvc.md5.models"] == "22.dir"
+    assert train.data.tags["out.models"].endswith("1 files, 7 bytes")
+    (data,) = train.inputs.dataset_inputs
+    assert train.data.tags["data.fingerprint"].startswith(data.dataset.digest)
+    assert "dvc exp apply" in train.data.tags["mlflow.note.content"]
+    curve = Path(client.download_artifacts(train.info.run_id, "curves/loss.csv", str(root)))
+    assert curve.read_text() == "step,loss\n1,4.0\n"
+    assert client.list_artifacts(train.info.run_id, "samples")[0].path == "samples/step-1.txt"
+
+    with start("evaluate") as run:  # the same again changes nothing
+        run.log_outs(Path("evaluate/final"))
+    assert len(runs(client, "evaluate")) == len(runs(client, "download")) == 1
+    assert [steps(client, runs(client, "pipeline")[0], key) for key in sorted(finals)] == [[0]] * 4
+
+
+def test_a_running_stages_own_lock_entry_is_never_asked(client: Any) -> None:
+    write("dvc.lock", {"stages": {"train": {"outs": [{"path": "models", "md5": "stale"}]}}})
+    with start("train"):
+        pass
+    assert not any("models" in tag for tag in runs(client, "train")[0].data.tags)
+
+
+def test_after_a_kill_the_same_run_goes_on_and_has_every_step_once(client: Any) -> None:
+    with start() as run:
+        run.log({"train/loss": 4.0}, 1)
+        run.log_text("samples/1.txt", "one")
+    (first,) = runs(client, "train")
+    with start(mlflow=False) as run:  # as if killed before the mirror looked
+        run.log({"train/loss": 3.0}, 2)
+    with start() as run:
+        run.log({"train/loss": 3.0}, 2)
+        run.log({"train/loss": 2.0}, 3)
+    (second,) = runs(client, "train")
+    assert second.info.run_id == first.info.run_id
+    assert steps(client, second, "train/loss") == [1, 2, 3]
+    assert second.info.status == "FINISHED"
+
+
+def test_what_mlflow_has_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with start() as run:
+        run.log({"train/loss": 4.0}, 1)
+        run.log_text("samples/1.txt", "one")
+    sent: list[object] = []
+    log, file = tracking.MlflowRun._log, tracking.MlflowRun._send_file
+    monkeypatch.setattr(tracking.MlflowRun, "_log", lambda *a, **k: (sent.extend(k.get("points") or ()), log(*a, **k)))
+    monkeypatch.setattr(tracking.MlflowRun, "_send_file", lambda view, event: (sent.append(event), file(view, event)))
+    with start():
+        pass
+    assert sent == []
+    with start() as run:
+        run.log({"train/loss": 3.0}, 2)
+    assert [point[:2] for point in sent] == [("train/loss", 2)]  # type: ignore[index]
+
+
+def test_the_points_of_a_second_handle_are_mirrored_once_by_the_first(client: Any) -> None:
+    with start() as launcher:
+        with start(catch_up=False) as rank_0:
+            rank_0.log({"train/loss": 4.0}, 1)
+        launcher.log({"train.val_loss": 3.0})
+    assert [event["event"] for event in read_events(record_path())[0]] == ["open", "metrics", "metrics", "end"]
+    (train,) = runs(client, "train")
+    assert steps(client, train, "train/loss") == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (OSError, "FAILED")]
+)
+def test_how_a_run_ended(client: Any, error: type[BaseException], status: str) -> None:
+    with pytest.raises(error), start():
+        raise error
+    assert runs(client, "train")[0].info.status == runs(client, "pipeline")[0].info.status == status
+
+
+def test_what_mlflow_refuses_is_said_and_the_rest_goes_on(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with start() as run:
+        run.log_params({"workers": 2})
+        run.log_params({"workers": 3})
+        run.log({"train/loss": 1.0}, 1)
+    (train,) = runs(client, "train")
+    assert train.data.params["workers"] == "2"
+    assert train.data.metrics == {"train/loss": 1.0}
+    assert "MLflow refuses a part" in capsys.readouterr().err
+
+
+def test_plain_mlflow_in_the_repository_shows_the_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlflow ui` asks the same function for its default database."""
+    from mlflow.tracking._tracking_service import utils
+
+    with start() as run:
+        run.log_text("a.txt", "b")
+    monkeypatch.chdir(root)
+    assert utils._get_default_tracking_uri() == "sqlite:///mlflow.db"
+    assert (root / "mlflow.db").exists()
+    assert list((root / "mlartifacts").rglob("a.txt"))
+
+
+def test_a_database_appears_whole_or_not_at_all() -> None:
+    database = Path("mlflow.db")
+
+    def killed(fresh: Path) -> None:
+        fresh.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tracking._make_whole(database, killed)
+    assert not database.exists()
+    tracking._make_whole(database, lambda fresh: fresh.open("x").close())  # meets nothing of the half-made one
+    assert [path.name for path in Path().iterdir()] == ["mlflow.db"]
+
+
+def test_processes_that_find_no_database_make_one_together(tmp_path: Path) -> None:
+    Path(".mlflow.db.tmp").write_text("left by a kill")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_tracking as t\n"
+        "with t.start(sys.argv[2]) as run: run.log({'x': 1.0}, 1)"
+    )
+    environment = {**os.environ, "DVC_ROOT": str(tmp_path), "PYTHONPATH": SEARCHED}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(Path(__file__).parent), stage], env=environment, stderr=subprocess.PIPE
+        )
+        for stage in ("download", "tokenize")
+    ]
+    assert [process.communicate()[1] for process in started] == [b"", b""]
+    assert not Path(".mlflow.db.tmp").exists()
+    from mlflow import MlflowClient
+
+    made = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert len(runs(made, "download")) == len(runs(made, "tokenize")) == 1
+
+
+# ---- Servers that fail -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_dead_server_costs_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:canary-pw@127.0.0.1:{port}")
+    monkeypatch.setenv("PIPELIB_TRACKING_WAIT", "600")  # refused at once: the wait ends with the mirror's only try
+    with start() as run:
+        run.log({"train/loss": 1.0}, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"MLflow at http://***@127.0.0.1:{port} failed" in line
+    assert "PIPELIB_TRACKING_WAIT=60 dvc repro -fs train" in line
+    assert points(record_path()) == [("train/loss", 1)]
+
+
+def test_a_server_that_never_answers_is_left_at_the_deadline(
+    silent_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{silent_server}")
+    monkeypatch.setenv("PIPELIB_TRACKING_WAIT", "0.01")
+    with start() as run:
+        run.log({"train/loss": 1.0}, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "did not take all of this run within 0.01 s" in line
+
+
+def test_the_deadline_is_short_for_a_server_and_long_for_a_file(
+    silent_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking.Mirror, "_work", lambda _: None)
+    mirror = tracking.Mirror(Path("record"), 0, Path("mlflow.db"))
+    assert mirror._wait == tracking.LOCAL_WAIT_SECONDS
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{silent_server}")
+    assert tracking.Mirror(Path("record"), 0, Path("mlflow.db"))._wait == tracking.REMOTE_WAIT_SECONDS == 1.0
+
+
+def test_a_server_that_comes_back_gets_what_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[str] = []
+    back = threading.Event()
+
+    class View:
+        def send(self, events: list[dict[str, Any]], replay: bool) -> None:
+            assert not (replay and events)
+            got.extend(event["event"] for event in events)
+            if "metrics" in got:
+                back.set()
+
+    tries: list[object] = []
+
+    def connect(mirror: object) -> View:
+        tries.append(mirror)
+        if len(tries) == 1:
+            raise ConnectionError("away")
+        return View()
+
+    monkeypatch.setattr(tracking, "COOLDOWN_SECONDS", 0.001)
+    monkeypatch.setattr(tracking.Mirror, "_connect", connect)
+    with start() as run:
+        run.log({"train/loss": 1.0}, 1)
+        assert back.wait(60)
+    assert got == ["open", "metrics", "end"]
+
+
+# ---- Secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_secrets_reach_neither_record_nor_mlflow(
+    client: Any, root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-token")
+    url = "https://someone:canary-pass@host.example/x?access_token=canary-query"
+    write("train/final/reports/report.md", f"made with canary-token from {url}")
+    with start() as run:
+        run.log_params({"url": url, "nested": {"canary-token": ["canary-token"]}})
+        run.log_params({"url": "another"})  # refused by MLflow, which quotes the old value
+        run.log_text("a.txt", f"canary-token {url} hf_abcdefghijklmnopqrstuvwxyz")
+        run.log({"canary-token": 1.0}, 1)
+        run.log_outs(Path("train/final"))
+        run.log_outs(Path("canary-token"))
+        run.log({"canary-token": "no number"}, 2)  # type: ignore[dict-item]
+    said = capfd.readouterr()
+    assert "refuses" in said.err
+    (train,) = runs(client, "train")
+    files = [path.read_bytes() for path in (root / "mlartifacts" / train.info.run_id).rglob("*.*")]
+    assert len(files) == 2
+    for text in (
+        record_path().read_bytes(),
+        *files,
+        str(train.to_dictionary()).encode(),
+        (said.out + said.err).encode(),
+    ):
+        assert b"canary" not in text
+        assert b"hf_abc" not in text
+    assert train.data.params["url"] == "https://***@host.example/x?access_token=***"
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("postgresql://u:p@ss@db/x", "postgresql://***@db/x"),
+        ("see https://host.example/a?page=2", "see https://host.example/a?page=2"),
+        ("mail someone@host.example", "mail someone@host.example"),
+        ("?X-Amz-Signature=abc&x=1", "?X-Amz-Signature=***&x=1"),
+        ("tokenize.shard_tokens=100", "tokenize.shard_tokens=100"),
+    ],
+)
+def test_redact(text: str, clean: str) -> None:
+    assert redact(text) == clean
+
+
+def test_redact_knows_the_decoded_password_of_the_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:can%2Fary-pw@host")
+    assert redact("login with can/ary-pw or can%2Fary-pw refused") == "login with *** or *** refused"
