@@ -1,0 +1,1 @@
+"""GPT-2: the network, its Hugging Face form, and text from it."""

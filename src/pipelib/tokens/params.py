@@ -1,0 +1,14 @@
+"""The parameters of the tokenize stage."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pipelib.config import Bounds
+
+
+@dataclass(frozen=True)
+class TokenizeParams:
+    """Section `tokenize` of params.yaml."""
+
+    shard_tokens: Annotated[int, Bounds(least=1024, most=2**31 - 1)]
+    """Tokens in every shard but the last; the first shard is the validation split."""

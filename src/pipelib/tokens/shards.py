@@ -1,0 +1,199 @@
+"""Token shards in llm.c's format, and the manifest beside them.
+
+A shard is 256 little-endian int32 of header (20240520, 1, number of tokens, zeros), then the tokens as little-endian
+uint16 (https://github.com/karpathy/llm.c, `dev/data/data_common.py`). So llm.c's and modded-nanogpt's loaders read our
+shards, and ours reads theirs. The first shard is the validation split, whatever the amount of training data.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelib.errors import UserError
+from pipelib.files import read_json, sha256_file, sha256_json, write_atomic, write_json
+from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MANIFEST = "manifest.json"
+VALIDATION_SHARD = "val_000000.bin"
+UNIGRAM_COUNTS = "unigram_counts.npy"
+_CHUNK = 1 << 20
+
+Tokens = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A line of the manifest."""
+
+    name: str
+    split: str
+    """`val` or `train`."""
+    tokens: int
+    documents: int
+    """Documents that start in this shard."""
+    sha256: str
+    """Of the whole file, header included."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds and what it was made of. Its hash is the fingerprint of the data."""
+
+    encoding: dict[str, str]
+    source: dict[str, Any]
+    shards: tuple[Shard, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the manifest: equal exactly where all tokens and their origin are equal."""
+        return sha256_json(asdict(self))
+
+    def split(self, name: str) -> list[Shard]:
+        """The shards of `val` or `train`, in order."""
+        return [shard for shard in self.shards if shard.split == name]
+
+    def tokens(self, split: str) -> int:
+        """Tokens in a split."""
+        return sum(shard.tokens for shard in self.split(split))
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json, which declares the folder complete."""
+        write_json(folder / MANIFEST, {"version": VERSION, **asdict(self)})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of shards.
+
+    Raises:
+        UserError: it is missing, not JSON, or of another version.
+    """
+    value = read_json(folder / MANIFEST)
+    if value.get("version") != VERSION:
+        raise UserError(
+            f"{folder / MANIFEST} has version {value.get('version')!r} and this code reads {VERSION}, so its shards could "
+            "be misread; run dvc repro to make them again."
+        )
+    return Manifest(value["encoding"], value["source"], tuple(Shard(**shard) for shard in value["shards"]))
+
+
+def write_shards(folder: Path, pieces: Iterable[Tokens], shard_tokens: int) -> list[Shard]:
+    """Cut a stream of tokens into shards of `shard_tokens`; the last one holds the rest, no token is dropped.
+
+    Args:
+        pieces: the tokens in order, in arrays of any length; a document starts at each `<|endoftext|>`.
+
+    Returns:
+        The shards in order: `val_000000.bin`, `train_000001.bin`, ...
+    """
+    shards: list[Shard] = []
+    stream = _Repiece(pieces)
+    while piece := stream.take(shard_tokens):
+        split = "train" if shards else "val"
+        shards.append(_write_shard(folder / f"{split}_{len(shards):06d}.bin", split, piece))
+    return shards
+
+
+def _write_shard(path: Path, split: str, pieces: list[Tokens]) -> Shard:
+    count = sum(len(piece) for piece in pieces)
+    digest = hashlib.sha256()
+    with write_atomic(path) as file:
+        for data in (header(count), *(piece.astype("<u2", copy=False).tobytes() for piece in pieces)):
+            file.write(data)
+            digest.update(data)
+    documents = sum(int(np.count_nonzero(piece == EOT_TOKEN_ID)) for piece in pieces)
+    return Shard(path.name, split, count, documents, digest.hexdigest())
+
+
+class _Repiece:
+    """Takes exact numbers of tokens off a stream of arrays of other lengths."""
+
+    def __init__(self, pieces: Iterable[Tokens]) -> None:
+        self._pieces = iter(pieces)
+        self._rest: Tokens = np.zeros(0, np.uint16)
+
+    def take(self, count: int) -> list[Tokens]:
+        """The next `count` tokens, in views that need no copy; fewer at the end of the stream, none after it."""
+        taken: list[Tokens] = []
+        while count:
+            if not len(self._rest):
+                following = next(self._pieces, None)
+                if following is None:
+                    break
+                self._rest = following
+            piece, self._rest = self._rest[:count], self._rest[count:]
+            if len(piece):
+                taken.append(piece)
+            count -= len(piece)
+        return taken
+
+
+def header(tokens: int) -> bytes:
+    """The first 1,024 bytes of a shard."""
+    numbers = np.zeros(HEADER_BYTES // 4, "<i4")
+    numbers[:3] = MAGIC, VERSION, tokens
+    return numbers.tobytes()
+
+
+def open_shard(path: Path) -> Tokens:
+    """A shard's tokens (N,), memory-mapped read-only.
+
+    Raises:
+        UserError: the file is missing, its header is not a shard's, or its length is not what the header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            numbers = np.frombuffer(file.read(HEADER_BYTES), "<i4")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run dvc repro.") from None
+    except ValueError:  # not a whole number of int32
+        numbers = np.zeros(0, "<i4")
+    if len(numbers) != HEADER_BYTES // 4 or numbers[0] != MAGIC or numbers[1] != VERSION:
+        raise UserError(f"{path} does not begin with a shard's header, so its bytes are no tokens; {_REPAIR}")
+    if size != HEADER_BYTES + 2 * int(numbers[2]):
+        raise UserError(
+            f"{path} has {size} bytes where its header's {numbers[2]} tokens need {HEADER_BYTES + 2 * int(numbers[2])}, "
+            f"so tokens are missing or foreign; {_REPAIR}"
+        )
+    if not numbers[2]:
+        raise UserError(f"{path} holds no tokens, so there is nothing to read; {_REPAIR}")
+    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
+
+
+_REPAIR = "run `pipelib verify data/tokens --repair`, then dvc repro."
+
+
+def shard_problems(folder: Path, shard: Shard) -> list[str]:
+    """What is wrong with one shard: its header, its length, its tokens, its hash. Empty where nothing is."""
+    path = folder / shard.name
+    try:
+        tokens = open_shard(path)
+    except UserError as error:
+        return [str(error)]
+    problems: list[str] = []
+    if len(tokens) != shard.tokens:
+        problems.append(f"{path} has {len(tokens)} tokens and the manifest says {shard.tokens}; {_REPAIR}")
+    largest = max(int(tokens[start : start + _CHUNK].max()) for start in range(0, len(tokens), _CHUNK))
+    if largest >= VOCAB_SIZE:
+        problems.append(f"{path} holds the token {largest}, which GPT-2 does not have; {_REPAIR}")
+    actual = sha256_file(path)
+    if actual != shard.sha256:
+        problems.append(
+            f"{path} has sha256 {actual} and the manifest says {shard.sha256}: its bytes changed; {_REPAIR}"
+        )
+    return problems
+
+
+def count_tokens(arrays: Iterable[Tokens]) -> npt.NDArray[np.int64]:
+    """How often each token of the vocabulary occurs (VOCAB_SIZE,)."""
+    counts = np.zeros(VOCAB_SIZE, np.int64)
+    for tokens in arrays:
+        for start in range(0, len(tokens), _CHUNK):  # bincount widens what it counts to 64 bits
+            counts += np.bincount(tokens[start : start + _CHUNK], minlength=VOCAB_SIZE)
+    return counts
