@@ -1,0 +1,207 @@
+"""Four-way completion in the style of build-nanogpt: the likeliest ending wins.
+
+An item is a context and four endings (HellaSwag, Zellers et al., 2019). Every ending is scored by the loss of its tokens
+after context + " "; `acc` takes the smallest sum, `acc_norm` the smallest mean per token. The lm-eval harness scores
+HellaSwag otherwise (activity label, cleaned text, per character): its figures carry other names and are never mixed with
+these.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from pipelib.errors import UserError
+from pipelib.model.device import autocast
+from pipelib.model.gpt import GPT
+from pipelib.model.vocabulary import EOT_TOKEN_ID
+
+ENDINGS = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """A context and its endings, as token ids."""
+
+    context: tuple[int, ...]
+    endings: tuple[tuple[int, ...], ...]
+    label: int
+    """The right ending's index."""
+    document: int
+    """The text it was made from; items of one text are not independent."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    items: int
+
+    @classmethod
+    def of(cls, correct: Sequence[bool], documents: Sequence[int]) -> "Accuracy":
+        """The mean, and the normal interval of a mean over clusters (Liang and Zeger, 1986).
+
+        Items of one document err together, so documents, not items, are what varies independently.
+        """
+        value = sum(correct) / len(correct)
+        residuals: dict[int, float] = {}
+        for right, document in zip(correct, documents, strict=True):
+            residuals[document] = residuals.get(document, 0.0) + right - value
+        stderr = math.sqrt(sum(residual**2 for residual in residuals.values())) / len(correct)
+        return cls(value, max(0.0, value - 1.96 * stderr), min(1.0, value + 1.96 * stderr), len(correct))
+
+    def excludes(self, chance: float) -> bool:
+        """Whether the interval lies wholly above or below `chance`."""
+        return not self.low <= chance <= self.high
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Losses of all endings of all items, and what they amount to."""
+
+    sums: npt.NDArray[np.float64]
+    """Summed loss of each ending in nats (items, 4)."""
+    means: npt.NDArray[np.float64]
+    """The same per token (items, 4)."""
+    items: Sequence[Item]
+
+    @property
+    def acc(self) -> Accuracy:
+        """By summed loss."""
+        return self._accuracy(self.sums)
+
+    @property
+    def acc_norm(self) -> Accuracy:
+        """By mean loss per token."""
+        return self._accuracy(self.means)
+
+    def _accuracy(self, losses: npt.NDArray[np.float64]) -> Accuracy:
+        labels = [item.label for item in self.items]
+        return Accuracy.of((losses.argmin(axis=1) == labels).tolist(), [item.document for item in self.items])
+
+
+def read_items(path: Path, encoding: Any) -> list[Item]:
+    """The items of a JSON-lines file in HellaSwag's schema.
+
+    Raises:
+        UserError: with the line and what is wrong with it.
+    """
+    items = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                context, endings, label = row["ctx"], row["endings"], int(row["label"])
+                document = row.get("document")
+                item = Item(
+                    tuple(encoding.encode_ordinary(context)) or (EOT_TOKEN_ID,),
+                    tuple(tuple(encoding.encode_ordinary(" " + ending)) for ending in endings),
+                    label,
+                    number if document is None else int(document),
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{path}, line {number} is not an item ({error!r}); delete the file and run dvc repro."
+                ) from None
+            if len(endings) != ENDINGS or not all(endings) or label not in range(ENDINGS):
+                raise UserError(
+                    f"{path}, line {number} has {len(endings)} endings and the label {label}, where {ENDINGS} endings that are "
+                    "not empty and a label from 0 to 3 are needed; delete the file and run dvc repro."
+                )
+            items.append(item)
+    if not items:
+        raise UserError(f"{path} has no items, so there is no accuracy; delete it and run dvc repro.")
+    return items
+
+
+def score(model: GPT, items: Sequence[Item], batch_tokens: int, precision: str) -> Scores:
+    """The model's loss on every ending.
+
+    Rows of about equal length share a forward pass of at most `batch_tokens` tokens, and the output layer, which is most
+    of the work of a small model, sees the endings alone.
+    """
+    limit = model.params.context_length
+    rows = [
+        (index, ending, item.context, tokens)
+        for index, item in enumerate(items)
+        for ending, tokens in enumerate(item.endings)
+    ]
+    rows.sort(key=lambda row: len(row[2]) + len(row[3]))
+    sums = np.zeros((len(items), ENDINGS))
+    means = np.zeros((len(items), ENDINGS))
+    for batch in batches_of(rows, lambda row: min(limit, len(row[2]) + len(row[3]) - 1), batch_tokens):
+        losses = ending_losses(model, [(context, ending) for _, _, context, ending in batch], precision)
+        for (index, ending, _, _), (values, _) in zip(batch, losses, strict=True):
+            sums[index, ending], means[index, ending] = values.sum(), values.mean()
+    if not np.isfinite(sums).all():
+        raise UserError(
+            "the model gives losses that are not finite, so it has no accuracy; its weights are lost: train anew."
+        )
+    return Scores(sums, means, items)
+
+
+def batches_of(rows: Sequence[Any], length: Any, batch_tokens: int) -> Iterator[Sequence[Any]]:
+    """Runs of rows, sorted by length, that padded to the longest make at most `batch_tokens` tokens."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or (end + 1 - start) * length(rows[end]) > batch_tokens:
+            yield rows[start:end]
+            start = end
+
+
+@torch.no_grad()
+def ending_losses(
+    model: GPT, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], precision: str
+) -> list[tuple[npt.NDArray[np.float64], bool]]:
+    """For each (context, ending), in one forward pass: the loss in nats of every token of the ending, and whether each of
+    them is the model's first choice.
+
+    Contexts too long for the model lose their start, never their end. Padding stands on the right, where no position
+    that counts can see it.
+    """
+    device = model.wte.weight.device
+    rows = [(*context, *ending)[-model.params.context_length - 1 :] for context, ending in pairs]
+    lengths = [min(len(ending), len(row) - 1) for row, (_, ending) in zip(rows, pairs, strict=True)]
+    width = max(map(len, rows)) - 1
+    inputs = torch.zeros(len(rows), width, dtype=torch.long)
+    for line, row in zip(inputs, rows, strict=True):
+        line[: len(row) - 1] = torch.tensor(row[:-1])
+    targets = torch.tensor(
+        [token for row, length in zip(rows, lengths, strict=True) for token in row[-length:]], device=device
+    )
+    with autocast(device, precision):
+        hidden = model.hidden(inputs.to(device))
+        counted = torch.cat(
+            [
+                line[len(row) - 1 - length : len(row) - 1]
+                for line, row, length in zip(hidden, rows, lengths, strict=True)
+            ]
+        )
+        logits = model.logits(counted).float()
+    losses = F.cross_entropy(logits, targets, reduction="none").double().cpu()
+    greedy = (logits.argmax(dim=-1) == targets).cpu()
+    pieces = zip(torch.split(losses, lengths), torch.split(greedy, lengths), strict=True)
+    return [(values.numpy(), bool(hits.all())) for values, hits in pieces]
+
+
+def score_unigram(counts: npt.NDArray[np.int64], items: Sequence[Item]) -> Scores:
+    """What a model scores that knows only how often each token occurs in training, with one added to every count."""
+    losses = -np.log((counts + 1) / (counts + 1).sum())
+    sums = np.array([[losses[list(ending)].sum() for ending in item.endings] for item in items])
+    lengths = np.array([[len(ending) for ending in item.endings] for item in items])
+    return Scores(sums, sums / lengths, items)
+
+
+def document_count(items: Iterable[Item]) -> int:
+    """How many texts the items were made from."""
+    return len({item.document for item in items})

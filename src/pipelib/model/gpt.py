@@ -1,0 +1,123 @@
+"""GPT-2 as published: pre-LayerNorm blocks, tanh-GELU, learned positions, output tied to the token embedding.
+
+Radford et al., Language Models are Unsupervised Multitask Learners, 2019; https://github.com/openai/gpt-2. The only
+addition is the padding of the vocabulary to 50,304 rows for the sake of the hardware; the padding has probability zero,
+always.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelib.model.params import ModelParams
+from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
+
+INIT_STD = 0.02
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position looks at itself and at what came before it."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.n_head = params.n_head
+        self.c_attn = nn.Linear(params.n_embd, 3 * params.n_embd)
+        self.c_proj = nn.Linear(params.n_embd, params.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        B, T, C = x.shape  # noqa: N806
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)  # each (B, n_head, T, head_size)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out: Tensor = self.c_proj(attended.transpose(1, 2).reshape(B, T, C))
+        return out
+
+
+class MLP(nn.Module):
+    """Four times as wide inside."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(params.n_embd, 4 * params.n_embd)
+        self.c_proj = nn.Linear(4 * params.n_embd, params.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return out
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(params.n_embd)
+        self.attn = CausalSelfAttention(params)
+        self.ln_2 = nn.LayerNorm(params.n_embd)
+        self.mlp = MLP(params)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class GPT(nn.Module):
+    """The network. Parameters carry the names that GPT-2 and Hugging Face give them."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.params = params
+        self.wte = nn.Embedding(PADDED_VOCAB_SIZE, params.n_embd)
+        self.wpe = nn.Embedding(params.context_length, params.n_embd)
+        self.h = nn.ModuleList(Block(params) for _ in range(params.n_layer))
+        self.ln_f = nn.LayerNorm(params.n_embd)
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """What the network makes of each position, before the output layer: (B, T) token ids -> (B, T, C)."""
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        x = self.wte(inputs) + self.wpe(positions)
+        for block in self.h:
+            x = block(x)
+        out: Tensor = self.ln_f(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., VOCAB_SIZE), without the padding."""
+        return F.linear(hidden, self.wte.weight)[..., :VOCAB_SIZE]
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy in nats of predicting `targets` (B, T) from `inputs` (B, T), a scalar."""
+        return self._cross_entropy(inputs, targets, "mean")
+
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy in nats of every target, (B, T)."""
+        return self._cross_entropy(inputs, targets, "none").view(targets.shape)
+
+    def _cross_entropy(self, inputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        logits = F.linear(self.hidden(inputs), self.wte.weight).flatten(0, 1)  # (B·T, PADDED_VOCAB_SIZE)
+        logits[:, VOCAB_SIZE:] = -math.inf  # columns, so that the product above keeps its good shape
+        return F.cross_entropy(logits.float(), targets.flatten(), reduction=reduction)
+
+
+def initialise(model: GPT, seed: int) -> None:
+    """Fill in GPT-2's initial weights, the same for every device and number of ranks.
+
+    Normal with standard deviation 0.02; projections into the residual stream are scaled by (2·n_layer)^-0.5, since that
+    many of them add up; biases are zero and LayerNorms the identity. The loss then starts near ln(50257) = 10.82.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = INIT_STD * (2 * model.params.n_layer) ** -0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                std = residual_std if name.endswith("c_proj.weight") else INIT_STD
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            else:
+                parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+        model.wte.weight[VOCAB_SIZE:] = 0.0

@@ -1,0 +1,1 @@
+"""The trainer: launch, optimizer, checkpoints, loop."""

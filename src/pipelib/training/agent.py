@@ -1,0 +1,22 @@
+"""torchrun, tied to the launcher that started it: `python -m pipelib.training.agent TORCHRUN-ARGUMENTS`.
+
+When the launcher dies, the kernel kills this process, and the ranks, which are tied to it in turn.
+"""
+
+import logging
+import signal
+import sys
+
+from pipelib.processes import tie_to_parent
+
+if __name__ == "__main__":
+    tie_to_parent(signal.SIGKILL)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    # What went wrong in a rank is said by the rank, once; torchrun's own account of it is only longer.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        main()
+    except ChildFailedError as error:
+        sys.exit(max(1, *(failure.exitcode for failure in error.failures.values())))

@@ -1,0 +1,67 @@
+"""The ranks of a training: who this one is, and what all of them agree on."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelib.model.device import pick_device
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among all ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank records, saves and prints."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as every rank trains it: with averaged gradients where there are several."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def sync_when(self, wanted: bool, model: nn.Module) -> AbstractContextManager[object]:
+        """Average gradients in the backward pass of what runs forward in this block only when `wanted`."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not wanted else nullcontext()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all ranks."""
+        return self.sum(value) / self.world_size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Take this process's place: alone, or as the rank that torchrun's environment says.
+
+    One rank a GPU over NCCL where there are GPUs, else ranks on the CPU over gloo, which share its cores equally.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if world_size == 1:
+        yield World(0, 1, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()

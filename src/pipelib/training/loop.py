@@ -1,0 +1,241 @@
+"""The training of a GPT-2, from its first step, or from its last checkpoint, to its last.
+
+What a run is, besides its data and parameters, is in `states` below; nothing else survives a checkpoint. The batch of a
+step follows from the step, so a loader has no state.
+"""
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from pipelib.errors import UserError
+from pipelib.evaluation.loss import Loss, summed_loss
+from pipelib.model.device import autocast
+from pipelib.model.generate import generate
+from pipelib.model.gpt import GPT, initialise
+from pipelib.model.params import ModelParams
+from pipelib.model.vocabulary import EOT_TOKEN_ID
+from pipelib.tokens.loader import Batch, BatchPlan, Loader, training_rows, validation_batches
+from pipelib.tokens.shards import VALIDATION_SHARD, Manifest
+from pipelib.training.checkpoint import Checkpoints, Counters, RandomState, Stateful
+from pipelib.training.distributed import World
+from pipelib.training.optim import learning_rate_at, make_optimizer
+from pipelib.training.params import TrainParams
+from pipelib.training.recorder import Recorder
+
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Steps between lines and between checkpoints: what may change without changing any result."""
+
+    log_every: int
+    checkpoint_every: int
+
+
+def train(
+    model_params: ModelParams,
+    params: TrainParams,
+    cadence: Cadence,
+    tokens: Path,
+    manifest: Manifest,
+    work: Path,
+    world: World,
+    recorder: Recorder,
+) -> GPT:
+    """Train on the shards in `tokens` and return the model after its last step, on this rank's device.
+
+    Args:
+        work: where checkpoints go, and are found again.
+
+    Raises:
+        UserError: a value became infinite or not a number; the run was stopped by a signal, after a checkpoint.
+    """
+    set_determinism(params, world)
+    model = GPT(model_params)
+    initialise(model, params.seed)
+    model.to(world.device)
+    network = world.wrap(torch.compile(model) if params.compile else model)  # type: ignore[arg-type]
+    optimizer = make_optimizer(model, params)
+    loader, plan = make_loader(params, tokens, manifest, world)
+
+    state = Counters()
+    states: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "train": state, "rng": RandomState()}
+    identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
+    checkpoints = Checkpoints(work / "checkpoints", identity)
+    checkpoints.load_latest(states)
+    recorder.resume(state.step)
+    announce(state, params, plan, world)
+
+    with stop_requests() as stop:
+        for step in range(state.step, params.max_steps):
+            learning_rate = learning_rate_at(step, params)
+            batches = loader.micro_batches(step)
+            loss, grad_norm = take_step(network, optimizer, batches, learning_rate, params, world)
+            state.step, state.tokens = step + 1, state.tokens + params.global_batch_tokens
+            assert state.tokens == state.step * params.global_batch_tokens
+            recorder.step(state, loss, grad_norm, learning_rate)
+            last = state.step == params.max_steps
+            if due(state.step, cadence.log_every, last):
+                recorder.flush()
+            if due(state.step, params.validate_every, last):
+                with recorder.pause():
+                    recorder.validated(state, validation_loss(model, tokens, params, world))
+            if due(state.step, params.sample_every, last) and world.is_main:
+                with recorder.pause():
+                    recorder.sampled(state, samples(model, params))
+            if due(state.step, cadence.checkpoint_every, last) or stop:
+                with recorder.pause():
+                    if world.is_main:
+                        checkpoints.save(state.step, states, {"tokens": state.tokens})
+            if stop and not last:
+                raise UserError(
+                    f"stopped by {stop[0]} after step {state.step:,}, which is saved; dvc repro goes on from there."
+                )
+    return model
+
+
+def take_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    learning_rate: float,
+    params: TrainParams,
+    world: World,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on this rank's micro-batches.
+
+    Returns:
+        The mean loss of the global batch and the norm of its gradient before clipping, both on the device.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    losses = []
+    for micro_step, (inputs, targets) in enumerate(batches, start=1):
+        with world.sync_when(micro_step == len(batches), network), autocast(world.device, params.precision):
+            loss = network(_on(inputs, world.device), _on(targets, world.device)) / len(batches)
+        loss.backward()
+        losses.append(loss.detach())
+    grad_norm = nn.utils.clip_grad_norm_(network.parameters(), params.grad_clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return world.mean(torch.stack(losses).sum()), grad_norm
+
+
+def _on(array: object, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def due(step: int, every: int, last: bool) -> bool:
+    """Whether something that happens every so many steps, and at the last one, happens after `step`."""
+    return last or step % every == 0
+
+
+def make_loader(params: TrainParams, tokens: Path, manifest: Manifest, world: World) -> tuple[Loader, BatchPlan]:
+    """This rank's loader, and the plan of the global batches that all ranks share."""
+    rows = training_rows(tokens, manifest, params.sequence_length)
+    plan = BatchPlan(manifest.fingerprint, params.seed, len(rows), params.rows_per_step)
+    return Loader(rows, plan, params.micro_batch_size, world.rank, world.world_size), plan
+
+
+def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None:
+    """Refuse what cannot be trained, before anything starts.
+
+    Raises:
+        UserError: too few tokens for one batch or for `max_tokens`, or a batch that the ranks cannot share equally.
+    """
+    available = manifest.tokens("train")
+    row_count = (available - 1) // params.sequence_length
+    if row_count < params.rows_per_step:
+        raise UserError(
+            f"the training shards have {available:,} tokens, {row_count} rows of {params.sequence_length}, and one step needs "
+            f"{params.rows_per_step}; lower train.global_batch_tokens or add text."
+        )
+    epochs = params.max_steps * params.rows_per_step / row_count
+    if epochs > params.max_epochs:
+        raise UserError(
+            f"train.max_tokens = {params.max_tokens:,} is {epochs:.3f} passes over the {available:,} training tokens, so rows "
+            f"would repeat; allow it with train.max_epochs: {math.ceil(epochs * 1000) / 1000:g}, lower max_tokens, or add text."
+        )
+    if params.rows_per_step % (params.micro_batch_size * world_size):
+        raise UserError(
+            f"{world_size} ranks with train.micro_batch_size = {params.micro_batch_size} cannot share the "
+            f"{params.rows_per_step} rows of a step equally; lower micro_batch_size or set PIPELIB_NPROC."
+        )
+
+
+def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World) -> None:
+    """Say what is about to happen."""
+    if world.is_main:
+        begin = f"goes on after step {state.step:,}" if state.step else "starts"
+        print(
+            f"training {begin}: {params.max_steps:,} steps of {params.global_batch_tokens:,} tokens, "
+            f"{plan.epochs(params.max_steps):.2f} epochs, {params.gradient_accumulation_steps(world.world_size)} micro-steps on "
+            f"each of {world.world_size} rank(s), {world.device.type}, {params.precision}",
+            flush=True,
+        )
+
+
+def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World) -> Loss:
+    """The loss on the first `validate_tokens` tokens of the validation shard, shared among the ranks."""
+    batches = validation_batches(
+        tokens / VALIDATION_SHARD, params.sequence_length, params.micro_batch_size, params.validate_tokens
+    )
+    mine = (batch for number, batch in enumerate(batches) if number % world.world_size == world.rank)
+    share = summed_loss(model, mine, params.precision)
+    whole = world.sum(torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=world.device)).tolist()
+    return Loss(whole[0], int(whole[1]))
+
+
+def samples(model: GPT, params: TrainParams) -> list[tuple[str, str]]:
+    """(prompt, continuation) of every prompt; their own random stream, so that training is the same without them."""
+    from pipelib.tokens.encoding import tiktoken_encoding
+
+    encoding = tiktoken_encoding()
+    texts = []
+    for number, prompt in enumerate(params.sample_prompts):
+        token_ids = [EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)]
+        with autocast(model.wte.weight.device, params.precision):
+            new = generate(model, token_ids, SAMPLE_TOKENS, seed=params.seed + number, stop_token_id=EOT_TOKEN_ID)
+        texts.append((prompt, encoding.decode(new)))
+    return texts
+
+
+def set_determinism(params: TrainParams, world: World) -> None:
+    """Fix what could make two runs differ: torch's own seed, and on a GPU the choice of kernels."""
+    torch.manual_seed(params.seed)
+    if world.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = params.precision == "bf16"
+        torch.use_deterministic_algorithms(params.deterministic)
+        torch.backends.cudnn.benchmark = False
+
+
+def _plain(mapping: dict[str, object]) -> dict[str, object]:
+    """The mapping as JSON would give it back: tuples as lists."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in mapping.items()}
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """A list that a first SIGTERM or Ctrl-C puts its name into, for the loop to end at a step's end; a second one kills."""
+    received: list[str] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

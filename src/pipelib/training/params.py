@@ -1,0 +1,97 @@
+"""The parameters of the train stage, and the numbers that follow from them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pipelib.config import Bounds, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt
+
+Beta = Annotated[float, Bounds(least=0, most=0.9999999)]
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """Section `train` of params.yaml."""
+
+    seed: NaturalInt
+    """Decides the initial weights, the order of the sequences and the samples."""
+    max_tokens: PositiveInt
+    """Tokens to train on; the number of steps follows from it."""
+    max_epochs: PositiveFloat
+    """The most passes over the training tokens that `max_tokens` may amount to."""
+    global_batch_tokens: PositiveInt
+    """Tokens of one optimizer step, over all micro-steps and ranks."""
+    sequence_length: PositiveInt
+    """Tokens in one row of a batch."""
+    micro_batch_size: PositiveInt
+    """Rows that one rank runs at a time."""
+    max_lr: PositiveFloat
+    """Peak learning rate, reached after warmup."""
+    min_lr: NaturalFloat
+    """Learning rate at the last step."""
+    warmup_steps: NaturalInt
+    """Steps of linear warmup."""
+    weight_decay: NaturalFloat
+    """Decoupled decay of matrices; biases and LayerNorm have none."""
+    beta1: Beta
+    """Adam's decay of the gradient's mean."""
+    beta2: Beta
+    """Adam's decay of the gradient's mean square."""
+    eps: PositiveFloat
+    """Added to Adam's denominator."""
+    grad_clip_norm: PositiveFloat
+    """The norm of all gradients is clipped to this."""
+    precision: Literal["fp32", "bf16"]
+    """Arithmetic of matrix products; weights and optimizer state are always fp32."""
+    compile: bool
+    """Compile the model with torch.compile."""
+    deterministic: bool
+    """On a GPU, use deterministic kernels only, so that a resumed run equals an uninterrupted one bit for bit."""
+    validate_every: PositiveInt
+    """Steps between validation losses; the last step always has one."""
+    validate_tokens: PositiveInt
+    """Tokens of the validation shard that each of them uses; the evaluate stage uses all."""
+    sample_every: PositiveInt
+    """Steps between samples of the model's text; the last step always has them."""
+    sample_prompts: tuple[str, ...]
+    """What the samples go on from."""
+
+    def problems(self) -> Iterator[str]:
+        """What does not go together."""
+        micro_batch_tokens = self.sequence_length * self.micro_batch_size
+        if self.global_batch_tokens % micro_batch_tokens:
+            fits = max(1, round(self.global_batch_tokens / micro_batch_tokens)) * micro_batch_tokens
+            yield (
+                f"micro_batch_size: {self.micro_batch_size} rows of {self.sequence_length} tokens do not divide "
+                f"global_batch_tokens = {self.global_batch_tokens}, so a step would be cut short; change one of them "
+                f"(global_batch_tokens: {fits} would fit)."
+            )
+        if self.min_lr > self.max_lr:
+            yield (
+                f"min_lr: {self.min_lr:g} is greater than max_lr = {self.max_lr:g}, so the rate would rise after warmup; "
+                f"a tenth of max_lr ({self.max_lr / 10:g}) is usual."
+            )
+        if self.max_tokens < self.global_batch_tokens:
+            yield (
+                f"max_tokens: {self.max_tokens} is less than one step of global_batch_tokens = {self.global_batch_tokens}, "
+                "so nothing would be trained; raise it."
+            )
+        elif self.warmup_steps >= self.max_steps:
+            yield (
+                f"warmup_steps: {self.warmup_steps} of {self.max_steps} steps, so max_lr would never be reached; "
+                "lower it or raise max_tokens."
+            )
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps in the run."""
+        return self.max_tokens // self.global_batch_tokens
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences in one global batch."""
+        return self.global_batch_tokens // self.sequence_length
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-steps of one rank in one optimizer step."""
+        return self.rows_per_step // (self.micro_batch_size * world_size)

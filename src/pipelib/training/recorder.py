@@ -1,0 +1,198 @@
+"""What rank 0 keeps and shows of a training: curves, samples, speed, the line of progress.
+
+The curves hold every step, whatever the cadence of logging: losses stay on the device and are fetched together when a
+line is due, so the host waits for the device only then. A resumed run first cuts the curves back to its checkpoint, so
+that no step is in them twice and they end up equal to an uninterrupted run's, byte for byte.
+"""
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from pipelib.errors import UserError
+from pipelib.evaluation.loss import Loss
+from pipelib.files import write_text
+from pipelib.progress import StatusLine, format_seconds
+from pipelib.tracking import Run
+from pipelib.training.checkpoint import Counters
+from pipelib.training.hardware import Peak
+from pipelib.training.params import TrainParams
+
+
+class Curve:
+    """Rows of numbers in a CSV file; the first column is the step."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, tuple(columns)
+        self._file: IO[str] | None = None
+
+    def resume(self, step: int) -> None:
+        """Keep what was written up to `step`, and go on after it. A line torn by a kill goes."""
+        rows = [",".join(self.columns)]
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            rows += [line for line in lines[1:-1] if int(line.split(",", 1)[0]) <= step]
+        write_text(self.path, "\n".join(rows) + "\n")
+        self._file = self.path.open("a", encoding="utf-8", newline="")
+
+    def append(self, rows: Sequence[Sequence[float | int | str]]) -> None:
+        """Add rows; they survive the process, and a checkpoint's fsync comes later than them."""
+        assert self._file is not None, "resume() comes first"
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        self._file.write(text.getvalue())
+        self._file.flush()
+
+    def last(self) -> dict[str, float]:
+        """The last row, by column; empty where there is none."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return dict(zip(self.columns, map(float, lines[-1].split(",")), strict=True)) if len(lines) > 1 else {}
+
+
+class Recorder:
+    """Rank 0's record of one run."""
+
+    def __init__(
+        self, folder: Path, run: Run, params: TrainParams, flops_per_token: int, peak: Peak, world_size: int
+    ) -> None:
+        self._run, self._params = run, params
+        self._flops_per_token, self._peak = flops_per_token, peak.flops * world_size
+        self.train = Curve(folder / "train.csv", ("step", "tokens", "loss", "lr", "grad_norm"))
+        self.validation = Curve(folder / "validation.csv", ("step", "tokens", "loss"))
+        self.samples = Curve(folder / "samples.csv", ("step", "prompt", "text"))
+        self._waiting: list[tuple[int, int, float, Tensor, Tensor]] = []
+        self._line = StatusLine()
+        self._mark = time.perf_counter()
+        self._first_window = True
+        self.train_seconds, self.trained_tokens = 0.0, 0
+        """Time and tokens of training alone: without evaluation, checkpoints, and the first window, which compiles."""
+
+    def resume(self, step: int) -> None:
+        """Go on after `step` finished steps."""
+        for curve in (self.train, self.validation, self.samples):
+            curve.resume(step)
+        self._mark = time.perf_counter()
+
+    def step(self, counters: Counters, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+        """Note a finished step, without waiting for the device."""
+        self._waiting.append((counters.step, counters.tokens, learning_rate, loss, grad_norm))
+
+    def flush(self) -> None:
+        """Fetch and write the noted steps, and show the last one.
+
+        Raises:
+            UserError: a loss or gradient norm is not finite; no checkpoint holds what it spoilt.
+        """
+        if not self._waiting:
+            return
+        values = torch.stack([torch.stack((loss, norm)).float() for *_, loss, norm in self._waiting]).tolist()
+        seconds = time.perf_counter() - self._mark  # the line above waited for the device
+        rows = [
+            (step, tokens, loss, learning_rate, norm)
+            for (step, tokens, learning_rate, _, _), (loss, norm) in zip(self._waiting, values, strict=True)
+        ]
+        self._waiting.clear()
+        for step, _, loss, learning_rate, norm in rows:
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise UserError(
+                    f"step {step} has loss {loss} and gradient norm {norm} at learning rate {learning_rate:g}, so the weights "
+                    "are lost; the last checkpoint is from before it. Lower train.max_lr or train.grad_clip_norm."
+                )
+        self.train.append(rows)
+        self._account(rows, seconds)
+        self._mark = time.perf_counter()
+
+    def _account(self, rows: list[tuple[int, int, float, float, float]], seconds: float) -> None:
+        step, tokens, loss, learning_rate, norm = rows[-1]
+        window_tokens = len(rows) * self._params.global_batch_tokens
+        if not self._first_window:
+            self.train_seconds += seconds
+            self.trained_tokens += window_tokens
+        self._first_window = False
+        rate = window_tokens / seconds
+        mfu = rate * self._flops_per_token / self._peak
+        left = (self._params.max_tokens - tokens) / rate
+        self._line.show(
+            f"step {step:,}/{self._params.max_steps:,} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.3f} | "
+            f"{rate:,.0f} tokens/s | MFU {mfu:.1%} | {format_seconds(left)} left"
+        )
+        self._run.log(
+            {
+                "train/loss": loss,
+                "train/lr": learning_rate,
+                "train/grad_norm": norm,
+                "train/tokens": tokens,
+                "speed/tokens_per_second": rate,
+                "speed/mfu": mfu,
+            },
+            step,
+        )
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do something else than train in this block: its time is not training time."""
+        self.flush()
+        yield
+        self._mark = time.perf_counter()
+
+    def validated(self, counters: Counters, loss: Loss) -> None:
+        """Note a validation loss."""
+        self.validation.append([(counters.step, counters.tokens, loss.mean)])
+        self._run.log({"val/loss": loss.mean, "val/perplexity": loss.perplexity}, counters.step)
+        self._line.print(f"step {counters.step:,}: validation loss {loss.mean:.4f}, perplexity {loss.perplexity:,.1f}")
+
+    def sampled(self, counters: Counters, texts: Sequence[tuple[str, str]]) -> None:
+        """Note samples, as (prompt, continuation)."""
+        # JSON keeps a text on one line, so that a line is a row
+        self.samples.append([(counters.step, json.dumps(prompt), json.dumps(text)) for prompt, text in texts])
+        self._run.log_text(
+            f"samples/step_{counters.step:08d}.txt", "\n\n".join(prompt + text for prompt, text in texts)
+        )
+        if texts:
+            self._line.print(f"step {counters.step:,}: {texts[0][0]}{texts[0][1]}".replace("\n", " "))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Throughput of training alone, over the whole of this process."""
+        return self.trained_tokens / self.train_seconds if self.train_seconds else 0.0
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP utilisation of training alone."""
+        return self.tokens_per_second * self._flops_per_token / self._peak
+
+
+class NullRecorder(Recorder):
+    """Keeps nothing: what every other rank has."""
+
+    def __init__(self) -> None:
+        pass
+
+    def resume(self, step: int) -> None:
+        """Nothing to resume."""
+
+    def step(self, counters: Counters, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+        """Not kept."""
+
+    def flush(self) -> None:
+        """Nothing to write."""
+
+    def validated(self, counters: Counters, loss: Loss) -> None:
+        """Not kept."""
+
+    def sampled(self, counters: Counters, texts: Sequence[tuple[str, str]]) -> None:
+        """Not kept."""
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """No time is counted."""
+        yield

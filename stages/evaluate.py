@@ -1,0 +1,25 @@
+"""evaluate: models/ -> metrics/evaluate.json and reports/: loss, completion, the lm-eval harness, samples."""
+
+if not __package__:
+    raise SystemExit(
+        "stages/evaluate.py was run by its path, so Python would take stages/tokenize.py for its own `tokenize` and fail "
+        "later on; run it as a module from the root of the checkout: python -m stages.evaluate"
+    )
+
+from pathlib import Path
+
+from pipelib.evaluation.evaluate import evaluate, evaluation_inputs
+from pipelib.params import Params
+from pipelib.stage import build_outs, run_stage
+
+FOLDERS = Path("models"), Path("data/tokens"), Path("data/benchmarks"), Path("curves")
+
+
+def main(params: Params) -> None:
+    """Evaluate the model, or link the evaluation made earlier of the same model with the same parameters."""
+    inputs = evaluation_inputs(params.evaluate, *FOLDERS)
+    build_outs("evaluate", params, inputs, lambda build: evaluate(build, params.evaluate, *FOLDERS))
+
+
+if __name__ == "__main__":
+    run_stage("evaluate", main)

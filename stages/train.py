@@ -1,0 +1,31 @@
+"""train: data/tokens -> models/ (a Hugging Face folder) and curves/ (losses of every step, samples)."""
+
+if not __package__:
+    raise SystemExit(
+        "stages/train.py was run by its path, so Python would take stages/tokenize.py for its own `tokenize` and fail "
+        "later on; run it as a module from the root of the checkout: python -m stages.train"
+    )
+
+from dataclasses import asdict
+from pathlib import Path
+
+from pipelib.params import Params
+from pipelib.stage import build_outs, run_stage
+from pipelib.tokens.shards import read_manifest
+from pipelib.training.launch import launch
+
+TOKENS = Path("data/tokens")
+
+
+def main(params: Params) -> None:
+    """Train, or go on training, or link the model trained earlier from the same data with the same parameters."""
+    inputs = {
+        "model": asdict(params.model),
+        "train": asdict(params.train),
+        "data": read_manifest(TOKENS).fingerprint,
+    }
+    build_outs("train", params, inputs, lambda build: launch(build, params, TOKENS))
+
+
+if __name__ == "__main__":
+    run_stage("train", main)
