@@ -24,11 +24,11 @@ _BLOCK = 1 << 20
 def write_atomic(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under `path`, synced and whole, when the block ends without an error.
 
-    A process killed at any instant leaves either the old file or the new one, and at most a `.NAME.tmp` beside it,
-    which the next write of the same file replaces.
+    A process killed at any instant leaves either the old file or the new one, and at most a `.NAME.PID.tmp` beside it.
+    Processes that write the same file at once do not meet; the last one's stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         with temporary.open("xb") as file:

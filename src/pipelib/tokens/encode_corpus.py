@@ -11,6 +11,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -166,10 +168,18 @@ def encode_units(units: list[Unit], folder: Path, engine: str, workers: int) -> 
     """Encode the units that are not complete yet, on `workers` processes, and return the counts of all."""
     missing = [unit for unit in units if not unit.marker_file(folder).exists()]
     progress = Progress(f"encoding with {engine}, {workers} workers", None, "tokens")
+    load_engine(engine)  # proves it here, where an error is one message, and not in every worker
     # spawn, not fork: the same on every system, and safe with threads (MLflow's) in this process
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (engine, str(folder))) as pool:
-        for counts in pool.imap_unordered(_encode_unit, missing):
-            progress.add(counts.tokens)
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(workers, context, _start_worker, (engine, str(folder))) as pool:
+            for future in as_completed([pool.submit(_encode_unit, unit) for unit in missing]):
+                progress.add(future.result().tokens)
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker was killed, by the system if memory ran out, so the corpus is not complete; what it finished is kept: "
+            "run dvc repro again, with fewer workers if memory is short (PIPELIB_WORKERS=1)."
+        ) from None
     progress.close()
     return [UnitCounts(**read_json(unit.marker_file(folder))) for unit in units]
 
