@@ -1,11 +1,11 @@
 """Benchmarks: four-way completion made of the corpus itself, its held-out documents, and HellaSwag's validation set.
 
-A completion item is a stretch of a document: 40 to 80 words of context and the 10 to 20 words that follow. The three
+A completion item is a stretch of a document: 24 to 48 words of context and the 6 to 12 words that follow. The three
 wrong endings are as many words from three other documents, each at the same relative position, so neither length nor
 position tells the right one. A scorer joins `ctx + " " + ending`, as HellaSwag's does. Chance is 0.25.
 
 Everything follows from the documents and the seed: positions and lengths are drawn with SHA-256, which is the same in
-every version of Python. Expect 2,201 items from the first 580 documents of the offline corpus, seed 1337.
+every version of Python. Expect 2,105 items from the first 480 documents of the offline corpus, seed 1337.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ from pipelib.corpus.raw import iterate_raw
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_atomic, write_json
 
-CONTEXT_WORDS = (40, 80)
+CONTEXT_WORDS = (24, 48)
 """Fewest and most words of a context; the first endings of a document have the shorter ones."""
-ENDING_WORDS = (10, 20)
+ENDING_WORDS = (6, 12)
 """Fewest and most words of an ending."""
-SLOT_WORDS = 22
+SLOT_WORDS = 20
 """The least distance at which endings of one document are placed. They never overlap; contexts may, since half of all
 documents are shorter than two whole items."""
 ITEMS_PER_DOCUMENT = 6

@@ -51,7 +51,7 @@ def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, An
     assert outcome is not None
     return {
         task: {
-            **{name.removesuffix(",none"): value for name, value in scores.items() if isinstance(value, int | float)},
+            **{name.removesuffix(",none"): value for name, value in scores.items() if name.endswith(",none")},
             "version": outcome["versions"][task],
             "examples": outcome["n-samples"][task]["effective"],
         }
@@ -120,7 +120,9 @@ def log_likelihoods(
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     for batch in batches_of(order, lambda i: min(limit, len(pairs[i][0]) + len(pairs[i][1]) - 1), params.batch_tokens):
         for index, (losses, greedy) in zip(
-            batch, ending_losses(model, [pairs[index] for index in batch], params.precision), strict=True
+            batch,
+            ending_losses(model, [pairs[index] for index in batch], params.precision, with_greedy=True),
+            strict=True,
         ):
             results[index] = -float(losses.sum()), greedy
     return results

@@ -161,10 +161,10 @@ def batches_of(rows: Sequence[Any], length: Any, batch_tokens: int) -> Iterator[
 
 @torch.no_grad()
 def ending_losses(
-    model: GPT, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], precision: str
+    model: GPT, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], precision: str, *, with_greedy: bool = False
 ) -> list[tuple[npt.NDArray[np.float64], bool]]:
-    """For each (context, ending), in one forward pass: the loss in nats of every token of the ending, and whether each of
-    them is the model's first choice.
+    """For each (context, ending), in one forward pass: the loss in nats of every token of the ending, and, where
+    `with_greedy` asks for it, whether each of them is the model's first choice.
 
     Contexts too long for the model lose their start, never their end. Padding stands on the right, where no position
     that counts can see it.
@@ -189,7 +189,7 @@ def ending_losses(
         )
         logits = model.logits(counted).float()
     losses = F.cross_entropy(logits, targets, reduction="none").double().cpu()
-    greedy = (logits.argmax(dim=-1) == targets).cpu()
+    greedy = (logits.argmax(dim=-1) == targets if with_greedy else torch.zeros_like(targets, dtype=torch.bool)).cpu()
     pieces = zip(torch.split(losses, lengths), torch.split(greedy, lengths), strict=True)
     return [(values.numpy(), bool(hits.all())) for values, hits in pieces]
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pipelib.errors import UserError
 from pipelib.model.gpt import GPT
+from pipelib.model.vocabulary import VOCAB_SIZE
 
 
 @torch.no_grad()
@@ -54,9 +55,9 @@ def generate(
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """One token id from the logits (VOCAB_SIZE,)."""
+    """One token id from the logits (PADDED_VOCAB_SIZE,), whose padding is minus infinity."""
     if temperature == 0:
         return int(logits.argmax())
-    values, token_ids = logits.topk(min(top_k or len(logits), len(logits)))
+    values, token_ids = logits.topk(min(top_k or VOCAB_SIZE, VOCAB_SIZE))
     probabilities = (values / temperature).softmax(dim=-1)
     return int(token_ids[torch.multinomial(probabilities, 1, generator=generator)])

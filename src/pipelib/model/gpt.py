@@ -88,8 +88,10 @@ class GPT(nn.Module):
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., VOCAB_SIZE), without the padding."""
-        return F.linear(hidden, self.wte.weight)[..., :VOCAB_SIZE]
+        """(..., C) -> (..., PADDED_VOCAB_SIZE), with minus infinity for the padding, which so has probability zero."""
+        logits = F.linear(hidden, self.wte.weight)
+        logits[..., VOCAB_SIZE:] = -math.inf  # set, not cut off, so that the product keeps its good shape
+        return logits
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy in nats of predicting `targets` (B, T) from `inputs` (B, T), a scalar."""
@@ -100,8 +102,7 @@ class GPT(nn.Module):
         return self._cross_entropy(inputs, targets, "none").view(targets.shape)
 
     def _cross_entropy(self, inputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        logits = F.linear(self.hidden(inputs), self.wte.weight).flatten(0, 1)  # (B·T, PADDED_VOCAB_SIZE)
-        logits[:, VOCAB_SIZE:] = -math.inf  # columns, so that the product above keeps its good shape
+        logits = self.logits(self.hidden(inputs).flatten(0, 1))  # (B·T, PADDED_VOCAB_SIZE)
         return F.cross_entropy(logits.float(), targets.flatten(), reduction=reduction)
 
 

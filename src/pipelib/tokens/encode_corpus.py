@@ -85,7 +85,8 @@ def encode_corpus(
     units = plan_units([raw / file["name"] for file in source["files"]])
     folder, out = build.work / "units", build.outs / "data" / "tokens"
     folder.mkdir(exist_ok=True)
-    require_free_space(build.work, 4 * sum(file["bytes"] for file in source["files"]), "tokenization")
+    # units and shards, 2 bytes a token each; at least three bytes of text make a token, and parquet halves the text
+    require_free_space(build.work, 3 * sum(file["bytes"] for file in source["files"]), "tokenization")
 
     workers = worker_count(len(units))
     engine = os.environ.get("PIPELIB_TOKENIZER", "gigatoken")

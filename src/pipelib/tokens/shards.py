@@ -73,13 +73,18 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         UserError: it is missing, not JSON, or of another version.
     """
-    value = read_json(folder / MANIFEST)
-    if value.get("version") != VERSION:
+    path = folder / MANIFEST
+    value = read_json(path)
+    version = value.get("version") if isinstance(value, dict) else None
+    if version != VERSION:
         raise UserError(
-            f"{folder / MANIFEST} has version {value.get('version')!r} and this code reads {VERSION}, so its shards could "
-            "be misread; run dvc repro to make them again."
+            f"{path} has version {version!r} and this code reads {VERSION}, so its shards could be misread; "
+            "run dvc repro to make them again."
         )
-    return Manifest(value["encoding"], value["source"], tuple(Shard(**shard) for shard in value["shards"]))
+    try:
+        return Manifest(value["encoding"], value["source"], tuple(Shard(**shard) for shard in value["shards"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no manifest of shards ({error!r}), so they cannot be trusted; {_REPAIR}") from None
 
 
 def write_shards(folder: Path, pieces: Iterable[Tokens], shard_tokens: int) -> list[Shard]:

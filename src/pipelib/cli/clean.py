@@ -1,0 +1,177 @@
+"""`pipelib clean`: what the stages keep to go on from, and free disk space."""
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelib.errors import UserError
+from pipelib.files import format_bytes, read_json, remove
+from pipelib.progress import format_seconds
+from pipelib.state import is_locked, lock_folder, state_root
+
+STAGES = ("download", "tokenize", "train", "evaluate")
+EXAMPLES = """examples:
+  pipelib clean --dry-run             list the state of all stages
+  pipelib clean --older-than 7        delete what no run has used for a week, after asking
+  pipelib clean --stage train --yes   delete the checkpoints and finished models of all trainings
+
+"frees" is what deletion gives back now. Bytes that are hard-linked elsewhere (in the workspace, in DVC's cache) stay
+until those links go too: dvc gc -w. The runs' records and the vocabulary are never deleted.
+"""
+
+Inode = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One state folder, STAGE/FINGERPRINT."""
+
+    folder: Path
+    finished: bool
+    locked: bool
+    used: float
+    """When a run last wrote to it, in seconds since 1970."""
+    files: tuple[os.stat_result, ...]
+
+    @property
+    def stage(self) -> str:
+        """The stage it belongs to."""
+        return self.folder.parent.name
+
+    @property
+    def status(self) -> str:
+        """In a word or two."""
+        return "in use" if self.locked else "finished" if self.finished else "unfinished"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `clean` to the command."""
+    parser = subparsers.add_parser(
+        "clean",
+        help="list the stages' state by size and age, and delete it",
+        description="List what the stages keep to go on from after a kill (and to link finished outs again), and delete it "
+        "after asking. What a running stage uses is never deleted.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--stage", choices=STAGES, help="only this stage's; default: all")
+    parser.add_argument(
+        "--older-than", type=float, default=0.0, metavar="DAYS", help="only what no run used for so long"
+    )
+    parser.add_argument("--yes", action="store_true", help="delete without asking")
+    parser.add_argument("--dry-run", action="store_true", help="list only")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List, ask, delete."""
+    if not arguments.older_than >= 0:
+        raise UserError(f"--older-than {arguments.older_than:g} is no number of days that have passed; give 0 or more.")
+    root = state_root().absolute()
+    before = time.time() - arguments.older_than * 86400
+    found = [kept for kept in find_state(root) if arguments.stage in (None, kept.stage) and kept.used <= before]
+    if not found:
+        print(f"no state to delete in {root}")
+        return 0
+    print(table(found))
+    unused = [kept for kept in found if not kept.locked]
+    freed = format_bytes(freed_bytes(unused))
+    print(f"{len(unused)} of {len(found)} in {root} can be deleted, which frees {freed}")
+    if arguments.dry_run or not unused:
+        return 0
+    if not arguments.yes and not _agreed(len(unused), freed):
+        return 0
+    for kept in unused:
+        delete(kept)
+    print(f"deleted; {freed} freed")
+    return 0
+
+
+def find_state(root: Path) -> list[Kept]:
+    """The state folders of all stages, by stage, the last used first. A state folder is one that has a lock."""
+    folders = [lock.parent for stage in STAGES for lock in (root / stage).glob("*/lock")]
+    return sorted((_look_at(folder) for folder in folders), key=lambda kept: (STAGES.index(kept.stage), -kept.used))
+
+
+def _look_at(folder: Path) -> Kept:
+    locked = is_locked(folder)  # this touches the lock, so the lock's time says nothing
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / "lock"]
+    files = tuple(stat for path in paths if (stat := _stat(path)))
+    used = max((stat.st_mtime for stat in files), default=folder.stat().st_mtime)
+    return Kept(folder, _is_finished(folder), locked, used, files)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """None for a file that a running stage has just removed."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return "final" in read_json(folder / "meta.json")
+    except (UserError, TypeError):
+        return False
+
+
+def freed_bytes(states: Iterable[Kept]) -> int:
+    """What deleting all of these gives back: the files that have no link outside of them."""
+    inodes = {(stat.st_dev, stat.st_ino): stat for kept in states for stat in kept.files}
+    links = Counter((stat.st_dev, stat.st_ino) for kept in states for stat in kept.files)
+    return sum(stat.st_size for inode, stat in inodes.items() if stat.st_nlink <= links[inode])
+
+
+def table(states: list[Kept]) -> str:
+    """One line a state."""
+    rows = [("stage", "fingerprint", "status", "frees", "linked elsewhere", "unused for")]
+    for kept in states:
+        freed = freed_bytes([kept])
+        total = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in kept.files}.values())
+        age = format_seconds(max(0.0, time.time() - kept.used))
+        rows.append((kept.stage, kept.folder.name, kept.status, format_bytes(freed), format_bytes(total - freed), age))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _agreed(count: int, freed: str) -> bool:
+    """Whether the user says yes; where nobody can be asked, say how to delete."""
+    if not sys.stdin.isatty():
+        print("nothing was deleted, since nobody can be asked here; add --yes to delete")
+        return False
+    try:
+        answer = input(f"Delete {count} and free {freed}? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() in ("y", "yes"):
+        return True
+    print("nothing was deleted")
+    return False
+
+
+def delete(kept: Kept) -> None:
+    """Delete a state folder while holding its lock, so that no stage starts on half of it; one in use stays.
+
+    The lock itself goes last, and meta.json first: what is left after a kill is not taken for finished.
+    """
+    try:
+        descriptor = lock_folder(kept.folder)
+    except UserError as error:
+        print(f"kept: {error}")
+        return
+    try:
+        for entry in sorted(kept.folder.iterdir(), key=lambda path: path.name != "meta.json"):
+            if entry.name != "lock":
+                remove(entry)
+        remove(kept.folder)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,122 @@
+"""How fast this machine trains a model, from a few seconds of real optimizer steps, and how much memory it has."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelib.cli.estimates import memory_of
+from pipelib.model.device import pick_device
+from pipelib.model.gpt import GPT, initialise
+from pipelib.model.vocabulary import VOCAB_SIZE
+from pipelib.params import Params
+from pipelib.tokens.loader import Batch
+from pipelib.training.distributed import World
+from pipelib.training.hardware import peak_of
+from pipelib.training.loop import take_step
+from pipelib.training.optim import make_optimizer
+
+SECONDS = 2.0
+"""How long to measure, about, after warming up."""
+UTILISATION = 0.3
+"""The share of the peak that is assumed where nothing can be measured, and to choose how much to measure."""
+MICRO_STEP_SECONDS = 1.0
+"""How long a measured micro-step should take at that share of the peak; most take less."""
+LEAST_TOKENS = 32
+"""The shortest row worth measuring."""
+MANY = 3
+"""Micro-steps of the longer of the two steps that are measured."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one rank does."""
+
+    tokens_per_second: float
+    how: str
+
+
+def measure_speed(params: Params, ranks: int) -> Speed:
+    """Train this model on random tokens for a few seconds; where it is too big for that, guess from the peak."""
+    model, train = params.model, params.train
+    device = pick_device(local_world_size=ranks)
+    peak = peak_of(device, train.precision).flops
+    flops = model.flops_per_token(train.sequence_length)
+    guess = UTILISATION * peak / flops
+    rows, length = _trial_size(params, guess)
+    if length < LEAST_TOKENS or memory_of(model, train, rows, length).total > 0.8 * free_memory(device):
+        why = "would take too long" if length < LEAST_TOKENS else "would not fit in the memory that is free"
+        how = f"a guess: one short step {why} here, so {UTILISATION:.0%} of a peak of {peak / 1e12:.3g} TFLOP/s is assumed"
+        return Speed(guess, how)
+    micro_step, rest = _measure(params, device, rows, length)
+    micro_step *= flops / model.flops_per_token(length)  # shorter rows spend less on attention
+    rank_tokens = train.global_batch_tokens / ranks
+    seconds = micro_step * rank_tokens / (rows * length) + rest
+    how = f"measured: real steps on {rows} x {length} random tokens" + (", not compiled" if train.compile else "")
+    return Speed(rank_tokens / seconds, how + (", without the exchange between ranks" if ranks > 1 else ""))
+
+
+def _trial_size(params: Params, tokens_per_second: float) -> tuple[int, int]:
+    """Rows and tokens a row for a micro-step that is not too long; never more than the real one."""
+    budget = int(tokens_per_second * MICRO_STEP_SECONDS)
+    length = min(params.train.sequence_length, budget)
+    rows = max(1, min(params.train.micro_batch_size, budget // max(1, length)))
+    return rows, length
+
+
+def _measure(params: Params, device: torch.device, rows: int, length: int) -> tuple[float, float]:
+    """Seconds of one micro-step, and of the rest of an optimizer step, from steps of one and of `MANY` micro-steps."""
+    network = GPT(params.model)
+    initialise(network, params.train.seed)
+    network.to(device)
+    optimizer = make_optimizer(network, params.train)
+
+    def seconds(micro_steps: int) -> float:
+        batches = _random_batches(micro_steps, rows, length)
+        started = time.perf_counter()
+        loss, _ = take_step(network, optimizer, batches, 0.0, params.train, World(0, 1, device))
+        loss.item()  # waits for the device
+        next(network.parameters())[0, 0].item()  # and for the optimizer on it
+        return time.perf_counter() - started
+
+    seconds(1)
+    started, one, many = time.perf_counter(), float("inf"), float("inf")
+    while many == float("inf") or time.perf_counter() - started < SECONDS:
+        one, many = min(one, seconds(1)), min(many, seconds(MANY))
+    micro_step = max((many - one) / (MANY - 1), many / MANY / 10)  # the bound is for a clock that was disturbed
+    return micro_step, max(0.0, one - micro_step)
+
+
+def _random_batches(count: int, rows: int, length: int) -> list[Batch]:
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (count, rows, length + 1))
+    return [(batch[:, :-1], batch[:, 1:]) for batch in tokens]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a GPU; on a CPU what the system and this process's control group leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = _meminfo("MemAvailable")
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory a device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _meminfo(key: str) -> int:
+    """A line of Linux's /proc/meminfo in bytes; half of all memory on another system."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines[key].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,170 @@
+"""`pipelib plan`: what a parameter file would cost, without doing any of it."""
+
+import argparse
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelib.files import format_bytes
+from pipelib.progress import format_seconds
+from pipelib.state import state_root
+
+if TYPE_CHECKING:
+    from pipelib.cli.estimates import Corpus
+    from pipelib.params import Params
+
+EXAMPLES = """examples:
+  pipelib plan
+  pipelib plan --params presets/gpt2-124m.yaml
+  PIPELIB_NPROC=8 pipelib plan --no-measure      for eight ranks, by arithmetic alone
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `plan` to the command."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="say what params.yaml would cost, and do nothing",
+        description="Read a parameter file as strictly as the stages do and print its parameters, steps, tokens, FLOPs, bytes "
+        "on disk, memory per GPU, and the time on this machine from a measurement of a few seconds. Exit status 1 where the "
+        "data or the ranks here do not fit it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="default: params.yaml")
+    parser.add_argument("--no-measure", action="store_true", help="run nothing: leave the time out")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan as it is worked out.
+
+    Raises:
+        UserError: the parameters are wrong, or the data or the ranks here do not fit them.
+    """
+    from pipelib.cli.estimates import corpus_of
+    from pipelib.params import load_params
+    from pipelib.training.launch import process_count
+
+    params, ranks = load_params(arguments.params), process_count()
+    corpus = corpus_of(params, Path.cwd())
+    print(f"{arguments.params}, with {_count(ranks, 'rank')} on this machine\n")
+    for lines in (
+        _model_and_steps(params, ranks),
+        _data(params, corpus),
+        _disk(params, corpus),
+        _memory(params, ranks),
+    ):
+        _print(lines)
+    _check(params, corpus, ranks)
+    if not arguments.no_measure:
+        _print(_time(params, ranks))
+    return 0
+
+
+def _print(lines: Iterable[tuple[str, str]]) -> None:
+    for name, text in lines:
+        print(f"{name:<12}{text}", flush=True)
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{round(number, 2):,g} {noun}{'' if number == 1 else 's'}"
+
+
+def _model_and_steps(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
+    model, train = params.model, params.train
+    yield (
+        "model",
+        f"{model.parameters:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
+        f"context {model.context_length:,}",
+    )
+    tokens = train.max_steps * train.global_batch_tokens
+    yield "steps", f"{train.max_steps:,} of {train.global_batch_tokens:,} tokens = {tokens:,} tokens"
+    micro_steps = train.rows_per_step / (train.micro_batch_size * ranks)
+    yield (
+        "each step",
+        f"{_count(micro_steps, 'micro-step')} a rank, of {_count(train.micro_batch_size, 'row')} of "
+        f"{train.sequence_length:,} tokens",
+    )
+    flops = model.flops_per_token(train.sequence_length)
+    yield "compute", f"{_scaled(flops)}FLOP a token, {_scaled(flops * tokens)}FLOP in total, forward and backward"
+
+
+def _scaled(number: float) -> str:
+    """In thousands: 854.7 M, 8.55 E."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if number < 1000:
+            return f"{number:.4g} {prefix}"
+        number /= 1000
+    return f"{number:.4g} Z"
+
+
+def _data(params: "Params", corpus: "Corpus | None") -> Iterator[tuple[str, str]]:
+    if corpus is None:
+        yield "data", "unknown until tokenize has run: only it knows how many tokens your text has"
+        return
+    train_tokens = max(0, corpus.tokens - params.tokenize.shard_tokens)
+    yield "data", f"{corpus.tokens:,} tokens ({corpus.origin})"
+    if train_tokens:
+        epochs = params.train.max_steps * params.train.global_batch_tokens / train_tokens
+        yield "epochs", f"{epochs:.3g} of the {train_tokens:,} that are not for validation"
+
+
+def _disk(params: "Params", corpus: "Corpus | None") -> Iterator[tuple[str, str]]:
+    from pipelib.cli.estimates import disk_of
+
+    disk = disk_of(params, corpus)
+
+    def size(count: int | None) -> str:
+        return "unknown" if count is None else format_bytes(count)
+
+    yield "disk", f"download  data/raw     {size(disk.raw)}"
+    yield "", f"tokenize  data/tokens  {size(disk.tokens)}, 2 bytes a token; while it runs {size(disk.units)} more"
+    yield "", f"train     models       {size(disk.model)}; while it runs {size(disk.checkpoints)} of checkpoints"
+    free = shutil.disk_usage(nearest_folder(state_root())).free
+    yield "", f"together at most {size(disk.total)}, where hard links work; {size(free)} are free"
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder, or the nearest one above it that is there: both lie on the same disk."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _memory(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
+    from pipelib.cli.estimates import memory_of
+    from pipelib.cli.measure import total_memory
+    from pipelib.model.device import pick_device
+
+    train, device = params.train, pick_device(local_world_size=ranks)
+    need = memory_of(params.model, train, train.micro_batch_size, train.sequence_length)
+    parts = (f"{name} {format_bytes(count)}" for name, count in asdict(need).items() if count)
+    yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
+    here = total_memory(device) // (1 if device.type == "cuda" else ranks)
+    what = "a GPU here" if device.type == "cuda" else "a rank here, on the CPU,"
+    verdict = "fits" if need.total < 0.9 * here else "does not fit: lower train.micro_batch_size"
+    yield "", f"{what} has {format_bytes(here)}: {verdict}"
+
+
+def _check(params: "Params", corpus: "Corpus | None", ranks: int) -> None:
+    """Refuse what the train stage would refuse."""
+    from pipelib.cli.estimates import manifest_of
+    from pipelib.training.loop import check_plan
+
+    if corpus is not None:
+        check_plan(params.train, manifest_of(corpus, params.tokenize.shard_tokens), ranks)
+
+
+def _time(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
+    from pipelib.cli.measure import measure_speed
+
+    train = params.train
+    speed = measure_speed(params, ranks)
+    trained = train.max_steps * train.global_batch_tokens
+    validated = -(-train.max_steps // train.validate_every) * train.validate_tokens
+    seconds = (trained + validated / 3) / (speed.tokens_per_second * ranks)  # a third of the work is the forward pass
+    rate = f"{speed.tokens_per_second:,.0f} tokens/s a rank"
+    yield "time", f"{format_seconds(seconds)} of training and validation, at {rate}"
+    yield "", speed.how

@@ -1,0 +1,96 @@
+"""`pipelib summary`: what the last run gave, on one screen, and where to look next."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pipelib.errors import UserError
+from pipelib.files import read_json
+
+EXAMPLES = """example:
+  pipelib summary
+"""
+METRICS = Path("metrics")
+SAMPLE_LINES = 8
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add this command to the command line."""
+    parser = subparsers.add_parser(
+        "summary",
+        help="what the last run gave, on one screen",
+        description="Print the model's losses and scores, a sample of what it writes, and the commands to try next.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+
+
+def run(_: argparse.Namespace) -> int:
+    """Print the summary of the metrics and the report in the workspace."""
+    tokens, train, evaluate = (read_json(METRICS / f"{stage}.json") for stage in ("tokenize", "train", "evaluate"))
+    speed = read_json(METRICS / "speed" / "train.json")
+    print(f"\n{title(train, tokens)}\n")
+    for name, value in rows(train, evaluate, speed):
+        print(f"  {name:<22}{value}")
+    sample = first_sample(Path("reports/evaluation.md"))
+    if sample:
+        print("\nIt writes:\n")
+        print("\n".join(f"  | {line}" for line in sample.splitlines()[:SAMPLE_LINES]))
+    print(NEXT)
+    return 0
+
+
+NEXT = """
+Look at   reports/evaluation.md            everything that was measured, with a picture of the loss
+          .venv/bin/mlflow ui              all runs, side by side, in the browser
+Try       .venv/bin/pipelib sample --prompt "Returns the"
+          .venv/bin/dvc exp run -S train.max_lr=1.8e-3
+          .venv/bin/pipelib plan --params presets/gpt2-124m.yaml
+"""
+
+
+def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:
+    """What was trained on what."""
+    return (
+        f"GPT-2 with {train['parameters']:,} parameters, trained on {train['tokens']:,} of {tokens['train_tokens']:,} tokens "
+        f"in {train['steps']:,} steps"
+    )
+
+
+def rows(train: dict[str, Any], evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, value) lines of the summary."""
+    lines = [
+        ("validation loss", f"{evaluate['val_loss']:.4f} (it starts near ln 50,257 = 10.82)"),
+        ("perplexity", f"{evaluate['perplexity']:,.1f}"),
+        ("bits per byte", f"{evaluate['bits_per_byte']:.3f}"),
+    ]
+    for name in ("completion", "hellaswag"):
+        if name in evaluate:
+            lines += [
+                (f"{name} acc_norm", _accuracy(evaluate[name]["acc_norm"], evaluate[name]["unigram"]["acc_norm"]))
+            ]
+    mfu = f", {speed['mfu']:.0%} of the peak" if speed["tokens_per_second"] else ""
+    lines += [("speed of training", f"{speed['tokens_per_second']:,} tokens/s on {speed['device']}{mfu}")]
+    lines += [("loss at the last step", f"{train['train_loss']:.4f} on its batch")]
+    return lines
+
+
+def _accuracy(model: dict[str, float], unigram: dict[str, float]) -> str:
+    return (
+        f"{model['value']:.4f}, 95 % interval {model['low']:.4f} to {model['high']:.4f}, {model['items']:,} items; "
+        f"unigram model {unigram['value']:.4f}, chance 0.25"
+    )
+
+
+def first_sample(report: Path) -> str:
+    """The first sample in a report; empty where there is no report, for `dvc repro` may not have pulled it."""
+    try:
+        text = report.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    fence = "````"
+    parts = text.split(fence + "text\n", 1)
+    if len(parts) < 2:
+        raise UserError(f"{report} holds no sample, so it is not a report of this version; run dvc repro.")
+    return parts[1].split("\n" + fence, 1)[0]

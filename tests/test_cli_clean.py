@@ -1,0 +1,150 @@
+"""State is listed with what deletion really frees, and deleted only when asked and unused."""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelib.cli.clean import find_state, freed_bytes
+from pipelib.cli.main import main
+from pipelib.state import State, lock_folder
+
+DAY = 86400
+
+
+class Terminal(io.StringIO):
+    """A standard input with a person behind it, who has typed this."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
+    for folder in ("records/key", "vocabulary"):
+        (tmp_path / "state" / folder).mkdir(parents=True)
+        (tmp_path / "state" / folder / "file").write_bytes(bytes(5000))
+    return tmp_path / "state"
+
+
+def finished(stage: str, value: int, size: int) -> Path:
+    """A finished state with one file, published and so linked into the workspace."""
+    with State(stage, {"value": value}, {}) as state:
+        out = state.work / "outs/data" / f"{stage}{value}"
+        out.mkdir(parents=True)
+        (out / "shard").write_bytes(bytes(size))
+        state.finish()
+        state.publish()
+    return state.folder
+
+
+def unfinished(stage: str, value: int, size: int) -> Path:
+    with State(stage, {"value": value}, {}) as state:
+        (state.work / "checkpoint").write_bytes(bytes(size))
+    return state.folder
+
+
+def age(folder: Path, days: float) -> None:
+    for path in folder.rglob("*"):
+        stat = path.stat()
+        os.utime(path, (stat.st_atime - days * DAY, stat.st_mtime - days * DAY))
+
+
+def test_what_is_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenized, training = finished("tokenize", 1, 3_000_000), unfinished("train", 1, 2_000_000)
+    assert main(["clean", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["stage", "fingerprint", "status", "frees", "linked", "elsewhere", "unused", "for"]
+    assert lines[1].split()[:4] == [
+        "tokenize",
+        tokenized.name,
+        "finished",
+        f"{(tokenized / 'meta.json').stat().st_size}",
+    ]
+    assert "3.0 MB" in lines[1]
+    assert lines[2].split()[:5] == ["train", training.name, "unfinished", "2.0", "MB"]
+    assert lines[3].startswith(f"2 of 2 in {root} can be deleted, which frees 2.0 MB")
+    assert training.is_dir()
+    assert tokenized.is_dir()
+
+
+def test_links_between_two_states_are_freed_together(root: Path) -> None:
+    first, second = unfinished("train", 1, 1_000_000), unfinished("train", 2, 10)
+    os.link(first / "work/checkpoint", second / "work/same")
+    states = find_state(root)
+    assert [freed_bytes([kept]) < 1000 for kept in states] == [True, True]
+    assert 1_000_000 < freed_bytes(states) < 1_002_000
+
+
+def test_yes_deletes_what_is_unused_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenized, training, used = finished("tokenize", 1, 10), unfinished("train", 1, 10), unfinished("train", 2, 10)
+    lock = lock_folder(used)
+    try:
+        assert main(["clean", "--yes"]) == 0
+    finally:
+        os.close(lock)
+    assert "in use" in capsys.readouterr().out
+    assert [path.exists() for path in (tokenized, training, used / "work/checkpoint")] == [False, False, True]
+    assert Path("data/tokenize1/shard").stat().st_size == 10
+    assert all((root / folder / "file").exists() for folder in ("records/key", "vocabulary"))
+
+
+def test_a_stage_and_an_age_can_be_chosen(root: Path) -> None:
+    old, new, other = unfinished("train", 1, 10), unfinished("train", 2, 10), unfinished("tokenize", 1, 10)
+    age(old, 8)
+    age(other, 8)
+    assert main(["clean", "--stage", "train", "--older-than", "7", "--yes"]) == 0
+    assert [path.exists() for path in (old, new, other)] == [False, True, True]
+    assert root.is_dir()
+
+
+def test_nobody_to_ask_deletes_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished("train", 1, 10)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    assert main(["clean"]) == 0
+    assert "add --yes to delete" in capsys.readouterr().out
+    assert folder.is_relative_to(root)
+    assert folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "left"), [("y\n", False), ("Yes\n", False), ("\n", True), ("n\n", True), ("", True)]
+)
+def test_the_answer_counts(answer: str, left: bool, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = unfinished("train", 1, 10)
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    assert main(["clean"]) == 0
+    assert folder.is_relative_to(root)
+    assert folder.exists() == left
+
+
+def test_a_stage_that_started_meanwhile_is_kept(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished("train", 1, 10)
+    locks = []
+
+    def start_and_agree(_: str) -> str:
+        locks.append(lock_folder(folder))
+        return "y"
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", start_and_agree)
+    assert main(["clean"]) == 0
+    os.close(locks[0])
+    assert "kept: " in capsys.readouterr().out
+    assert root.is_dir()
+    assert (folder / "work/checkpoint").exists()
+
+
+def test_nothing_and_nonsense(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["clean"]) == 0
+    assert f"no state to delete in {root}" in capsys.readouterr().out
+    assert main(["clean", "--older-than", "-1"]) == 1
+    assert "--older-than -1" in capsys.readouterr().err

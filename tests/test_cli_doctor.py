@@ -1,0 +1,215 @@
+"""Every check says what is wrong and what to do about it, and none of them breaks down."""
+
+import os
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipelib.cli import doctor
+from pipelib.cli.doctor import Check, Finding
+from pipelib.cli.main import main
+from pipelib.errors import UserError
+from pipelib.state import lock_folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("PIPELIB_STATE_DIR", "DVC_ROOT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def find(check: Check) -> list[tuple[str, str, str]]:
+    return [(finding.level, finding.text, finding.remedy) for finding in check()]
+
+
+def only(check: Check) -> tuple[str, str, str]:
+    (finding,) = find(check)
+    return finding
+
+
+def test_lines_and_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def good() -> Iterator[Finding]:
+        yield Finding("ok", "all is well")
+
+    def doubtful() -> Iterator[Finding]:
+        yield Finding("warn", "it is slow", "buy a faster one")
+
+    def broken() -> Iterator[Finding]:
+        raise UserError("it is broken, so nothing works; mend it.")
+        yield
+
+    def missing() -> Iterator[Finding]:
+        import no_such_package  # type: ignore[import-not-found]
+
+        yield Finding("ok", str(no_such_package))
+
+    def crashing() -> Iterator[Finding]:
+        yield Finding("ok", str(1 / 0))
+
+    monkeypatch.setattr(doctor, "CHECKS", {"a": good, "b": doubtful})
+    assert main(["doctor"]) == 0
+    assert (
+        capsys.readouterr().out
+        == "ok   a          all is well\nwarn b          it is slow\n" + " " * 16 + "-> buy a faster one\n"
+    )
+    monkeypatch.setattr(doctor, "CHECKS", {"c": broken, "d": missing, "e": crashing, "f": good})
+    assert main(["doctor"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "->" not in line]
+    assert [line[:4] for line in lines] == ["FAIL", "FAIL", "FAIL", "ok  "]
+    assert "no_such_package" in lines[1]
+    assert "ZeroDivisionError" in lines[2]
+
+
+def test_an_empty_folder_fails_with_remedies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL git        this is no git repository" in said
+    assert "FAIL dvc        `dvc cache dir` fails here" in said
+    assert "FAIL params     params.yaml does not exist" in said
+    assert "ok   vocabulary GPT-2's" in said
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(doctor.check_python)[0] == "ok"
+    monkeypatch.setattr("sys.version_info", (3, 10, 1))
+    assert only(doctor.check_python)[0] == "FAIL"
+    assert only(doctor.check_packages)[0] == "warn"
+    installed = dict.fromkeys(doctor.ESSENTIAL, "1.0")
+    monkeypatch.setattr(doctor, "_installed", installed.get)
+    Path("constraints.txt").write_text("# pinned\ntorch==1.0\nnumpy==1.0 ; python_version > '3'\nother-system==3\n")
+    assert only(doctor.check_packages) == ("ok", "2 packages have the versions of constraints.txt", "")
+    installed |= {"numpy": "0.9"}
+    level, text, remedy = only(doctor.check_packages)
+    assert (level, text.split(":")[0], remedy) == ("warn", "numpy 0.9, not 1.0", "make setup")
+    del installed["dvc"]
+    assert ("FAIL", "not installed: dvc", "make setup") in find(doctor.check_packages)
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "usable", "level", "words"),
+    [
+        (None, None, False, "ok", "no NVIDIA driver"),
+        ("600.1", "13.0", True, "ok", "driver 600.1: they go together"),
+        ("600.1", None, False, "warn", "its GPU lies idle"),
+        ("400.1", "13.0", False, "FAIL", "cannot use the driver 400.1"),
+    ],
+)
+def test_torch_and_driver(
+    driver: str | None, cuda: str | None, usable: bool, level: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    found = only(doctor.check_torch)
+    assert found[0] == level
+    assert words in found[1]
+    assert bool(found[2]) == (level != "ok")
+
+
+def test_git() -> None:
+    assert only(doctor.check_git)[0] == "FAIL"
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    assert only(doctor.check_git)[:2] == ("warn", "there is no commit yet, so dvc exp run has nothing to start from")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *identity, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
+    assert only(doctor.check_git)[0] == "ok"
+    Path("new").touch()
+    assert "with uncommitted changes" in only(doctor.check_git)[1]
+
+
+def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(doctor, "_output", lambda *_: "hardlink,symlink")
+    assert only(doctor.check_links)[0] == "ok"
+    assert not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.setattr(doctor, "_output", lambda *_: "")
+    assert find(doctor.check_links)[0][:2] == ("warn", "cache.type is reflink,copy: all data may be stored twice")
+
+    def refuse(*_: object) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert "no hard links from the state to the workspace and cache" in find(doctor.check_links)[1][1]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def write_params(old: str = "", new: str = "") -> None:
+    text = (Path(__file__).parents[1] / "params.yaml").read_text(encoding="utf-8")
+    assert old in text
+    Path("params.yaml").write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_params_and_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_params("seed: 1337", "sead: 1337")
+    with pytest.raises(UserError, match=r"did you mean download\.seed"):
+        find(doctor.check_params)
+    write_params()
+    assert only(doctor.check_params)[0] == "ok"
+    assert find(doctor.check_compiler) == []
+    write_params("compile: false", "compile: true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert only(doctor.check_compiler)[0] == "FAIL"
+    (tmp_path / "gcc").write_text("#!/bin/sh\n")
+    (tmp_path / "gcc").chmod(0o755)
+    assert only(doctor.check_compiler)[0] in ("ok", "warn")  # warn where Python has no headers
+
+
+def test_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_params()
+    monkeypatch.setattr(doctor, "_cache", lambda: None)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**12))
+    assert [level for level, _, _ in find(doctor.check_disk)] == ["ok", "ok"]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+    assert [level for level, _, _ in find(doctor.check_disk)] == ["warn", "warn"]
+
+
+def test_locks_and_leftovers() -> None:
+    assert only(doctor.check_locks)[0] == "ok"
+    folder = Path(".pipelib/train/0123456789abcdef")
+    for name in ("work/.old.json.tmp", "work/.new.json.tmp"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    hours_ago = time.time() - 3 * 3600
+    os.utime(folder / "work/.old.json.tmp", (hours_ago, hours_ago))
+    lock = lock_folder(folder)
+    assert only(doctor.check_locks)[:2] == ("warn", f"{folder} is in use by process {os.getpid()}")
+    assert only(doctor.check_leftovers)[0] == "ok"  # a stage at work may still need them
+    os.close(lock)
+    assert only(doctor.check_locks)[0] == "ok"
+    level, text, remedy = only(doctor.check_leftovers)
+    assert (level, text) == ("warn", "1 leftovers of killed processes")
+    assert remedy == f"rm -r {folder}/work/.old.json.tmp"
+
+
+def test_mlflow_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(doctor.check_mlflow) == ("ok", "no mlflow.db yet; the first stage makes it", "")
+    with sqlite3.connect("mlflow.db") as connection:
+        connection.execute("CREATE TABLE runs (id TEXT)")
+        connection.execute("INSERT INTO runs VALUES ('a')")
+    connection.close()
+    assert only(doctor.check_mlflow) == ("ok", "mlflow.db has 1 runs", "")
+    Path("mlflow.db").write_bytes(b"no database, but long enough to be looked at" * 100)
+    level, text, remedy = only(doctor.check_mlflow)
+    assert level == "FAIL"
+    assert "cannot be read" in text
+    assert "mv mlflow.db" in remedy
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@example.org")
+    assert "secret" not in only(doctor.check_mlflow)[1]
+
+
+def test_vocabulary_that_engines_disagree_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise UserError(f"{name} and tiktoken encode 'x' differently")
+
+    monkeypatch.setattr("pipelib.tokens.encoding.load_engine", refuse)
+    (finding,) = doctor._examine(doctor.check_vocabulary)
+    assert finding == Finding("FAIL", "gigatoken and tiktoken encode 'x' differently")

@@ -1,0 +1,81 @@
+"""The command itself: help without waiting, errors without tracebacks, quiet ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelib.cli import verify
+from pipelib.cli.main import main
+from pipelib.errors import UserError
+from pipelib.state import State
+
+COMMANDS = ("plan", "doctor", "verify", "sample", "clean")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"\n  pipelib {command}" in said.partition("examples:")[2]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from pipelib.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*sorted({'torch', 'numpy', 'yaml', 'mlflow', 'dvc', 'tiktoken'} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in COMMANDS)
+    assert done.stderr.strip() == ""
+
+
+def test_no_command_prints_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: pipelib" in capsys.readouterr().err
+
+
+def test_user_errors_are_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> int:
+        raise UserError("3 is odd, so nothing would fit; use 4.")
+
+    monkeypatch.setattr(verify, "run", fail)
+    assert main(["verify"]) == 1
+    assert capsys.readouterr().err == "pipelib: 3 is odd, so nothing would fit; use 4.\n"
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "run", stop)
+    assert main(["verify"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_our_own_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(_: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(verify, "run", break_down)
+    with pytest.raises(ZeroDivisionError):
+        main(["verify"])
+
+
+def test_a_reader_that_went_away_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path))
+    with State("train", {"a": 1}, {}):
+        pass
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pipelib.cli.main", "clean", "--dry-run"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,0 +1,164 @@
+"""The plan's numbers against published ones, and against what torch really saves."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pipelib.cli import measure
+from pipelib.cli.estimates import disk_of, memory_of, padded_parameters
+from pipelib.cli.main import main
+from pipelib.config import read_yaml
+from pipelib.model.device import autocast
+from pipelib.model.gpt import GPT
+from pipelib.params import Params, load_params
+from pipelib.tokens.shards import Manifest, write_shards
+
+GPT2 = {
+    "download.source": "hub", "download.repo": "HuggingFaceFW/fineweb-edu", "download.folder": "sample/10BT",
+    "tokenize.shard_tokens": 100_000_000,
+    "model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "model.context_length": 1024,
+    "train.max_tokens": 9_800_000_000, "train.global_batch_tokens": 524_288, "train.sequence_length": 1024,
+    "train.micro_batch_size": 64, "train.precision": "bf16", "evaluate.batch_tokens": 65_536,
+}  # fmt: skip
+
+
+def write_params(changes: dict[str, Any]) -> Path:
+    """The repository's parameters with some changed, as params.yaml of the current folder."""
+    params = read_yaml(Path(__file__).parents[1] / "params.yaml")
+    for key, value in changes.items():
+        section, name = key.split(".")
+        params[section][name] = value
+    Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    return Path("params.yaml")
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIPELIB_NPROC", "1")
+    monkeypatch.delenv("PIPELIB_STATE_DIR", raising=False)
+    return tmp_path
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_gpt2_124m_by_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params(GPT2)
+    said = plan(capsys, "--no-measure")
+    for words in (
+        "124,439,808 parameters: 12 layers, 12 heads, 768 wide, context 1,024",
+        "18,692 of 524,288 tokens = 9,799,991,296 tokens",
+        "8 micro-steps a rank, of 64 rows of 1,024 tokens",
+        "854.7 MFLOP a token, 8.376 EFLOP in total",
+        "9,982,590,278 tokens (the hub's own count of tokens, and one for each of 9,672,101 documents)",
+        "0.992 of the 9,882,590,278",
+        "data/raw     28.5 GB",
+        "data/tokens  20.0 GB",
+        "models       497.8 MB",
+    ):
+        assert words in said
+    assert "time" not in said
+    assert list(Path().iterdir()) == [Path("params.yaml")]  # it does nothing
+
+
+def test_ranks_share_the_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a rank needs a GPU of its own")
+    monkeypatch.setenv("PIPELIB_NPROC", "8")
+    write_params(GPT2)
+    said = plan(capsys, "--no-measure")
+    assert "with 8 ranks" in said
+    assert "1 micro-step a rank" in said
+
+
+def test_what_the_train_stage_refuses_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params({**GPT2, "train.max_tokens": 20_000_000_000})
+    assert main(["plan"]) == 1
+    said = capsys.readouterr()
+    assert "2.024 passes over the 9,882,590,278 training tokens" in said.err
+    assert "124,439,808 parameters" in said.out
+
+
+def test_a_params_file_is_read_strictly(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params({"train.max_step": 3}).rename("other.yaml")
+    assert main(["plan", "--params", "other.yaml"]) == 1
+    assert "train.max_step is not a parameter" in capsys.readouterr().err
+    assert main(["plan", "--params", "nowhere.yaml"]) == 1
+    assert "nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+def test_data_that_is_there_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params({"download.source": "local", "tokenize.shard_tokens": 100_000})
+    assert "unknown until tokenize has run" in plan(capsys, "--no-measure")
+    tokens = np.zeros(500_000, np.uint16)
+    folder = Path("data/tokens")
+    for kind, known in (("local", True), ("docs", False)):
+        Manifest({"name": "gpt2"}, {"kind": kind}, tuple(write_shards(folder, [tokens], 100_000))).write(folder)
+        said = plan(capsys, "--no-measure")
+        assert ("500,000 tokens (as data/tokens/manifest.json says)" in said) == known
+
+
+def saved_bytes(params: Params, rows: int, length: int) -> int:
+    """What autograd keeps of one forward pass, the model's own parameters aside."""
+    model = GPT(params.model)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    inputs = torch.zeros(rows, length, dtype=torch.long)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, autocast(torch.device("cpu"), params.train.precision):
+        model(inputs, inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_autograd_saves(precision: str) -> None:
+    by_layers = []
+    for layers in (2, 6):
+        params = load_params(write_params({"train.precision": precision, "model.n_layer": layers}))
+        by_layers.append((saved_bytes(params, 8, 128), memory_of(params.model, params.train, 8, 128)))
+    (few, few_memory), (many, many_memory) = by_layers
+    expected = many_memory.activations - few_memory.activations + many_memory.copies - few_memory.copies
+    assert many - few == pytest.approx(expected, rel=0.02)  # LayerNorms keep a little more
+
+
+def test_parameters_disk_and_fixed_memory() -> None:
+    params = load_params(write_params(GPT2))
+    count = sum(parameter.numel() for parameter in GPT(load_params(write_params({})).model).parameters())
+    assert padded_parameters(load_params(write_params({})).model) == count
+    padded = 124_439_808 + 47 * 768
+    memory = memory_of(params.model, params.train, 64, 1024)
+    assert (memory.weights, memory.gradients, memory.moments) == (4 * padded, 4 * padded, 8 * padded)
+    assert memory.logits == 64 * 1024 * 50304 * 12
+    disk = disk_of(params, None)
+    assert (disk.raw, disk.tokens, disk.checkpoints, disk.model) == (None, None, 36 * padded, 4 * 124_439_808)
+
+
+def test_time_is_measured_on_the_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+    write_params({"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 16})
+    said = plan(capsys)
+    assert "of training and validation, at " in said
+    assert "measured: real steps on " in said
+
+
+def test_a_model_that_does_not_fit_is_guessed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "free_memory", lambda _: 1000)
+    write_params({})
+    assert "a guess: one short step would not fit in the memory that is free" in plan(capsys)
+    monkeypatch.setattr(measure, "MICRO_STEP_SECONDS", 0.0)
+    assert "a guess: one short step would take too long" in plan(capsys)

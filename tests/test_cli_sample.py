@@ -1,0 +1,59 @@
+"""Text from a Hugging Face folder: every prompt with its continuation, the same for the same seed."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelib.cli.main import main
+from pipelib.model.gpt import GPT, initialise
+from pipelib.model.huggingface import export_model
+from pipelib.model.params import ModelParams
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    gpt = GPT(ModelParams(n_layer=1, n_head=2, n_embd=16, context_length=16))
+    initialise(gpt, 0)
+    export_model(gpt, folder, "# A test\n")
+    return folder
+
+
+def sample(model: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["sample", "--model", str(model), "--device", "cpu", "--tokens", "20", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_prompts_and_continuations(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = sample(model, capsys, "--prompt", "Returns the", "日本 é", "--prompt", "")
+    first, second, third = said.split("-" * 80 + "\n")
+    assert first.startswith("Returns the")
+    assert second.startswith("日本 é")
+    assert min(map(len, (first, second, third))) > 20
+
+
+def test_seed_and_temperature(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = sample(model, capsys, "--prompt", "The", "--seed", "1")
+    assert sample(model, capsys, "--prompt", "The", "--seed", "1") == one
+    assert sample(model, capsys, "--prompt", "The", "--seed", "2") != one
+    greedy = [sample(model, capsys, "--prompt", "The", "--temperature", "0", "--seed", seed) for seed in "12"]
+    assert greedy[0] == greedy[1]
+    assert sample(model, capsys, "--prompt", "The", "--top-k", "1") == greedy[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "warp"], "--device warp cannot be used here"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--tokens", "0"], "--tokens 0 would write nothing"),
+        (["--temperature", "-1"], "temperature -1 is negative"),
+        (["--top-k", "0"], "top_k 0 leaves no token"),
+        (["--model", "nowhere"], "nowhere is no folder with a model"),
+    ],
+)
+def test_mistakes(arguments: list[str], words: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--prompt", "The", "--model", str(model), "--device", "cpu", *arguments]) == 1
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.out == ""

@@ -1,0 +1,294 @@
+"""Every kind of damage to a folder of shards is named, and repaired for good under DVC's hard links."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pipelib
+from pipelib.cli.main import main
+from pipelib.files import sha256_file
+from pipelib.model.vocabulary import EOT_TOKEN_ID
+from pipelib.tokens.shards import (
+    MANIFEST,
+    UNIGRAM_COUNTS,
+    Manifest,
+    count_tokens,
+    open_shard,
+    read_manifest,
+    write_shards,
+)
+
+SOURCE = Path(pipelib.__file__).absolute().parents[1]
+TRAIN = "train_000001.bin"
+
+
+def make_tokens(folder: Path) -> None:
+    """A validation shard and two training shards of 1,000 tokens, documents of 50."""
+    tokens = np.random.default_rng(0).integers(0, EOT_TOKEN_ID, 3000).astype(np.uint16)
+    tokens[::50] = EOT_TOKEN_ID
+    manifest = Manifest({"name": "gpt2"}, {"kind": "test"}, tuple(write_shards(folder, [tokens], 1000)))
+    counts = count_tokens(open_shard(folder / shard.name) for shard in manifest.split("train"))
+    np.save(folder / UNIGRAM_COUNTS, counts)
+    manifest.write(folder)
+
+
+def flip_bit(path: Path, offset: int, keep_time: bool = False) -> None:
+    """As a failing disk does it: in place, whoever else links to the bytes."""
+    before = path.stat()
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.chmod(0o444)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_tokens(tmp_path / "data/tokens")
+    return Path("data/tokens")
+
+
+def test_good_shards_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert folder.is_dir()
+    assert main(["verify"]) == 0
+    assert "all 3 shards, the manifest and the counts are good" in capsys.readouterr().out
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / TRAIN, 1024 + 2 * 999)
+
+
+def foreign_token(folder: Path) -> None:
+    """A token that GPT-2 does not have, under a hash that is right."""
+    content = bytearray((folder / TRAIN).read_bytes())
+    content[1026:1028] = (50300).to_bytes(2, "little")
+    (folder / TRAIN).write_bytes(content)
+    manifest = read_manifest(folder)
+    sha256 = sha256_file(folder / TRAIN)
+    shards = tuple(replace(shard, sha256=sha256) if shard.name == TRAIN else shard for shard in manifest.shards)
+    replace(manifest, shards=shards).write(folder)
+
+
+def wrong_documents(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    shards = tuple(replace(shard, documents=7) if shard.name == TRAIN else shard for shard in manifest.shards)
+    replace(manifest, shards=shards).write(folder)
+
+
+def no_training(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    replace(manifest, shards=manifest.shards[:1]).write(folder)
+
+
+def wrong_counts(folder: Path) -> None:
+    counts = np.load(folder / UNIGRAM_COUNTS)
+    counts[5] += 1
+    np.save(folder / UNIGRAM_COUNTS, counts)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "magic": (lambda folder: flip_bit(folder / TRAIN, 0), TRAIN, "header"),
+    "token": (lambda folder: flip_bit(folder / TRAIN, 2000), TRAIN, "its bytes changed"),
+    "short": (truncate, TRAIN, "tokens are missing"),
+    "missing": (lambda folder: (folder / TRAIN).unlink(), TRAIN, "is missing"),
+    "a folder": (lambda folder: ((folder / TRAIN).unlink(), (folder / TRAIN).mkdir()), TRAIN, "cannot be read"),
+    "foreign": (foreign_token, TRAIN, "the token 50300"),
+    "documents": (wrong_documents, TRAIN, "20 documents and the manifest says 7"),
+    "no training shard": (no_training, MANIFEST, "no train shard"),
+    "counts": (wrong_counts, UNIGRAM_COUNTS, "how often"),
+    "counts missing": (lambda folder: (folder / UNIGRAM_COUNTS).unlink(), UNIGRAM_COUNTS, "is missing"),
+    "counts empty": (lambda folder: (folder / UNIGRAM_COUNTS).write_bytes(b""), UNIGRAM_COUNTS, "no array"),
+    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST, "does not exist"),
+    "manifest torn": (lambda folder: (folder / MANIFEST).write_text('{"version": 1'), MANIFEST, "not JSON"),
+    "manifest foreign": (lambda folder: (folder / MANIFEST).write_text('{"version": 1}'), MANIFEST, "not a manifest"),
+    "manifest list": (lambda folder: (folder / MANIFEST).write_text("[]"), MANIFEST, "not a manifest"),
+    "unexpected": (lambda folder: (folder / "notes.txt").write_text("mine"), "notes.txt", "not in the manifest"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_and_removed(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, file, words = DAMAGE[name]
+    damage(folder)
+    assert main(["verify", str(folder)]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+    assert any(f"{folder / file}" in line and words in line for line in lines), lines
+    if name == "no training shard":
+        return  # the shards it does not list are unexpected files, too
+    assert len(lines) == 1
+    others = {path for path in folder.iterdir() if path.name != file}
+    assert main(["verify", "--repair"]) == 0
+    assert set(folder.iterdir()) == others  # without DVC only the file itself
+
+
+def test_two_problems_are_both_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip_bit(folder / "val_000000.bin", 1500)
+    flip_bit(folder / "train_000002.bin", 1500)
+    assert main(["verify"]) == 1
+    said = capsys.readouterr().err
+    assert "has 2 problems" in said
+    assert "val_000000.bin" in said
+    assert "train_000002.bin" in said
+
+
+def test_no_folder_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path / "nowhere")]) == 1
+    assert "is no folder, so there is nothing to verify" in capsys.readouterr().err
+
+
+# ---- With the real DVC -----------------------------------------------------------------------------------------------
+
+STAGE = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from test_cli_verify import make_tokens
+from pipelib.state import State
+
+with State("tokenize", {{"params": 1}}, {{}}) as state:
+    if not state.finished:
+        print("BUILDING", flush=True)
+        make_tokens(state.work / "outs/data/tokens")
+        state.finish()
+    state.publish()
+"""
+
+
+class Repository:
+    """A DVC repository with one stage that makes data/tokens as the tokenize stage does, its cache elsewhere."""
+
+    def __init__(self, root: Path, cache_type: str) -> None:
+        self.root, self.cache = root, root.with_name("cache")
+        root.mkdir()
+        subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+        self.dvc("init", "--quiet")
+        (root / ".dvc/config").write_text(
+            f"[core]\n    analytics = false\n    check_update = false\n[cache]\n    type = {cache_type}\n    dir = {self.cache}\n"
+        )
+        (root / "make.py").write_text(STAGE.format(paths=[str(Path(__file__).parent), str(SOURCE)]))
+        stage = {"cmd": f"{sys.executable} make.py", "deps": ["make.py"], "outs": ["data/tokens"]}
+        (root / "dvc.yaml").write_text(json.dumps({"stages": {"tokenize": stage}}))
+        self.repro()
+
+    def dvc(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *arguments], cwd=self.root, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def repro(self) -> str:
+        return self.dvc("repro")
+
+    @property
+    def lock(self) -> str:
+        return (self.root / "dvc.lock").read_text()
+
+
+@pytest.fixture
+def make_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Repository]:
+    for name in [name for name in os.environ if name.startswith(("DVC_", "PIPELIB_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "memo"))
+
+    def make(cache_type: str) -> Repository:
+        repository = Repository(tmp_path / "repository", cache_type)
+        monkeypatch.chdir(repository.root)
+        return repository
+
+    return make
+
+
+@pytest.mark.dvc
+def test_repair_under_hard_links(
+    make_repository: Callable[[str], Repository], capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = make_repository("hardlink")
+    shard, before = Path("data/tokens") / TRAIN, repository.lock
+    assert shard.stat().st_nlink == 3  # workspace, cache, finished state
+
+    flip_bit(shard, 1500)
+    assert "is cached - skipping run" in repository.repro()  # DVC restores the damage from its own damaged object
+    assert main(["verify"]) == 1
+    assert f"{shard} has sha256" in capsys.readouterr().err
+
+    shard.unlink()
+    repository.repro()
+    assert main(["verify"]) == 1  # so deleting the file alone is no help
+
+    assert main(["verify", "--repair"]) == 0
+    assert f"removed {shard}" in capsys.readouterr().out
+    assert not shard.exists()
+    assert "BUILDING" in repository.repro()  # the finished state was damaged too, and did not bring it back
+    assert main(["verify"]) == 0
+    assert repository.lock == before
+    assert "up to date" in repository.repro()
+
+
+@pytest.mark.dvc
+def test_repair_of_damage_that_changes_no_time(make_repository: Callable[[str], Repository]) -> None:
+    repository = make_repository("hardlink")
+    tokens, before = Path("data/tokens"), repository.lock
+    flip_bit(tokens / TRAIN, 1500, keep_time=True)
+    # A digit of a hash: the manifest stays readable and blames a good shard. Only DVC's md5 shows who is wrong.
+    manifest = (tokens / MANIFEST).read_bytes()
+    digest = read_manifest(tokens).shards[2].sha256.encode()
+    flip_bit(tokens / MANIFEST, manifest.index(digest), keep_time=True)
+    assert "didn't change, skipping" in repository.repro()
+    assert main(["verify", "--repair"]) == 0
+    assert "BUILDING" in repository.repro()
+    assert main(["verify"]) == 0
+    assert repository.lock == before
+
+
+@pytest.mark.dvc
+def test_repair_where_the_list_of_the_folder_is_damaged_too(make_repository: Callable[[str], Repository]) -> None:
+    repository = make_repository("hardlink")
+    before = repository.lock
+    (listing,) = repository.cache.glob("files/md5/??/*.dir")
+    flip_bit(listing, 20, keep_time=True)
+    flip_bit(Path("data/tokens") / TRAIN, 1500, keep_time=True)
+    assert main(["verify", "--repair"]) == 0
+    assert not listing.exists()
+    assert "BUILDING" in repository.repro()
+    assert listing.exists()
+    assert main(["verify"]) == 0
+    assert repository.lock == before
+
+
+@pytest.mark.dvc
+def test_a_sound_object_is_kept_where_dvc_copies(make_repository: Callable[[str], Repository]) -> None:
+    repository = make_repository("copy")
+    shard, before = Path("data/tokens") / TRAIN, repository.lock
+    objects = sorted(repository.cache.glob("files/md5/??/*"))
+    flip_bit(shard, 1500, keep_time=True)
+    assert main(["verify", "--repair"]) == 0
+    assert sorted(repository.cache.glob("files/md5/??/*")) == objects
+    assert "checking out outputs" in repository.repro()
+    assert main(["verify"]) == 0
+    assert repository.lock == before
+
+
+@pytest.mark.dvc
+def test_nothing_is_removed_when_the_cache_cannot_be_found(
+    make_repository: Callable[[str], Repository], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_repository("hardlink")
+    shard = Path("data/tokens") / TRAIN
+    flip_bit(shard, 1500)
+    Path(".dvc/config").write_text("this is no configuration")
+    assert main(["verify", "--repair"]) == 1
+    assert "`dvc cache dir` failed" in capsys.readouterr().err
+    assert shard.exists()
