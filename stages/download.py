@@ -12,12 +12,13 @@ if not __package__:
 from collections.abc import Mapping
 
 from pipelib.corpus.download import download, download_inputs, source
-from pipelib.params import Params
+from pipelib.params import load_params
 from pipelib.stage import Build, build_outs, run_stage
 
 
-def main(params: Params) -> None:
+def main() -> None:
     """Fetch or make the corpus that `params.download` names, and the benchmarks with it."""
+    params = load_params()
     origin = source(params.download)
 
     def work(build: Build) -> tuple[Mapping[str, object], Mapping[str, object]]:

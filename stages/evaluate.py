@@ -9,14 +9,15 @@ if not __package__:
 from pathlib import Path
 
 from pipelib.evaluation.evaluate import evaluate, evaluation_inputs
-from pipelib.params import Params
+from pipelib.params import load_params
 from pipelib.stage import build_outs, run_stage
 
 FOLDERS = Path("models"), Path("data/tokens"), Path("data/benchmarks"), Path("curves")
 
 
-def main(params: Params) -> None:
+def main() -> None:
     """Evaluate the model, or link the evaluation made earlier of the same model with the same parameters."""
+    params = load_params()
     inputs = evaluation_inputs(params.evaluate, *FOLDERS)
     build_outs("evaluate", params, inputs, lambda build: evaluate(build, params.evaluate, *FOLDERS))
 

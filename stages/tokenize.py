@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipelib.files import read_json, sha256_file
-from pipelib.params import Params
+from pipelib.params import load_params
 from pipelib.stage import build_outs, run_stage
 from pipelib.tokens.encode_corpus import encode_corpus
 from pipelib.tokens.shards import MANIFEST
@@ -18,8 +18,9 @@ from pipelib.tokens.shards import MANIFEST
 RAW = Path("data/raw")
 
 
-def main(params: Params) -> None:
+def main() -> None:
     """Encode the corpus, or link the shards made earlier from the same text."""
+    params = load_params()
     read_json(RAW / MANIFEST)  # says what to run where it is missing
     documents = params.download.benchmark_documents
     inputs = {

@@ -9,22 +9,25 @@ if not __package__:
 from dataclasses import asdict
 from pathlib import Path
 
-from pipelib.params import Params
+from pipelib.params import load_params
 from pipelib.stage import build_outs, run_stage
 from pipelib.tokens.shards import read_manifest
 from pipelib.training.launch import launch
+from pipelib.training.loop import Cadence
 
 TOKENS = Path("data/tokens")
 
 
-def main(params: Params) -> None:
+def main() -> None:
     """Train, or go on training, or link the model trained earlier from the same data with the same parameters."""
+    params = load_params()
+    cadence = Cadence(params.logging.log_every, params.logging.checkpoint_every)
     inputs = {
         "model": asdict(params.model),
         "train": asdict(params.train),
         "data": read_manifest(TOKENS).fingerprint,
     }
-    build_outs("train", params, inputs, lambda build: launch(build, params, TOKENS))
+    build_outs("train", params, inputs, lambda build: launch(build, params.model, params.train, cadence, TOKENS))
 
 
 if __name__ == "__main__":

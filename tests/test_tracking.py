@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from pipelib import tracking
-from pipelib.tracking import NullRun, Record, Run, open_run, read_events, redact
+from pipelib import mlflow_mirror
+from pipelib.record import Record, read_events, redact
+from pipelib.tracking import NullRun, Run, attach_run, open_run
 
 # MLflow 3.17 with SQLAlchemy 2.1 warns once, when it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -305,9 +306,13 @@ def test_what_mlflow_has_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> N
         run.log({"train/loss": 4.0}, 1)
         run.log_text("samples/1.txt", "one")
     sent: list[object] = []
-    log, file = tracking.MlflowRun._log, tracking.MlflowRun._send_file
-    monkeypatch.setattr(tracking.MlflowRun, "_log", lambda *a, **k: (sent.extend(k.get("points") or ()), log(*a, **k)))
-    monkeypatch.setattr(tracking.MlflowRun, "_send_file", lambda view, event: (sent.append(event), file(view, event)))
+    log, file = mlflow_mirror.MlflowRun._log, mlflow_mirror.MlflowRun._send_file
+    monkeypatch.setattr(
+        mlflow_mirror.MlflowRun, "_log", lambda *a, **k: (sent.extend(k.get("points") or ()), log(*a, **k))
+    )
+    monkeypatch.setattr(
+        mlflow_mirror.MlflowRun, "_send_file", lambda view, event: (sent.append(event), file(view, event))
+    )
     with start():
         pass
     assert sent == []
@@ -318,7 +323,7 @@ def test_what_mlflow_has_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_points_of_a_second_handle_are_mirrored_once_by_the_first(client: Any) -> None:
     with start() as launcher:
-        with start(catch_up=False) as rank_0:
+        with attach_run("train", launcher.path) as rank_0:
             rank_0.log({"train/loss": 4.0}, 1)
         launcher.log({"train.val_loss": 3.0})
     assert [event["event"] for event in read_events(record_path())[0]] == ["open", "metrics", "metrics", "end"]
@@ -366,9 +371,9 @@ def test_a_database_appears_whole_or_not_at_all() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tracking._make_whole(database, killed)
+        mlflow_mirror._make_whole(database, killed)
     assert not database.exists()
-    tracking._make_whole(database, lambda fresh: fresh.open("x").close())  # meets nothing of the half-made one
+    mlflow_mirror._make_whole(database, lambda fresh: fresh.open("x").close())  # meets nothing of the half-made one
     assert [path.name for path in Path().iterdir()] == ["mlflow.db"]
 
 
@@ -430,11 +435,11 @@ def test_a_server_that_never_answers_is_left_at_the_deadline(
 def test_the_deadline_is_short_for_a_server_and_long_for_a_file(
     silent_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking.Mirror, "_work", lambda _: None)
-    mirror = tracking.Mirror(Path("record"), 0, Path("mlflow.db"))
-    assert mirror._wait == tracking.LOCAL_WAIT_SECONDS
+    monkeypatch.setattr(mlflow_mirror.Mirror, "_work", lambda _: None)
+    mirror = mlflow_mirror.Mirror(Path("record"), 0, Path("mlflow.db"))
+    assert mirror._wait == mlflow_mirror.LOCAL_WAIT_SECONDS
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{silent_server}")
-    assert tracking.Mirror(Path("record"), 0, Path("mlflow.db"))._wait == tracking.REMOTE_WAIT_SECONDS == 1.0
+    assert mlflow_mirror.Mirror(Path("record"), 0, Path("mlflow.db"))._wait == mlflow_mirror.REMOTE_WAIT_SECONDS == 1.0
 
 
 def test_a_server_that_comes_back_gets_what_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,8 +461,8 @@ def test_a_server_that_comes_back_gets_what_it_missed(monkeypatch: pytest.Monkey
             raise ConnectionError("away")
         return View()
 
-    monkeypatch.setattr(tracking, "COOLDOWN_SECONDS", 0.001)
-    monkeypatch.setattr(tracking.Mirror, "_connect", connect)
+    monkeypatch.setattr(mlflow_mirror, "COOLDOWN_SECONDS", 0.001)
+    monkeypatch.setattr(mlflow_mirror.Mirror, "_connect", connect)
     with start() as run:
         run.log({"train/loss": 1.0}, 1)
         assert back.wait(60)

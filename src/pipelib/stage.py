@@ -12,7 +12,6 @@ from typing import NoReturn
 
 from pipelib.errors import UserError
 from pipelib.files import write_json
-from pipelib.params import Params, load_params
 from pipelib.processes import tie_to_parent
 from pipelib.provenance import code_hashes
 from pipelib.state import State
@@ -46,14 +45,14 @@ Work = Callable[[Build], tuple[Mapping[str, object], Mapping[str, object]]]
 """Builds the outs and returns the stage's result and its speed, each as JSON."""
 
 
-def run_stage(name: str, main: Callable[[Params], None]) -> NoReturn:
-    """Run a stage's `main` on the checked parameters and exit with its status.
+def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
+    """Run a stage's `main` and exit with its status.
 
     The user's mistakes become one message and exit status 1, a full disk too; a defect of ours keeps its traceback.
     """
     tie_to_parent()
     try:
-        main(load_params())
+        main()
     except UserError as error:
         sys.exit(f"{name}: {error}")
     except OSError as error:
@@ -69,12 +68,12 @@ def run_stage(name: str, main: Callable[[Params], None]) -> NoReturn:
     sys.exit(0)
 
 
-def build_outs(name: str, params: Params, inputs: Mapping[str, object], work: Work) -> None:
+def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Work) -> None:
     """Do a stage's work in its state, unless finished outs of the same inputs and code are there, and publish the outs.
 
     Args:
         name: the stage.
-        params: all parameters; those in `inputs` decide the result.
+        params: all parameters, for the record.
         inputs: what decides the result: the stage's parameters and the fingerprints of its data.
         work: builds the outs.
     """

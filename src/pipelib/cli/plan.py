@@ -82,10 +82,10 @@ def _model_and_steps(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
     )
     tokens = train.max_steps * train.global_batch_tokens
     yield "steps", f"{train.max_steps:,} of {train.global_batch_tokens:,} tokens = {tokens:,} tokens"
-    micro_steps = train.rows_per_step / (train.micro_batch_size * ranks)
+    micro_steps = train.rows_per_step / (train.micro_batch_rows(ranks) * ranks)
     yield (
         "each step",
-        f"{_count(micro_steps, 'micro-step')} a rank, of {_count(train.micro_batch_size, 'row')} of "
+        f"{_count(micro_steps, 'micro-step')} a rank, of {_count(train.micro_batch_rows(ranks), 'row')} of "
         f"{train.sequence_length:,} tokens",
     )
     flops = model.flops_per_token(train.sequence_length)
@@ -139,7 +139,7 @@ def _memory(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
     from pipelib.model.device import pick_device
 
     train, device = params.train, pick_device(local_world_size=ranks)
-    need = memory_of(params.model, train, train.micro_batch_size, train.sequence_length)
+    need = memory_of(params.model, train, train.micro_batch_rows(ranks), train.sequence_length)
     parts = (f"{name} {format_bytes(count)}" for name, count in asdict(need).items() if count)
     yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
     here = total_memory(device) // (1 if device.type == "cuda" else ranks)

@@ -78,7 +78,7 @@ def completion_items(documents: Iterable[Row], seed: int) -> list[dict[str, Any]
     happens where documents share a template.
 
     Args:
-        documents: rows with `text` and `id`, in the order of the corpus. Those of fewer than 62 words give no item.
+        documents: rows with `text` and `id`, in the order of the corpus. Those of fewer than 44 words give no item.
         seed: places the items, their wrong endings and the right answer among them.
     """
     texts = [_text(index, row) for index, row in enumerate(documents)]

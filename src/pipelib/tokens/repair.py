@@ -73,10 +73,10 @@ def check_folder(folder: Path) -> Report:
         raise UserError(f"{folder} is no folder, so there is nothing to verify; run dvc repro, or name another folder.")
     try:
         manifest = read_manifest(folder)
-    except (UserError, KeyError, TypeError, AttributeError) as error:
-        text = str(error) if isinstance(error, UserError) else f"is not a manifest ({error!r})"
-        consequence = "so nothing says what the shards should be; add --repair, then run dvc repro."
-        return Report((Problem(folder / MANIFEST, f"{folder / MANIFEST}: {text}, {consequence}"),), frozenset())
+    except UserError as error:
+        what, _, _ = str(error).rpartition(";")  # its remedy is to delete the file, which DVC would restore
+        text = f"{what}, so nothing says what the shards should be; add --repair, then run dvc repro."
+        return Report((Problem(folder / MANIFEST, text),), frozenset())
     problems, good, counts = _check_shards(folder, manifest)
     problems += _manifest_problems(folder, manifest)
     problems += _count_problems(folder, counts)

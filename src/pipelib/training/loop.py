@@ -144,7 +144,7 @@ def make_loader(params: TrainParams, tokens: Path, manifest: Manifest, world: Wo
     """This rank's loader, and the plan of the global batches that all ranks share."""
     rows = training_rows(tokens, manifest, params.sequence_length)
     plan = BatchPlan(manifest.fingerprint, params.seed, len(rows), params.rows_per_step)
-    return Loader(rows, plan, params.micro_batch_size, world.rank, world.world_size), plan
+    return Loader(rows, plan, params.micro_batch_rows(world.world_size), world.rank, world.world_size), plan
 
 
 def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None:
@@ -166,10 +166,11 @@ def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None
             f"train.max_tokens = {params.max_tokens:,} is {epochs:.3f} passes over the {available:,} training tokens, so rows "
             f"would repeat; allow it with train.max_epochs: {math.ceil(epochs * 1000) / 1000:g}, lower max_tokens, or add text."
         )
-    if params.rows_per_step % (params.micro_batch_size * world_size):
+    if params.rows_per_step < world_size or params.rows_per_step % (params.micro_batch_rows(world_size) * world_size):
         raise UserError(
             f"{world_size} ranks with train.micro_batch_size = {params.micro_batch_size} cannot share the "
-            f"{params.rows_per_step} rows of a step equally; lower micro_batch_size or set PIPELIB_NPROC."
+            f"{params.rows_per_step} rows of a step equally, so some would wait or rows would be lost; lower "
+            "train.micro_batch_size, or start fewer ranks with PIPELIB_NPROC."
         )
 
 

@@ -24,7 +24,7 @@ class TrainParams:
     sequence_length: PositiveInt
     """Tokens in one row of a batch."""
     micro_batch_size: PositiveInt
-    """Rows that one rank runs at a time."""
+    """Rows that one rank runs at a time; fewer where its share of a step is smaller."""
     max_lr: PositiveFloat
     """Peak learning rate, reached after warmup."""
     min_lr: NaturalFloat
@@ -92,6 +92,10 @@ class TrainParams:
         """Sequences in one global batch."""
         return self.global_batch_tokens // self.sequence_length
 
+    def micro_batch_rows(self, world_size: int) -> int:
+        """Rows that one of so many ranks runs at a time: `micro_batch_size`, but no more than its share of a step."""
+        return min(self.micro_batch_size, self.rows_per_step // world_size)
+
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-steps of one rank in one optimizer step."""
-        return self.rows_per_step // (self.micro_batch_size * world_size)
+        return self.rows_per_step // (self.micro_batch_rows(world_size) * world_size)

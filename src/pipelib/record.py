@@ -1,0 +1,153 @@
+"""A run's own record: a file of JSON lines, which is the truth about the run, with no secret in it.
+
+    STATE/records/KEY/STAGE-FINGERPRINT.jsonl    one object per line: {"time", "event", ...}, time in seconds since 1970
+
+KEY stands for one pass through the pipeline: DVC's experiment name, else the hash of all parameters and code.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from pipelib.files import write_text
+
+_SECRET_NAMES = re.compile(r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
+_SECRET_SHAPES = (
+    (re.compile(r"(?<=://)[^/\s]*@"), "***@"),  # user:password@ of a URL, up to the last @ before a slash
+    (re.compile(r"([?&][^=&\s]*(?:token|secret|password|signature|key)[^=&\s]*=)[^&\s\"']+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"\b(?:hf_|ghp_|github_pat_|glpat-)\w{16,}"), "***"),
+)
+
+
+def redact(text: str) -> str:
+    """`text` without secrets: values of environment variables named like one, credentials in URLs, known tokens."""
+    secrets = {value for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
+    password = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).password or ""
+    for secret in sorted(secrets | {password, unquote(password)}, key=len, reverse=True):
+        if len(secret) >= 6:  # "true" or "1" under such a name is no secret, and is part of many words
+            text = text.replace(secret, "***")
+    for shape, replacement in _SECRET_SHAPES:
+        text = shape.sub(replacement, text)
+    return text
+
+
+def _redacted(value: object) -> object:
+    """A JSON value with every text in it redacted; the numbers JSON has no word for become text."""
+    if isinstance(value, Mapping):
+        return {redact(str(key)): _redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float) else redact(str(value))
+
+
+def say(text: str) -> None:
+    print(f"tracking: {redact(text)}", file=sys.stderr, flush=True)
+
+
+def brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Tracking never stops a stage: an error in the block becomes one line that names what is missing for it."""
+    try:
+        yield
+    except Exception as error:
+        say(f"{brief(error)}, so {what} not recorded; the stage goes on, its outs are complete without it.")
+
+
+class Record:
+    """One run's own record: whole lines, appended, never rewritten; several processes may append to one file."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a record, or make one; OSError where the file cannot be."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # torn by a kill; the next line stays whole
+            os.write(self._descriptor, b"\n")
+        self._torn = False
+        self.id = uuid.uuid4().hex
+        self._points: dict[tuple[str, int | None], float] = {}
+        for event in read_events(path)[0]:
+            self.id = event.get("record", self.id)
+            if event["event"] == "metrics":
+                self._points |= {(name, event["step"]): float(value) for name, value in event["metrics"].items()}
+
+    def append(self, event: str, **values: object) -> None:
+        """Write one event; the system has it when this returns."""
+        line = json.dumps(_redacted({"time": time.time(), "event": event, **values}), ensure_ascii=False)
+        data = b"\n" * self._torn + line.encode("utf-8", "replace") + b"\n"  # a line cut short stays alone
+        self._torn = True
+        self._torn = os.write(self._descriptor, data) < len(data)
+
+    def append_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
+        """Write those numbers that are new: no (key, step) twice, and without a step only what changed."""
+        known = self._points
+        new = {
+            name: float(value)
+            for name, value in metrics.items()
+            if (name, step) not in known or (step is None and known[name, step] != float(value))
+        }
+        if new:
+            self.append("metrics", step=step, metrics=new)
+            known |= {(name, step): value for name, value in new.items()}
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read_events(path: Path, start: int = 0, end: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The events in the whole lines from byte `start` to byte `end`, and where the next one begins.
+
+    A line torn by a kill is no event: it is passed over once a line follows it.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(-1 if end is None else end - start)
+    events = []
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return events, start + data.rfind(b"\n") + 1
+
+
+def settle_record(path: Path, code: str) -> None:
+    """Make the record fit the state: go on with it, begin again, or go on from what another KEY recorded.
+
+    The state of a stage is found by its fingerprint alone, so a killed `dvc exp run` goes on under a new experiment's
+    name; its record then begins with the points so far. State that starts again must not meet the old points.
+    """
+    wish = os.environ.get("PIPELIB_RESUME", "")
+
+    def goes_on(record: Path) -> bool:
+        opened = [event for event in read_events(record)[0] if event["event"] == "open"]
+        return wish == "continue" or (wish != "fresh" and bool(opened) and opened[-1]["code"] == code)
+
+    if path.exists():
+        if not goes_on(path):
+            path.rename(path.with_name(f"{path.stem}.until-{time.time_ns()}.jsonl"))
+        return
+    others = sorted(path.parent.parent.glob(f"*/{path.name}"), key=lambda other: other.stat().st_mtime)
+    for other in filter(goes_on, reversed(others)):
+        kept = [e for e in read_events(other)[0] if e["event"] == "text" or e.get("step") is not None]
+        write_text(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
+        return

@@ -1,0 +1,127 @@
+"""One rank's part of a training: what to do, doing it, and what rank 0 leaves behind.
+
+Under torchrun, ranks read their job from `work/job.json` and not from params.yaml, which the user may be editing.
+"""
+
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipelib.config import parse
+from pipelib.errors import UserError
+from pipelib.files import read_json, write_json, write_text
+from pipelib.model.gpt import GPT
+from pipelib.model.huggingface import export_model, readme
+from pipelib.model.params import ModelParams
+from pipelib.processes import tie_to_parent
+from pipelib.tokens.shards import Manifest, read_manifest
+from pipelib.tracking import NullRun, Run, attach_run
+from pipelib.training.distributed import World, join_world
+from pipelib.training.hardware import Peak, peak_of
+from pipelib.training.loop import Cadence, train
+from pipelib.training.params import TrainParams
+from pipelib.training.recorder import NullRecorder, Recorder
+
+JOB, RESULT, ERROR = "job.json", "result.json", "error.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training as all its ranks see it."""
+
+    model: ModelParams
+    train: TrainParams
+    cadence: Cadence
+    tokens: str
+    """The folder of the shards."""
+    record: str
+    """The file of the run's record; empty where there is none."""
+    resumed_with_other_code: bool
+    """The user chose to go on with unfinished work of other code."""
+
+    def write(self, work: Path) -> None:
+        """Leave the job for the ranks to read."""
+        write_json(work / JOB, asdict(self))
+
+    @classmethod
+    def read(cls, work: Path) -> "Job":
+        """The job that the launcher left."""
+        problems: list[str] = []
+        job = parse(cls, read_json(work / JOB), "", problems)
+        assert job is not None, problems
+        return job
+
+
+def run_job(job: Job, work: Path, world: World, run: Run) -> None:
+    """Train; rank 0 then exports the model and the curves into work/outs, and writes work/result.json."""
+    tokens = Path(job.tokens)
+    manifest = read_manifest(tokens)
+    peak = peak_of(world.device, job.train.precision)
+    recorder: Recorder = NullRecorder()
+    if world.is_main:
+        flops = job.model.flops_per_token(job.train.sequence_length)
+        recorder = Recorder(work, run, job.train, flops, peak, world.world_size)
+    model = train(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder)
+    if world.is_main:
+        export(job, manifest, model, recorder, work / "outs")
+        write_json(work / RESULT, {"result": _result(job, recorder), "speed": _speed(recorder, peak, world)})
+
+
+def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: Path) -> None:
+    """Write models/ and curves/."""
+    recipe = {
+        "data fingerprint": manifest.fingerprint,
+        "data source": manifest.source,
+        **{f"model.{key}": value for key, value in asdict(job.model).items()},
+        **{f"train.{key}": value for key, value in asdict(job.train).items()},
+    }
+    if job.resumed_with_other_code:
+        recipe["resumed with other code"] = True
+    export_model(model, outs / "models", readme(job.model, recipe))
+    for curve in (recorder.train, recorder.validation, recorder.samples):
+        write_text(outs / "curves" / curve.path.name, curve.path.read_text(encoding="utf-8"))
+
+
+def _result(job: Job, recorder: Recorder) -> dict[str, object]:
+    last = recorder.train.last()
+    return {
+        "val_loss": round(recorder.validation.last()["loss"], 6),
+        "train_loss": round(last["loss"], 6),
+        "steps": int(last["step"]),
+        "tokens": int(last["tokens"]),
+        "parameters": job.model.parameters,
+    }
+
+
+def _speed(recorder: Recorder, peak: Peak, world: World) -> dict[str, object]:
+    return {
+        "tokens_per_second": round(recorder.tokens_per_second),
+        "mfu": round(recorder.mfu, 4),
+        "peak_teraflops": round(peak.flops / 1e12, 3),
+        "peak_source": peak.source,
+        "world_size": world.world_size,
+        "device": world.device.type,
+    }
+
+
+def _run_of(job: Job, world: World) -> Run:
+    """The launcher's run for rank 0; no other rank records anything."""
+    return attach_run("train", Path(job.record)) if world.is_main and job.record else NullRun()
+
+
+def _rank_main(work: Path) -> None:
+    """A rank under torchrun."""
+    tie_to_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent ends the ranks
+    job = Job.read(work)
+    try:
+        with join_world() as world, _run_of(job, world) as run:
+            run_job(job, work, world, run)
+    except UserError as error:
+        write_text(work / ERROR, str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _rank_main(Path(sys.argv[1]))
