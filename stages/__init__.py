@@ -2,7 +2,7 @@
 
 A queued or temporary experiment of DVC runs in a copy of the repository, while an editable install points at the
 original. So this package puts its own checkout's `src` first, for itself and for every process it starts, and refuses
-to go on if Python took `pipelib` from anywhere else.
+to go on if Python took `pipelib` from anywhere else. A stage ends when the DVC that started it does.
 """
 
 import os
@@ -22,3 +22,7 @@ if Path(os.path.abspath(pipelib.__file__)).parent != SOURCE / "pipelib":
         f"pipelib was imported from {pipelib.__file__} and not from {SOURCE}, so the result would be another code's; "
         "start the stage as `python -m stages.NAME` in a fresh process."
     )
+
+from pipelib.processes import tie_to_parent  # noqa: E402
+
+tie_to_parent()  # before anything is imported that takes seconds

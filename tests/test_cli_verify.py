@@ -112,8 +112,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "counts empty": (lambda folder: (folder / UNIGRAM_COUNTS).write_bytes(b""), UNIGRAM_COUNTS, "no array"),
     "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST, "does not exist"),
     "manifest torn": (lambda folder: (folder / MANIFEST).write_text('{"version": 1'), MANIFEST, "not JSON"),
-    "manifest foreign": (lambda folder: (folder / MANIFEST).write_text('{"version": 1}'), MANIFEST, "not a manifest"),
-    "manifest list": (lambda folder: (folder / MANIFEST).write_text("[]"), MANIFEST, "not a manifest"),
+    "manifest foreign": (lambda folder: (folder / MANIFEST).write_text('{"version": 1}'), MANIFEST, "is no manifest"),
+    "manifest list": (lambda folder: (folder / MANIFEST).write_text("[]"), MANIFEST, "has version None"),
     "unexpected": (lambda folder: (folder / "notes.txt").write_text("mine"), "notes.txt", "not in the manifest"),
 }
 

@@ -12,12 +12,16 @@ from pipelib.corpus.benchmarks import (
     CONTEXT_WORDS,
     ENDING_WORDS,
     ITEMS_PER_DOCUMENT,
+    SLOT_WORDS,
     completion_items,
     write_benchmarks,
 )
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import Document, write_manifest, write_raw
 from pipelib.errors import UserError
+
+TOO_SHORT = CONTEXT_WORDS[0] + SLOT_WORDS - 1
+"""The most words of a document that gives no item."""
 
 
 def make_documents(count: int, words: int = 200) -> list[dict[str, Any]]:
@@ -91,7 +95,7 @@ def test_seed_and_documents_decide(items: list[dict[str, Any]]) -> None:
 
 
 def test_short_documents_give_no_item_and_no_ending() -> None:
-    short = [{"id": f"s{index}", "text": f"short{index} " * 61} for index in range(50)]
+    short = [{"id": f"s{index}", "text": f"short{index} " * TOO_SHORT} for index in range(50)]
     items = completion_items(make_documents(20) + short, seed=1)
     assert {item["document"] for item in items} == set(range(20))
     assert "short" not in json.dumps(items)
@@ -132,7 +136,7 @@ def test_files_and_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("documents", "words", "message"), [(30, 200, "none to train on"), (20, 61, "no completion item")]
+    ("documents", "words", "message"), [(30, 200, "none to train on"), (20, TOO_SHORT, "no completion item")]
 )
 def test_a_corpus_that_is_too_small(tmp_path: Path, documents: int, words: int, message: str) -> None:
     raw = write_corpus(tmp_path / "raw", 30, words)

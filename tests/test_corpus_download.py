@@ -82,7 +82,7 @@ def test_outs_and_result(local: DownloadParams, tmp_path: Path) -> None:
     ]
     assert result["documents"] == 60
     assert result["files"] == result["empty_dropped"] == 1
-    assert result["benchmark_items"] == {"completion": 80, "heldout": 40}
+    assert result["benchmark_items"] == {"completion": 120, "heldout": 40}
     assert speed["megabytes_per_second"] > 0
     assert str(tmp_path) not in (tmp_path / "outs/data/raw/manifest.json").read_text()
 

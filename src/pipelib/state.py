@@ -13,6 +13,7 @@ started DVC, and FINGERPRINT stands for the stage's parameters and data:
 import fcntl
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -101,7 +102,7 @@ class State:
                     file.write((self.final / name).read_bytes())
 
     def _read_meta(self) -> dict[str, dict[str, str]]:
-        """`code` and, once finished, `final`: SHA-256 by path. `inputs` is for people to read."""
+        """SHA-256 by path: `code`, `mixed` (other code that also worked here), `final` once finished; `inputs` for people."""
         return dict(read_json(self._meta)) if self._meta.exists() else {}
 
     def _settle(self) -> None:
@@ -117,11 +118,13 @@ class State:
         elif meta and "final" not in meta and meta["code"] != self.code and self._work_to_lose():
             if wish != "continue":
                 raise UserError(self._other_code(meta["code"]))
-            self.resumed_with_other_code = True
+            meta = {**meta, "mixed": {**meta.get("mixed", {}), **meta["code"]}}  # stays, whatever happens next
         if not meta:
             for entry in (self._meta, self.work, self.final):
                 remove(entry)
-            meta = {}
+        elif "final" in meta:
+            remove(self.work)  # a kill may have come between the two
+        self.resumed_with_other_code = "mixed" in meta
         write_json(self._meta, {**meta, "inputs": self.inputs, "code": self.code})
         self.work.mkdir(exist_ok=True)
 
@@ -159,31 +162,78 @@ def _out_folder(name: Path) -> Path | None:
     return Path(*name.parts[:2]) if name.parts[0] == "data" else Path(name.parts[0])
 
 
-def lock_folder(folder: Path) -> int:
+def lock_folder(folder: Path, *, wait: bool = False) -> int:
     """An exclusive lock on a state folder, as an open file descriptor; the system frees it when its holders end.
+
+    The folder is made if it is not there, and again if `pipelib clean` deletes it at this moment.
+
+    Args:
+        wait: wait for a process that holds it, instead of refusing.
 
     Raises:
         UserError: another process holds it; the message names the process.
     """
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    path = folder / "lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # deleted in between
+            continue
+        try:
+            _wait_for_lock(descriptor, folder, wait)
+            if _is_same_file(path, descriptor):
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # a lock on a file that has been deleted keeps nobody out
+
+
+def _wait_for_lock(descriptor: int, folder: Path, wait: bool) -> None:
+    """Take the exclusive lock; who only looks (`is_locked`) is out of the way in an instant."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = re.sub(r"[^0-9]", "", os.pread(descriptor, 32, 0).decode("ascii", "replace")) or "unknown"
+            if not wait:
+                raise UserError(
+                    f"{folder} is in use by process {holder}, and a second run on the same state would spoil both; "
+                    f"wait for it, or stop it: kill {holder}"
+                ) from None
+            print(f"{folder} is in use by process {holder}; waiting for it", flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            return
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        time.sleep(0.01)
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    """Whether `path` still names the open file."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = re.sub(r"[^0-9]", "", os.read(descriptor, 32).decode("ascii", "replace")) or "unknown"
-        os.close(descriptor)
-        raise UserError(
-            f"{folder} is in use by process {holder}, and a second run on the same state would spoil both; "
-            f"wait for it, or stop it: kill {holder}"
-        ) from None
-    os.truncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-    return descriptor
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether some process works in a state folder."""
+    """Whether some process works in a state folder. Looking leaves no trace and does not make a stage that starts fail."""
     try:
-        os.close(lock_folder(folder))
-    except UserError:
+        descriptor = os.open(folder / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    finally:
+        os.close(descriptor)
     return False

@@ -1,4 +1,4 @@
-"""`pipelib verify`: are the shards what the manifest says?"""
+"""`pipelib verify`: are the outs what DVC recorded, and the shards what their manifest says?"""
 
 import argparse
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = """examples:
-  pipelib verify                              check data/tokens
+  pipelib verify                              check every out of dvc.lock that is here
+  pipelib verify data/raw                     check one of them
   pipelib verify --repair && dvc repro        remove what is damaged, with DVC's copies of it, and make it again
 """
 
@@ -15,36 +16,45 @@ def add_parser(subparsers: Any) -> None:
     """Add `verify` to the command."""
     parser = subparsers.add_parser(
         "verify",
-        help="re-check every token shard, and remove damaged ones for good",
-        description="Re-check the manifest, every shard's header, count, token range and SHA-256, the token counts, and that "
-        "nothing else lies there. Exit status 1 if anything is wrong; with --repair 0 once the damage is removed.",
+        help="re-read the data, models and reports, and remove damaged files for good",
+        description="Re-read every file of the outs and compare it with what DVC recorded (MD5). In data/tokens also the "
+        "manifest, every shard's header, count, token range and SHA-256, and the token counts. Exit status 1 if anything is "
+        "wrong; with --repair 0 once the damage is removed.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("data/tokens"), help="default: data/tokens")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="an out of dvc.lock, or any folder of shards; default: every out that is here"
+    )
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="remove each damaged file together with DVC's cache object of it, which DVC would restore for ever",
+        help="remove each damaged file together with DVC's cache object of it, which DVC would restore for ever; files that "
+        "are whole stay",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, say what is wrong, and remove it if asked; 1 if something is wrong and still there."""
-    from pipelib.tokens.repair import check_folder, repair
+    from pipelib.cli.outs import check_folder, find_folders, repair
 
-    report = check_folder(arguments.folder)
-    if not report.problems:
-        print(f"{arguments.folder}: all {len(report.good)} shards, the manifest and the counts are good")
-        return 0
-    count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
-    print(f"{arguments.folder} has {count}:", file=sys.stderr)
-    for problem in report.problems:
-        print(f"  - {problem.text}", file=sys.stderr)
-    if not arguments.repair:
-        return 1
-    for path in repair(arguments.folder, report):
-        print(f"removed {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
-    print("now run dvc repro, which makes again what is missing")
-    return 0
+    wrong = damaged = 0
+    for folder, out in find_folders(arguments.folder).items():
+        report = check_folder(folder, out)
+        if not report.problems:
+            print(f"{folder}: all {len(report.good)} files are good")
+            continue
+        count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
+        print(f"{folder} has {count}:", file=sys.stderr)
+        for problem in report.problems:
+            print(f"  - {problem.text}", file=sys.stderr)
+        wrong += len(report.problems)
+        damaged += sum(problem.damaged for problem in report.problems)
+        for path in repair(out, report) if arguments.repair else ():
+            print(f"removed {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    if arguments.repair and damaged:
+        print("now run dvc repro, which makes again what is missing")
+    if arguments.repair and wrong > damaged:
+        print(f"{wrong - damaged} of the problems are files that are whole, and were left to you", file=sys.stderr)
+    return int(wrong > (damaged if arguments.repair else 0))

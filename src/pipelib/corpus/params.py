@@ -49,5 +49,10 @@ class DownloadParams:
                 f"benchmark_documents: {self.benchmark_documents} documents cannot give an item and three distractors "
                 "from other documents; use at least 4, or drop completion from benchmarks."
             )
+        if "completion" not in self.benchmarks and self.benchmark_documents:
+            yield (
+                f"benchmark_documents: {self.benchmark_documents} documents would be kept for a benchmark that is not made; "
+                "set it to 0, or add completion to benchmarks."
+            )
         if len(set(self.benchmarks)) < len(self.benchmarks):
             yield f"benchmarks: {list(self.benchmarks)} names one twice; name each once."

@@ -1,5 +1,6 @@
 """The evaluate stage: everything that is said about a trained model, measured on the exported folder."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,35 +10,53 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelib.errors import UserError
 from pipelib.evaluation.harness import run_tasks
 from pipelib.evaluation.hellaswag import Accuracy, read_items, score, score_unigram
 from pipelib.evaluation.loss import summed_loss
-from pipelib.evaluation.params import EvaluateParams
+from pipelib.evaluation.params import TASKS, EvaluateParams
 from pipelib.evaluation.report import accuracy_json, verdict, write_report
+from pipelib.evaluation.samples import write_samples
 from pipelib.files import files_under, remove, sha256_file
-from pipelib.model.device import autocast, pick_device
-from pipelib.model.generate import generate
+from pipelib.model.device import pick_device
 from pipelib.model.gpt import GPT
-from pipelib.model.huggingface import import_model
+from pipelib.model.huggingface import CONFIG, import_model
 from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
 from pipelib.stage import Build
 from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.loader import validation_batches
-from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, Manifest, Tokens, open_shard, read_manifest
+from pipelib.tokens.shards import (
+    UNIGRAM_COUNTS,
+    VALIDATION_SHARD,
+    Manifest,
+    Tokens,
+    count_tokens,
+    open_shard,
+    read_manifest,
+    shard_problems,
+)  # fmt: skip
 
 COMPLETIONS = ("completion", "hellaswag")
-SAMPLE_TOKENS = 64
 
 
 def evaluation_inputs(
     params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path
 ) -> dict[str, object]:
-    """Everything that decides an evaluation: the parameters, and the hash of every file it reads."""
+    """Everything that decides an evaluation: the parameters, and the hash of every file it reads.
+
+    Raises:
+        UserError: there is no model or no data.
+    """
     files = [
         *files_under(models), *files_under(benchmarks), *files_under(curves),
         tokens / VALIDATION_SHARD, tokens / UNIGRAM_COUNTS, tokens / "manifest.json",
     ]  # fmt: skip
-    return {"evaluate": asdict(params), "files": {path.as_posix(): sha256_file(path) for path in files}}
+    for path in (*files, models / CONFIG):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist, so there is nothing to evaluate; run dvc repro.")
+    hashes = {path.as_posix(): sha256_file(path) for path in files}
+    hashes |= {f"task {task}": sha256_file(TASKS / f"{task}.yaml") for task in params.tasks}
+    return {"evaluate": asdict(params), "files": hashes}
 
 
 def evaluate(
@@ -47,6 +66,9 @@ def evaluate(
     device = pick_device()
     model = import_model(models).to(device)
     manifest = read_manifest(tokens)
+    problems = [problem for shard in manifest.split("val") for problem in shard_problems(tokens, shard)]
+    if problems:
+        raise UserError("\n".join(problems))
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -54,6 +76,10 @@ def evaluate(
     loss = summed_loss(
         model, validation_batches(tokens / VALIDATION_SHARD, model.params.context_length, rows, None), params.precision
     )
+    if not math.isfinite(loss.nats):
+        raise UserError(
+            f"{models} gives a loss of {loss.mean}: its weights are lost, and nothing about it can be measured; train anew."
+        )
     text_bytes = count_text_bytes(open_shard(tokens / VALIDATION_SHARD)[1:])
     seconds["loss_seconds"], clock = _lap(clock)
     print(
@@ -74,7 +100,7 @@ def evaluate(
     remove(build.work / "harness")
     seconds["harness_seconds"], clock = _lap(clock)
 
-    samples = sample(model, params)
+    samples = write_samples(model, params.sample_prompts, params.precision, seed=0)
     facts = _facts(manifest, model)
     write_report(build.outs / "reports", loss, text_bytes, completions, harness, samples, facts, curves)
     build.run.log_text("samples.txt", "\n\n".join(prompt + text for prompt, text in samples))
@@ -112,19 +138,7 @@ def count_text_bytes(tokens: Tokens) -> int:
     encoding = tiktoken_encoding()
     lengths = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(VOCAB_SIZE)])
     lengths[EOT_TOKEN_ID] = 0
-    return int(lengths[tokens].sum())
-
-
-def sample(model: GPT, params: EvaluateParams) -> list[tuple[str, str]]:
-    """(prompt, continuation) of every prompt, always the same for the same model."""
-    encoding = tiktoken_encoding()
-    texts = []
-    for seed, prompt in enumerate(params.sample_prompts):
-        with autocast(model.wte.weight.device, params.precision):
-            token_ids = [EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)]
-            new = generate(model, token_ids, SAMPLE_TOKENS, seed=seed, stop_token_id=EOT_TOKEN_ID)
-        texts.append((prompt, encoding.decode(new)))
-    return texts
+    return int(count_tokens([tokens]) @ lengths)
 
 
 def _facts(manifest: Manifest, model: GPT) -> dict[str, object]:
@@ -132,8 +146,20 @@ def _facts(manifest: Manifest, model: GPT) -> dict[str, object]:
         "parameters": f"{model.params.parameters:,}",
         "training tokens in the data": f"{manifest.tokens('train'):,}",
         "data fingerprint": f"`{manifest.fingerprint[:16]}`",
-        "data source": f"`{manifest.source}`",
+        "data source": describe_source(manifest.source),
     }
+
+
+def describe_source(source: Mapping[str, Any]) -> str:
+    """Where a corpus comes from, for people: `docs: packages numpy 2.4.6, scipy 1.17.1; seed 1337`."""
+
+    def words(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key} {words(item)}" for key, item in value.items())
+        return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
+
+    rest = "; ".join(f"{key} {words(value)}" for key, value in source.items() if key != "kind")
+    return f"{source.get('kind', 'unknown')}: {rest}"
 
 
 def _lap(start: float) -> tuple[float, float]:

@@ -8,7 +8,7 @@ these.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,8 +200,3 @@ def score_unigram(counts: npt.NDArray[np.int64], items: Sequence[Item]) -> Score
     sums = np.array([[losses[list(ending)].sum() for ending in item.endings] for item in items])
     lengths = np.array([[len(ending) for ending in item.endings] for item in items])
     return Scores(sums, sums / lengths, items)
-
-
-def document_count(items: Iterable[Item]) -> int:
-    """How many texts the items were made from."""
-    return len({item.document for item in items})

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from pipelib.processes import available_cores
+from pipelib.processes import available_cores, positive_setting
 
 
 def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -16,11 +16,14 @@ def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     The number of threads is fixed, because sums on a CPU depend on it in their last bits; `$PIPELIB_THREADS` sets it.
     """
     if torch.cuda.is_available():
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # read once, at the first product; determinism needs it
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
     keep_freed_memory()
-    torch.set_num_threads(int(os.environ.get("PIPELIB_THREADS", "0")) or max(1, available_cores() // local_world_size))
+    torch.set_num_threads(positive_setting("PIPELIB_THREADS") or max(1, available_cores() // local_world_size))
     return torch.device("cpu")
 
 

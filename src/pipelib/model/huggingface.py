@@ -23,6 +23,16 @@ _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 _PREFIX = "transformer."
 _DERIVED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
 """Tensors that older files carry and that follow from the others: the tied head, and causal masks."""
+_GPT2: dict[str, tuple[object, ...]] = {
+    "model_type": ("gpt2",),
+    "vocab_size": (VOCAB_SIZE,),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
+"""What config.json must say where it says it; other values are other architectures under GPT-2's name."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -134,15 +144,23 @@ def read_params(folder: Path) -> ModelParams:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder with a model; run dvc repro, or give another one with --model.")
     config = read_json(folder / CONFIG)
-    for key, wanted in (("model_type", "gpt2"), ("vocab_size", VOCAB_SIZE)):
-        if config.get(key) != wanted:
+    for key in ("model_type", "vocab_size"):
+        if key not in config:
             raise UserError(
-                f"{folder / CONFIG} has {key} = {config.get(key)!r} where GPT-2 has {wanted!r}; use a GPT-2."
+                f"{folder / CONFIG} has no {key}, so nothing says that this is a GPT-2; use one as published."
+            )
+    for key, allowed in _GPT2.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(
+                f"{folder / CONFIG} has {key} = {config[key]!r} where GPT-2 has {allowed[0]!r}, so its logits would come "
+                "out wrong; use a GPT-2 as published."
             )
     shape = {"context_length": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
     problems: list[str] = []
     params = parse(ModelParams, {ours: config.get(theirs) for ours, theirs in shape.items()}, "", problems)
-    if params is None:
+    if params is not None and config.get("n_inner") not in (None, 4 * params.n_embd):
+        problems.append(f"n_inner is {config['n_inner']}, not 4 times n_embd.")
+    if params is None or problems:
         raise UserError(f"{folder / CONFIG} does not describe a GPT-2: {' '.join(problems)}")
     return params
 
@@ -173,6 +191,6 @@ def readme(params: ModelParams, recipe: dict[str, object]) -> str:
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("models")\n'
         'tokenizer = AutoTokenizer.from_pretrained("models")\n```\n\n'
-        "Everything that decided these weights, besides the code:\n\n"
+        "Everything that decided these weights:\n\n"
         f"| what | value |\n|---|---|\n{rows}\n"
     )

@@ -29,11 +29,6 @@ class ModelParams:
             )
 
     @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.n_embd // self.n_head
-
-    @property
     def parameters(self) -> int:
         """Trainable numbers, tied embeddings counted once, padding left out: 124,439,808 for GPT-2 124M."""
         block = 12 * self.n_embd**2 + 13 * self.n_embd

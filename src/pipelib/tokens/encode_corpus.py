@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,15 @@ class Unit:
     def marker_file(self, folder: Path) -> Path:
         """Written after the tokens, so that it says they are complete."""
         return folder / f"{self.index:06d}.json"
+
+    def origin(self) -> dict[str, object]:
+        """What it is a piece of, as its marker says."""
+        return {"file": self.path.name, "row_groups": list(self.row_groups)}
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether its tokens are there, and are those of this piece of the input."""
+        marker = self.marker_file(folder)
+        return marker.exists() and read_json(marker)["origin"] == self.origin()
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def encode_corpus(
     counts = encode_units(units, folder, engine, workers)
     encoded = time.monotonic()
     total = UnitCounts(
-        *(sum(column) for column in zip(*(tuple(asdict(unit).values()) for unit in counts), strict=True))
+        **{field.name: sum(getattr(unit, field.name) for unit in counts) for field in fields(UnitCounts)}
     )
     if not total.tokens:
         raise UserError(
@@ -167,22 +176,26 @@ def _text_bytes(path: Path) -> list[int]:
 
 def encode_units(units: list[Unit], folder: Path, engine: str, workers: int) -> list[UnitCounts]:
     """Encode the units that are not complete yet, on `workers` processes, and return the counts of all."""
-    missing = [unit for unit in units if not unit.marker_file(folder).exists()]
+    missing = [unit for unit in units if not unit.is_done(folder)]
     progress = Progress(f"encoding with {engine}, {workers} workers", None, "tokens")
     load_engine(engine)  # proves it here, where an error is one message, and not in every worker
     # spawn, not fork: the same on every system, and safe with threads (MLflow's) in this process
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (engine, str(folder))) as pool:
-            for future in as_completed([pool.submit(_encode_unit, unit) for unit in missing]):
-                progress.add(future.result().tokens)
+            try:
+                for future in as_completed([pool.submit(_encode_unit, unit) for unit in missing]):
+                    progress.add(future.result().tokens)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # one bad file need not wait for the rest of the corpus
+                raise
     except BrokenProcessPool:
         raise UserError(
             "a worker was killed, by the system if memory ran out, so the corpus is not complete; what it finished is kept: "
             "run dvc repro again, with fewer workers if memory is short (PIPELIB_WORKERS=1)."
         ) from None
     progress.close()
-    return [UnitCounts(**read_json(unit.marker_file(folder))) for unit in units]
+    return [UnitCounts(**read_json(unit.marker_file(folder))["counts"]) for unit in units]
 
 
 _engine: Engine
@@ -199,7 +212,7 @@ def _encode_unit(unit: Unit) -> UnitCounts:
     tokens, counts = encode_unit(unit, _engine)
     with write_atomic(unit.tokens_file(_folder)) as file:
         file.write(tokens.astype("<u2", copy=False).data)
-    write_json(unit.marker_file(_folder), asdict(counts))
+    write_json(unit.marker_file(_folder), {"origin": unit.origin(), "counts": asdict(counts)})
     return counts
 
 

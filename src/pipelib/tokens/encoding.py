@@ -109,11 +109,12 @@ class GigatokenEngine:
     def __init__(self) -> None:
         import gigatoken
 
+        lines = sorted((rank, token) for token, rank in tiktoken_encoding()._mergeable_ranks.items())
+        expected = b"".join(b64encode(token) + b" %d\n" % rank for rank, token in lines)
         ranks = state_root() / "vocabulary" / f"gpt2-{VOCABULARY_SHA256[:16]}.tiktoken"
-        if not ranks.exists():
+        if not ranks.exists() or ranks.read_bytes() != expected:
             with write_atomic(ranks) as file:
-                for token, rank in sorted(tiktoken_encoding()._mergeable_ranks.items(), key=lambda item: item[1]):
-                    file.write(b64encode(token) + b" %d\n" % rank)
+                file.write(expected)
         self._tokenizer = gigatoken.Tokenizer.from_tiktoken(ranks, "gpt2", special_tokens={})
         prove_equal(self, HARD_STRINGS)
 

@@ -57,7 +57,7 @@ class Rows:
         rows = np.empty((len(indices), self._length + 1), np.int64)
         for row, index in zip(rows, indices.tolist(), strict=True):
             row[:] = self._stream.read(index * self._length, self._length + 1)
-        return rows[:, :-1], rows[:, 1:]
+        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
 
 def permute(indices: npt.NDArray[np.int64], count: int, key: int) -> npt.NDArray[np.int64]:

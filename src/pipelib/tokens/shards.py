@@ -7,6 +7,7 @@ shards, and ours reads theirs. The first shard is the validation split, whatever
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelib.errors import UserError
-from pipelib.files import read_json, sha256_file, sha256_json, write_atomic, write_json
+from pipelib.files import format_json, read_json, sha256_file, write_atomic, write_text
 from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -51,8 +52,8 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the manifest: equal exactly where all tokens and their origin are equal."""
-        return sha256_json(asdict(self))
+        """The SHA-256 of manifest.json: equal exactly where all tokens and their origin are equal."""
+        return hashlib.sha256(self._text().encode("utf-8")).hexdigest()
 
     def split(self, name: str) -> list[Shard]:
         """The shards of `val` or `train`, in order."""
@@ -64,7 +65,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write manifest.json, which declares the folder complete."""
-        write_json(folder / MANIFEST, {"version": VERSION, **asdict(self)})
+        write_text(folder / MANIFEST, self._text())
+
+    def _text(self) -> str:
+        return format_json({"version": VERSION, **asdict(self)})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -193,6 +197,19 @@ def shard_problems(folder: Path, shard: Shard) -> list[str]:
             f"{path} has sha256 {actual} and the manifest says {shard.sha256}: its bytes changed; {_REPAIR}"
         )
     return problems
+
+
+def require_sound(folder: Path, manifest: Manifest) -> None:
+    """Read every shard and refuse a folder in which a byte is not what the manifest says.
+
+    Raises:
+        UserError: with every problem of every shard.
+    """
+    with ThreadPoolExecutor(thread_name_prefix="hash") as threads:  # hashing and numpy leave the interpreter to others
+        found = threads.map(lambda shard: shard_problems(folder, shard), manifest.shards)
+        problems = [problem for of_shard in found for problem in of_shard]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def count_tokens(arrays: Iterable[Tokens]) -> npt.NDArray[np.int64]:

@@ -4,6 +4,7 @@ When the launcher dies, the kernel kills this process, and the ranks, which are 
 """
 
 import logging
+import os
 import signal
 import sys
 
@@ -11,6 +12,8 @@ from pipelib.processes import tie_to_parent
 
 if __name__ == "__main__":
     tie_to_parent(signal.SIGKILL)
+    os.environ["PIPELIB_PARENT"] = str(os.getpid())  # ranks import torch for seconds before they are tied
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
@@ -18,5 +21,7 @@ if __name__ == "__main__":
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         main()
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         sys.exit(max(1, *(failure.exitcode for failure in error.failures.values())))

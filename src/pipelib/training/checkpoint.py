@@ -19,6 +19,10 @@ KEPT = 2
 """The newest, and one to fall back on."""
 
 
+CHECKPOINT_BYTES = 12
+"""Of one parameter: itself and Adam's two moments, in fp32."""
+
+
 class Stateful(Protocol):
     """Anything that can be saved and restored: a module, an optimizer, counters."""
 
@@ -49,7 +53,11 @@ class Checkpoints:
         remove(fresh)
         fresh.mkdir(parents=True)
         with write_atomic(fresh / "state.pt") as file:
-            torch.save({name: stateful.state_dict() for name, stateful in states.items()}, file)
+            saved = {name: stateful.state_dict() for name, stateful in states.items()}
+            try:
+                torch.save(saved, file)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         write_json(
             fresh / "meta.json",
             {"version": VERSION, "step": step, "sha256": sha256_file(fresh / "state.pt"), **self.identity, **meta},

@@ -1,15 +1,16 @@
 """How fast the hardware could be: the peak that model FLOP utilisation is measured against."""
 
+import re
 import time
 from dataclasses import dataclass
 
 import torch
 
 _PEAK_BF16 = {
-    # Dense bf16 TFLOP/s from the makers' data sheets; the first name that the device's name contains counts.
-    "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0, "GH200": 989.0,
-    "B200": 2250.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "A6000": 154.8,
-    "RTX 6000 Ada": 364.2, "4090": 165.2, "3090": 71.0, "V100": 125.0, "T4": 65.0,
+    # Dense bf16 TFLOP/s from the makers' data sheets; the first whose words the device's name contains counts.
+    "H200 NVL": 835.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0,
+    "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "A10G": 70.0,
+    "A10": 125.0, "RTX A6000": 154.8, "RTX 6000 Ada": 364.2, "RTX 4090": 165.2, "RTX 3090": 71.0,
 }  # fmt: skip
 
 
@@ -27,12 +28,15 @@ def peak_of(device: torch.device, precision: str) -> Peak:
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for part, teraflops in _PEAK_BF16.items():
-            if part in name:
+            if re.search(rf"\b{part}\b(?! Laptop)", name):
                 return Peak(teraflops * 1e12, f"data sheet of {part}, dense bf16")
-    return Peak(_measured_matmul(device, precision), "measured: the best of 40 products of 1024 x 1024 matrices")
+    size = 8192 if device.type == "cuda" else 1024  # large enough that starting a kernel does not count
+    return Peak(
+        _measured_matmul(device, precision, size), f"measured: the best of 40 products of {size} x {size} matrices"
+    )
 
 
-def _measured_matmul(device: torch.device, precision: str, size: int = 1024) -> float:
+def _measured_matmul(device: torch.device, precision: str, size: int) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipelib.config import parse
-from pipelib.errors import UserError
+from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json, write_text
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model, readme
@@ -37,6 +37,8 @@ class Job:
     """The folder of the shards."""
     record: str
     """The file of the run's record; empty where there is none."""
+    code: str
+    """The hash of the code files and package versions."""
     resumed_with_other_code: bool
     """The user chose to go on with unfinished work of other code."""
 
@@ -73,6 +75,7 @@ def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: P
     recipe = {
         "data fingerprint": manifest.fingerprint,
         "data source": manifest.source,
+        "code and packages, sha256": job.code,
         **{f"model.{key}": value for key, value in asdict(job.model).items()},
         **{f"train.{key}": value for key, value in asdict(job.train).items()},
     }
@@ -117,7 +120,14 @@ def _rank_main(work: Path) -> None:
     job = Job.read(work)
     try:
         with join_world() as world, _run_of(job, world) as run:
-            run_job(job, work, world, run)
+            try:
+                run_job(job, work, world, run)
+            except Exception as error:
+                message = user_message(error)
+                if message is None:
+                    raise
+                write_text(work / ERROR, message)  # before leaving the group, which may wait for the other ranks
+                raise SystemExit(1) from None
     except UserError as error:
         write_text(work / ERROR, str(error))
         sys.exit(1)

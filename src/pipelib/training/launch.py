@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from pipelib.errors import UserError
-from pipelib.files import read_json, remove
+from pipelib.files import read_json, remove, require_free_space, sha256_json
 from pipelib.model.params import ModelParams
+from pipelib.processes import positive_setting
 from pipelib.stage import Build
-from pipelib.tokens.shards import read_manifest
+from pipelib.tokens.shards import read_manifest, require_sound
+from pipelib.training.checkpoint import CHECKPOINT_BYTES, KEPT
 from pipelib.training.distributed import join_world
 from pipelib.training.job import ERROR, RESULT, Job, run_job
 from pipelib.training.loop import Cadence, check_plan
@@ -31,18 +33,12 @@ def process_count() -> int:
         UserError: `PIPELIB_NPROC` is no number, or asks for more ranks than there are GPUs.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wish = os.environ.get("PIPELIB_NPROC", "")
-    if not wish:
-        return max(1, gpus)
-    if not (wish.isdecimal() and int(wish)):
+    wish = positive_setting("PIPELIB_NPROC")
+    if wish is not None and gpus and wish > gpus:
         raise UserError(
-            f"PIPELIB_NPROC={wish} is not a number of processes; give 1 or more, or unset it for one a GPU."
+            f"PIPELIB_NPROC={wish} is more than the {gpus} GPU(s) here, and ranks cannot share one; lower it, or unset it."
         )
-    if gpus and int(wish) > gpus:
-        raise UserError(
-            f"PIPELIB_NPROC={wish} is more than the {gpus} GPU(s) here, and ranks cannot share one; lower it."
-        )
-    return int(wish)
+    return wish or max(1, gpus)
 
 
 def launch(build: Build, model: ModelParams, train: TrainParams, cadence: Cadence, tokens: Path) -> tuple[Any, Any]:
@@ -52,8 +48,19 @@ def launch(build: Build, model: ModelParams, train: TrainParams, cadence: Cadenc
         UserError: the data and parameters do not go together, or the training said what went wrong.
     """
     ranks = process_count()
-    check_plan(train, read_manifest(tokens), ranks)
-    job = Job(model, train, cadence, str(tokens), str(build.run.path or ""), build.resumed_with_other_code)
+    manifest = read_manifest(tokens)
+    check_plan(train, manifest, ranks)
+    require_sound(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
+    require_free_space(build.work, CHECKPOINT_BYTES * (KEPT + 1) * model.parameters, "training, with its checkpoints,")
+    job = Job(
+        model,
+        train,
+        cadence,
+        str(tokens),
+        str(build.run.path or ""),
+        sha256_json(build.code),
+        build.resumed_with_other_code,
+    )
     for leftover in (RESULT, ERROR):
         remove(build.work / leftover)
     if ranks == 1:
@@ -72,7 +79,11 @@ def _run_ranks(work: Path, ranks: int) -> None:
         sys.executable, "-m", "pipelib.training.agent", "--standalone", f"--nproc-per-node={ranks}",
         "-m", "pipelib.training.job", str(work),
     ]  # fmt: skip
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # ranks set their own number; this only keeps torchrun quiet
+    environment = {
+        "OMP_NUM_THREADS": "1",  # ranks set their own number; this only keeps torchrun quiet
+        **os.environ,
+        "PIPELIB_PARENT": str(os.getpid()),
+    }
     with subprocess.Popen(command, env=environment) as agent:
         before = signal.signal(signal.SIGTERM, lambda number, _: agent.send_signal(number))
         try:
@@ -83,10 +94,17 @@ def _run_ranks(work: Path, ranks: int) -> None:
         finally:
             signal.signal(signal.SIGTERM, before)
     if status:
-        said = work / ERROR
-        raise UserError(
-            said.read_text(encoding="utf-8")
-            if said.exists()
-            else f"a rank ended with status {status} before the training was done; what it printed is above. The last "
-            "checkpoint is kept: dvc repro goes on from there."
-        )
+        raise UserError(_what_went_wrong(work / ERROR, status))
+
+
+def _what_went_wrong(said: Path, status: int) -> str:
+    """What a rank left to say, else what the status of torchrun tells."""
+    if said.exists():
+        return said.read_text(encoding="utf-8")
+    stopped = {128 + number: number.name for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    if status in stopped:
+        return f"stopped by {stopped[status]}; the last checkpoint is kept, and dvc repro goes on from there."
+    return (
+        f"a rank ended with status {status} before the training was done; what it printed is above. The last checkpoint is "
+        "kept: dvc repro goes on from there."
+    )

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from pipelib.errors import UserError
 from pipelib.evaluation.loss import Loss, summed_loss
+from pipelib.evaluation.samples import write_samples
 from pipelib.model.device import autocast
-from pipelib.model.generate import generate
 from pipelib.model.gpt import GPT, initialise
 from pipelib.model.params import ModelParams
-from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.tokens.loader import Batch, BatchPlan, Loader, training_rows, validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, Manifest
 from pipelib.training.checkpoint import Checkpoints, Counters, RandomState, Stateful
@@ -29,8 +28,6 @@ from pipelib.training.distributed import World
 from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
-
-SAMPLE_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,10 @@ def train(
     recorder.resume(state.step)
     announce(state, params, plan, world)
 
-    with stop_requests() as stop:
+    with stop_requests(world) as stop:
+        if not state.step:
+            with recorder.pause():
+                recorder.validated(state, validation_loss(model, tokens, params, world))
         for step in range(state.step, params.max_steps):
             learning_rate = learning_rate_at(step, params)
             batches = loader.micro_batches(step)
@@ -91,14 +91,16 @@ def train(
                     recorder.validated(state, validation_loss(model, tokens, params, world))
             if due(state.step, params.sample_every, last) and world.is_main:
                 with recorder.pause():
-                    recorder.sampled(state, samples(model, params))
-            if due(state.step, cadence.checkpoint_every, last) or stop:
+                    recorder.sampled(state, write_samples(model, params.sample_prompts, params.precision, params.seed))
+            stopping = list(stop)  # looked at once: a signal between the save and the end would go unsaved
+            if due(state.step, cadence.checkpoint_every, last) or stopping:
                 with recorder.pause():
                     if world.is_main:
+                        recorder.sync()
                         checkpoints.save(state.step, states, {"tokens": state.tokens})
-            if stop and not last:
+            if stopping and not last:
                 raise UserError(
-                    f"stopped by {stop[0]} after step {state.step:,}, which is saved; dvc repro goes on from there."
+                    f"stopped by {stopping[0]} after step {state.step:,}, which is saved; dvc repro goes on from there."
                 )
     return model
 
@@ -197,20 +199,6 @@ def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World)
     return Loss(whole[0], int(whole[1]))
 
 
-def samples(model: GPT, params: TrainParams) -> list[tuple[str, str]]:
-    """(prompt, continuation) of every prompt; their own random stream, so that training is the same without them."""
-    from pipelib.tokens.encoding import tiktoken_encoding
-
-    encoding = tiktoken_encoding()
-    texts = []
-    for number, prompt in enumerate(params.sample_prompts):
-        token_ids = [EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)]
-        with autocast(model.wte.weight.device, params.precision):
-            new = generate(model, token_ids, SAMPLE_TOKENS, seed=params.seed + number, stop_token_id=EOT_TOKEN_ID)
-        texts.append((prompt, encoding.decode(new)))
-    return texts
-
-
 def set_determinism(params: TrainParams, world: World) -> None:
     """Fix what could make two runs differ: torch's own seed, and on a GPU the choice of kernels."""
     torch.manual_seed(params.seed)
@@ -218,6 +206,10 @@ def set_determinism(params: TrainParams, world: World) -> None:
         torch.backends.cuda.matmul.allow_tf32 = params.precision == "bf16"
         torch.use_deterministic_algorithms(params.deterministic)
         torch.backends.cudnn.benchmark = False
+        if params.compile and params.deterministic:
+            import torch._inductor.config as inductor
+
+            inductor.deterministic = True  # no choice of kernels by their time, which differs from run to run
 
 
 def _plain(mapping: dict[str, object]) -> dict[str, object]:
@@ -226,9 +218,14 @@ def _plain(mapping: dict[str, object]) -> dict[str, object]:
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[str]]:
+def stop_requests(world: World) -> Iterator[list[str]]:
     """A list that a first SIGTERM or Ctrl-C puts its name into, for the loop to end at a step's end; a second one kills."""
     received: list[str] = []
+    if (
+        world.world_size > 1
+    ):  # ranks would stop at different steps and wait for each other: their last checkpoint counts
+        yield received
+        return
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number).name)

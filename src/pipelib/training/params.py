@@ -66,6 +66,11 @@ class TrainParams:
                 f"global_batch_tokens = {self.global_batch_tokens}, so a step would be cut short; change one of them "
                 f"(global_batch_tokens: {fits} would fit)."
             )
+        if self.validate_tokens < self.sequence_length:
+            yield (
+                f"validate_tokens: {self.validate_tokens} is less than one row of sequence_length = {self.sequence_length} "
+                "tokens, so there would be no validation loss; raise it."
+            )
         if self.min_lr > self.max_lr:
             yield (
                 f"min_lr: {self.min_lr:g} is greater than max_lr = {self.max_lr:g}, so the rate would rise after warmup; "

@@ -9,11 +9,11 @@ import csv
 import io
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -33,24 +33,26 @@ class Curve:
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, tuple(columns)
-        self._file: IO[str] | None = None
 
     def resume(self, step: int) -> None:
-        """Keep what was written up to `step`, and go on after it. A line torn by a kill goes."""
+        """Keep what was written up to `step`, and go on after it; before the first step, begin anew. A torn line goes."""
         rows = [",".join(self.columns)]
-        if self.path.exists():
+        if step and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").split("\n")
             rows += [line for line in lines[1:-1] if int(line.split(",", 1)[0]) <= step]
         write_text(self.path, "\n".join(rows) + "\n")
-        self._file = self.path.open("a", encoding="utf-8", newline="")
 
     def append(self, rows: Sequence[Sequence[float | int | str]]) -> None:
-        """Add rows; they survive the process, and a checkpoint's fsync comes later than them."""
-        assert self._file is not None, "resume() comes first"
+        """Add rows; they survive this process."""
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(rows)
-        self._file.write(text.getvalue())
-        self._file.flush()
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text.getvalue())
+
+    def sync(self) -> None:
+        """Have the rows survive a power cut too."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def last(self) -> dict[str, float]:
         """The last row, by column; empty where there is none."""
@@ -143,6 +145,11 @@ class Recorder:
         self.flush()
         yield
         self._mark = time.perf_counter()
+
+    def sync(self) -> None:
+        """Have everything noted so far survive a power cut; comes before a checkpoint that relies on it."""
+        for curve in (self.train, self.validation, self.samples):
+            curve.sync()
 
     def validated(self, counters: Counters, loss: Loss) -> None:
         """Note a validation loss."""

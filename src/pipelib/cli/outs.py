@@ -1,0 +1,255 @@
+"""The folders that DVC made, whether they still are what it recorded, and how to get rid of damage for good.
+
+With hard links, a file of the workspace, DVC's cache object of it and the finished state of the stage are one inode. DVC
+trusts read-only objects without reading them (observed with 3.67), so after a bit has flipped
+
+- `dvc repro` says "is cached" and links the damaged bytes again, or, where the time of change stayed, "didn't change";
+- deleting the workspace's file brings the damaged bytes back;
+- even `dvc repro --force`, which makes good bytes, ends with the damaged ones: an object of that name exists already.
+
+What helps is to remove the file *and* its object. The run cache and the `.dir` object may stay: DVC restores a folder only
+when every object of it is there, and otherwise runs the stage. The stage's state verifies its own hashes.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelib.config import read_yaml
+from pipelib.errors import UserError
+from pipelib.files import files_under, remove
+from pipelib.processes import available_cores
+from pipelib.progress import Progress
+from pipelib.tokens.check import Problem, Report, check_shards, holds_shards
+from pipelib.tokens.shards import MANIFEST
+
+TOKENS = Path("data/tokens")
+
+
+@dataclass(frozen=True)
+class Out:
+    """A folder of dvc.lock."""
+
+    folder: Path
+    md5: str
+    """Of DVC's list of its files, and so of the whole folder; ends in `.dir`."""
+    cache: Path
+    """DVC's objects, named by their MD5."""
+
+    @property
+    def listing(self) -> Path:
+        """DVC's list of the folder's files."""
+        return self.object(self.md5)
+
+    def object(self, md5: str) -> Path:
+        """Where DVC keeps the bytes of that MD5."""
+        return self.cache / md5[:2] / md5[2:]
+
+    def entries(self) -> dict[Path, str] | None:
+        """What DVC recorded: MD5 by file; None where its list is lost or damaged."""
+        if not (self.listing.is_file() and _is_sound(self.listing)):
+            return None
+        return {self.folder / entry["relpath"]: entry["md5"] for entry in json.loads(self.listing.read_bytes())}
+
+    def linked_objects(self) -> dict[Path, Path]:
+        """The objects that files of the folder are hard links of, by file."""
+        inodes = {(stat.st_dev, stat.st_ino): path for path in self.cache.glob("??/*") for stat in [path.stat()]}
+        found = {path: inodes.get((stat.st_dev, stat.st_ino)) for path, stat in _stats(self.folder)}
+        return {path: entry for path, entry in found.items() if entry is not None}
+
+
+# ---- What there is to verify -----------------------------------------------------------------------------------------
+
+
+def find_folders(wish: Path | None) -> dict[Path, Out | None]:
+    """The folders to verify, and what DVC knows of each; None where it knows nothing and the folder holds shards.
+
+    Args:
+        wish: an out of dvc.lock, something in one, a folder with several, or a folder of shards; None for every out of
+            dvc.lock that is in the workspace.
+
+    Raises:
+        UserError: there is nothing that could be verified.
+    """
+    outs = _outs_near(_absolute(wish or Path()))
+    if wish is None:
+        found: dict[Path, Out | None] = {folder: out for folder, out in outs.items() if folder.is_dir()}
+        found |= {TOKENS: None} if TOKENS not in found and holds_shards(TOKENS) else {}
+        if not found:
+            raise UserError("no out of dvc.lock is here, so there is nothing to verify; run dvc repro, or name a folder.")
+        return found
+    target = _absolute(wish)
+    found = {
+        folder: out
+        for folder, out in outs.items()
+        if _absolute(folder) in (target, *target.parents) or (target in _absolute(folder).parents and folder.is_dir())
+    }
+    for folder in [*found] or [wish]:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder, so there is nothing to verify; run dvc repro, or name another folder.")
+    if found or holds_shards(wish):
+        return found or {wish: None}
+    raise UserError(
+        f"{wish} is no out of dvc.lock and its {MANIFEST} lists no shards, so nothing says what it should hold and nothing "
+        f"was touched; name one of {', '.join(map(str, outs)) or 'the outs, once dvc repro has made them'}."
+    )
+
+
+def _outs_near(start: Path) -> dict[Path, Out]:
+    """The folders of the nearest dvc.lock, by their paths as seen from here."""
+    root = next((folder for folder in (start, *start.parents) if (folder / "dvc.lock").is_file()), None)
+    if root is None:
+        return {}
+    stages = (read_yaml(root / "dvc.lock").get("stages") or {}).values()
+    listed = [out for stage in stages for out in stage.get("outs", ()) if str(out.get("md5", "")).endswith(".dir")]
+    cache = _cache_folder(root) / "files" / "md5" if listed else Path()
+    folders = [(_from_here(root / out["path"]), str(out["md5"])) for out in listed]
+    return {folder: Out(folder, md5, cache) for folder, md5 in folders}
+
+
+def _cache_folder(root: Path) -> Path:
+    """Where the DVC of this environment keeps its cache."""
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"`dvc cache dir` failed in {root} ({done.stderr.strip()}), so what DVC recorded cannot be found; nothing was "
+            "verified or removed: mend DVC first (`pipelib doctor`)."
+        )
+    return root / done.stdout.strip()
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # without `..`, and without following links
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+# ---- What is wrong ---------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path, out: Out | None) -> Report:
+    """Compare a folder with what DVC recorded of it and, where it holds shards, with its own manifest."""
+    recorded = Report((), frozenset()) if out is None else _check_out(out)
+    if not holds_shards(folder):
+        return recorded
+    shards = check_shards(folder)
+    # a manifest that DVC recorded otherwise may blame shards that are what DVC recorded
+    trusted = out is None or folder / MANIFEST in recorded.good or not recorded.good
+    problems = [problem for problem in shards.problems if trusted or problem.path not in recorded.good]
+    named = {problem.path for problem in problems}
+    problems += [problem for problem in recorded.problems if problem.path not in named]
+    return Report(tuple(problems), (shards.good | recorded.good) - {problem.path for problem in problems})
+
+
+def _check_out(out: Out) -> Report:
+    """Compare every file's MD5 with DVC's list."""
+    found = _sums(out.folder)
+    entries = out.entries()
+    if entries is None:
+        if _folder_md5(out.folder, found) == out.md5:
+            return Report((), frozenset(found))
+        problems = list(_problems_without_list(out, found))
+    else:
+        problems = [problem for path in sorted(entries | found) for problem in _compare(out, path, entries, found)]
+    return Report(tuple(problems), frozenset(found if entries else ()) - {problem.path for problem in problems})
+
+
+def _sums(folder: Path) -> dict[Path, str | None]:
+    """The MD5 of every file, None where it cannot be read."""
+    stats = dict(_stats(folder))
+    progress = Progress(f"verifying {folder}", sum(stat.st_size for stat in stats.values()), "bytes")
+    sums: dict[Path, str | None] = {}
+    with ThreadPoolExecutor(available_cores()) as threads:
+        for path, sums[path] in zip(stats, threads.map(_md5, stats), strict=True):
+            progress.add(stats[path].st_size)
+    progress.close(f"{len(sums)} files read")
+    return sums
+
+
+def _compare(out: Out, path: Path, entries: Mapping[Path, str], found: Mapping[Path, str | None]) -> Iterator[Problem]:
+    """What is wrong with one file that DVC recorded, or that is there."""
+    if path not in entries:
+        text = f"{path} is not in DVC's list, so DVC takes the folder for changed and would delete it; move it away."
+        yield Problem(path, text, damaged=False)
+    elif path not in found:
+        yield Problem(path, f"{path} is missing, so the folder is not complete; add --repair, then run dvc repro.")
+    elif (md5 := found[path]) is None:
+        yield Problem(path, f"{path} cannot be read, so its content is lost; add --repair, then run dvc repro.")
+    elif md5 != entries[path]:
+        if out.object(md5).is_file():
+            text = f"{path} is whole and of another version than dvc.lock has, so results would not be those of dvc.lock"
+            yield Problem(path, f"{text}; run dvc repro, or dvc checkout.", damaged=False)
+        else:
+            text = f"{path} has md5 {md5} and DVC recorded {entries[path]}: its bytes changed"
+            yield Problem(path, f"{text}; add --repair, then run dvc repro.")
+
+
+def _problems_without_list(out: Out, found: Mapping[Path, str | None]) -> Iterator[Problem]:
+    """What can be said of a folder that is not what DVC recorded, when DVC's list of its files is lost."""
+    linked = out.linked_objects()
+    wrong = [path for path in found if path in linked and not _is_sound(linked[path])]
+    for path in wrong:
+        text = f"{path} does not have the md5 that DVC's object is named by, {linked[path]}: its bytes changed"
+        yield Problem(path, f"{text}; add --repair, then run dvc repro.")
+    if not wrong:
+        text = f"{out.folder} is not what dvc.lock says and DVC's list of its files, {out.listing}, is lost or damaged"
+        yield Problem(
+            out.folder, f"{text}, so nothing says which file is wrong; move it away and run dvc repro.", damaged=False
+        )
+
+
+def _folder_md5(folder: Path, sums: Mapping[Path, str | None]) -> str:
+    """What DVC would call a folder with these files: the MD5 of its list."""
+    listing = sorted((path.relative_to(folder).as_posix(), md5) for path, md5 in sums.items())
+    text = json.dumps([{"md5": md5, "relpath": relpath} for relpath, md5 in listing])
+    return hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest() + ".dir"
+
+
+# ---- How to get rid of it --------------------------------------------------------------------------------------------
+
+
+def repair(out: Out | None, report: Report) -> list[Path]:
+    """Remove each damaged file and DVC's object of it, so that the next `dvc repro` makes them again.
+
+    An object that is sound while the workspace's file is not (DVC copied instead of linking) stays: DVC restores it.
+
+    Returns:
+        What was removed: files of the workspace, and objects.
+    """
+    entries = (out.entries() or {}) if out else {}
+    linked = out.linked_objects() if out else {}
+    doomed = [out.listing] if out and not _is_sound(out.listing) else []
+    for path in sorted({problem.path for problem in report.problems if problem.damaged}):
+        objects = {out.object(entries[path])} if out and path in entries else set()
+        objects |= {linked[path]} if path in linked else set()
+        doomed += [path, *(entry for entry in sorted(objects) if not _is_sound(entry) or _md5(entry) == _md5(path))]
+    removed = [path for path in doomed if path.exists() or path.is_symlink()]
+    for path in removed:
+        remove(path)
+    return removed
+
+
+def _stats(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    return [(path, path.stat()) for path in files_under(folder)]
+
+
+def _is_sound(entry: Path) -> bool:
+    """Whether an object has the MD5 that it is named by; a missing one does no harm."""
+    return not entry.exists() or _md5(entry) == entry.parent.name + entry.name.removesuffix(".dir")
+
+
+def _md5(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,30 @@
+"""What all tests share: an environment that nobody set up, and folders to work in."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_environment() -> Iterator[None]:
+    """No variable of this shell that changes what the pipeline does, except what sets the size of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("PIPELIB_", "DVC_", "MLFLOW_")) and name != "PIPELIB_TEST_RUNS":
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder as the working directory, where the state goes too."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def vocabulary_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state folder for tests that tokenize, so that the vocabulary is laid out once."""
+    return tmp_path_factory.mktemp("state")

@@ -1,0 +1,254 @@
+"""Trainings small enough for a test: a model of 1.6 million numbers, nearly all of them its vocabulary."""
+
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import pipelib
+from pipelib.config import read_yaml
+from pipelib.files import files_under
+from pipelib.model.gpt import GPT
+from pipelib.model.params import ModelParams
+from pipelib.model.vocabulary import EOT_TOKEN_ID
+from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest, write_shards
+from pipelib.tracking import NullRun
+from pipelib.training import loop
+from pipelib.training.distributed import World
+from pipelib.training.hardware import Peak
+from pipelib.training.params import TrainParams
+from pipelib.training.recorder import Recorder
+
+CHECKOUT = Path(pipelib.__file__).absolute().parents[2]
+MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16}
+TRAIN = {
+    "seed": 7, "max_tokens": 2560, "max_epochs": 1e6, "global_batch_tokens": 64, "sequence_length": 16,
+    "micro_batch_size": 2, "max_lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "weight_decay": 0.1, "beta1": 0.9,
+    "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False, "deterministic": True,
+    "validate_every": 10, "validate_tokens": 64, "sample_every": 20, "sample_prompts": ["The"],
+}  # fmt: skip
+"""40 steps of 4 rows of 16 tokens, in 2 micro-steps."""
+LOGGING = {"log_every": 1, "checkpoint_every": 5, "mlflow": False}
+EVALUATE = {"precision": "fp32", "batch_tokens": 256, "tasks": [], "task_limit": None, "sample_prompts": ["The"]}
+
+ROLES = {"stages.train": "launcher", "pipelib.training.agent": "agent", "pipelib.training.job": "rank"}
+
+
+def model_params(**changes: int) -> ModelParams:
+    """The shape of the small model."""
+    return ModelParams(**{**MODEL, **changes})
+
+
+def train_params(**changes: Any) -> TrainParams:
+    """The small training."""
+    values = {**TRAIN, **changes}
+    return TrainParams(**{**values, "sample_prompts": tuple(values["sample_prompts"])})
+
+
+def write_tokens(folder: Path, count: int = 8192, vocabulary: int = 500) -> Manifest:
+    """Shards of `count` tokens, a quarter of them the validation split, in documents of 40; always the same."""
+    tokens = np.random.default_rng(0).integers(0, vocabulary, count).astype(np.uint16)
+    tokens[::40] = EOT_TOKEN_ID
+    manifest = Manifest({"name": "gpt2"}, {"kind": "test"}, tuple(write_shards(folder, [tokens], count // 4)))
+    np.save(folder / UNIGRAM_COUNTS, count_tokens(open_shard(folder / shard.name) for shard in manifest.split("train")))
+    manifest.write(folder)
+    return read_manifest(folder)
+
+
+def random_model(params: ModelParams, seed: int = 1) -> GPT:
+    """A model in which no bias is zero and no LayerNorm the identity, so that each tensor changes the logits."""
+    model = GPT(params)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + 0.5 * (parameter.dim() == 1))
+    return model.eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums on a CPU depend on the number of threads, and more of them only get in each other's way here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def train_small(
+    folder: Path,
+    params: TrainParams,
+    *,
+    shape: ModelParams | None = None,
+    checkpoint_every: int = 10**6,
+    log_every: int = 10**6,
+) -> GPT:
+    """Train in this process, on `folder/tokens` and in `folder/work`; curves and checkpoints lie in the latter."""
+    manifest = read_manifest(folder / "tokens")
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    recorder = Recorder(work, NullRun(), params, 1, Peak(1e12, "made up"), 1)
+    cadence = loop.Cadence(log_every, checkpoint_every)
+    return loop.train(shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder)
+
+
+def curve(folder: Path, name: str = "train") -> list[dict[str, float]]:
+    """A curve of a training in this process, a row a step."""
+    with (folder / "work" / f"{name}.csv").open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+@dataclass
+class Training:
+    """`python -m stages.train`, running or ended, and every process it started."""
+
+    tag: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def step(self) -> int:
+        """The last step that it has said to be done; 0 before the first."""
+        steps = re.findall(r"^step (\d+)/", self.output(), re.MULTILINE)
+        return int(steps[-1]) if steps else 0
+
+    def processes(self) -> dict[int, str]:
+        """Its processes by id, each as `launcher`, `agent` (torchrun's) or `rank`; also those that lost their parent."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                if f"SMALL_RUN={self.tag}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    words = (entry / "cmdline").read_bytes().decode().split("\0")
+                    found[int(entry.name)] = ROLES[words[words.index("-m") + 1]]
+            except (OSError, ValueError, KeyError):  # no process, one that has just ended, or another's (git, sh)
+                continue
+        return found
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> bool:
+        """Wait for a condition, or for the end, which makes it false."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None:
+                return condition()
+            assert time.monotonic() < deadline, f"nothing happened in {seconds} s:\n{self.output()}"
+            time.sleep(0.002)
+        return True
+
+    def end(self, seconds: float = 90) -> int:
+        """Wait for its end and for that of every process it started; its exit status."""
+        status = self.process.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"the training has ended with {status}, and {left} run on"
+            time.sleep(0.02)
+        return status
+
+
+@dataclass
+class SmallProject:
+    """A checkout with its own code, shards and params.yaml, for the real command in processes of their own."""
+
+    folder: Path
+    state: Path
+    references: dict[int, dict[str, bytes]] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, folder: Path, **train: Any) -> "SmallProject":
+        """Copy the code of this checkout and write shards beside it."""
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(CHECKOUT / "stages", folder / "stages", ignore=ignore)
+        shutil.copytree(CHECKOUT / "src/pipelib", folder / "src/pipelib", ignore=ignore)
+        write_tokens(folder / "data/tokens")
+        project = cls(folder, folder / "state")
+        project.write_params(**train)
+        return project
+
+    def write_params(self, **train: Any) -> None:
+        """params.yaml of the small training, with changes in its section `train` or `logging`."""
+        preset = read_yaml(CHECKOUT / "presets/gpt2-124m.yaml")
+        logging = {name: train.pop(name, value) for name, value in LOGGING.items()}
+        sections = {"model": MODEL, "train": {**TRAIN, **train}, "evaluate": EVALUATE, "logging": logging}
+        (self.folder / "params.yaml").write_text(yaml.safe_dump({**preset, **sections}))
+
+    def begin_anew(self) -> None:
+        """Forget everything that was trained."""
+        for name in ("state", "models", "curves", "metrics", ".models.new", ".curves.new"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def start(self, ranks: int = 1, command: list[str] | None = None, **environment: str) -> Training:
+        """Start `python -m stages.train`, or another command that ends up there."""
+        tag = uuid.uuid4().hex
+        log = self.folder / "log.txt"
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PIPELIB_", "DVC_", "MLFLOW_", "PYTEST_")) and name != "PYTHONPATH"
+        }
+        variables = {
+            **kept, "PIPELIB_STATE_DIR": str(self.state), "PIPELIB_THREADS": "1", "PIPELIB_NPROC": str(ranks),
+            "CUDA_VISIBLE_DEVICES": "", "SMALL_RUN": tag, **environment,
+        }  # fmt: skip
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command or [sys.executable, "-m", "stages.train"],
+                cwd=self.folder, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        return Training(tag, process, log)
+
+    def run(self, ranks: int = 1, **environment: str) -> dict[str, bytes]:
+        """Run it to its end, which must be a success; the outs."""
+        training = self.start(ranks, **environment)
+        assert training.end() == 0, training.output()
+        return self.outs()
+
+    def outs(self) -> dict[str, bytes]:
+        """Every byte of what the stage publishes, less its speed."""
+        names = [*files_under(self.folder / "models"), *files_under(self.folder / "curves")]
+        names.append(self.folder / "metrics/train.json")
+        return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in names}
+
+    def uninterrupted(self, ranks: int) -> dict[str, bytes]:
+        """The outs of a run that nothing disturbs; trained once, and the project is left as if it never was."""
+        if ranks not in self.references:
+            self.begin_anew()
+            self.references[ranks] = self.run(ranks)
+            assert {"models/model.safetensors", "curves/train.csv"} <= self.references[ranks].keys()
+        self.begin_anew()
+        return self.references[ranks]
+
+
+def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> bool:
+    """Send a signal; false where the process has ended."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def same(outs: Mapping[str, bytes], expected: Mapping[str, bytes]) -> list[str]:
+    """The files in which two results differ, or that one of them lacks; short to read where bytes are not."""
+    return sorted(name for name in outs.keys() | expected.keys() if outs.get(name) != expected.get(name))
+
+
+assert {entry.name for entry in fields(TrainParams)} == TRAIN.keys(), "TRAIN has to name every parameter of train"

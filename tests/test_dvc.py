@@ -1,0 +1,247 @@
+"""The real DVC in a clone, as a person uses it: what runs, what does not, and what the commands print.
+
+The tests of this file go on from each other, in their order, in one clone: with xdist they stay on one worker.
+"""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_corpus import make_texts, write_jsonl
+from small_project import CHECKOUT, PARAMS, write_params
+
+pytestmark = [pytest.mark.dvc, pytest.mark.xdist_group("dvc")]
+
+STAGES = ("download", "tokenize", "train", "evaluate")
+
+
+class Clone:
+    """A clone of this checkout, its working tree included, with small parameters and a small corpus of its own.
+
+    Commands run as in a new shell where no environment is activated: the clone's `.venv` is all there is.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(root.parent / "home"),
+            "DVC_SITE_CACHE_DIR": str(root.parent / "memo"),
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+        }
+        (root.parent / "home").mkdir()
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=CHECKOUT, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        for name in filter(None, listed.split("\0")):
+            source, target = CHECKOUT / name, root / name
+            if source.is_file() and name.split("/")[0] not in ("dvc.lock", "metrics", "tests", "bench", "docs"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(source.read_bytes())
+        write_params(root)
+        write_jsonl(root / "texts/a.jsonl", make_texts(70))
+        (root / ".venv").symlink_to(sys.prefix)
+        (root / ".git/info").mkdir(parents=True)
+        self.git("init", "--quiet", "--initial-branch=main")
+        (root / ".git/info/exclude").write_text("/.venv\n")  # .gitignore names a folder, and this is a link
+        self.git("config", "user.name", "Someone")
+        self.git("config", "user.email", "someone@example.org")
+        self.commit("the clone")
+
+    def run(self, command: Sequence[str]) -> str:
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def activate(self) -> None:
+        """As `source .venv/bin/activate` does."""
+        self.environment["PATH"] = f"{self.root}/.venv/bin:/usr/bin:/bin"
+
+    def git(self, *arguments: str) -> str:
+        return self.run(["git", *arguments])
+
+    def dvc(self, *arguments: str) -> str:
+        return self.run([".venv/bin/dvc", *arguments])
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.dvc(*arguments))
+
+    def commit(self, message: str) -> None:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", message)
+
+    def text(self, name: str) -> str:
+        return (self.root / name).read_text(encoding="utf-8")
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        before = self.text(name)
+        assert old in before
+        (self.root / name).write_text(before.replace(old, new), encoding="utf-8")
+
+    def lock(self) -> dict[str, Any]:
+        lock: dict[str, Any] = yaml.safe_load(self.text("dvc.lock"))["stages"]
+        return lock
+
+    def changed_stages(self) -> set[str]:
+        """Stages that `dvc repro` would run again."""
+        return {name.split(":")[-1] for name in self.json("status", "--json")}
+
+
+def ran(output: str) -> list[str]:
+    """The stages that a run of DVC executed."""
+    return [name for name in STAGES if f"Running stage '{name}'" in output]
+
+
+@pytest.fixture(scope="module")
+def first_output() -> list[str]:
+    """What the first `dvc repro` printed."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, first_output: list[str]) -> Clone:
+    """A clone in which the pipeline ran once, its lock and metrics committed."""
+    made = Clone(tmp_path_factory.mktemp("dvc") / "clone")
+    first_output.append(made.dvc("repro"))
+    made.commit("the baseline")
+    return made
+
+
+def test_a_fresh_clone_runs_all_four_stages_where_nothing_is_activated(clone: Clone, first_output: list[str]) -> None:
+    assert ran(first_output[0]) == list(STAGES)
+    assert clone.git("status", "--porcelain") == ""
+    tracked = clone.git("ls-files").splitlines()
+    assert "dvc.lock" in tracked
+    assert {f"metrics/{name}.json" for name in STAGES} <= set(tracked)
+    assert not [name for name in tracked if name.split("/")[0] in ("data", "models", "curves", "reports")]
+    assert clone.text("reports/evaluation.md").startswith("# Evaluation")
+
+
+def test_outs_state_and_cache_are_one_file(clone: Clone) -> None:
+    for name in ("data/tokens/train_000001.bin", "models/model.safetensors"):
+        assert (clone.root / name).stat().st_nlink == 3, name
+    assert (clone.root / "metrics/train.json").stat().st_nlink == 1
+
+
+def test_a_second_repro_runs_nothing(clone: Clone) -> None:
+    output = clone.dvc("repro")
+    assert ran(output) == []
+    assert "Data and pipelines are up to date." in output
+    assert clone.changed_stages() == set()
+    assert clone.git("status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("src/pipelib/progress.py", set()),
+        ("src/pipelib/tracking.py", set()),
+        ("src/pipelib/training/params.py", {"train"}),
+        ("src/pipelib/evaluation/report.py", {"evaluate"}),
+        ("src/pipelib/model/gpt.py", {"train", "evaluate"}),
+        ("src/pipelib/tokens/encode_corpus.py", {"tokenize"}),
+        ("texts/a.jsonl", {"download"}),
+    ],
+)
+def test_an_edit_reruns_what_it_can_change(clone: Clone, file: str, stages: set[str]) -> None:
+    before = clone.text(file)
+    (clone.root / file).write_text(before + "\n# a comment\n", encoding="utf-8")
+    assert clone.changed_stages() == stages
+    (clone.root / file).write_text(before, encoding="utf-8")
+
+
+def test_reformatting_params_and_changing_logging_rerun_nothing(clone: Clone) -> None:
+    before = clone.text("params.yaml")
+    clone.edit("params.yaml", "log_every: 4", "log_every:    2   # more lines")
+    assert clone.changed_stages() == set()
+    (clone.root / "params.yaml").write_text(before, encoding="utf-8")
+
+
+# ---- Experiments -----------------------------------------------------------------------------------------------------
+
+
+def test_an_experiment_with_another_learning_rate_trains_with_that_number(clone: Clone) -> None:
+    output = clone.dvc("exp", "run", "--name", "small-rate", "--set-param", "train.max_lr=6e-5")
+    assert ran(output) == ["train", "evaluate"]
+    assert "max_lr: 6e-05" in clone.text("params.yaml")
+    assert clone.lock()["train"]["params"]["params.yaml"]["train"]["max_lr"] in (6e-5, "6e-05")  # PyYAML's reading
+    assert "6e-05" in clone.text("models/README.md")
+    (record,) = (
+        json.loads(path.read_text()) for path in (clone.root / ".pipelib/train").glob("*/meta.json") if "6e-05" in path.read_text()
+    )  # fmt: skip
+    assert record["inputs"]["train"]["max_lr"] == 6e-5
+    rates = [float(row["lr"]) for row in csv.DictReader(io.StringIO(clone.text("curves/train.csv")))]
+    assert max(rates) == pytest.approx(6e-5)
+
+
+def test_diffs_say_what_changed(clone: Clone) -> None:
+    params = clone.json("params", "diff", "--json")
+    assert list(params) == ["params.yaml"]
+    assert {key: (float(change["old"]), float(change["new"])) for key, change in params["params.yaml"].items()} == {
+        "train.max_lr": (PARAMS["train"]["max_lr"], 6e-5)
+    }
+    metrics = clone.json("metrics", "diff", "--json")
+    assert {"metrics/train.json", "metrics/evaluate.json"} <= set(metrics)
+    assert not {"metrics/download.json", "metrics/tokenize.json"} & set(metrics)
+    change = metrics["metrics/evaluate.json"]["val_loss"]
+    assert change["new"] > change["old"], "a rate fifty times smaller learns less in eight steps"
+    table = clone.dvc("metrics", "diff", "--md")
+    assert "| metrics/evaluate.json" in table
+    assert "val_loss" in table
+
+
+def test_plots_show_the_curves_of_both(clone: Clone) -> None:
+    shown = clone.json("plots", "show", "--json", "--out", "plots")["data"]
+    assert {name.split(":")[-1] for name in shown} == {"loss", "learning_rate", "grad_norm"}
+    (loss,) = (value for name, value in shown.items() if name.endswith("loss"))
+    points = json.loads(loss[0]["content"]) if isinstance(loss[0]["content"], str) else loss[0]["content"]
+    assert points
+    diff = clone.json("plots", "diff", "HEAD", "workspace", "--json", "--out", "plots")["data"]
+    revisions = {revision for entries in diff.values() for entry in entries for revision in entry["revisions"]}
+    assert revisions == {"HEAD", "workspace"}
+
+
+def test_exp_show_has_a_row_for_the_baseline_and_the_experiment(clone: Clone) -> None:
+    rows = {
+        row["Experiment"] or row["rev"]: row for row in csv.DictReader(io.StringIO(clone.dvc("exp", "show", "--csv")))
+    }
+    assert {"main", "small-rate"} <= set(rows)
+    assert float(rows["main"]["train.max_lr"]) == PARAMS["train"]["max_lr"]
+    assert float(rows["small-rate"]["train.max_lr"]) == 6e-5
+    column = next(name for name in rows["main"] if name.endswith("evaluate.json:val_loss"))
+    assert float(rows["small-rate"][column]) > float(rows["main"][column])
+
+
+def test_going_back_is_a_cache_hit(clone: Clone) -> None:
+    clone.git("checkout", "--quiet", "params.yaml")
+    output = clone.dvc("repro")
+    assert ran(output) == []
+    for name in ("train", "evaluate"):
+        assert f"Stage '{name}' is cached - skipping run" in output
+    assert clone.git("status", "--porcelain") == "", "the baseline's lock and metrics are back"
+
+
+def test_a_queued_experiment_runs_the_code_it_was_queued_with(clone: Clone) -> None:
+    clone.dvc("exp", "run", "--queue", "--name", "queued", "--set-param", "evaluate.batch_tokens=1024")
+    clone.edit("src/pipelib/evaluation/report.py", '"# Evaluation"', '"# Edited after queueing"')
+    clone.activate()  # `dvc queue start` starts its worker as `dvc`, by that name
+    clone.dvc("queue", "start")
+    for _ in range(100):  # each look takes a second of its own
+        status = clone.dvc("queue", "status")
+        if "Queued" not in status and "Running" not in status:
+            break
+    assert "Success" in status, status
+    clone.dvc("get", ".", "reports/evaluation.md", "--rev", "queued", "--out", "queued.md")
+    assert clone.text("queued.md").startswith("# Evaluation")
+    assert "batch_tokens: 1024" in clone.git("show", "queued:params.yaml")
+    clone.git("checkout", "--quiet", "src")

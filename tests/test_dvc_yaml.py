@@ -1,0 +1,293 @@
+"""dvc.yaml says what the code says: dependencies are the import closure, outs are ignored by git, metrics are not."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelib.provenance import EXEMPT, import_closure
+from pipelib.stage import RESULT, SPEED
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("download", "tokenize", "train", "evaluate")
+DATA_DEPS = {
+    "download": ["${download.path}"],
+    "tokenize": ["data/raw"],
+    "train": ["data/tokens"],
+    "evaluate": [
+        "curves", "data/benchmarks", "data/tokens/manifest.json", "data/tokens/unigram_counts.npy",
+        "data/tokens/val_000000.bin", "models",
+    ],
+}  # fmt: skip
+"""Dependencies that are not code."""
+BESIDE_CODE = {"evaluate": ["src/pipelib/evaluation/tasks/completion.yaml", "src/pipelib/evaluation/tasks/heldout.yaml"]}
+"""Files that code reads as if they were code."""
+
+
+@cache
+def dvc_yaml() -> dict[str, Any]:
+    value: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    return value
+
+
+def stage_of(name: str) -> dict[str, Any]:
+    stage: dict[str, Any] = dvc_yaml()["stages"][name]
+    return stage
+
+
+def metrics_of(name: str) -> dict[str, Any]:
+    return {path: options for entry in stage_of(name)["metrics"] for path, options in entry.items()}
+
+
+# ---- Dependencies ----------------------------------------------------------------------------------------------------
+
+
+def test_the_four_stages_run_as_modules() -> None:
+    assert tuple(dvc_yaml()["stages"]) == STAGES
+    for name in STAGES:
+        assert stage_of(name)["cmd"] == f"${{run}} stages.{name}"
+    (run,) = dvc_yaml()["vars"]
+    assert run["run"].endswith("python -m")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_dependencies_are_the_import_closure(name: str) -> None:
+    code = [path.as_posix() for path in import_closure(Path("stages") / f"{name}.py", ROOT)]
+    expected = {*code, *DATA_DEPS[name], *BESIDE_CODE.get(name, [])}
+    listed = stage_of(name)["deps"]
+    assert len(set(listed)) == len(listed), "a dependency is listed twice"
+    paste = "".join(f"      - {path}\n" for path in code)
+    missing, extra = sorted(expected - set(listed)), sorted(set(listed) - expected)
+    assert not missing and not extra, (  # noqa: PT018  (one message for both)
+        f"dvc.yaml, stage {name}: missing {missing}, too much {extra}; the code it needs is\n{paste}"
+    )
+
+
+def test_exempt_files_exist_have_a_reason_and_are_no_dependency() -> None:
+    listed = {path for name in STAGES for path in stage_of(name)["deps"]}
+    for path, reason in EXEMPT.items():
+        assert (ROOT / path).is_file()
+        assert len(reason) > 10
+        assert path not in listed
+
+
+def test_an_edit_reruns_no_more_than_it_must() -> None:
+    """The model does not re-tokenize, a training parameter does not re-download, evaluation does not re-train."""
+    stages = {name: {path.as_posix() for path in import_closure(Path(f"stages/{name}.py"), ROOT)} for name in STAGES}
+
+    def rerun_by(path: str) -> set[str]:
+        return {name for name in STAGES if f"src/pipelib/{path}" in stages[name]}
+
+    assert rerun_by("model/gpt.py") == {"train", "evaluate"}
+    assert rerun_by("training/params.py") == {"train"}
+    assert rerun_by("training/loop.py") == {"train"}
+    assert rerun_by("evaluation/report.py") == {"evaluate"}
+    assert rerun_by("corpus/docs.py") == {"download"}
+    assert rerun_by("tokens/encode_corpus.py") == {"tokenize"}
+    assert rerun_by("tokens/loader.py") == {"train", "evaluate"}
+    assert rerun_by("progress.py") == rerun_by("tracking.py") == set()
+    assert rerun_by("config.py") == set(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("download", ["download"]),
+        ("tokenize", ["tokenize", "download.benchmark_documents"]),
+        ("train", ["model", "train"]),
+        ("evaluate", ["evaluate"]),
+    ],
+)
+def test_parameters_of_each_stage(name: str, params: list[str]) -> None:
+    assert stage_of(name)["params"] == params
+
+
+# ---- Outs, metrics, plots --------------------------------------------------------------------------------------------
+
+
+def test_nothing_switches_the_run_cache_off() -> None:
+    for name in STAGES:
+        stage = stage_of(name)
+        assert set(stage) == {"cmd", "deps", "params", "outs", "metrics"}
+        assert all(isinstance(out, str) for out in stage["outs"]), "an out has options"
+        assert all(options == {"cache": False} for options in metrics_of(name).values())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_metrics_are_those_that_the_stage_writes(name: str) -> None:
+    assert set(metrics_of(name)) == {RESULT.format(name), SPEED.format(name)}
+
+
+def is_ignored(path: str) -> bool:
+    done = subprocess.run(["git", "check-ignore", "--quiet", "--no-index", path], cwd=ROOT, check=False)
+    assert done.returncode in (0, 1), "git cannot say what it ignores"
+    return done.returncode == 0
+
+
+def test_git_ignores_every_cached_out_and_no_metric() -> None:
+    for name in STAGES:
+        for out in stage_of(name)["outs"]:
+            assert is_ignored(f"{out}/x"), f".gitignore lacks /{out.split('/')[0]}/"
+        for metric in metrics_of(name):
+            assert not is_ignored(metric), metric
+    assert not is_ignored("dvc.lock")
+    assert is_ignored(".pipelib/x")
+    assert is_ignored("mlflow.db")
+
+
+def test_plots_show_columns_of_files_that_train_makes() -> None:
+    from pipelib.training import recorder
+
+    written = Path(recorder.__file__).read_text(encoding="utf-8")
+    files = {path for plot in dvc_yaml()["plots"] for options in plot.values() for path in options["y"]}
+    assert files == {"curves/train.csv", "curves/validation.csv"}
+    assert all(path.split("/")[0] in stage_of("train")["outs"] for path in files)
+    for plot in dvc_yaml()["plots"]:
+        for options in plot.values():
+            for column in {options["x"], *options["y"].values()}:
+                assert f'"{column}"' in written, f"nothing writes the column {column}"
+
+
+# ---- Imports point one way -------------------------------------------------------------------------------------------
+
+FLOORS = (
+    {"model"},
+    {"tokens", "corpus"},
+    {"evaluation"},
+    {"training"},
+    {"cli"},
+)
+"""The wings from the ground up; single files lie below them all, and stages/ above."""
+
+
+@cache
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted((ROOT / "src/pipelib").rglob("*.py")):
+        parts = path.relative_to(ROOT / "src").with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(path: Path, top_level: bool) -> set[str]:
+    """The modules of pipelib that a file imports, all of them or those imported with it."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        if not (top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            waiting += ast.iter_child_nodes(node)
+    return {name for name in names if name in modules() and name != "pipelib"}
+
+
+def wing_of(module: str) -> str | None:
+    wing = module.split(".")[1]
+    return wing if any(wing in floor for floor in FLOORS) else None
+
+
+def test_every_folder_has_its_floor() -> None:
+    folders = {path.name for path in (ROOT / "src/pipelib").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set().union(*FLOORS)
+
+
+def test_imports_point_down() -> None:
+    height = {wing: number for number, floor in enumerate(FLOORS) for wing in floor}
+    for module, path in modules().items():
+        if module == "pipelib":
+            continue
+        own = wing_of(module)
+        for imported in imports_of(path, top_level=False):
+            wing = wing_of(imported)
+            if wing is None or wing == own:
+                continue
+            if module == "pipelib.params":  # puts the wings' parameters together
+                assert imported.endswith(".params") or imported.count(".") == 1, f"{module} imports {imported}"
+                continue
+            assert own is not None, f"{module} lies on the ground and imports {imported}"
+            assert height[wing] < height[own], f"{module} imports {imported}, which does not lie below it"
+
+
+def test_only_stages_and_the_command_read_all_parameters() -> None:
+    readers = {name for name, path in modules().items() if "pipelib.params" in imports_of(path, top_level=False)}
+    assert {name for name in readers if wing_of(name) != "cli"} == set()
+
+
+def test_there_are_no_circles() -> None:
+    graph = {name: imports_of(path, top_level=False) - {name} for name, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"a circle: {' -> '.join([*above, name])}"
+        if name not in done:
+            for imported in graph[name]:
+                visit(imported, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+# ---- What a process loads --------------------------------------------------------------------------------------------
+
+
+def run_python(program: str) -> None:
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["pipelib.corpus.download", "pipelib.tokens.encode_corpus"])
+def test_text_and_tokens_are_made_without_torch(module: str) -> None:
+    program = f"import sys, {module}; assert 'torch' not in sys.modules"
+    run_python(program)
+    assert "torch" not in closure_imports(module)
+
+
+def closure_imports(module: str) -> set[str]:
+    """Every top package that the closure of a module names, inside functions too."""
+    path = ROOT / "src" / Path(*module.split(".")).with_suffix(".py")
+    found = set()
+    for file in import_closure(path, ROOT):
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("module", ["stages.train", "pipelib.training.job", "pipelib.training.agent"])
+def test_a_training_process_starts_with_torch_numpy_and_yaml_alone(module: str) -> None:
+    """So it runs on a bare GPU machine with another torch: what else it needs is imported when it is used."""
+    program = f"""
+import importlib, importlib.metadata, sys, sysconfig
+from pathlib import Path
+
+import numpy, torch, yaml  # with whatever these load themselves
+
+before = set(sys.modules)
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top in {{"pipelib", "stages", "torch", "numpy", "yaml"}} or top in sys.stdlib_module_names:
+            return None
+        if name in before:
+            return None
+        raise AssertionError(f"{{name}} is imported by a training process")
+
+sys.meta_path.insert(0, Refuse())
+importlib.import_module({module!r})
+"""
+    run_python(program)

@@ -1,0 +1,253 @@
+"""`kill -9` of any process of a training at any moment, then the same command again: the bytes of an undisturbed run.
+
+PIPELIB_TEST_RUNS says how many random kills there are, PIPELIB_TEST_SEED which ones; `pytest -s` shows them.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from small_run import SmallProject, Training, kill, same
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a training in /proc")
+
+RUNS = int(os.environ.get("PIPELIB_TEST_RUNS", "4"))
+SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
+KILLS_A_TRAINING = 8
+STEPS = 40
+ENDLESS = 64 * 10**6
+"""Tokens of a training that no test sees the end of."""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> SmallProject:
+    return SmallProject.make(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> SmallProject:
+    """A training of a million steps, with a checkpoint only when it is stopped."""
+    return SmallProject.make(tmp_path, max_tokens=ENDLESS, checkpoint_every=10**6)
+
+
+# ---- At random -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_instants_it_ends_with_the_same_bytes(project: SmallProject, ranks: int) -> None:
+    chance = random.Random(SEED + ranks)
+    expected = project.uninterrupted(ranks)
+    kills: Counter[str] = Counter()
+    trainings = 0
+    while kills.total() < RUNS // 2:
+        project.begin_anew()
+        most = min(kills.total() + KILLS_A_TRAINING, RUNS // 2)
+        while kills.total() < most:
+            training = project.start(ranks)
+            victim = kill_at_random(training, chance)
+            status = training.end()
+            if not victim:
+                assert status == 0, training.output()
+                break
+            kills[victim] += 1
+            print(f"\nranks {ranks}, seed {SEED}, kill {kills.total()}: {victim} at step {training.step()}", end="")
+        assert not same(project.run(ranks), expected), f"not the same bytes (PIPELIB_TEST_SEED={SEED})"
+        trainings += 1
+    print(
+        f"\nranks {ranks}, seed {SEED}: {kills.total()} kills {dict(kills)} in {trainings} trainings, all bytes equal"
+    )
+
+
+def kill_at_random(training: Training, chance: random.Random) -> str:
+    """Kill a random process of a training at a random instant; its role, or nothing where the training had ended.
+
+    The instant lies anywhere in the time a start takes, or shortly after a random step, or in what follows the last one.
+    """
+    wait = chance.choice(["start", "step", "step", "end"])
+    if wait == "start":
+        deadline = time.monotonic() + chance.uniform(0, 6)
+        training.wait_until(lambda: time.monotonic() > deadline)
+    else:
+        step = STEPS if wait == "end" else chance.randrange(1, STEPS)
+        training.wait_until(lambda: training.step() >= step)
+        time.sleep(chance.uniform(0, 0.8 if wait == "end" else 0.05))
+    role_of = training.processes()
+    if not role_of:
+        return ""
+    victim = chance.choice(sorted(role_of))
+    return role_of[victim] if kill(victim) else ""
+
+
+# ---- At chosen places ------------------------------------------------------------------------------------------------
+
+SITECUSTOMIZE = '''
+"""Kills this process where TEST_KILL says: CALL MOMENT COUNT PATTERN, a call of os on a path; Python imports this file."""
+
+import fnmatch
+import os
+import signal
+
+call, moment, left, pattern = os.environ["TEST_KILL"].split()
+left = int(left)
+real = getattr(os, call)
+
+
+def path_of(target, *_, dir_fd=None, **__):
+    if isinstance(target, int):
+        return os.readlink(f"/proc/self/fd/{target}")
+    folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+    return os.path.join(folder, os.fspath(target))
+
+
+def die():
+    with open(os.environ["TEST_KILL_MARK"], "x"):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killing(*arguments, **options):
+    global left
+    # what a rename is about is its new name
+    hit = fnmatch.fnmatch(path_of(*arguments[call in ("rename", "replace"):], **options), pattern)
+    left -= hit
+    due = hit and left == 0
+    if due and moment == "half":  # as if the kill had come while the file was written
+        os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
+    if due and moment != "after":
+        die()
+    result = real(*arguments, **options)
+    if due:
+        die()
+    return result
+
+
+setattr(os, call, killing)
+'''
+META = "*/train/" + "[0-9a-f]" * 16 + "/meta.json"
+PLACES = {
+    # In the order in which one training passes them, so that each start goes on where the kill before left it.
+    "inside the weights of the first checkpoint": "fsync half 1 */.step_00000005.tmp/.state.pt.*.tmp",
+    "between a checkpoint's weights and its meta.json": "replace after 1 */.step_00000010.tmp/state.pt",
+    "inside a checkpoint's meta.json": "fsync half 1 */.step_00000015.tmp/.meta.json.*.tmp",
+    "before a checkpoint gets its name": "rename before 1 */checkpoints/step_00000020",
+    "after a checkpoint got its name": "rename after 1 */checkpoints/step_00000025",
+    "while an old checkpoint is removed": "unlink after 1 */step_00000020/*",
+    "after the weights were exported": "replace after 1 */outs/models/model.safetensors",
+    "inside the curves of the outs": "fsync half 1 */outs/curves/.samples.csv.*.tmp",
+    "before the outs become final": "rename before 1 */final",
+    "after the outs became final": "rename after 1 */final",
+    "before the final outs are declared": f"replace before 2 {META}",
+    "after the final outs were declared": f"replace after 2 {META}",
+    "after an old out was removed": "rename before 1 curves",
+    "between two outs": "rename after 1 curves",
+    "after the second old out was removed": "rename before 1 models",
+}
+PLACES_OF_TWO_RANKS = [
+    "inside the weights of the first checkpoint",
+    "before a checkpoint gets its name",
+    "after a checkpoint got its name",
+    "after the weights were exported",
+    "after the outs became final",
+    "after an old out was removed",
+]
+
+
+@pytest.mark.parametrize(("ranks", "places"), [(1, list(PLACES)), (2, PLACES_OF_TWO_RANKS)], ids=["1", "2"])
+def test_killed_at_every_dangerous_place_it_ends_with_the_same_bytes(
+    project: SmallProject, tmp_path: Path, ranks: int, places: list[str]
+) -> None:
+    expected = project.uninterrupted(ranks)
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    for out in ("models", "curves"):  # of an earlier training
+        (project.folder / out).mkdir()
+        (project.folder / out / "old.txt").write_text("not of this training")
+    for number, place in enumerate(places):
+        mark = tmp_path / f"killed-{number}"
+        training = project.start(ranks, PYTHONPATH=str(tmp_path), TEST_KILL=PLACES[place], TEST_KILL_MARK=str(mark))
+        status = training.end()
+        assert mark.exists(), f"passed without a kill: {place}\n{training.output()}"
+        assert status == -signal.SIGKILL if ranks == 1 else status != 0, place
+    assert not same(project.run(ranks), expected)
+
+
+# ---- Nothing is left running -----------------------------------------------------------------------------------------
+
+
+def test_a_killed_launcher_takes_the_agent_and_all_ranks_with_it(endless: SmallProject) -> None:
+    training = endless.start(ranks=2)
+    assert training.wait_until(lambda: training.step() >= 2)
+    assert sorted(training.processes().values()) == ["agent", "launcher", "rank", "rank"]
+    kill(training.process.pid)
+    assert training.end() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("victim", ["launcher", "agent"])
+def test_ranks_that_are_only_just_starting_end_too(endless: SmallProject, victim: str) -> None:
+    training = endless.start(ranks=2)
+    assert training.wait_until(lambda: "rank" in training.processes().values())
+    kill(next(pid for pid, role in training.processes().items() if role == victim))
+    assert training.end() != 0
+
+
+def test_an_agent_that_is_only_just_starting_ends_with_its_launcher(endless: SmallProject) -> None:
+    training = endless.start(ranks=2)
+    assert training.wait_until(lambda: "agent" in training.processes().values())
+    kill(training.process.pid)
+    assert training.end() == -signal.SIGKILL
+
+
+DVC = """
+import subprocess, sys
+subprocess.run(["sh", "-c", f"PIPELIB_PARENT=$PPID exec {sys.executable} -m stages.train"])
+"""
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 0), (1, 2), (2, 2)])
+def test_a_killed_dvc_takes_the_training_with_it(endless: SmallProject, ranks: int, steps: int) -> None:
+    training = endless.start(ranks, [sys.executable, "-c", DVC])
+    assert training.wait_until(lambda: training.step() >= steps and bool(training.processes()))
+    kill(training.process.pid)
+    assert training.end() == -signal.SIGKILL
+    assert not (endless.folder / "models").exists()
+
+
+def test_a_second_run_says_who_holds_the_lock(endless: SmallProject) -> None:
+    first = endless.start()
+    assert first.wait_until(lambda: first.step() >= 1)
+    second = subprocess.run(
+        [sys.executable, "-m", "stages.train"],
+        cwd=endless.folder,
+        env={**os.environ, "PIPELIB_STATE_DIR": str(endless.state), "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert second.returncode == 1
+    assert f"is in use by process {first.process.pid}" in second.stderr
+    assert f"kill {first.process.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
+    kill(first.process.pid)
+    first.end()
+
+
+# ---- Asked to stop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_asked_to_stop_it_saves_the_step_it_is_at(project: SmallProject, number: signal.Signals) -> None:
+    expected = project.uninterrupted(1)
+    training = project.start()
+    assert training.wait_until(lambda: training.step() >= 12)
+    os.killpg(training.process.pid, number)  # as a terminal does it
+    assert training.end() == 1
+    step = training.step()
+    assert f"train: stopped by {number.name} after step {step}, which is saved" in training.output()
+    assert "Traceback" not in training.output()
+    assert [path.name for path in project.state.glob("train/*/work/checkpoints/*")][-1:] != []
+    assert f"step_{step:08d}" in [path.name for path in project.state.glob("train/*/work/checkpoints/*")]
+    assert not same(project.run(), expected)

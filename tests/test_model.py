@@ -1,0 +1,306 @@
+"""Our GPT-2 is GPT-2: transformers' logits out and in, its vocabulary, its initial loss; and text drawn from it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import CHECKOUT, model_params, one_thread, random_model  # noqa: F401 (one_thread is a fixture)
+from torch import Tensor
+
+from pipelib.config import read_yaml
+from pipelib.errors import UserError
+from pipelib.files import files_under
+from pipelib.model.generate import generate
+from pipelib.model.gpt import GPT, initialise
+from pipelib.model.huggingface import CONFIG, WEIGHTS, export_model, import_model
+from pipelib.model.params import ModelParams
+from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
+from pipelib.tokens.encoding import HARD_STRINGS, tiktoken_encoding
+
+SIZES = {
+    # n_layer and n_head as published and heads of 4 instead of 64, so that all proportions but the vocabulary's stay
+    "124m": ModelParams(n_layer=12, n_head=12, n_embd=48, context_length=32),
+    "350m": ModelParams(n_layer=24, n_head=16, n_embd=64, context_length=32),
+    "774m": ModelParams(n_layer=36, n_head=20, n_embd=80, context_length=32),
+    "1558m": ModelParams(n_layer=48, n_head=25, n_embd=100, context_length=32),
+}
+PARAMETERS = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "1558m": 1_557_611_200}
+
+
+def random_tokens(rows: int, length: int) -> Tensor:
+    return torch.randint(0, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def logits_of(model: GPT, inputs: Tensor) -> Tensor:
+    return model.logits(model.hidden(inputs))
+
+
+@pytest.fixture(scope="module")
+def small() -> GPT:
+    return random_model(model_params())
+
+
+@pytest.fixture(scope="module")
+def exported(small: GPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    export_model(small, folder, "# A model\n")
+    return folder
+
+
+# ---- transformers' GPT-2 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_exported_model_gives_the_same_logits_in_transformers(size: str, tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    ours = random_model(SIZES[size])
+    export_model(ours, tmp_path, "")
+    theirs, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report  # no tensor was missing, unexpected or misshapen
+    inputs = random_tokens(2, 32)
+    with torch.no_grad():
+        expected = theirs.eval()(inputs).logits
+    assert expected.std() > 0.1
+    assert (logits_of(ours, inputs)[..., :VOCAB_SIZE] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_imported_model_gives_the_same_logits_as_in_transformers(size: str, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = SIZES[size]
+    config = GPT2Config(
+        n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, n_positions=shape.context_length
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + 0.5 * (parameter.dim() == 1))
+        theirs.save_pretrained(tmp_path)
+        inputs = random_tokens(2, 32)
+        expected = theirs(inputs).logits
+    ours = import_model(tmp_path)
+    assert ours.params == shape
+    assert (logits_of(ours, inputs)[..., :VOCAB_SIZE] - expected).abs().max() < 1e-4
+
+
+def test_what_was_exported_comes_back_bit_for_bit(small: GPT, exported: Path) -> None:
+    back = import_model(exported).state_dict()
+    for name, tensor in small.state_dict().items():
+        expected = tensor.clone()
+        if name == "wte.weight":
+            expected[VOCAB_SIZE:] = 0
+        assert torch.equal(back[name], expected), name
+
+
+def test_the_exported_tokenizer_gives_tiktokens_ids(exported: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, encoding = AutoTokenizer.from_pretrained(exported), tiktoken_encoding()
+    for text in HARD_STRINGS:
+        if "<|endoftext|>" not in text:  # which transformers takes for the special token, and encode_ordinary for text
+            assert tokenizer(text)["input_ids"] == encoding.encode_ordinary(text), text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id] == [encoding.eot_token]
+
+
+def test_equal_weights_export_to_equal_bytes(exported: Path, tmp_path: Path) -> None:
+    export_model(random_model(model_params()), tmp_path, "# A model\n")
+    names = [path.relative_to(exported) for path in files_under(exported)]
+    assert names == [path.relative_to(tmp_path) for path in files_under(tmp_path)]
+    assert [name for name in names if (exported / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+
+
+# ---- Folders that are no model of ours -------------------------------------------------------------------------------
+
+
+def change_config(**changes: Any) -> Callable[[Path], object]:
+    """Write other values into config.json."""
+
+    def change(folder: Path) -> None:
+        (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | changes))
+
+    return change
+
+
+def flip_header_byte(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[20] ^= 0xFF
+    (folder / WEIGHTS).write_bytes(data)
+
+
+def drop_a_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["transformer.h.1.mlp.c_fc.bias"]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "model.safetensors is missing"),
+    "weights cut short": (
+        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100]),
+        "model.safetensors is damaged",
+    ),
+    "a flipped byte": (flip_header_byte, "model.safetensors is damaged"),
+    "a tensor missing": (drop_a_tensor, "h.1.mlp.c_fc.bias is missing"),
+    "another shape": (change_config(n_embd=32), "does not fit its config.json"),
+    "more blocks": (change_config(n_layer=3), "h.2.attn.c_attn.bias is missing"),
+    "no shape": (change_config(n_layer="two"), "does not describe a GPT-2"),
+    "another architecture": (change_config(model_type="llama"), "model_type = 'llama'"),
+    "another vocabulary": (change_config(vocab_size=32000), "vocab_size = 32000"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "config.json does not exist"),
+    "a torn config": (lambda folder: (folder / CONFIG).write_text('{"model_type"'), "config.json is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_bad_folder_is_refused_and_says_why(exported: Path, tmp_path: Path, case: str) -> None:
+    spoil, message = BAD_FOLDERS[case]
+    for path in files_under(exported):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message):
+        import_model(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder with a model"):
+        import_model(tmp_path / "nowhere")
+
+
+# ---- Weights and loss ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_the_presets_have_the_published_numbers_of_parameters(size: str) -> None:
+    shape = ModelParams(**read_yaml(CHECKOUT / f"presets/gpt2-{size}.yaml")["model"])
+    assert shape.parameters == PARAMETERS[size]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_formula_counts_the_parameters_that_are_there(size: str) -> None:
+    params = SIZES[size]
+    padding = (PADDED_VOCAB_SIZE - VOCAB_SIZE) * params.n_embd
+    assert params.parameters == sum(parameter.numel() for parameter in GPT(params).parameters()) - padding
+
+
+def test_the_initial_loss_is_that_of_a_uniform_guess() -> None:
+    model = GPT(model_params(n_layer=4, n_head=4, n_embd=128, context_length=64))
+    initialise(model, 1337)
+    tokens = random_tokens(4, 65)
+    assert abs(model(tokens[:, :-1], tokens[:, 1:]).item() - math.log(VOCAB_SIZE)) < 0.1
+
+
+def test_initial_weights_have_gpt2s_spread_and_follow_from_the_seed() -> None:
+    first, again, other = (GPT(SIZES["124m"]) for _ in range(3))
+    for model, seed in ((first, 1), (again, 1), (other, 2)):
+        torch.manual_seed(seed + 100)  # torch's own stream has no part in them
+        initialise(model, seed)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+        if tensor.dim() == 2:
+            assert not torch.equal(tensor, other.state_dict()[name]), name
+            std = 0.02 / math.sqrt(24) if name.endswith("c_proj.weight") else 0.02
+            assert tensor[:VOCAB_SIZE].std().item() == pytest.approx(std, rel=0.1), name
+        else:
+            assert set(tensor.tolist()) == {1.0 if "ln_" in name and name.endswith("weight") else 0.0}, name
+
+
+def test_padding_has_probability_zero_even_where_its_weights_are_great(small: GPT) -> None:
+    model = GPT(small.params)
+    model.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        model.wte.weight[VOCAB_SIZE:] = 100.0
+    probabilities = logits_of(model, random_tokens(2, 16)).softmax(dim=-1)
+    assert probabilities[..., VOCAB_SIZE:].eq(0).all()
+    assert probabilities.sum(dim=-1).allclose(torch.ones(2, 16))
+    drawn = generate(model, [1, 2, 3], 100, temperature=100.0, top_k=None, seed=4)
+    drawn += generate(model, [1, 2, 3], 100, temperature=100.0, top_k=10**9, seed=5)
+    assert max(drawn) < VOCAB_SIZE
+
+
+def test_padding_gets_no_gradient(small: GPT) -> None:
+    small.zero_grad()
+    tokens = random_tokens(2, 17)
+    small(tokens[:, :-1], tokens[:, 1:]).backward()
+    gradient = small.wte.weight.grad
+    small.zero_grad()
+    assert gradient is not None
+    assert gradient[VOCAB_SIZE:].eq(0).all()
+    assert gradient[:VOCAB_SIZE].ne(0).any()
+
+
+def test_no_position_sees_what_comes_after_it(small: GPT) -> None:
+    tokens = random_tokens(1, 16)
+    changed = tokens.clone()
+    changed[0, 9:] += 1
+    before, after = logits_of(small, tokens), logits_of(small, changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.equal(before[:, 9:], after[:, 9:])
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+
+
+def greedy(model: GPT, token_ids: list[int], count: int) -> list[int]:
+    """The likeliest token, again and again, written out."""
+    for _ in range(count):
+        window = torch.tensor([token_ids[-model.params.context_length :]])
+        token_ids = [*token_ids, int(logits_of(model, window)[0, -1].argmax())]
+    return token_ids[-count:]
+
+
+def test_temperature_zero_takes_the_likeliest_token_also_beyond_the_context(small: GPT) -> None:
+    prompt = random_tokens(1, 10)[0].tolist()
+    assert generate(small, prompt, 20, temperature=0) == greedy(small, prompt, 20)
+
+
+def test_a_long_prompt_counts_with_its_end_alone(small: GPT) -> None:
+    prompt = random_tokens(1, 50)[0].tolist()
+    assert generate(small, prompt, 5, seed=1) == generate(small, prompt[-small.params.context_length :], 5, seed=1)
+
+
+def test_the_seed_alone_decides_a_text_and_torchs_own_stream_is_left_alone(small: GPT) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = generate(small, [5], 30, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert generate(small, [5], 30, seed=1) == first
+    assert generate(small, [5], 30, seed=2) != first
+
+
+def test_top_k_draws_among_the_likeliest_only(small: GPT) -> None:
+    likeliest = logits_of(small, torch.tensor([[5]]))[0, -1].topk(3).indices.tolist()
+    drawn = {generate(small, [5], 1, temperature=10.0, top_k=3, seed=seed)[0] for seed in range(40)}
+    assert drawn == set(likeliest)
+
+
+def test_draws_follow_the_models_probabilities(small: GPT) -> None:
+    values, tokens = logits_of(small, torch.tensor([[5]]))[0, -1].topk(3)
+    expected = (values / 2.0).softmax(dim=-1)
+    draws = [generate(small, [5], 1, temperature=2.0, top_k=3, seed=seed)[0] for seed in range(1000)]
+    shares = torch.tensor([draws.count(token) / 1000 for token in tokens.tolist()])
+    assert (shares - expected).abs().max() < 0.06  # four standard deviations of a share of 1,000
+
+
+def test_a_text_ends_before_the_stop_token(small: GPT) -> None:
+    text = generate(small, [5], 30, seed=1)
+    assert generate(small, [5], 30, seed=1, stop_token_id=text[7]) == text[: text.index(text[7])]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [([], {}, "prompt is empty"), ([1], {"temperature": -1.0}, "is negative"), ([1], {"top_k": 0}, "no token to draw")],
+)
+def test_what_means_nothing_is_refused(small: GPT, prompt: list[int], options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(small, prompt, 1, **options)

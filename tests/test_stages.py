@@ -1,0 +1,295 @@
+"""Stages as processes: bad input gets one message and a status, no traceback, and leaves nothing half-written."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from small_corpus import make_texts, write_jsonl, write_raw_files
+from small_project import Project, write_params
+
+from pipelib import stage
+from pipelib.errors import UserError
+from pipelib.files import sha256_file
+from pipelib.stage import run_stage
+
+STAGES = ("download", "tokenize", "train", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with raw text and shards; tests copy it."""
+    project = Project.make(tmp_path_factory.mktemp("project") / "root")
+    write_raw_files(project.root / "data/raw", [make_texts(60), make_texts(40, seed=1)])
+    project.runs("tokenize")
+    return project
+
+
+@pytest.fixture
+def project(tmp_path: Path, tokenized: Project) -> Project:
+    root = tmp_path / "project"
+    shutil.copytree(tokenized.root, root)
+    shutil.rmtree(root / ".pipelib/tokenize")
+    return Project(root)
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Project:
+    return Project.make(tmp_path / "project")
+
+
+# ---- Parameters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_misspelt_parameter(bare: Project, name: str) -> None:
+    path = bare.root / "params.yaml"
+    path.write_text(path.read_text().replace("max_lr: 0.003", "max_rl: 0.003").replace("n_layer: 1", "n_layer: 0"))
+    message = bare.refuses(
+        name,
+        "params.yaml has 3 problems; nothing was run.",
+        "train.max_rl is not a parameter, so its value would be ignored; did you mean train.max_lr?",
+        "train.max_lr is missing",
+        "model.n_layer: 0 must be greater than 0",
+    )
+    assert message.count("\n") == 4
+    assert bare.files() == set()
+    assert not (bare.root / ".pipelib").exists()
+
+
+def test_no_parameters(bare: Project) -> None:
+    (bare.root / "params.yaml").unlink()
+    bare.refuses("train", "params.yaml does not exist", "copy one from presets/")
+
+
+def test_a_micro_batch_that_does_not_divide(project: Project) -> None:
+    write_params(project.root, train__micro_batch_size=3)
+    project.refuses("train", "train.micro_batch_size: 3 rows of 32 tokens do not divide global_batch_tokens = 256")
+
+
+# ---- How a stage is started ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("cwd", [".", "elsewhere", "stages"])
+def test_a_stage_run_by_its_path_says_how_to_run_it(bare: Project, name: str, cwd: str) -> None:
+    (bare.root / "elsewhere").mkdir()
+    done = bare.python(str(bare.root / f"stages/{name}.py"), cwd=bare.root / cwd)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"stages/{name}.py was run by its path, so ")
+    assert f"python -m stages.{name}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def make_other_checkout(folder: Path) -> Path:
+    (folder / "pipelib").mkdir(parents=True)
+    (folder / "pipelib/__init__.py").write_text("")
+    (folder / "pipelib/params.py").write_text("raise RuntimeError('the other checkout')")
+    return folder
+
+
+def test_an_installed_checkout_does_not_win_over_the_stages_own(bare: Project, tmp_path: Path) -> None:
+    other = make_other_checkout(tmp_path / "other")
+    bare.refuses("tokenize", "data/raw/manifest.json does not exist", PYTHONPATH=str(other))
+
+
+def test_children_of_a_stage_import_its_checkout_too(bare: Project, tmp_path: Path) -> None:
+    child = "import subprocess, sys, stages; "
+    child += "subprocess.run([sys.executable, '-c', 'import pipelib; print(pipelib.__file__)'], cwd='/', check=True)"
+    done = bare.python("-c", child, environment={"PYTHONPATH": str(make_other_checkout(tmp_path / "other"))})
+    assert done.stdout.strip() == str(bare.root / "src/pipelib/__init__.py")
+
+
+def test_another_checkout_that_was_imported_first_is_an_error(bare: Project, tmp_path: Path) -> None:
+    other = make_other_checkout(tmp_path / "other")
+    done = bare.python("-c", "import pipelib, stages", environment={"PYTHONPATH": str(other)})
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"pipelib was imported from {other}/pipelib/__init__.py and not from {bare.root}/src")
+    assert "Traceback" not in done.stderr
+
+
+# ---- Bad data --------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_corpus(bare: Project) -> None:
+    bare.refuses("download", "download.path: texts is not a folder")
+    (bare.root / "texts").mkdir()
+    bare.refuses("download", "texts has no file that matches")
+    (bare.root / "texts/a.jsonl").write_text("")
+    bare.refuses("download", "download.source: local gave no document, so there is nothing to train on")
+    write_jsonl(bare.root / "texts/a.jsonl", ["", "  "])
+    bare.refuses("download", "download.source: local gave no document")
+    assert bare.files() == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("tokenize", "data/raw/manifest.json"), ("train", "data/tokens/manifest.json"), ("evaluate", "data/tokens/val_000000.bin")],
+)
+def test_a_stage_before_its_time(bare: Project, name: str, missing: str) -> None:
+    bare.refuses(name, missing, "dvc repro")
+
+
+def test_an_evaluation_without_a_model(project: Project) -> None:
+    project.refuses("evaluate", "models/config.json does not exist, so there is nothing to evaluate; run dvc repro")
+
+
+def test_a_corrupt_parquet_file(project: Project) -> None:
+    path = project.root / "data/raw/001_00000.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    (project.root / "data/raw/manifest.json").write_text(
+        (project.root / "data/raw/manifest.json").read_text() + "\n"
+    )  # so that it is new input
+    before = {name: sha256_file(project.root / name) for name in project.files()}
+    project.refuses("tokenize", "data/raw/001_00000.parquet is not a readable parquet file")
+    assert {name: sha256_file(project.root / name) for name in project.files()} == before
+
+
+def test_a_corpus_shorter_than_one_batch(project: Project) -> None:
+    write_params(project.root, train__global_batch_tokens=2**20, train__max_tokens=2**22, train__warmup_steps=1)
+    project.refuses("train", "the training shards have ", "one step needs 32768; lower train.global_batch_tokens or add")
+
+
+def test_more_passes_over_the_corpus_than_allowed(project: Project) -> None:
+    write_params(project.root, train__max_tokens=10**6)
+    project.refuses("train", "train.max_tokens = 1,000,000 is", "so rows would repeat; allow it with train.max_epochs:")
+
+
+def test_ranks_that_cannot_share_a_step(project: Project) -> None:
+    project.refuses("train", "3 ranks with train.micro_batch_size = 4 cannot share the 8 rows", PIPELIB_NPROC="3")
+    project.refuses("train", "PIPELIB_NPROC=all is not a number of processes", PIPELIB_NPROC="all")
+
+
+def flip_bit(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("split", ["val_000000.bin", "train_000001.bin"])
+def test_a_shard_cut_short(project: Project, split: str) -> None:
+    path = project.root / "data/tokens" / split
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-2])
+    project.refuses("train", f"data/tokens/{split} has {len(content) - 2} bytes where its header's", "pipelib verify")
+    assert not (project.root / "models").exists()
+
+
+def test_a_flipped_bit_in_a_shards_header(project: Project) -> None:
+    flip_bit(project.root / "data/tokens/train_000001.bin", 1)
+    project.refuses("train", "train_000001.bin does not begin with a shard's header", "pipelib verify data/tokens")
+
+
+def test_a_flipped_bit_in_a_token_is_found_by_verify(project: Project) -> None:
+    """Training does not hash its data, 20 GB of it; the command does, and DVC at its next run."""
+    flip_bit(project.root / "data/tokens/train_000001.bin", 2000)
+    environment = {"PYTHONPATH": str(project.root / "src")}
+    done = project.python("-m", "pipelib.cli.main", "verify", environment=environment)
+    assert done.returncode == 1
+    assert "data/tokens/train_000001.bin has sha256" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluation_of_a_damaged_model(project: Project) -> None:
+    project.runs("train")
+    weights = project.root / "models/model.safetensors"
+    weights.unlink()
+    weights.write_bytes(b"not tensors")
+    (project.root / "data/benchmarks").mkdir()
+    project.refuses("evaluate", "model.safetensors")
+    assert not (project.root / "reports").exists()
+
+
+# ---- No space --------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_gets_full(bare: Project) -> None:
+    """The state lies on a file system of one megabyte, which only the stage sees; the text is larger."""
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare")
+    small = bare.root / ".pipelib"
+    small.mkdir()
+    write_jsonl(bare.root / "texts/a.jsonl", [os.urandom(2000).hex() for _ in range(2000)])
+    script = 'mount -t tmpfs -o size=1m tmpfs "$1" || exit 77; exec "$2" -m stages.download'
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(small), sys.executable],
+        cwd=bare.root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 1
+    assert "download: the disk is full" in done.stderr
+    assert "free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert bare.files() == set()
+
+
+def test_too_little_space_for_tokenization_is_said_first(project: Project) -> None:
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare")
+    small = project.root / "small"
+    small.mkdir()
+    shutil.rmtree(project.root / "data/tokens")
+    write_raw_files(project.root / "data/raw", [[os.urandom(2000).hex() for _ in range(1000)]])
+    script = 'mount -t tmpfs -o size=4m tmpfs "$1" || exit 77; PIPELIB_STATE_DIR="$1" exec "$2" -m stages.tokenize'
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(small), sys.executable],
+        cwd=project.root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 1
+    assert "tokenize: tokenization needs " in done.stderr
+    assert "free, so it would fail half-way; free some space" in done.stderr
+
+
+# ---- The frame -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untied(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process does not die with its parent."""
+    monkeypatch.setattr(stage, "tie_to_parent", lambda: None)
+    yield
+
+
+def raising(error: BaseException) -> NoReturn:
+    raise error
+
+
+@pytest.mark.usefixtures("untied")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("x is 5, so it fails; use 4."), "train: x is 5, so it fails; use 4."),
+        (OSError(errno.ENOSPC, "No space", "data/a.bin"), "train: the disk is full (data/a.bin), so the stage stopped"),
+        (OSError(errno.EDQUOT, "Quota"), "train: the disk is full (while writing), so the stage stopped"),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message(error: BaseException, said: str | int) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_stage("train", lambda: raising(error))
+    code = caught.value.code
+    assert code == said if isinstance(said, int) else str(code).startswith(said)
+
+
+@pytest.mark.usefixtures("untied")
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "disk"), ValueError("ours"), AssertionError()])
+def test_a_defect_of_ours_keeps_its_traceback(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        run_stage("train", lambda: raising(error))
+
+
+@pytest.mark.usefixtures("untied")
+def test_a_stage_that_worked_exits_with_0() -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_stage("train", lambda: None)
+    assert caught.value.code == 0
