@@ -11,16 +11,17 @@ import pyarrow.parquet as pq
 from pipelib.files import sha256_file, write_json
 from pipelib.tokens.encoding import HARD_STRINGS
 
-WORDS = "the of and in to model data gradient tokens Learning 3.14 naïve don't 東京 x=1; \n\n function() <|endoftext|>".split(" ")
+WORDS = [
+    "the", "of", "and", "in", "to", "model", "data", "gradient", "tokens", "Learning", "3.14", "naïve", "don't", "東京", "x=1;",
+    "\n\n", "function()", "<|endoftext|>",
+]  # fmt: skip
 
 
 def make_texts(count: int, words: int = 100, seed: int = 0) -> list[str]:
     """Documents of `words` words, each of them different from all others, with a hard string in every tenth."""
     draw = random.Random(seed)
-    return [
-        f"document {number}: " + " ".join(draw.choices(WORDS, k=words)) + HARD_STRINGS[number % len(HARD_STRINGS)] * (number % 10 == 0)
-        for number in range(count)
-    ]  # fmt: skip
+    hard = ["" if number % 10 else HARD_STRINGS[number % len(HARD_STRINGS)] for number in range(count)]
+    return [f"document {number}: {' '.join(draw.choices(WORDS, k=words))}{hard[number]}" for number in range(count)]
 
 
 def write_raw_files(folder: Path, files: Sequence[Sequence[str | None]], row_group_rows: int = 1000) -> Path:
@@ -30,9 +31,7 @@ def write_raw_files(folder: Path, files: Sequence[Sequence[str | None]], row_gro
     for number, texts in enumerate(files):
         path = folder / f"{number:03d}_00000.parquet"
         pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=row_group_rows)
-        lines.append(
-            {"name": path.name, "bytes": path.stat().st_size, "rows": len(texts), "sha256": sha256_file(path)}
-        )
+        lines.append({"name": path.name, "bytes": path.stat().st_size, "rows": len(texts), "sha256": sha256_file(path)})
     write_json(folder / "manifest.json", {"source": {"kind": "test"}, "files": lines, "documents": 0})
     return folder
 

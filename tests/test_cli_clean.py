@@ -1,15 +1,18 @@
 """State is listed with what deletion really frees, and deleted only when asked and unused."""
 
+import fcntl
 import io
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from pipelib.cli.clean import find_state, freed_bytes
 from pipelib.cli.main import main
-from pipelib.state import State, lock_folder
+from pipelib.errors import UserError
+from pipelib.state import State, is_locked, lock_folder
 
 DAY = 86400
 
@@ -100,6 +103,82 @@ def test_a_stage_and_an_age_can_be_chosen(root: Path) -> None:
     assert main(["clean", "--stage", "train", "--older-than", "7", "--yes"]) == 0
     assert [path.exists() for path in (old, new, other)] == [False, True, True]
     assert root.is_dir()
+
+
+def test_the_hubs_files_have_their_own_rows(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stores = [root / "hub/someone--corpus" / (digit * 40) for digit in "ab"]
+    for store in stores:
+        os.close(lock_folder(store))
+        (store / "sample").mkdir()
+        (store / "sample/000_00000.parquet").write_bytes(bytes(2_000_000))
+    training, out = unfinished("train", 1, 10), root.parent / "out"
+    os.link(stores[1] / "sample/000_00000.parquet", out)
+    age(stores[0], 8)
+    assert main(["clean", "--stage", "hub", "--older-than", "7", "--dry-run"]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[1:-1]
+    assert row.split()[:5] == ["hub", "someone--corpus@aaaaaaa", "stored", "2.0", "MB"]
+    lock = lock_folder(stores[0])
+    assert main(["clean", "--stage", "hub", "--yes"]) == 0
+    os.close(lock)
+    assert [store.exists() for store in stores] == [True, False]
+    assert out.stat().st_size == 2_000_000
+    assert main(["clean", "--yes"]) == 0
+    assert [folder.exists() for folder in (stores[0], training)] == [False, False]
+
+
+def test_a_state_that_a_run_used_lately_is_not_old(root: Path) -> None:
+    folder = finished("tokenize", 1, 10)
+    age(folder, 8)
+    os.close(lock_folder(folder))  # a run linked it again and changed nothing in it
+    assert main(["clean", "--older-than", "7", "--yes"]) == 0
+    assert (folder / "final").is_relative_to(root)
+    assert (folder / "final").exists()
+
+
+# ---- Locks, as those who only look see them --------------------------------------------------------------------------
+
+
+def test_looking_leaves_no_trace(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path)
+    assert not (tmp_path / "lock").exists()
+    (tmp_path / "lock").write_text("123\n")
+    os.utime(tmp_path / "lock", (5, 5))
+    assert not is_locked(tmp_path)
+    assert (tmp_path / "lock").read_text() == "123\n"
+    assert (tmp_path / "lock").stat().st_mtime == 5
+    lock = lock_folder(tmp_path)
+    assert is_locked(tmp_path)
+    os.close(lock)
+
+
+def test_a_stage_that_starts_while_somebody_looks_starts(tmp_path: Path) -> None:
+    os.close(lock_folder(tmp_path))
+    looker = os.open(tmp_path / "lock", os.O_RDONLY)
+    fcntl.flock(looker, fcntl.LOCK_SH)
+    assert not is_locked(tmp_path)  # two may look at once
+    away = threading.Timer(0.1, os.close, (looker,))
+    away.start()
+    os.close(lock_folder(tmp_path))
+    away.join()
+
+
+def test_a_lock_on_a_deleted_file_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, calls = tmp_path / "state", []
+
+    def deleted_meanwhile(descriptor: int, operation: int) -> None:
+        if not calls:
+            (folder / "lock").unlink()
+            folder.rmdir()
+        calls.append(operation)
+        flock(descriptor, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", deleted_meanwhile)
+    lock = lock_folder(folder)
+    assert is_locked(folder)
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        lock_folder(folder)
+    os.close(lock)
 
 
 def test_nobody_to_ask_deletes_nothing(

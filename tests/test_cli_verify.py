@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_good_shards_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert folder.is_dir()
     assert main(["verify"]) == 0
-    assert "all 3 shards, the manifest and the counts are good" in capsys.readouterr().out
+    assert "data/tokens: good; the hashes of 3 files are right" in capsys.readouterr().out
 
 
 def truncate(folder: Path) -> None:
@@ -112,9 +112,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "counts empty": (lambda folder: (folder / UNIGRAM_COUNTS).write_bytes(b""), UNIGRAM_COUNTS, "no array"),
     "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST, "does not exist"),
     "manifest torn": (lambda folder: (folder / MANIFEST).write_text('{"version": 1'), MANIFEST, "not JSON"),
-    "manifest foreign": (lambda folder: (folder / MANIFEST).write_text('{"version": 1}'), MANIFEST, "is no manifest"),
-    "manifest list": (lambda folder: (folder / MANIFEST).write_text("[]"), MANIFEST, "has version None"),
-    "unexpected": (lambda folder: (folder / "notes.txt").write_text("mine"), "notes.txt", "not in the manifest"),
 }
 
 
@@ -133,6 +130,37 @@ def test_damage_is_named_and_removed(name: str, folder: Path, capsys: pytest.Cap
     assert set(folder.iterdir()) == others  # without DVC only the file itself
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("notes.txt", "mine", "not in the manifest"),
+        (MANIFEST, '{"version": 2, "shards": []}', "has version 2 and this code reads 1"),
+    ],
+)
+def test_what_is_whole_is_named_and_left(
+    name: str, content: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / name).write_text(content)
+    before = sorted(folder.iterdir())
+    assert main(["verify", "--repair"]) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert "removed" not in captured.out
+    assert "left to you, since nothing is damaged there: 1 of 1 problems" in captured.err
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("manifest", ['{"version": 1}', "[]", '{"source": {}, "files": [], "documents": 0}'])
+def test_a_folder_whose_manifest_lists_no_shards_is_not_taken_for_shards(
+    manifest: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / MANIFEST).write_text(manifest)
+    before = sorted(folder.iterdir())
+    assert main(["verify", "data/tokens", "--repair"]) == 1
+    assert "is no out of dvc.lock and its manifest.json lists no shards" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
 def test_two_problems_are_both_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip_bit(folder / "val_000000.bin", 1500)
     flip_bit(folder / "train_000002.bin", 1500)
@@ -141,6 +169,14 @@ def test_two_problems_are_both_named(folder: Path, capsys: pytest.CaptureFixture
     assert "has 2 problems" in said
     assert "val_000000.bin" in said
     assert "train_000002.bin" in said
+
+
+def test_nothing_to_verify_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify"]) == 1
+    assert "no out of dvc.lock is here" in capsys.readouterr().err
 
 
 def test_no_folder_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,15 +197,22 @@ with State("tokenize", {{"params": 1}}, {{}}) as state:
     if not state.finished:
         print("BUILDING", flush=True)
         make_tokens(state.work / "outs/data/tokens")
+        for name in {files!r}:
+            path = state.work / "outs" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(name.encode() * 1000)
         state.finish()
     state.publish()
 """
 
 
 class Repository:
-    """A DVC repository with one stage that makes data/tokens as the tokenize stage does, its cache elsewhere."""
+    """A DVC repository with one stage that makes data/tokens as the tokenize stage does, its cache elsewhere.
 
-    def __init__(self, root: Path, cache_type: str) -> None:
+    `files` are made too, and their folders are outs.
+    """
+
+    def __init__(self, root: Path, cache_type: str, files: Sequence[str] = ()) -> None:
         self.root, self.cache = root, root.with_name("cache")
         root.mkdir()
         subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
@@ -177,8 +220,9 @@ class Repository:
         (root / ".dvc/config").write_text(
             f"[core]\n    analytics = false\n    check_update = false\n[cache]\n    type = {cache_type}\n    dir = {self.cache}\n"
         )
-        (root / "make.py").write_text(STAGE.format(paths=[str(Path(__file__).parent), str(SOURCE)]))
-        stage = {"cmd": f"{sys.executable} make.py", "deps": ["make.py"], "outs": ["data/tokens"]}
+        (root / "make.py").write_text(STAGE.format(paths=[str(Path(__file__).parent), str(SOURCE)], files=files))
+        outs = ["data/tokens", *sorted({str(Path(name).parent) for name in files})]
+        stage = {"cmd": f"{sys.executable} make.py", "deps": ["make.py"], "outs": outs}
         (root / "dvc.yaml").write_text(json.dumps({"stages": {"tokenize": stage}}))
         self.repro()
 
@@ -198,13 +242,13 @@ class Repository:
 
 
 @pytest.fixture
-def make_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Repository]:
+def make_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Repository]:
     for name in [name for name in os.environ if name.startswith(("DVC_", "PIPELIB_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "memo"))
 
-    def make(cache_type: str) -> Repository:
-        repository = Repository(tmp_path / "repository", cache_type)
+    def make(cache_type: str, files: Sequence[str] = ()) -> Repository:
+        repository = Repository(tmp_path / "repository", cache_type, files)
         monkeypatch.chdir(repository.root)
         return repository
 
@@ -213,7 +257,7 @@ def make_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 @pytest.mark.dvc
 def test_repair_under_hard_links(
-    make_repository: Callable[[str], Repository], capsys: pytest.CaptureFixture[str]
+    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository = make_repository("hardlink")
     shard, before = Path("data/tokens") / TRAIN, repository.lock
@@ -238,7 +282,7 @@ def test_repair_under_hard_links(
 
 
 @pytest.mark.dvc
-def test_repair_of_damage_that_changes_no_time(make_repository: Callable[[str], Repository]) -> None:
+def test_repair_of_damage_that_changes_no_time(make_repository: Callable[..., Repository]) -> None:
     repository = make_repository("hardlink")
     tokens, before = Path("data/tokens"), repository.lock
     flip_bit(tokens / TRAIN, 1500, keep_time=True)
@@ -254,7 +298,7 @@ def test_repair_of_damage_that_changes_no_time(make_repository: Callable[[str], 
 
 
 @pytest.mark.dvc
-def test_repair_where_the_list_of_the_folder_is_damaged_too(make_repository: Callable[[str], Repository]) -> None:
+def test_repair_where_the_list_of_the_folder_is_damaged_too(make_repository: Callable[..., Repository]) -> None:
     repository = make_repository("hardlink")
     before = repository.lock
     (listing,) = repository.cache.glob("files/md5/??/*.dir")
@@ -269,7 +313,7 @@ def test_repair_where_the_list_of_the_folder_is_damaged_too(make_repository: Cal
 
 
 @pytest.mark.dvc
-def test_a_sound_object_is_kept_where_dvc_copies(make_repository: Callable[[str], Repository]) -> None:
+def test_a_sound_object_is_kept_where_dvc_copies(make_repository: Callable[..., Repository]) -> None:
     repository = make_repository("copy")
     shard, before = Path("data/tokens") / TRAIN, repository.lock
     objects = sorted(repository.cache.glob("files/md5/??/*"))
@@ -283,7 +327,7 @@ def test_a_sound_object_is_kept_where_dvc_copies(make_repository: Callable[[str]
 
 @pytest.mark.dvc
 def test_nothing_is_removed_when_the_cache_cannot_be_found(
-    make_repository: Callable[[str], Repository], capsys: pytest.CaptureFixture[str]
+    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_repository("hardlink")
     shard = Path("data/tokens") / TRAIN
@@ -292,3 +336,90 @@ def test_nothing_is_removed_when_the_cache_cannot_be_found(
     assert main(["verify", "--repair"]) == 1
     assert "`dvc cache dir` failed" in capsys.readouterr().err
     assert shard.exists()
+
+
+RAW = ("data/raw/000_00000.parquet", "data/raw/manifest.json")
+OTHERS = ("data/benchmarks/completion.jsonl", "models/model.safetensors", "curves/train.csv", "reports/evaluation.md")
+
+
+@pytest.mark.dvc
+def test_every_out_is_verified_and_repaired(
+    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = make_repository("hardlink", (*RAW, *OTHERS))
+    before = repository.lock
+    assert main(["verify"]) == 0
+    said = capsys.readouterr().out
+    for folder in ("data/tokens", "data/raw", "data/benchmarks", "models", "curves", "reports"):
+        assert f"{folder}: good; the hashes of" in said
+
+    bad = [Path(name) for name in (RAW[0], *OTHERS)]
+    for path in bad:
+        flip_bit(path, 1500)
+    bad[0].unlink()
+    assert "BUILDING" not in repository.repro()
+    assert bad[0].exists()  # DVC brings the damage back
+    assert main(["verify", "data/raw"]) == 1
+    said = capsys.readouterr().err
+    assert "data/raw has 1 problem" in said
+    assert f"{bad[0]} has md5" in said
+    assert "models" not in said
+    assert main(["verify", str(OTHERS[0])]) == 1  # what lies in an out names the out
+    assert "data/benchmarks has 1 problem" in capsys.readouterr().err
+
+    assert main(["verify", "--repair"]) == 0
+    assert [path.exists() for path in bad] == [False] * len(bad)
+    assert Path(RAW[1]).exists()
+    assert "BUILDING" in repository.repro()
+    assert main(["verify"]) == 0
+    assert repository.lock == before
+    assert "up to date" in repository.repro()
+
+
+@pytest.mark.dvc
+def test_good_files_and_the_users_files_stay(
+    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = make_repository("hardlink", RAW)
+    objects = sorted(repository.cache.glob("files/md5/??/*"))
+    assert main(["verify", "data/raw", "--repair"]) == 0  # its manifest has no version and lists no shards
+    Path("data/raw/notes.txt").write_text("mine")
+    assert main(["verify", "data", "--repair"]) == 1
+    assert "data/raw/notes.txt is not in DVC's list" in capsys.readouterr().err
+    assert sorted(map(str, Path("data/raw").iterdir())) == [*RAW, "data/raw/notes.txt"]
+    assert sorted(repository.cache.glob("files/md5/??/*")) == objects
+
+
+@pytest.mark.dvc
+def test_another_version_is_no_damage(
+    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = make_repository("hardlink", RAW)
+    lock = repository.lock
+    program = Path("make.py").read_text()
+    Path("make.py").write_text(program.replace("* 1000", "* 999").replace('"params": 1', '"params": 2'))
+    repository.repro()
+    objects = sorted(repository.cache.glob("files/md5/??/*"))
+    Path("dvc.lock").write_text(lock)  # as `git checkout` does
+    assert main(["verify", "data/raw", "--repair"]) == 1
+    assert f"{RAW[0]} is whole and of another version than dvc.lock has" in capsys.readouterr().err
+    assert all(Path(name).exists() for name in RAW)
+    assert sorted(repository.cache.glob("files/md5/??/*")) == objects
+
+
+@pytest.mark.dvc
+def test_where_dvcs_list_is_lost_the_folders_hash_and_the_links_tell(
+    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = make_repository("hardlink", RAW)
+    for listing in repository.cache.glob("files/md5/??/*.dir"):
+        listing.unlink()
+    assert main(["verify", "data/raw"]) == 0
+    flip_bit(Path(RAW[0]), 1500)
+    assert main(["verify", "data/raw", "--repair"]) == 0
+    assert f"{RAW[0]} does not have the md5 that DVC's object is named by" in capsys.readouterr().err
+    assert [Path(name).exists() for name in RAW] == [False, True]
+    Path(RAW[0]).write_text("no link of an object")
+    assert main(["verify", "data/raw", "--repair"]) == 1
+    assert "nothing says which file is wrong" in capsys.readouterr().err
+    assert all(Path(name).exists() for name in RAW)

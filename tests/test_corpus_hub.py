@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,22 @@ import pytest
 from fake_hub import FakeHub
 
 from pipelib.corpus.benchmarks import hellaswag_items
-from pipelib.corpus.hub import HELLASWAG, HubSource, Retry, fetch_hub_file
+from pipelib.corpus.download import download
+from pipelib.corpus.hub import HELLASWAG, HubSource, Retry, hub_files
+from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import iterate_raw, write_manifest
 from pipelib.errors import UserError
+from pipelib.state import State, lock_folder
 
 REPO, REVISION, FOLDER = "someone/corpus", "a" * 40, "sample/tiny"
 QUICK = Retry(attempts=4, first_wait=0.0)
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the store is."""
+    monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
+    return tmp_path / "state"
 
 
 def parquet_bytes(**columns: list[object]) -> bytes:
@@ -74,7 +85,7 @@ def test_files_arrive_unchanged_and_in_order(hub: FakeHub, tmp_path: Path) -> No
 
 def test_what_is_there_and_right_is_not_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
     source().write(tmp_path / "raw", tmp_path / "work")
-    (damaged,) = (tmp_path / "work").rglob("001_00000.parquet")
+    (damaged,) = (tmp_path / "state").rglob("001_00000.parquet")
     damaged.unlink()  # it is a hard link of the out
     damaged.write_bytes(b"cut short")
     stale = damaged.with_name("x.incomplete")
@@ -161,6 +172,53 @@ def test_the_token_opens_a_private_repository(hub: FakeHub, tmp_path: Path, monk
     assert len(source().write(tmp_path / "raw", tmp_path / "work").files) == 3
 
 
+def parameters(**changes: object) -> DownloadParams:
+    values = DownloadParams("hub", "", "", REPO, REVISION, FOLDER, ("completion",), 4, 1)
+    return dataclasses.replace(values, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"), [({"benchmarks": ()}, "one"), ({"benchmark_documents": 5}, "one"), ({}, "another")]
+)
+def test_other_benchmarks_and_other_code_fetch_no_text_again(
+    hub: FakeHub, here: Path, changes: dict[str, object], code: str
+) -> None:
+    for number in range(3):
+        texts = [" ".join(f"d{number}{row}w{word}" for word in range(99)) for row in range(3)]
+        hub.files[f"{FOLDER}/{number:03d}_00000.parquet"] = parquet_bytes(text=texts, id=[None] * 3)
+
+    def run(params: DownloadParams, code: str) -> State:
+        with State(
+            "download", {"benchmarks": params.benchmarks, "count": params.benchmark_documents}, {"c": code}
+        ) as state:
+            assert not state.finished
+            download(params, source(), state.work / "outs", state.work)
+            state.finish()
+            state.publish()
+        return state
+
+    run(parameters(), "one")
+    assert len(hub.gets()) == 3
+    before = len(hub.requests)
+    final = run(parameters(**changes), code).final
+    assert [line for line in hub.requests[before:] if "/resolve/" in line] == []
+    (stored,) = (here / "state/hub/someone--corpus" / REVISION).rglob("000_00000.parquet")
+    assert stored.samefile(final / "data/raw/000_00000.parquet")
+    assert stored.samefile(here / "data/raw/000_00000.parquet")
+
+
+def test_a_second_run_waits_for_the_store(hub: FakeHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lock = lock_folder(tmp_path / "state/hub/someone--corpus" / REVISION)
+    second = threading.Thread(target=source().write, args=(tmp_path / "raw", tmp_path / "work"))
+    second.start()
+    while "waiting for it" not in capfd.readouterr().out:
+        second.join(0.01)
+    assert hub.gets() == []
+    os.close(lock)
+    second.join()
+    assert len(hub.gets()) == 3
+
+
 def test_hf_endpoint_is_respected(hub: FakeHub, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from pipelib.corpus.hub import HubSource\n"
@@ -198,7 +256,7 @@ def test_waits_grow_vary_and_heed_the_server() -> None:
     assert retry.seconds(1, 3600.0) == 10.0
 
 
-def test_hellaswag_keeps_its_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hellaswag_keeps_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     content = parquet_bytes(
         ind=[24],
         activity_label=["Roof shingle removal"],
@@ -215,8 +273,9 @@ def test_hellaswag_keeps_its_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = dataclasses.replace(HELLASWAG, bytes=len(content), sha256=digest)
     with FakeHub(file.repo, file.revision, {file.path: content}) as fake:
         point_at(fake.url, monkeypatch)
-        path = fetch_hub_file(file, tmp_path, QUICK)
-        assert fetch_hub_file(file, tmp_path, QUICK) == path
+        for _ in range(2):
+            with hub_files([file], QUICK) as (path,):
+                assert path.read_bytes() == content
         assert len(fake.gets()) == 1
     (item,) = hellaswag_items(path)
     assert item["label"] == 3

@@ -79,16 +79,18 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path = tmp_path / "000_00000.parquet"
     content = path.read_bytes()
     path.write_bytes(content[:-20])
-    with pytest.raises(UserError, match=r"000_00000\.parquet cannot be read as parquet"):
+    with pytest.raises(
+        UserError, match=r"000_00000\.parquet cannot be read as parquet.*`pipelib verify data/raw --repair`"
+    ):
         list(iterate_raw(tmp_path))
     path.write_bytes(content[:200] + bytes(100) + content[300:])
-    with pytest.raises(UserError, match=r"row group 0.*make it again"):
+    with pytest.raises(UserError, match=r"row group 0.*`pipelib verify data/raw --repair`"):
         list(iterate_raw(tmp_path))
     path.unlink()
     with pytest.raises(UserError, match="does not exist"):
         list(iterate_raw(tmp_path))
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="not a manifest"):
+    with pytest.raises(UserError, match=r"not a manifest.*`pipelib verify data/raw --repair`"):
         read_manifest(tmp_path)
 
 

@@ -57,9 +57,7 @@ class Clone:
         self.commit("the clone")
 
     def run(self, command: Sequence[str]) -> str:
-        done = subprocess.run(
-            command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -176,10 +174,9 @@ def test_an_experiment_with_another_learning_rate_trains_with_that_number(clone:
     assert "max_lr: 6e-05" in clone.text("params.yaml")
     assert clone.lock()["train"]["params"]["params.yaml"]["train"]["max_lr"] in (6e-5, "6e-05")  # PyYAML's reading
     assert "6e-05" in clone.text("models/README.md")
-    (record,) = (
-        json.loads(path.read_text()) for path in (clone.root / ".pipelib/train").glob("*/meta.json") if "6e-05" in path.read_text()
-    )  # fmt: skip
-    assert record["inputs"]["train"]["max_lr"] == 6e-5
+    states = [json.loads(path.read_bytes()) for path in (clone.root / ".pipelib/train").glob("*/meta.json")]
+    rates_of_states = {state["inputs"]["train"]["max_lr"] for state in states}
+    assert rates_of_states == {PARAMS["train"]["max_lr"], 6e-5}
     rates = [float(row["lr"]) for row in csv.DictReader(io.StringIO(clone.text("curves/train.csv")))]
     assert max(rates) == pytest.approx(6e-5)
 
@@ -241,7 +238,9 @@ def test_a_queued_experiment_runs_the_code_it_was_queued_with(clone: Clone) -> N
         if "Queued" not in status and "Running" not in status:
             break
     assert "Success" in status, status
-    clone.dvc("get", ".", "reports/evaluation.md", "--rev", "queued", "--out", "queued.md")
-    assert clone.text("queued.md").startswith("# Evaluation")
-    assert "batch_tokens: 1024" in clone.git("show", "queued:params.yaml")
+    changed = clone.json("params", "diff", "main", "queued", "--json")["params.yaml"]
+    assert changed == {"evaluate.batch_tokens": {"old": 512, "new": 1024, "diff": 512}}
+    report = clone.root.parent / "queued.md"
+    clone.dvc("get", ".", "reports/evaluation.md", "--rev", "queued", "--out", str(report))
+    assert report.read_text(encoding="utf-8").startswith("# Evaluation\n")
     clone.git("checkout", "--quiet", "src")

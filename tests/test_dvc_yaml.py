@@ -25,7 +25,9 @@ DATA_DEPS = {
     ],
 }  # fmt: skip
 """Dependencies that are not code."""
-BESIDE_CODE = {"evaluate": ["src/pipelib/evaluation/tasks/completion.yaml", "src/pipelib/evaluation/tasks/heldout.yaml"]}
+BESIDE_CODE = {
+    "evaluate": ["src/pipelib/evaluation/tasks/completion.yaml", "src/pipelib/evaluation/tasks/heldout.yaml"]
+}
 """Files that code reads as if they were code."""
 
 

@@ -51,9 +51,14 @@ def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     (tmp_path / "a").write_text("old")
-    with pytest.raises(error), write_atomic(tmp_path / "a") as file:
-        file.write(b"half")
-        raise error
+
+    def fail() -> None:
+        with write_atomic(tmp_path / "a") as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "old"
 
@@ -111,7 +116,18 @@ except OSError as error:
 def test_a_really_full_disk(tmp_path: Path) -> None:
     """On a file system of one megabyte, which only the child sees."""
     script = 'mount -t tmpfs -o size=1m tmpfs "$1" || exit 77; exec "$2" -c "$3" "$1"'
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(tmp_path), sys.executable]
+    command = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        script,
+        "sh",
+        str(tmp_path),
+        sys.executable,
+    ]
     if shutil.which("unshare") is None:
         pytest.skip("needs unshare")
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}

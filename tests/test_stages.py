@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -129,7 +128,11 @@ def test_an_empty_corpus(bare: Project) -> None:
 
 @pytest.mark.parametrize(
     ("name", "missing"),
-    [("tokenize", "data/raw/manifest.json"), ("train", "data/tokens/manifest.json"), ("evaluate", "data/tokens/val_000000.bin")],
+    [
+        ("tokenize", "data/raw/manifest.json"),
+        ("train", "data/tokens/manifest.json"),
+        ("evaluate", "data/tokens/val_000000.bin"),
+    ],
 )
 def test_a_stage_before_its_time(bare: Project, name: str, missing: str) -> None:
     bare.refuses(name, missing, "dvc repro")
@@ -152,7 +155,9 @@ def test_a_corrupt_parquet_file(project: Project) -> None:
 
 def test_a_corpus_shorter_than_one_batch(project: Project) -> None:
     write_params(project.root, train__global_batch_tokens=2**20, train__max_tokens=2**22, train__warmup_steps=1)
-    project.refuses("train", "the training shards have ", "one step needs 32768; lower train.global_batch_tokens or add")
+    project.refuses(
+        "train", "the training shards have ", "one step needs 32768; lower train.global_batch_tokens or add"
+    )
 
 
 def test_more_passes_over_the_corpus_than_allowed(project: Project) -> None:
@@ -254,10 +259,9 @@ def test_too_little_space_for_tokenization_is_said_first(project: Project) -> No
 
 
 @pytest.fixture
-def untied(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def untied(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process does not die with its parent."""
     monkeypatch.setattr(stage, "tie_to_parent", lambda: None)
-    yield
 
 
 def raising(error: BaseException) -> NoReturn:

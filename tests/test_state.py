@@ -101,18 +101,18 @@ def killed(*_: object) -> NoReturn:
 
 
 def test_killed_before_finishing_outs_are_made_again() -> None:
-    with pytest.raises(KeyboardInterrupt), State("stage", INPUTS, CODE) as state:
+    with State("stage", INPUTS, CODE) as state:
         write_outs(state)
-        killed()
     assert build(text="again")
     assert Path("models/deep/b").read_text() == "again models/deep/b"
 
 
 def test_killed_between_the_rename_and_the_note_of_it_outs_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyboardInterrupt), State("stage", INPUTS, CODE) as state:
+    with State("stage", INPUTS, CODE) as state:
         write_outs(state)
         monkeypatch.setattr(state_module, "write_json", killed)
-        state.finish()
+        with pytest.raises(KeyboardInterrupt):
+            state.finish()
     assert state.final.is_dir()
     monkeypatch.setattr(state_module, "write_json", write_json)
     assert build(text="again")
@@ -240,8 +240,9 @@ def test_a_second_process_is_told_who_holds_the_state() -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         assert is_locked(folder)
-        with pytest.raises(UserError, match=rf"in use by process {holder.pid}, .*kill {holder.pid}"), State(
-            "stage", INPUTS, CODE
+        with (
+            pytest.raises(UserError, match=rf"in use by process {holder.pid}, .*kill {holder.pid}"),
+            State("stage", INPUTS, CODE),
         ):
             pass
         holder.kill()

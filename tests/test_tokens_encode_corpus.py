@@ -39,7 +39,7 @@ def state(vocabulary_root: Path) -> Iterator[None]:
 def build_in(folder: Path) -> Build:
     for name in ("outs", "work"):
         (folder / name).mkdir(parents=True)
-    return Build(folder / "outs", folder / "work", NullRun(), "fingerprint", {}, False)
+    return Build(folder / "outs", folder / "work", NullRun(), {}, False)
 
 
 def run(raw: Path, build: Build, shard_tokens: int = SHARD_TOKENS, benchmark_documents: int = 0) -> Any:
@@ -92,9 +92,9 @@ def test_shards_hold_the_tokens_of_every_document(made: tuple[Path, Any, Any], e
 
 def test_a_document_is_split_where_a_shard_ends(made: tuple[Path, Any, Any], expected: list[int]) -> None:
     folder, _, _ = made
-    assert any(
-        expected[end] != EOT_TOKEN_ID for end in range(SHARD_TOKENS, len(expected), SHARD_TOKENS)
-    ), "the corpus proves nothing"
+    assert any(expected[end] != EOT_TOKEN_ID for end in range(SHARD_TOKENS, len(expected), SHARD_TOKENS)), (
+        "the corpus proves nothing"
+    )
     manifest = read_manifest(folder)
     assert sum(shard.documents for shard in manifest.shards) == len(TEXTS)
 
@@ -215,7 +215,9 @@ def test_a_validation_shard_that_takes_everything(tmp_path: Path) -> None:
 
 def test_benchmarks_out_of_training_text(tmp_path: Path) -> None:
     raw = write_raw_files(tmp_path / "raw", [["one two three " * 500] * 10])
-    words = r"only the first 2 documents lie wholly in the validation shard of 4000 tokens.*raise tokenize\.shard_tokens"
+    words = (
+        r"only the first 2 documents lie wholly in the validation shard of 4000 tokens.*raise tokenize\.shard_tokens"
+    )
     refused(tmp_path, raw, words, shard_tokens=4000, benchmark_documents=3)
 
 

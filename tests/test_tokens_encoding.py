@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from pipelib.tokens.encoding import (
 RUNS = int(os.environ.get("PIPELIB_TEST_RUNS", "60"))
 ENGINES = ("tiktoken", "gigatoken")
 PIECES = (
-    " ", "  ", "\n", "\t", "\r\n", "'s", "'LL", "don't", "<|endoftext|>", "<|", "|>", "the", " The", "123", "1e-5", "_", "...", "日本",
-    "e\u0301", "\u200b", "\u00a0", "\u2028", "🇩🇪", "👩‍👧", "ſ", "İ", "ﬁ", "\x00", "\x85", "־א", "#@!", "\ud7ff", "\U0010ffff",
+    " ", "  ", "\n", "\t", "\r\n", "'s", "'LL", "don't", "<|endoftext|>", "<|", "|>", "the", " The", "123", "1e-5", "_", "...",
+    "日本", "e\u0301", "\u200b",
+    "\u00a0", "\u2028", "🇩🇪", "👩‍👧", "ſ", "İ", "ﬁ", "\x00", "\x85", "־א", "#@!", "\ud7ff", "\U0010ffff",
 )  # fmt: skip
 texts = st.text() | st.lists(st.sampled_from(PIECES) | st.characters(codec="utf-8")).map("".join)
 
@@ -46,7 +48,7 @@ def engines(state: None) -> dict[str, Engine]:  # noqa: ARG001  (it has to be th
 
 
 @pytest.fixture(scope="module")
-def reference() -> Iterator[Any]:
+def reference() -> Any:
     """GPT-2's encoding put together by tiktoken's own functions, without anything of ours."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -57,7 +59,7 @@ def reference() -> Iterator[Any]:
         ranks = data_gym_to_mergeable_bpe_ranks(
             vocab_bpe_file=str(vocabulary_file("vocab.bpe")), encoder_json_file=str(vocabulary_file("encoder.json"))
         )
-    yield tiktoken.Encoding(
+    return tiktoken.Encoding(
         "reference", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": EOT_TOKEN_ID}
     )
 
@@ -68,7 +70,7 @@ def encode(engine: Engine, documents: list[str]) -> list[list[int]]:
     assert offsets.tolist() == sorted(offsets.tolist())
     assert len(offsets) == len(documents) + 1
     assert offsets[-1] == len(tokens)
-    return [tokens[start:end].tolist() for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [tokens[start:end].tolist() for start, end in pairwise(offsets)]
 
 
 @pytest.mark.parametrize("name", ENGINES)

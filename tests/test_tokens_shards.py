@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def read_as_llm_c(path: Path) -> list[int]:
 def pieces_of(*lengths: int) -> list[np.ndarray]:
     """0, 1, 2, ... in pieces of the given lengths."""
     ends = np.cumsum([0, *lengths])
-    return [np.arange(start, end, dtype=np.uint16) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [np.arange(start, end, dtype=np.uint16) for start, end in pairwise(ends)]
 
 
 @settings(max_examples=60, deadline=None, database=None)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, how_to_repair
 
 _BLOCK = 1 << 20
 
@@ -78,9 +78,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the stage that makes it (dvc repro).") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not JSON ({error}), so it cannot be trusted; delete it and run dvc repro."
-        ) from None
+        raise UserError(f"{path} is not JSON ({error}), so it cannot be trusted; {how_to_repair()}.") from None
 
 
 def sha256_file(path: Path) -> str:

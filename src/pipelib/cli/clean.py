@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from pipelib.progress import format_seconds
 from pipelib.state import is_locked, lock_folder, state_root
 
 STAGES = ("download", "tokenize", "train", "evaluate")
+HUB = "hub"
+"""Stands in the place of a stage for what was downloaded from the Hugging Face hub, which every download can use."""
 EXAMPLES = """examples:
   pipelib clean --dry-run             list the state of all stages
   pipelib clean --older-than 7        delete what no run has used for a week, after asking
   pipelib clean --stage train --yes   delete the checkpoints and finished models of all trainings
+  pipelib clean --stage hub           delete what came from the hub; the next download fetches it again
 
 "frees" is what deletion gives back now. Bytes that are hard-linked elsewhere (in the workspace, in DVC's cache) stay
 until those links go too: dvc gc -w. The runs' records and the vocabulary are never deleted.
@@ -30,37 +34,41 @@ Inode = tuple[int, int]
 
 @dataclass(frozen=True)
 class Kept:
-    """One state folder, STAGE/FINGERPRINT."""
+    """One state folder, STAGE/FINGERPRINT, or the files of one revision of a repository, hub/OWNER--NAME/REVISION."""
 
+    stage: str
+    """The stage it belongs to, or `hub`."""
     folder: Path
     finished: bool
     locked: bool
     used: float
-    """When a run last wrote to it, in seconds since 1970."""
+    """When a run last used it, in seconds since 1970."""
     files: tuple[os.stat_result, ...]
 
     @property
-    def stage(self) -> str:
-        """The stage it belongs to."""
-        return self.folder.parent.name
+    def name(self) -> str:
+        """What tells it from others of its stage."""
+        return f"{self.folder.parent.name}@{self.folder.name[:7]}" if self.stage == HUB else self.folder.name
 
     @property
     def status(self) -> str:
         """In a word or two."""
-        return "in use" if self.locked else "finished" if self.finished else "unfinished"
+        if self.locked:
+            return "in use"
+        return "stored" if self.stage == HUB else "finished" if self.finished else "unfinished"
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `clean` to the command."""
     parser = subparsers.add_parser(
         "clean",
-        help="list the stages' state by size and age, and delete it",
-        description="List what the stages keep to go on from after a kill (and to link finished outs again), and delete it "
-        "after asking. What a running stage uses is never deleted.",
+        help="list the stages' state and the hub's files by size and age, and delete them",
+        description="List what the stages keep to go on from after a kill (and to link finished outs again) and what was "
+        "downloaded from the hub, and delete it after asking. What a running stage uses is never deleted.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--stage", choices=STAGES, help="only this stage's; default: all")
+    parser.add_argument("--stage", choices=(*STAGES, HUB), help="only this stage's, or the hub's files; default: all")
     parser.add_argument(
         "--older-than", type=float, default=0.0, metavar="DAYS", help="only what no run used for so long"
     )
@@ -94,17 +102,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_state(root: Path) -> list[Kept]:
-    """The state folders of all stages, by stage, the last used first. A state folder is one that has a lock."""
-    folders = [lock.parent for stage in STAGES for lock in (root / stage).glob("*/lock")]
-    return sorted((_look_at(folder) for folder in folders), key=lambda kept: (STAGES.index(kept.stage), -kept.used))
+    """The state folders of all stages, by stage, the last used first, then the hub's. What has a lock is one of them."""
+    places = {**dict.fromkeys(STAGES, "*/lock"), HUB: "*/*/lock"}
+    found = [_look_at(stage, lock) for stage, pattern in places.items() for lock in (root / stage).glob(pattern)]
+    return sorted(found, key=lambda kept: ([*places].index(kept.stage), -kept.used))
 
 
-def _look_at(folder: Path) -> Kept:
-    locked = is_locked(folder)  # this touches the lock, so the lock's time says nothing
-    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / "lock"]
+def _look_at(stage: str, lock: Path) -> Kept:
+    folder = lock.parent
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != lock]
     files = tuple(stat for path in paths if (stat := _stat(path)))
-    used = max((stat.st_mtime for stat in files), default=folder.stat().st_mtime)
-    return Kept(folder, _is_finished(folder), locked, used, files)
+    times = [stat.st_mtime for stat in (*files, _stat(lock)) if stat]  # a run writes its number into the lock
+    return Kept(stage, folder, _is_finished(folder), is_locked(folder), max(times, default=0.0), files)
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -136,7 +145,7 @@ def table(states: list[Kept]) -> str:
         freed = freed_bytes([kept])
         total = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in kept.files}.values())
         age = format_seconds(max(0.0, time.time() - kept.used))
-        rows.append((kept.stage, kept.folder.name, kept.status, format_bytes(freed), format_bytes(total - freed), age))
+        rows.append((kept.stage, kept.name, kept.status, format_bytes(freed), format_bytes(total - freed), age))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -172,6 +181,8 @@ def delete(kept: Kept) -> None:
         for entry in sorted(kept.folder.iterdir(), key=lambda path: path.name != "meta.json"):
             if entry.name != "lock":
                 remove(entry)
-        remove(kept.folder)
+        (kept.folder / "lock").unlink(missing_ok=True)
+        with suppress(OSError):  # a stage that starts at this moment has put its own lock there
+            kept.folder.rmdir()
     finally:
         os.close(descriptor)

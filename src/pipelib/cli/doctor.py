@@ -320,9 +320,14 @@ def check_vocabulary() -> Iterator[Finding]:
     )
 
 
+def _state_folders() -> list[Path]:
+    """The folders that stages lock: their state, and the store of the hub's files."""
+    return [lock.parent for pattern in ("*/*/lock", "hub/*/*/lock") for lock in state_root().glob(pattern)]
+
+
 def check_locks() -> Iterator[Finding]:
     """Stages that are running."""
-    used = [lock for lock in state_root().glob("*/*/lock") if is_locked(lock.parent)]
+    used = [folder / "lock" for folder in _state_folders() if is_locked(folder)]
     for lock in used:
         process = lock.read_text().strip()
         yield Finding(
@@ -358,7 +363,7 @@ def check_mlflow() -> Iterator[Finding]:
 
 def check_leftovers() -> Iterator[Finding]:
     """Temporary files that a killed process left an hour ago or earlier, where no stage is running."""
-    folders = [lock.parent for lock in state_root().glob("*/*/lock") if not is_locked(lock.parent)]
+    folders = [folder for folder in _state_folders() if not is_locked(folder)]
     found = [path for folder in folders for path in folder.rglob(".*.tmp")]
     found += [path for name in ("data", "models", "curves", "metrics") for path in Path(name).rglob(".*.tmp")]
     found += [path for pattern in (".*.new", "data/.*.new") for path in Path().glob(pattern)]

@@ -82,7 +82,9 @@ def find_folders(wish: Path | None) -> dict[Path, Out | None]:
         found: dict[Path, Out | None] = {folder: out for folder, out in outs.items() if folder.is_dir()}
         found |= {TOKENS: None} if TOKENS not in found and holds_shards(TOKENS) else {}
         if not found:
-            raise UserError("no out of dvc.lock is here, so there is nothing to verify; run dvc repro, or name a folder.")
+            raise UserError(
+                "no out of dvc.lock is here, so there is nothing to verify; run dvc repro, or name a folder."
+            )
         return found
     target = _absolute(wish)
     found = {
@@ -92,7 +94,9 @@ def find_folders(wish: Path | None) -> dict[Path, Out | None]:
     }
     for folder in [*found] or [wish]:
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder, so there is nothing to verify; run dvc repro, or name another folder.")
+            raise UserError(
+                f"{folder} is no folder, so there is nothing to verify; run dvc repro, or name another folder."
+            )
     if found or holds_shards(wish):
         return found or {wish: None}
     raise UserError(
@@ -154,13 +158,15 @@ def _check_out(out: Out) -> Report:
     """Compare every file's MD5 with DVC's list."""
     found = _sums(out.folder)
     entries = out.entries()
-    if entries is None:
-        if _folder_md5(out.folder, found) == out.md5:
-            return Report((), frozenset(found))
-        problems = list(_problems_without_list(out, found))
-    else:
-        problems = [problem for path in sorted(entries | found) for problem in _compare(out, path, entries, found)]
-    return Report(tuple(problems), frozenset(found if entries else ()) - {problem.path for problem in problems})
+    if entries is not None:
+        problems = [p for path in sorted({*entries, *found}) for p in _compare(out, path, entries, found)]
+        return Report(tuple(problems), frozenset(found) - {problem.path for problem in problems})
+    is_good = _folder_md5(out.folder, found) == out.md5
+    problems = [] if is_good else list(_problems_without_list(out, found))
+    if out.listing.exists():
+        text = f"{out.listing}, DVC's list of {out.folder}, is damaged, so DVC cannot restore the folder"
+        problems.append(Problem(out.listing, f"{text}; add --repair, then run dvc repro."))
+    return Report(tuple(problems), frozenset(found if is_good else ()))
 
 
 def _sums(folder: Path) -> dict[Path, str | None]:
@@ -186,7 +192,9 @@ def _compare(out: Out, path: Path, entries: Mapping[Path, str], found: Mapping[P
         yield Problem(path, f"{path} cannot be read, so its content is lost; add --repair, then run dvc repro.")
     elif md5 != entries[path]:
         if out.object(md5).is_file():
-            text = f"{path} is whole and of another version than dvc.lock has, so results would not be those of dvc.lock"
+            text = (
+                f"{path} is whole and of another version than dvc.lock has, so results would not be those of dvc.lock"
+            )
             yield Problem(path, f"{text}; run dvc repro, or dvc checkout.", damaged=False)
         else:
             text = f"{path} has md5 {md5} and DVC recorded {entries[path]}: its bytes changed"
@@ -218,7 +226,7 @@ def _folder_md5(folder: Path, sums: Mapping[Path, str | None]) -> str:
 
 
 def repair(out: Out | None, report: Report) -> list[Path]:
-    """Remove each damaged file and DVC's object of it, so that the next `dvc repro` makes them again.
+    """Remove each damaged file and DVC's object of it, so that the next `dvc repro` makes them again; whole files stay.
 
     An object that is sound while the workspace's file is not (DVC copied instead of linking) stays: DVC restores it.
 
@@ -227,7 +235,7 @@ def repair(out: Out | None, report: Report) -> list[Path]:
     """
     entries = (out.entries() or {}) if out else {}
     linked = out.linked_objects() if out else {}
-    doomed = [out.listing] if out and not _is_sound(out.listing) else []
+    doomed: list[Path] = []
     for path in sorted({problem.path for problem in report.problems if problem.damaged}):
         objects = {out.object(entries[path])} if out and path in entries else set()
         objects |= {linked[path]} if path in linked else set()

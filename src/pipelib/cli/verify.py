@@ -24,7 +24,10 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "folder", nargs="?", type=Path, help="an out of dvc.lock, or any folder of shards; default: every out that is here"
+        "folder",
+        nargs="?",
+        type=Path,
+        help="an out of dvc.lock, or any folder of shards; default: every out that is here",
     )
     parser.add_argument(
         "--repair",
@@ -43,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     for folder, out in find_folders(arguments.folder).items():
         report = check_folder(folder, out)
         if not report.problems:
-            print(f"{folder}: all {len(report.good)} files are good")
+            print(f"{folder}: good; the hashes of {len(report.good)} files are right")
             continue
         count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
         print(f"{folder} has {count}:", file=sys.stderr)
@@ -56,5 +59,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.repair and damaged:
         print("now run dvc repro, which makes again what is missing")
     if arguments.repair and wrong > damaged:
-        print(f"{wrong - damaged} of the problems are files that are whole, and were left to you", file=sys.stderr)
+        print(f"left to you, since nothing is damaged there: {wrong - damaged} of {wrong} problems", file=sys.stderr)
     return int(wrong > (damaged if arguments.repair else 0))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -175,14 +176,17 @@ def hellaswag_items(parquet: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_benchmarks(
-    params: DownloadParams, raw: Path, folder: Path, fetch_hellaswag: Callable[[], Path]
+    params: DownloadParams,
+    raw: Path,
+    folder: Path,
+    fetch_hellaswag: Callable[[], AbstractContextManager[Sequence[Path]]],
 ) -> dict[str, Any]:
     """Make the evaluation sets that `download.benchmarks` names.
 
     Args:
         raw: the finished raw text.
         folder: gets one `.jsonl` per set and `manifest.json`.
-        fetch_hellaswag: gives HellaSwag's validation parquet; called only if it is asked for.
+        fetch_hellaswag: gives HellaSwag's validation parquet while it is read; called only if it is asked for.
 
     Returns:
         The manifest: per file its items, the corpus documents it was made of, sha256, and how it was made.
@@ -205,13 +209,9 @@ def write_benchmarks(
         add("completion.jsonl", items, len(head), made)
         add("heldout.jsonl", ({"text": row["text"]} for row in head), len(head), "the first documents of the corpus")
     if "hellaswag" in params.benchmarks:
-        parquet = fetch_hellaswag()
-        add(
-            "hellaswag.jsonl",
-            hellaswag_items(parquet),
-            0,
-            f"HellaSwag's validation set, parquet {sha256_file(parquet)}",
-        )
+        with fetch_hellaswag() as (parquet,):
+            made = f"HellaSwag's validation set, parquet {sha256_file(parquet)}"
+            add("hellaswag.jsonl", hellaswag_items(parquet), 0, made)
     write_json(folder / "manifest.json", manifest)
     return manifest
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelib.corpus.benchmarks import write_benchmarks
 from pipelib.corpus.docs import DocsSource
-from pipelib.corpus.hub import HELLASWAG, HubSource, fetch_hub_file
+from pipelib.corpus.hub import HELLASWAG, HubSource, hub_files
 from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import Source, write_manifest
@@ -57,7 +57,7 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
             f"download.source: {params.source} gave no document, so there is nothing to train on; add text."
         )
     manifest = write_manifest(raw, origin.identity(), written.files)
-    benchmarks = write_benchmarks(params, raw, outs / BENCHMARKS, lambda: fetch_hub_file(HELLASWAG, work))
+    benchmarks = write_benchmarks(params, raw, outs / BENCHMARKS, lambda: hub_files([HELLASWAG]))
     parquet_bytes = sum(file.bytes for file in manifest.files)
     result = {
         "documents": manifest.documents,

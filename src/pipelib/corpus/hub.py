@@ -1,9 +1,13 @@
 """FineWeb-Edu, or another dataset of parquet files, from the Hugging Face hub.
 
 The list of files, with sizes and SHA-256, comes from the repository's tree at a pinned commit. Each file is downloaded
-by `huggingface_hub`, verified, and only then counted; a verified file is never fetched again. The client itself retries
-some failures, trusts the bytes it gets, and leaves partial files behind when it is killed; the loop here retries
-whatever is worth retrying, and ends at once with a remedy where it is not.
+by `huggingface_hub`, verified, and only then counted. The client itself retries some failures, trusts the bytes it gets,
+and leaves partial files behind when it is killed; the loop here retries whatever is worth retrying, and ends at once with
+a remedy where it is not.
+
+Files are kept in `STATE/hub/OWNER--NAME/REVISION/PATH`, whatever the stage's other parameters and code, and outs are hard
+links to them. So a verified file is fetched once: each use checks its SHA-256 and asks the hub for nothing but the list.
+`pipelib clean` lists the store and deletes it.
 
 A process killed in the middle of a file starts that file again: the client names its partial files at random, so they
 cannot be continued. At most one file per worker is lost.
@@ -15,8 +19,9 @@ hub work as the client's documentation says. Xet, the hub's newer transfer, is o
 import os
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -26,6 +31,7 @@ from pipelib.corpus.raw import Written, describe_file
 from pipelib.errors import UserError
 from pipelib.files import format_bytes, link_or_copy, require_free_space, sha256_file
 from pipelib.progress import Progress
+from pipelib.state import lock_folder, state_root
 
 T = TypeVar("T")
 
@@ -82,18 +88,18 @@ class HubSource:
         """The repository, the commit and the folder: what the commit holds never changes."""
         return {"kind": "hub", "repo": self.repo, "revision": self.revision, "folder": self.folder}
 
-    def write(self, folder: Path, work: Path) -> Written:
-        """Download and verify every file into `work`, and link them, unchanged, into `folder`.
+    def write(self, folder: Path, work: Path) -> Written:  # noqa: ARG002  (the store outlives it)
+        """Link every file, downloaded or stored and in either case verified, into `folder`, unchanged.
 
         Raises:
             UserError: the hub refuses, has no such revision or folder, stays unreachable, or the disk is too small.
         """
         files = list_hub_files(self.repo, self.revision, self.folder, self.retry)
-        paths = fetch_hub_files(files, work, self.retry)
         described = []
-        for file, path in zip(files, paths, strict=True):
-            link_or_copy(path, folder / path.name)
-            described.append(describe_file(folder / path.name, file.sha256))
+        with hub_files(files, self.retry) as paths:
+            for file, path in zip(files, paths, strict=True):
+                link_or_copy(path, folder / path.name)
+                described.append(describe_file(folder / path.name, file.sha256))
         return Written(tuple(described), {})
 
 
@@ -121,49 +127,53 @@ def list_hub_files(repo: str, revision: str, folder: str, retry: Retry = Retry()
     return [HubFile(repo, revision, entry.path, entry.lfs.size, entry.lfs.sha256) for entry in found]
 
 
-def fetch_hub_file(file: HubFile, work: Path, retry: Retry = Retry()) -> Path:
-    """One verified file of the hub, under `work`; it is not fetched again if it is there.
+@contextmanager
+def hub_files(files: Sequence[HubFile], retry: Retry = Retry()) -> Iterator[list[Path]]:
+    """Verified files of one revision of a repository, in the store; those that are there and right are not fetched.
 
-    Raises:
-        UserError: as `fetch_hub_files`.
-    """
-    return fetch_hub_files([file], work, retry)[0]
-
-
-def fetch_hub_files(files: Sequence[HubFile], work: Path, retry: Retry = Retry()) -> list[Path]:
-    """Verified files of the hub, under `work`, several at a time; those that are there and right are not fetched.
+    The revision's store is locked while the `with` block lasts, so that no other run writes to it and nobody deletes it;
+    another run that needs it waits.
 
     Raises:
         UserError: a file cannot be had, for a reason that the message gives; verified files stay for the next run.
     """
-    store = work / "hub"
-    for partial in store.rglob("*.incomplete"):
-        partial.unlink()
-    missing = [file for file in files if not _is_verified(file, store)]
-    require_free_space(store, sum(file.bytes for file in missing), "the download")
-    if missing:
-        _fetch_all(missing, store, retry)
-    return [_place(file, store) / file.path for file in files]
+    (store,) = {_store(file) for file in files}
+    lock = lock_folder(store, wait=True)
+    try:
+        for partial in store.rglob("*.incomplete"):
+            partial.unlink()
+        missing = [file for file in files if not _is_verified(file)]
+        require_free_space(store, sum(file.bytes for file in missing), "the download")
+        if missing:
+            _fetch_all(missing, retry)
+        yield [_place(file) for file in files]
+    finally:
+        os.close(lock)
 
 
-def _place(file: HubFile, store: Path) -> Path:
-    """Where the client puts a repository's files."""
-    return store / file.repo.replace("/", "--") / file.revision
+def _store(file: HubFile) -> Path:
+    """The folder of a repository's files at a revision."""
+    return state_root() / "hub" / file.repo.replace("/", "--") / file.revision
 
 
-def _is_verified(file: HubFile, store: Path) -> bool:
-    path = _place(file, store) / file.path
+def _place(file: HubFile) -> Path:
+    """Where the client puts a file."""
+    return _store(file) / file.path
+
+
+def _is_verified(file: HubFile) -> bool:
+    path = _place(file)
     return path.is_file() and path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
 
 
-def _fetch_all(files: Sequence[HubFile], store: Path, retry: Retry) -> None:
+def _fetch_all(files: Sequence[HubFile], retry: Retry) -> None:
     """Download files in parallel; the first that fails for good stops the others."""
     total = sum(file.bytes for file in files)
     progress = Progress(f"hub: downloading {len(files)} files, {format_bytes(total)}", total, "bytes")
     stop = threading.Event()
     with ThreadPoolExecutor(download_count(), thread_name_prefix="download") as pool:
         try:
-            tasks = [pool.submit(_fetch, file, store, retry, progress, stop) for file in files]
+            tasks = [pool.submit(_fetch, file, retry, progress, stop) for file in files]
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
@@ -185,25 +195,24 @@ def download_count() -> int:
     return int(wish)
 
 
-def _fetch(file: HubFile, store: Path, retry: Retry, progress: Progress, stop: threading.Event) -> None:
+def _fetch(file: HubFile, retry: Retry, progress: Progress, stop: threading.Event) -> None:
     """Download one file and verify it."""
-    place = _place(file, store)
 
     def attempt() -> None:
         meter = _Meter(progress, stop)
         # a file that is there was not the right one, and the client would take it for done
-        (place / file.path).unlink(missing_ok=True)
+        _place(file).unlink(missing_ok=True)
         try:
             _client().hf_hub_download(
                 file.repo,
                 file.path,
                 repo_type="dataset",
                 revision=file.revision,
-                local_dir=place,
+                local_dir=_store(file),
                 tqdm_class=meter,
             )
-            if not _is_verified(file, store):
-                (place / file.path).unlink()
+            if not _is_verified(file):
+                _place(file).unlink()
                 raise _WrongBytesError("its bytes are not those that the hub announced (SHA-256)")
         except BaseException:
             meter.take_back()

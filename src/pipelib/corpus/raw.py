@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, how_to_repair
 from pipelib.files import read_json, sha256_file, sync_folder, write_json
 
 MANIFEST = "manifest.json"
+_REPAIR = how_to_repair("data/raw")
 
 ROW_GROUP_ROWS = 1000
 """Documents in a row group, the piece that one tokenizing process takes at a time."""
@@ -210,8 +211,7 @@ def read_manifest(folder: Path) -> RawManifest:
         return RawManifest(value["source"], tuple(RawFile(**file) for file in value["files"]))
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not a manifest of raw text ({error!r}), so its files cannot be trusted; "
-            "delete the folder and run dvc repro."
+            f"{path} is not a manifest of raw text ({error!r}), so its files cannot be trusted; {_REPAIR}."
         ) from None
 
 
@@ -223,10 +223,10 @@ def iterate_raw(folder: Path, columns: Sequence[str] = ("text",)) -> Iterator[di
     """
     for file in read_manifest(folder).files:
         path = folder / file.name
-        with open_parquet(path) as parquet:
+        with open_parquet(path, _REPAIR) as parquet:
             missing = sorted(set(columns) - set(parquet.schema_arrow.names))
             if missing:
-                raise UserError(f"{path} has no column {', '.join(missing)}, so it is not raw text; run dvc repro.")
+                raise UserError(f"{path} has no column {', '.join(missing)}, so it is not raw text; {_REPAIR}.")
             for group in range(parquet.num_row_groups):
                 yield from _read_group(parquet, group, columns, path)
 
@@ -235,12 +235,15 @@ def _read_group(parquet: pq.ParquetFile, group: int, columns: Sequence[str], pat
     try:
         rows: list[dict[str, Any]] = parquet.read_row_group(group, list(columns), use_threads=False).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(path, f"row group {group}: {error}") from None
+        raise damaged(path, f"row group {group}: {error}", _REPAIR) from None
     return rows
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Path, remedy: str = "fetch or make it again") -> pq.ParquetFile:
     """Open a parquet file that has a column `text`.
+
+    Args:
+        remedy: what to do about a damaged one, for the message.
 
     Raises:
         UserError: it is missing, damaged, cut short, or has no such column.
@@ -250,7 +253,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist, so a part of the corpus is missing; run dvc repro.") from None
     except (pa.ArrowException, OSError) as error:
-        raise damaged(path, str(error)) from None
+        raise damaged(path, str(error), remedy) from None
     if "text" not in parquet.schema_arrow.names:
         names = ", ".join(parquet.schema_arrow.names)
         parquet.close()
@@ -260,9 +263,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     return parquet
 
 
-def damaged(path: Path, why: str) -> UserError:
+def damaged(path: Path, why: str, remedy: str) -> UserError:
     """The error for a parquet file that cannot be read."""
     return UserError(
         f"{path} cannot be read as parquet ({' '.join(why.split())}), so it is damaged or cut short and its text would "
-        "be lost; fetch or make it again."
+        f"be lost; {remedy}."
     )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, how_to_repair
 from pipelib.model.device import autocast
 from pipelib.model.gpt import GPT
 from pipelib.model.vocabulary import EOT_TOKEN_ID
@@ -111,16 +111,16 @@ def read_items(path: Path, encoding: Any) -> list[Item]:
                 )
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{path}, line {number} is not an item ({error!r}); delete the file and run dvc repro."
+                    f"{path}, line {number} is not an item ({error!r}); {how_to_repair('data/benchmarks')}."
                 ) from None
             if len(endings) != ENDINGS or not all(endings) or label not in range(ENDINGS):
                 raise UserError(
                     f"{path}, line {number} has {len(endings)} endings and the label {label}, where {ENDINGS} endings that are "
-                    "not empty and a label from 0 to 3 are needed; delete the file and run dvc repro."
+                    f"not empty and a label from 0 to 3 are needed; {how_to_repair('data/benchmarks')}."
                 )
             items.append(item)
     if not items:
-        raise UserError(f"{path} has no items, so there is no accuracy; delete it and run dvc repro.")
+        raise UserError(f"{path} has no items, so there is no accuracy; {how_to_repair('data/benchmarks')}.")
     return items
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelib.config import parse
-from pipelib.errors import UserError
+from pipelib.errors import UserError, how_to_repair
 from pipelib.files import read_json, write_atomic, write_json, write_text
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
@@ -119,7 +119,7 @@ def import_model(folder: Path) -> GPT:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is damaged ({error}), so its weights cannot be trusted; run dvc repro or fetch it again."
+            f"{path} is damaged ({error}), so its weights cannot be trusted; {how_to_repair('models')}, or fetch it again."
         ) from None
     model = GPT(params)
     state = from_huggingface(tensors)
@@ -130,7 +130,9 @@ def import_model(folder: Path) -> GPT:
         lines = ", ".join(
             f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong[:5]
         )
-        raise UserError(f"{path} does not fit its {CONFIG} ({lines}), so the model would be wrong; fetch both again.")
+        raise UserError(
+            f"{path} does not fit its {CONFIG} ({lines}), so the model would be wrong; {how_to_repair('models')}, or fetch both again."
+        )
     model.load_state_dict(state)
     return model.eval()
 

@@ -123,13 +123,9 @@ def _manifest_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
     path = folder / MANIFEST
     for split in ("val", "train"):
         if not manifest.split(split):
-            yield Problem(
-                path, f"{path} lists no {split} shard, so nothing can be trained; {_REPAIR}"
-            )
+            yield Problem(path, f"{path} lists no {split} shard, so nothing can be trained; {_REPAIR}")
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield Problem(
-            path, f"{path} lists {name} twice, so its tokens would count twice; {_REPAIR}"
-        )
+        yield Problem(path, f"{path} lists {name} twice, so its tokens would count twice; {_REPAIR}")
 
 
 def _count_problems(folder: Path, counts: Counts | None) -> Iterator[Problem]:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, how_to_repair
 from pipelib.files import read_json, require_free_space, write_atomic, write_json
 from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.processes import tie_to_parent, worker_count
@@ -162,7 +162,9 @@ def _text_bytes(path: Path) -> list[int]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing, though the manifest beside it names it; run dvc repro.") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a readable parquet file ({error}); delete it and run dvc repro.") from None
+        raise UserError(
+            f"{path} is not a readable parquet file ({error}), so its text is lost; {how_to_repair('data/raw')}."
+        ) from None
     if "text" not in file.schema_arrow.names:
         raise UserError(
             f"{path} has the columns {', '.join(file.schema_arrow.names)} and no `text`, so there is no text."
@@ -238,7 +240,7 @@ def read_documents(unit: Unit) -> tuple[list[str], int]:
         rows = column.to_pylist()
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{unit.path}, {_where(unit)}: {error}; the file is damaged: delete it and run dvc repro."
+            f"{unit.path}, {_where(unit)}: {error}; the file is damaged, so its text is lost; {how_to_repair('data/raw')}."
         ) from None
     documents = [row for row in rows if row]
     wrong = next((row for row in documents if not isinstance(row, str)), None)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, how_to_repair
 from pipelib.files import format_json, read_json, sha256_file, write_atomic, write_text
 from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
 
@@ -175,7 +175,7 @@ def open_shard(path: Path) -> Tokens:
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
 
 
-_REPAIR = "run `pipelib verify data/tokens --repair`, then dvc repro."
+_REPAIR = how_to_repair("data/tokens") + "."
 
 
 def shard_problems(folder: Path, shard: Shard) -> list[str]:
