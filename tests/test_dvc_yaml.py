@@ -16,7 +16,7 @@ from pipelib.stage import RESULT, SPEED
 ROOT = Path(__file__).parents[1]
 STAGES = ("download", "tokenize", "train", "evaluate")
 DATA_DEPS = {
-    "download": ["${download.path}"],
+    "download": ["${download.path}", "constraints.txt"],
     "tokenize": ["data/raw"],
     "train": ["data/tokens"],
     "evaluate": [

@@ -176,7 +176,7 @@ GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
     ids=str,
 )
 def test_a_bad_item_is_named_by_its_line(tmp_path: Path, bad: object) -> None:
-    with pytest.raises(UserError, match=r"items\.jsonl, line 2 .*delete the file and run dvc repro"):
+    with pytest.raises(UserError, match=r"items\.jsonl, line 2 .*pipelib verify data/benchmarks --repair"):
         read_items(write_lines(tmp_path / "items.jsonl", [GOOD, bad]), tiktoken_encoding())
 
 
@@ -245,21 +245,6 @@ def test_a_verdict_says_what_the_interval_says(low: float, value: float, high: f
 
 # ---- The lm-eval harness ---------------------------------------------------------------------------------------------
 
-lm_eval_warnings = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
-def with_lm_eval_warnings(test: Any) -> Any:
-    """Warnings that lm-eval, datasets and transformers raise about each other."""
-    for mark in lm_eval_warnings:
-        test = mark(test)
-    return test
-
-
 def hugging_faces_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """lm-eval's own view of a model in a Hugging Face folder."""
     from transformers import AutoTokenizer, GPT2LMHeadModel
@@ -276,7 +261,6 @@ def hugging_faces_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True), batch_size=1)
 
 
-@with_lm_eval_warnings
 def test_the_harness_scores_as_its_own_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
     chance = np.random.default_rng(4)
     monkeypatch.chdir(tmp_path)
@@ -305,7 +289,6 @@ def test_the_harness_scores_as_its_own_model_does(tmp_path: Path, monkeypatch: p
     assert {ours[task]["version"] for task in ours} == {1.0}
 
 
-@with_lm_eval_warnings
 def test_a_task_without_its_data_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT
 ) -> None:

@@ -153,7 +153,6 @@ PLACES_OF_TWO_RANKS = [
     "before a checkpoint gets its name",
     "after a checkpoint got its name",
     "after the weights were exported",
-    "after the outs became final",
     "after an old out was removed",
 ]
 
@@ -248,6 +247,5 @@ def test_asked_to_stop_it_saves_the_step_it_is_at(project: SmallProject, number:
     step = training.step()
     assert f"train: stopped by {number.name} after step {step}, which is saved" in training.output()
     assert "Traceback" not in training.output()
-    assert [path.name for path in project.state.glob("train/*/work/checkpoints/*")][-1:] != []
     assert f"step_{step:08d}" in [path.name for path in project.state.glob("train/*/work/checkpoints/*")]
     assert not same(project.run(), expected)

@@ -12,7 +12,6 @@ import pytest
 from small_corpus import make_texts, write_jsonl, write_raw_files
 from small_project import Project, write_params
 
-from pipelib import stage
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
 from pipelib.stage import run_stage
@@ -192,13 +191,15 @@ def test_a_flipped_bit_in_a_shards_header(project: Project) -> None:
     project.refuses("train", "train_000001.bin does not begin with a shard's header", "pipelib verify data/tokens")
 
 
-def test_a_flipped_bit_in_a_token_is_found_by_verify(project: Project) -> None:
-    """Training does not hash its data, 20 GB of it; the command does, and DVC at its next run."""
-    flip_bit(project.root / "data/tokens/train_000001.bin", 2000)
-    environment = {"PYTHONPATH": str(project.root / "src")}
-    done = project.python("-m", "pipelib.cli.main", "verify", environment=environment)
+@pytest.mark.parametrize("split", ["val_000000.bin", "train_000001.bin"])
+def test_a_flipped_bit_in_a_token(project: Project, split: str) -> None:
+    flip_bit(project.root / "data/tokens" / split, 2000)
+    words = f"data/tokens/{split} has sha256"
+    project.refuses("train", words, "its bytes changed", "pipelib verify data/tokens --repair")
+    assert not (project.root / "models").exists()
+    done = project.python("-m", "pipelib.cli.main", "verify", environment={"PYTHONPATH": str(project.root / "src")})
     assert done.returncode == 1
-    assert "data/tokens/train_000001.bin has sha256" in done.stderr
+    assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -258,17 +259,10 @@ def test_too_little_space_for_tokenization_is_said_first(project: Project) -> No
 # ---- The frame -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def untied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process does not die with its parent."""
-    monkeypatch.setattr(stage, "tie_to_parent", lambda: None)
-
-
 def raising(error: BaseException) -> NoReturn:
     raise error
 
 
-@pytest.mark.usefixtures("untied")
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -285,14 +279,12 @@ def test_what_the_user_can_mend_is_one_message(error: BaseException, said: str |
     assert code == said if isinstance(said, int) else str(code).startswith(said)
 
 
-@pytest.mark.usefixtures("untied")
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "disk"), ValueError("ours"), AssertionError()])
 def test_a_defect_of_ours_keeps_its_traceback(error: BaseException) -> None:
     with pytest.raises(type(error)):
         run_stage("train", lambda: raising(error))
 
 
-@pytest.mark.usefixtures("untied")
 def test_a_stage_that_worked_exits_with_0() -> None:
     with pytest.raises(SystemExit) as caught:
         run_stage("train", lambda: None)

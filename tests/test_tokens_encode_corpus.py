@@ -244,7 +244,7 @@ def damage(path: Path, how: str) -> None:
     [
         ("missing", r"001_00000\.parquet is missing, though the manifest beside it names it"),
         ("empty", r"001_00000\.parquet is not a readable parquet file"),
-        ("cut short", r"001_00000\.parquet is not a readable parquet file .*delete it and run dvc repro"),
+        ("cut short", r"001_00000\.parquet is not a readable parquet file .*pipelib verify data/raw --repair"),
         ("a page overwritten", r"001_00000\.parquet, row groups 0 to 1: .*the file is damaged"),
     ],
 )
@@ -287,4 +287,4 @@ def test_a_wrong_number_of_workers_is_refused(
     tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, wish: str
 ) -> None:
     monkeypatch.setenv("PIPELIB_WORKERS", wish)
-    refused(tmp_path, raw, f"PIPELIB_WORKERS={wish} is not a number of processes")
+    refused(tmp_path, raw, f"PIPELIB_WORKERS={wish} is not a whole number from 1 on")
