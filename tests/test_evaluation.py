@@ -245,6 +245,7 @@ def test_a_verdict_says_what_the_interval_says(low: float, value: float, high: f
 
 # ---- The lm-eval harness ---------------------------------------------------------------------------------------------
 
+
 def hugging_faces_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """lm-eval's own view of a model in a Hugging Face folder."""
     from transformers import AutoTokenizer, GPT2LMHeadModel

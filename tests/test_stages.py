@@ -10,10 +10,13 @@ from typing import NoReturn
 
 import pytest
 from small_corpus import make_texts, write_jsonl, write_raw_files
-from small_project import Project, write_params
+from small_project import PARAMS, Project, write_params
 
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
+from pipelib.model.gpt import GPT
+from pipelib.model.huggingface import export_model
+from pipelib.model.params import ModelParams
 from pipelib.stage import run_stage
 
 STAGES = ("download", "tokenize", "train", "evaluate")
@@ -166,7 +169,7 @@ def test_more_passes_over_the_corpus_than_allowed(project: Project) -> None:
 
 def test_ranks_that_cannot_share_a_step(project: Project) -> None:
     project.refuses("train", "3 ranks with train.micro_batch_size = 4 cannot share the 8 rows", PIPELIB_NPROC="3")
-    project.refuses("train", "PIPELIB_NPROC=all is not a number of processes", PIPELIB_NPROC="all")
+    project.refuses("train", "PIPELIB_NPROC=all is not a whole number from 1 on", PIPELIB_NPROC="all")
 
 
 def flip_bit(path: Path, offset: int) -> None:
@@ -203,13 +206,11 @@ def test_a_flipped_bit_in_a_token(project: Project, split: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_evaluation_of_a_damaged_model(project: Project) -> None:
-    project.runs("train")
-    weights = project.root / "models/model.safetensors"
-    weights.unlink()
-    weights.write_bytes(b"not tensors")
-    (project.root / "data/benchmarks").mkdir()
-    project.refuses("evaluate", "model.safetensors")
+@pytest.mark.parametrize("content", [b"not tensors", b""])
+def test_evaluation_of_a_damaged_model(project: Project, content: bytes) -> None:
+    export_model(GPT(ModelParams(**PARAMS["model"])), project.root / "models", "a model")
+    (project.root / "models/model.safetensors").write_bytes(content)
+    project.refuses("evaluate", "models/model.safetensors")
     assert not (project.root / "reports").exists()
 
 

@@ -131,7 +131,8 @@ def import_model(folder: Path) -> GPT:
             f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong[:5]
         )
         raise UserError(
-            f"{path} does not fit its {CONFIG} ({lines}), so the model would be wrong; {how_to_repair('models')}, or fetch both again."
+            f"{path} does not fit its {CONFIG} ({lines}), so the model would be wrong; "
+            f"{how_to_repair('models')}, or fetch both again."
         )
     model.load_state_dict(state)
     return model.eval()

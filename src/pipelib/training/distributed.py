@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelib.model.device import pick_device
+from pipelib.model.device import autocast, pick_device
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,22 @@ class World:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def settle(self, network: nn.Module, rows: int, sequence_length: int, precision: str) -> None:
+        """Run one backward pass on nothing, so that gradients are summed in the same groups from the first step on.
+
+        DDP groups them anew after its first backward pass, and what three ranks or more sum depends, in its last bits,
+        on the groups: a resumed run would take one step with those that an uninterrupted one has long left.
+
+        Args:
+            rows: of a micro-batch: torch.compile would compile once more for another shape.
+        """
+        if self.world_size > 1:
+            tokens = torch.zeros(rows, sequence_length, dtype=torch.long, device=self.device)
+            with autocast(self.device, precision):
+                loss = network(tokens, tokens)
+            loss.backward()
+            network.zero_grad(set_to_none=True)
 
     def sync_when(self, wanted: bool, model: nn.Module) -> AbstractContextManager[object]:
         """Average gradients in the backward pass of what runs forward in this block only when `wanted`."""

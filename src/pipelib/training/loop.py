@@ -61,6 +61,7 @@ def train(
     initialise(model, params.seed)
     model.to(world.device)
     network = world.wrap(torch.compile(model) if params.compile else model)  # type: ignore[arg-type]
+    world.settle(network, params.micro_batch_rows(world.world_size), params.sequence_length, params.precision)
     optimizer = make_optimizer(model, params)
     loader, plan = make_loader(params, tokens, manifest, world)
 
