@@ -1,6 +1,6 @@
 """The real DVC in a clone, as a person uses it: what runs, what does not, and what the commands print.
 
-The tests of this file go on from each other, in their order, in one clone: with xdist they stay on one worker.
+The tests of this file go on from each other, in their order, in one clone: with xdist a file stays on one worker.
 """
 
 import csv
@@ -17,7 +17,7 @@ import yaml
 from small_corpus import make_texts, write_jsonl
 from small_project import CHECKOUT, PARAMS, write_params
 
-pytestmark = [pytest.mark.dvc, pytest.mark.xdist_group("dvc")]
+pytestmark = pytest.mark.dvc
 
 STAGES = ("download", "tokenize", "train", "evaluate")
 

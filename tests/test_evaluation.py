@@ -269,6 +269,11 @@ def test_the_harness_scores_as_its_own_model_does(tmp_path: Path, monkeypatch: p
     write_lines(tmp_path / "data/benchmarks/heldout.jsonl", [{"text": words(chance, 2, 90)} for _ in range(6)])
     export_model(model, tmp_path / "model", "")
     ours = run_tasks(model, replace(PARAMS, tasks=("completion", "heldout")), tmp_path / "scratch")
+    assert {task: set(scores) for task, scores in ours.items()} == {
+        "completion": {"acc", "acc_norm", "version", "examples"},
+        "heldout": {"word_perplexity", "byte_perplexity", "bits_per_byte", "version", "examples"},
+    }
+    assert all(isinstance(value, int | float) for scores in ours.values() for value in scores.values())
 
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -4,8 +4,10 @@ https://github.com/EleutherAI/lm-evaluation-harness. Scores equal those of its o
 test compares.
 """
 
+import io
 import os
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +31,22 @@ def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, An
     if not params.tasks:
         return {}
     # Read at import: no look at the hub, and no copies in the user's home.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(scratch), TQDM_DISABLE="1")
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(scratch))
     import datasets
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
     try:
-        outcome = simple_evaluate(
-            model=language_model(model, params),
-            tasks=list(params.tasks),
-            task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
-            limit=params.task_limit,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        with redirect_stderr(io.StringIO()):  # bars that the harness shows whatever one asks; errors are raised
+            outcome = simple_evaluate(
+                model=language_model(model, params),
+                tasks=list(params.tasks),
+                task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+                limit=params.task_limit,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
     except FileNotFoundError as error:
         raise UserError(
             f"a task's data is missing ({error}); name its benchmark in download.benchmarks and run dvc repro."
@@ -51,12 +54,17 @@ def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, An
     assert outcome is not None
     return {
         task: {
-            **{name.removesuffix(",none"): value for name, value in scores.items() if name.endswith(",none")},
+            **{name.removesuffix(",none"): value for name, value in scores.items() if _is_metric(name, value)},
             "version": outcome["versions"][task],
             "examples": outcome["n-samples"][task]["effective"],
         }
         for task, scores in outcome["results"].items()
     }
+
+
+def _is_metric(name: str, value: object) -> bool:
+    """Whether an entry of the harness's results is a number that a task measured; some are notes, or "N/A"."""
+    return name.endswith(",none") and isinstance(value, int | float)
 
 
 def language_model(model: GPT, params: EvaluateParams) -> Any:
