@@ -103,7 +103,7 @@ def train_small(
     manifest = read_manifest(folder / "tokens")
     work = folder / "work"
     work.mkdir(exist_ok=True)
-    recorder = Recorder(work, NullRun(), params, 1, Peak(1e12, "made up"), 1)
+    recorder = Recorder(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
     cadence = loop.Cadence(log_every, checkpoint_every)
     return loop.train(shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder)
 

@@ -315,7 +315,7 @@ for rank in (3, 2, 1, 0):
         children.append(child)
         continue
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
-    recorder = Recorder(folder, NullRun(), params, 1, Peak(1e12, ""), 4) if rank == 0 else NullRecorder()
+    recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, "")) if rank == 0 else NullRecorder()
     cadence, tokens, world = Cadence(10**6, 15), folder / "tokens", World(rank, 4, torch.device("cpu"))
     train(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, recorder)
     dist.destroy_process_group()

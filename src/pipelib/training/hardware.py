@@ -16,11 +16,15 @@ _PEAK_BF16 = {
 
 @dataclass(frozen=True)
 class Peak:
-    """The most floating-point operations a second that one device can do."""
+    """The most floating-point operations a second that devices can do."""
 
     flops: float
     source: str
     """How it is known."""
+
+    def times(self, devices: int) -> "Peak":
+        """The peak of so many devices of the kind."""
+        return Peak(self.flops * devices, self.source if devices == 1 else f"{devices} times: {self.source}")
 
 
 def peak_of(device: torch.device, precision: str) -> Peak:

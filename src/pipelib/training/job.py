@@ -18,7 +18,7 @@ from pipelib.processes import tie_to_parent
 from pipelib.tokens.shards import Manifest, read_manifest
 from pipelib.tracking import NullRun, Run, attach_run
 from pipelib.training.distributed import World, join_world
-from pipelib.training.hardware import Peak, peak_of
+from pipelib.training.hardware import peak_of
 from pipelib.training.loop import Cadence, train
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import NullRecorder, Recorder
@@ -59,15 +59,16 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
     """Train; rank 0 then exports the model and the curves into work/outs, and writes work/result.json."""
     tokens = Path(job.tokens)
     manifest = read_manifest(tokens)
-    peak = peak_of(world.device, job.train.precision)
     recorder: Recorder = NullRecorder()
     if world.is_main:
         flops = job.model.flops_per_token(job.train.sequence_length)
-        recorder = Recorder(work, run, job.train, flops, peak, world.world_size)
+        recorder = Recorder(
+            work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
+        )
     model = train(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder)
     if world.is_main:
         export(job, manifest, model, recorder, work / "outs")
-        write_json(work / RESULT, {"result": _result(job, recorder), "speed": _speed(recorder, peak, world)})
+        write_json(work / RESULT, {"result": _result(job, recorder), "speed": _speed(recorder, world)})
 
 
 def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: Path) -> None:
@@ -97,12 +98,12 @@ def _result(job: Job, recorder: Recorder) -> dict[str, object]:
     }
 
 
-def _speed(recorder: Recorder, peak: Peak, world: World) -> dict[str, object]:
+def _speed(recorder: Recorder, world: World) -> dict[str, object]:
     return {
         "tokens_per_second": round(recorder.tokens_per_second),
         "mfu": round(recorder.mfu, 4),
-        "peak_teraflops": round(peak.flops / 1e12, 3),
-        "peak_source": peak.source,
+        "peak_teraflops": round(recorder.peak.flops / 1e12, 3) if recorder.peak else 0.0,
+        "peak_source": recorder.peak.source if recorder.peak else "no step was left to train",
         "world_size": world.world_size,
         "device": world.device.type,
     }

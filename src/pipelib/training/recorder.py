@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,10 +64,16 @@ class Recorder:
     """Rank 0's record of one run."""
 
     def __init__(
-        self, folder: Path, run: Run, params: TrainParams, flops_per_token: int, peak: Peak, world_size: int
+        self, folder: Path, run: Run, params: TrainParams, flops_per_token: int, measure_peak: Callable[[], Peak]
     ) -> None:
+        """Args:
+        flops_per_token: of training, forward and backward.
+        measure_peak: the peak of all devices together. It is asked when the first steps are done, since a peak may have
+            to be measured, and at the start other threads of this process are still importing.
+        """
         self._run, self._params = run, params
-        self._flops_per_token, self._peak = flops_per_token, peak.flops * world_size
+        self._flops_per_token, self._measure_peak = flops_per_token, measure_peak
+        self.peak: Peak | None = None
         self.train = Curve(folder / "train.csv", ("step", "tokens", "loss", "lr", "grad_norm"))
         self.validation = Curve(folder / "validation.csv", ("step", "tokens", "loss"))
         self.samples = Curve(folder / "samples.csv", ("step", "prompt", "text"))
@@ -121,7 +127,8 @@ class Recorder:
             self.trained_tokens += window_tokens
         self._first_window = False
         rate = window_tokens / seconds
-        mfu = rate * self._flops_per_token / self._peak
+        self.peak = self.peak or self._measure_peak()
+        mfu = rate * self._flops_per_token / self.peak.flops
         left = (self._params.max_tokens - tokens) / rate
         self._line.show(
             f"step {step:,}/{self._params.max_steps:,} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.3f} | "
@@ -175,7 +182,7 @@ class Recorder:
     @property
     def mfu(self) -> float:
         """Model FLOP utilisation of training alone."""
-        return self.tokens_per_second * self._flops_per_token / self._peak
+        return self.tokens_per_second * self._flops_per_token / self.peak.flops if self.peak else 0.0
 
 
 class NullRecorder(Recorder):
