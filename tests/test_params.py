@@ -68,7 +68,7 @@ def test_there_is_a_preset_of_every_size() -> None:
          ["train.micro_batch_size: 3 rows of 128 tokens do not divide", "(global_batch_tokens: "]),
         ([("train.min_lr", 1.0)], ["train.min_lr: 1 is greater than max_lr = 0.003"]),
         ([("train.max_tokens", 100)], ["train.max_tokens: 100 is less than one step"]),
-        ([("train.warmup_steps", 240)], ["train.warmup_steps: 240 of 240 steps"]),
+        ([("train.warmup_steps", 5000)], ["train.warmup_steps: 5000 of ", "max_lr would never be reached"]),
         ([("model.n_head", 3)], ["model.n_embd: 128 is not a multiple of n_head = 3", "nearest that fits is 129"]),
         ([("tokenize.shard_tokens", 10)], ["tokenize.shard_tokens: 10 must be at least 1024"]),
         ([("download.benchmarks", []), ("download.benchmark_documents", 0)],
