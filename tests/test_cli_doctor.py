@@ -187,7 +187,7 @@ def test_locks_and_leftovers() -> None:
     assert only(doctor.check_locks)[0] == "ok"
     level, text, remedy = only(doctor.check_leftovers)
     assert (level, text) == ("warn", "1 leftovers of killed processes")
-    assert remedy == f"rm -r {folder}/work/.old.json.tmp"
+    assert remedy == f"rm -r {folder / 'work' / '.old.json.tmp'}"
 
 
 def test_mlflow_database(monkeypatch: pytest.MonkeyPatch) -> None:

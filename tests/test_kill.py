@@ -247,5 +247,5 @@ def test_asked_to_stop_it_saves_the_step_it_is_at(project: SmallProject, number:
     step = training.step()
     assert f"train: stopped by {number.name} after step {step}, which is saved" in training.output()
     assert "Traceback" not in training.output()
-    assert f"step_{step:08d}" in [path.name for path in project.state.glob("train/*/work/checkpoints/*")]
+    assert f"step_{step:08d}" in [path.name for path in project.state.glob("train/*/*/checkpoints/*")]
     assert not same(project.run(), expected)
