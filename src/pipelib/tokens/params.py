@@ -1,7 +1,7 @@
 """The parameters of the tokenize stage."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pipelib.config import Bounds
 
@@ -12,3 +12,5 @@ class TokenizeParams:
 
     shard_tokens: Annotated[int, Bounds(least=1024, most=2**31 - 1)]
     """Tokens in every shard but the last; the first shard is the validation split."""
+    dedup: Literal["none", "exact"]
+    """`exact` leaves out every document whose text is that of an earlier one."""

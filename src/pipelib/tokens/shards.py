@@ -6,7 +6,7 @@ shards, and ours reads theirs. The first shard is the validation split, whatever
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ UNIGRAM_COUNTS = "unigram_counts.npy"
 _CHUNK = 1 << 20
 
 Tokens = npt.NDArray[np.uint16]
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class Manifest:
     """What a folder of shards holds and what it was made of. Its hash is the fingerprint of the data."""
 
     encoding: dict[str, str]
-    source: dict[str, Any]
+    source: Mapping[str, Any]
     shards: tuple[Shard, ...]
+    dedup: dict[str, Any] | None = None
+    """How duplicates were found, and how many documents were left out for it; None where none were sought."""
 
     @property
     def fingerprint(self) -> str:
@@ -68,7 +71,9 @@ class Manifest:
         write_text(folder / MANIFEST, self._text())
 
     def _text(self) -> str:
-        return format_json({"version": VERSION, **asdict(self)})
+        fields = asdict(self)
+        dedup = fields.pop("dedup")
+        return format_json({"version": VERSION, **fields, **({"dedup": dedup} if dedup else {})})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -86,60 +91,36 @@ def read_manifest(folder: Path) -> Manifest:
             "run dvc repro to make them again."
         )
     try:
-        return Manifest(value["encoding"], value["source"], tuple(Shard(**shard) for shard in value["shards"]))
+        shards = tuple(Shard(**shard) for shard in value["shards"])
+        return Manifest(value["encoding"], value["source"], shards, value.get("dedup"))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no manifest of shards ({error!r}), so they cannot be trusted; {_REPAIR}") from None
 
 
-def write_shards(folder: Path, pieces: Iterable[Tokens], shard_tokens: int) -> list[Shard]:
-    """Cut a stream of tokens into shards of `shard_tokens`; the last one holds the rest, no token is dropped.
+def shard_name(index: int) -> str:
+    """`val_000000.bin`, `train_000001.bin`, ..."""
+    return f"{'train' if index else 'val'}_{index:06d}.bin"
+
+
+def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens]) -> tuple[Shard, Counts]:
+    """Write one shard, and count how often each token occurs in it (VOCAB_SIZE,).
 
     Args:
+        tokens: how many there are.
         pieces: the tokens in order, in arrays of any length; a document starts at each `<|endoftext|>`.
-
-    Returns:
-        The shards in order: `val_000000.bin`, `train_000001.bin`, ...
     """
-    shards: list[Shard] = []
-    stream = _Repiece(pieces)
-    while piece := stream.take(shard_tokens):
-        split = "train" if shards else "val"
-        shards.append(_write_shard(folder / f"{split}_{len(shards):06d}.bin", split, piece))
-    return shards
-
-
-def _write_shard(path: Path, split: str, pieces: list[Tokens]) -> Shard:
-    count = sum(len(piece) for piece in pieces)
-    digest = hashlib.sha256()
+    counts = np.zeros(VOCAB_SIZE, np.int64)
+    digest = hashlib.sha256(header(tokens))
     with write_atomic(path) as file:
-        for data in (header(count), *(piece.astype("<u2", copy=False).tobytes() for piece in pieces)):
+        file.write(header(tokens))
+        for piece in pieces:
+            data = piece.astype("<u2", copy=False).data
             file.write(data)
             digest.update(data)
-    documents = sum(int(np.count_nonzero(piece == EOT_TOKEN_ID)) for piece in pieces)
-    return Shard(path.name, split, count, documents, digest.hexdigest())
-
-
-class _Repiece:
-    """Takes exact numbers of tokens off a stream of arrays of other lengths."""
-
-    def __init__(self, pieces: Iterable[Tokens]) -> None:
-        self._pieces = iter(pieces)
-        self._rest: Tokens = np.zeros(0, np.uint16)
-
-    def take(self, count: int) -> list[Tokens]:
-        """The next `count` tokens, in views that need no copy; fewer at the end of the stream, none after it."""
-        taken: list[Tokens] = []
-        while count:
-            if not len(self._rest):
-                following = next(self._pieces, None)
-                if following is None:
-                    break
-                self._rest = following
-            piece, self._rest = self._rest[:count], self._rest[count:]
-            if len(piece):
-                taken.append(piece)
-            count -= len(piece)
-        return taken
+            counts += count_tokens([piece])
+    assert counts.sum() == tokens, f"{path} got {counts.sum()} tokens and was to get {tokens}"
+    split = path.name.partition("_")[0]
+    return Shard(path.name, split, tokens, int(counts[EOT_TOKEN_ID]), digest.hexdigest()), counts
 
 
 def header(tokens: int) -> bytes:
@@ -212,7 +193,7 @@ def require_sound(folder: Path, manifest: Manifest) -> None:
         raise UserError("\n".join(problems))
 
 
-def count_tokens(arrays: Iterable[Tokens]) -> npt.NDArray[np.int64]:
+def count_tokens(arrays: Iterable[Tokens]) -> Counts:
     """How often each token of the vocabulary occurs (VOCAB_SIZE,)."""
     counts = np.zeros(VOCAB_SIZE, np.int64)
     for tokens in arrays:

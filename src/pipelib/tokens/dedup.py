@@ -1,0 +1,34 @@
+"""Exact de-duplication: documents with equal texts, found by their hashes; the first in the order of the corpus stays."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelib.tokens.units import Hashes
+
+_BLOCK = 1 << 20
+
+
+def find_duplicates(parts: Iterable[Hashes], documents: int) -> npt.NDArray[np.bool_]:
+    """Which documents have the hash of an earlier one (documents,).
+
+    Takes at most 32 bytes of memory a document: its hash, its place in the sorted order, and what sorting needs.
+
+    Args:
+        parts: the 128-bit hashes of all documents (part, 2), in the order of the corpus.
+        documents: how many there are.
+    """
+    high, low = np.empty(documents, np.uint64), np.empty(documents, np.uint64)
+    end = 0
+    for part in parts:
+        start, end = end, end + len(part)
+        high[start:end], low[start:end] = part[:, 0], part[:, 1]
+    assert end == documents, f"{end} hashes for {documents} documents"
+    order = np.lexsort((low, high))  # stable: equal hashes stay in the order of the corpus
+    duplicate = np.zeros(documents, bool)
+    for start in range(1, documents, _BLOCK):
+        before, after = order[start - 1 : start - 1 + _BLOCK], order[start : start + _BLOCK]
+        before = before[: len(after)]
+        duplicate[after] = (high[before] == high[after]) & (low[before] == low[after])
+    return duplicate

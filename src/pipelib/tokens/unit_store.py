@@ -1,0 +1,70 @@
+"""Where encoded units are kept: `STATE/units/CODE/`, one folder for each state of the code that makes them.
+
+Several processes may work in one folder, on one machine or on several that share a file system: each holds the lock of
+its share, and a file appears under its name only when it is whole.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pipelib.errors import UserError
+from pipelib.files import remove, sha256_json
+from pipelib.state import is_locked, lock_folder, state_root
+from pipelib.tokens.units import Unit
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of the units, for one of several processes: every `count`-th, from number `index` on."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `i/n`, with i from 0 to n - 1.
+
+        Raises:
+            UserError: it is nothing of the kind.
+        """
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise UserError(
+                f"--unit {text} is not i/n with i from 0 to n - 1, so it names no share; for example --unit 0/4"
+            )
+        return cls(int(index), int(count))
+
+    def of(self, units: Sequence[Unit]) -> Sequence[Unit]:
+        """The units of this share."""
+        return units[self.index :: self.count]
+
+
+@contextmanager
+def unit_store(code: Mapping[str, str], share: Share | None = None) -> Iterator[Path]:
+    """The folder of units that this code made or makes, locked while the `with` block lasts.
+
+    Args:
+        code: SHA-256 of the files that make the shards, by path.
+        share: what this process does in it; None for a run that makes all of it, of which there is one at a time.
+
+    Raises:
+        UserError: another process works on the same share.
+    """
+    store = state_root() / "units" / sha256_json(dict(code))[:16]
+    name = f"lock-{share.index}-of-{share.count}" if share else "lock"
+    lock = lock_folder(store, name, wait=share is None)
+    try:
+        yield store
+    finally:
+        os.close(lock)
+
+
+def drop_other_code(store: Path) -> None:
+    """Remove the units that other code made, which nothing can use any more, unless a process works there."""
+    for folder in store.parent.iterdir():
+        if folder != store and not is_locked(folder):
+            remove(folder)

@@ -1,0 +1,95 @@
+"""Worker processes with a tokenizer in each."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from pipelib.errors import UserError
+from pipelib.processes import tie_to_parent, worker_count
+from pipelib.tokens.encoding import Engine, load_engine
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """A pool of processes, `$PIPELIB_WORKERS` or one for every core; `$PIPELIB_TOKENIZER` names their engine.
+
+    They are spawned, not forked: the same on every system, and safe beside the threads of this process (MLflow's).
+    """
+
+    def __init__(self, tasks: int) -> None:
+        """Args:
+        tasks: how many there will be at most; more workers are not started.
+        """
+        self.count = worker_count(tasks)
+        self.engine = os.environ.get("PIPELIB_TOKENIZER", "gigatoken")
+        load_engine(self.engine)  # proves it here, where an error is one message, and not in every worker
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(self.count, context, _start, (self.engine,))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=error is not None)
+
+    def each(
+        self,
+        task: Callable[..., Result],
+        items: Sequence[Item],
+        *arguments: Any,
+        done: Callable[[Item], None] = lambda _: None,
+    ) -> list[Result]:
+        """`task(item, *arguments)` for every item, in the order of the items.
+
+        Args:
+            task: a function of a module, called in a worker.
+            done: called here for each item that is complete.
+
+        Raises:
+            UserError: a worker was killed.
+        """
+        try:
+            futures = {self._pool.submit(task, item, *arguments): item for item in items}
+            for future in as_completed(futures):
+                future.result()  # the first error ends this, and the rest is cancelled
+                done(futures[future])
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker was killed, by the system if memory ran out, so the corpus is not complete; what it finished is "
+                "kept: run dvc repro again, with fewer workers if memory is short (PIPELIB_WORKERS=1)."
+            ) from None
+        return [future.result() for future in futures]
+
+
+_engine: Engine
+
+
+def _start(name: str) -> None:
+    global _engine
+    tie_to_parent(signal.SIGKILL)
+    _engine = load_engine(name)
+
+
+def worker_engine() -> Engine:
+    """The tokenizer of the worker that calls this."""
+    return _engine
+
+
+def peak_memory() -> int:
+    """The most memory that this process ever held, in bytes, pages of mapped files included."""
+    if sys.platform == "linux":  # getrusage counts what the parent held when it forked
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
