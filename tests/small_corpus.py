@@ -1,15 +1,17 @@
-"""Corpora small enough for a test: words and what is hard for tokenizers, always the same."""
+"""Corpora small enough for a test: words and what is hard for tokenizers, always the same; and shards of given tokens."""
 
 import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelib.files import sha256_file, write_json
 from pipelib.tokens.encoding import HARD_STRINGS
+from pipelib.tokens.shards import Shard, Tokens, shard_name, write_shard
 
 WORDS = [
     "the", "of", "and", "in", "to", "model", "data", "gradient", "tokens", "Learning", "3.14", "naïve", "don't", "東京", "x=1;",
@@ -40,3 +42,10 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> None:
     """A file for the `local` source."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def write_shards(folder: Path, pieces: Sequence[Tokens], shard_tokens: int) -> list[Shard]:
+    """Shards of `shard_tokens` tokens of these arrays, one after the other."""
+    tokens = np.concatenate([np.zeros(0, np.uint16), *pieces])
+    parts = [tokens[start : start + shard_tokens] for start in range(0, len(tokens), shard_tokens)]
+    return [write_shard(folder / shard_name(index), len(part), [part])[0] for index, part in enumerate(parts)]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small_corpus import write_shards
 
 import pipelib
 from pipelib.config import read_yaml
@@ -25,7 +26,7 @@ from pipelib.files import files_under
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
 from pipelib.model.vocabulary import EOT_TOKEN_ID
-from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest, write_shards
+from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest
 from pipelib.tracking import NullRun
 from pipelib.training import loop
 from pipelib.training.distributed import World

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small_corpus import write_shards
 
 from pipelib.cli import measure
 from pipelib.cli.estimates import disk_of, memory_of, padded_parameters
@@ -15,7 +16,7 @@ from pipelib.config import read_yaml
 from pipelib.model.device import autocast
 from pipelib.model.gpt import GPT
 from pipelib.params import Params, load_params
-from pipelib.tokens.shards import Manifest, write_shards
+from pipelib.tokens.shards import Manifest
 
 GPT2 = {
     "download.source": "hub", "download.repo": "HuggingFaceFW/fineweb-edu", "download.folder": "sample/10BT",

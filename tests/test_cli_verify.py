@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_corpus import write_shards
 
 import pipelib
 from pipelib.cli.main import main
@@ -22,7 +23,6 @@ from pipelib.tokens.shards import (
     count_tokens,
     open_shard,
     read_manifest,
-    write_shards,
 )
 
 SOURCE = Path(pipelib.__file__).absolute().parents[1]

@@ -18,6 +18,7 @@ from pipelib.tokens.encoding import (
     Engine,
     GigatokenEngine,
     Offsets,
+    Texts,
     TiktokenEngine,
     Tokens,
     load_engine,
@@ -65,7 +66,7 @@ def reference() -> Any:
 
 
 def encode(engine: Engine, documents: list[str]) -> list[list[int]]:
-    tokens, offsets = engine.encode(documents)
+    tokens, offsets = engine.encode(Texts.of(documents))
     assert tokens.dtype == np.uint16
     assert offsets.tolist() == sorted(offsets.tolist())
     assert len(offsets) == len(documents) + 1
@@ -129,8 +130,8 @@ class Wrong(TiktokenEngine):
 
     name = "wrong"
 
-    def encode(self, documents: list[str]) -> tuple[Tokens, Offsets]:
-        return super().encode([document.replace("naïve", "na ïve") for document in documents])
+    def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
+        return super().encode(Texts.of(text.replace("naïve", "na ïve") for text in texts))
 
 
 def test_a_mismatch_names_the_string_and_the_remedy() -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_corpus import write_shards
 
 from pipelib.tokens.loader import BatchPlan, Loader, Rows, TokenStream, permute, training_rows, validation_batches
-from pipelib.tokens.shards import Manifest, write_shards
+from pipelib.tokens.shards import Manifest
 
 FINGERPRINT = "0123456789abcdef" * 4
 T = 8

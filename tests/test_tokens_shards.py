@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_corpus import write_shards
 
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
@@ -25,7 +26,7 @@ from pipelib.tokens.shards import (
     open_shard,
     read_manifest,
     shard_problems,
-    write_shards,
+    write_shard,
 )
 
 
@@ -50,19 +51,20 @@ def pieces_of(*lengths: int) -> list[np.ndarray]:
 
 
 @settings(max_examples=60, deadline=None, database=None)
-@given(lengths=st.lists(st.integers(0, 60), max_size=12), shard_tokens=st.integers(1, 100))
-def test_any_stream_in_any_pieces_is_cut_into_equal_shards(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], shard_tokens: int
-) -> None:
-    folder, total = tmp_path_factory.mktemp("shards"), sum(lengths)
-    shards = write_shards(folder, pieces_of(*lengths), shard_tokens)
-    tokens = [token for shard in shards for token in read_as_llm_c(folder / shard.name)]
-    assert tokens == list(range(total))
-    assert [shard.tokens for shard in shards] == [
-        min(shard_tokens, total - start) for start in range(0, total, shard_tokens)
-    ]
-    assert [shard.split for shard in shards] == ["val", *["train"] * (len(shards) - 1)][: len(shards)]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(shard.name for shard in shards)
+@given(lengths=st.lists(st.integers(0, 60), max_size=12))
+def test_pieces_of_any_length_make_the_same_shard(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]) -> None:
+    path, total = tmp_path_factory.mktemp("shards") / "train_000001.bin", sum(lengths)
+    shard, counts = write_shard(path, total, pieces_of(*lengths))
+    assert read_as_llm_c(path) == list(range(total))
+    assert shard == Shard("train_000001.bin", "train", total, 0, sha256_file(path))
+    assert counts.tolist() == [1] * total + [0] * (VOCAB_SIZE - total)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_wrong_number_of_tokens_leaves_no_shard(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="got 3 tokens and was to get 4"):
+        write_shard(tmp_path / "val_000000.bin", 4, pieces_of(3))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_counts_and_hashes(tmp_path: Path) -> None:

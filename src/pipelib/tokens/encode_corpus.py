@@ -39,7 +39,7 @@ from pipelib.tokens.units import (
     read_tokens,
     require_file,
 )
-from pipelib.tokens.workers import Workers, peak_memory, worker_engine
+from pipelib.tokens.workers import Workers, worker_engine
 
 
 def encode_corpus(
@@ -100,19 +100,23 @@ def encode_corpus(
         "bytes_per_token": round(total.text_bytes / (total.tokens - total.documents), 4),
         "shards": len(shards),
     }
-    fresh = [unit for unit in done if unit.seconds]
+    encoding = [unit.seconds for unit in done if unit.seconds]
+    steps = {
+        "verify": workers.seconds["verify"],
+        **{step.name: sum(getattr(seconds, step.name) for seconds in encoding) for step in fields(Seconds)},
+        "check": workers.seconds["check"],
+        "shards": workers.seconds["shards"],
+    }
     speed = {
         "engine": workers.engine,
         "workers": workers.count,
         "tokens_per_second": round(tokens / (time.monotonic() - started)),
         "units": len(units),
-        "units_encoded": len(fresh),
+        "units_encoded": len(encoding),
         "encode_seconds": round(encoded - started, 2),
         "merge_seconds": round(time.monotonic() - encoded, 2),
-        "worker_seconds": {
-            step.name: round(sum(getattr(unit.seconds, step.name) for unit in fresh), 2) for step in fields(Seconds)
-        },
-        "worker_peak_bytes": max(unit.peak_memory for unit in done),
+        "worker_seconds": {step: round(spent, 2) for step, spent in steps.items()},
+        "worker_peak_bytes": workers.peak_memory,
     }
     return result, speed
 
@@ -139,26 +143,28 @@ class DoneUnit:
     path: Path
     counts: UnitCounts
     seconds: Seconds | None
-    """Where the time went; None if it was there before."""
-    peak_memory: int
-    """Of the worker so far, in bytes."""
+    """Where the time of encoding it went; None if it was there before."""
 
 
 def complete_units(units: Sequence[Unit], store: Path, workers: Workers) -> list[DoneUnit]:
     """Encode the units that are not there yet, or not whole, and return all, in order.
 
     Raises:
-        UserError: text that cannot be read, a full disk, or a worker that was killed.
+        UserError: text that cannot be read, or is not what was downloaded; a full disk; a worker that was killed.
     """
-    missing = [unit for unit in units if not unit.file(store).exists()]
-    # a token of English is four to five bytes of text, of source code about three, and takes two in a unit and in a shard
-    require_free_space(store, sum(unit.text_bytes for unit in (*missing, *units)) * 2 // 3, "tokenization")
-    files = {unit.path: unit.sha256 for unit in missing}
-    workers.each(_require_file, list(files.items()))
-    progress = Progress(f"encoding with {workers.engine}, {workers.count} workers", _text_bytes(units), "bytes")
-    done = workers.each(_complete_unit, units, store, done=lambda unit: progress.add(unit.text_bytes))
+    found = workers.each("check", check_unit, [unit.file(store) for unit in units])
+    missing = [unit for unit, counts in zip(units, found, strict=True) if counts is None]
+    # a token of English is four to five bytes of text, of source code about three; it takes two in a unit and in a shard
+    require_free_space(store, (_text_bytes(missing) + _text_bytes(units)) * 2 // 3, "tokenization")
+    workers.each("verify", _require_file, list({unit.path: unit.sha256 for unit in missing}.items()))
+    progress = Progress(f"encoding with {workers.engine}, {workers.count} workers", _text_bytes(missing), "bytes")
+    done = workers.each("units", _encode_unit, missing, store, done=lambda unit: progress.add(unit.text_bytes))
     progress.close(f"{sum(unit.counts.tokens for unit in done):,} tokens")
-    return done
+    encoded = iter(done)
+    return [
+        DoneUnit(unit.file(store), counts, None) if counts else next(encoded)
+        for unit, counts in zip(units, found, strict=True)
+    ]
 
 
 def _text_bytes(units: Sequence[Unit]) -> int:
@@ -169,12 +175,9 @@ def _require_file(file: tuple[Path, str]) -> None:
     require_file(*file)
 
 
-def _complete_unit(unit: Unit, store: Path) -> DoneUnit:
-    path, seconds = unit.file(store), None
-    counts = check_unit(path)
-    if counts is None:
-        counts, seconds = encode_unit(unit, worker_engine(), path)
-    return DoneUnit(path, counts, seconds, peak_memory())
+def _encode_unit(unit: Unit, store: Path) -> DoneUnit:
+    path = unit.file(store)
+    return DoneUnit(path, *encode_unit(unit, worker_engine(), path))
 
 
 def add_up(counts: Sequence[UnitCounts]) -> UnitCounts:
@@ -248,7 +251,7 @@ def write_shards(
     """
     cut = [(folder / shard_name(index), spans) for index, spans in enumerate(cut_parts(parts, shard_tokens))]
     progress = Progress("writing shards", len(cut), "shards")
-    done = workers.each(_write_shard, cut, done=lambda _: progress.add(1))
+    done = workers.each("shards", _write_shard, cut, done=lambda _: progress.add(1))
     progress.close()
     counts = [counts for _, counts in done[1:]] or [np.zeros(VOCAB_SIZE, np.int64)]
     return [shard for shard, _ in done], np.sum(counts, axis=0)

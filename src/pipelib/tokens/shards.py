@@ -118,7 +118,7 @@ def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens]) -> tuple[Shar
             file.write(data)
             digest.update(data)
             counts += count_tokens([piece])
-    assert counts.sum() == tokens, f"{path} got {counts.sum()} tokens and was to get {tokens}"
+        assert counts.sum() == tokens, f"{path} got {counts.sum()} tokens and was to get {tokens}"
     split = path.name.partition("_")[0]
     return Shard(path.name, split, tokens, int(counts[EOT_TOKEN_ID]), digest.hexdigest()), counts
 

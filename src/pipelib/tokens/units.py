@@ -7,7 +7,7 @@ keeps the units it had. A unit's file appears under its name when it is complete
     tokens       uint16 each; every document is led by <|endoftext|>
     lengths      uint32 a document: its tokens, <|endoftext|> included
     hashes       16 bytes a document: XXH3-128 of its text
-    trailer      the counts, and XXH3-64 of everything before
+    trailer      the counts, and XXH3-64 of everything else
 
 Memory is bounded by a few megabytes of text, or by the longest document: rows are read in batches, and what is longer
 than a piece is encoded in pieces.
@@ -15,7 +15,7 @@ than a piece is encoded in pieces.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -45,16 +45,10 @@ PROVED_DOCUMENTS, PROVED_BYTES = 2, 100_000
 """How many documents of every unit are compared with tiktoken, and the most bytes of each."""
 
 _REPAIR = how_to_repair("data/raw")
-_TRAILER = np.dtype(
-    [
-        ("magic", "S8"),
-        ("tokens", "<u8"),
-        ("documents", "<u8"),
-        ("empty_documents", "<u8"),
-        ("text_bytes", "<u8"),
-        ("checksum", "<u8"),
-    ]
+_COUNTS = np.dtype(
+    [("magic", "S8"), ("tokens", "<u8"), ("documents", "<u8"), ("empty_documents", "<u8"), ("text_bytes", "<u8")]
 )
+_TRAILER_BYTES = _COUNTS.itemsize + 8
 _MAGIC = b"units 1\n"
 _READ_BYTES = 1 << 22
 
@@ -185,8 +179,8 @@ def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, S
         write(file, b"".join(length.astype("<u4", copy=False).tobytes() for length in lengths))
         write(file, b"".join(hashes))
         counts = UnitCounts(tokens, len(hashes), unit.rows - len(hashes), text_bytes)
-        trailer = (_MAGIC, *vars(counts).values(), checksum.intdigest())
-        file.write(np.array([trailer], _TRAILER).tobytes())
+        write(file, np.array([(_MAGIC, *astuple(counts))], _COUNTS).tobytes())
+        file.write(checksum.digest())
     clock.add("write")
     return counts, seconds
 
@@ -361,17 +355,18 @@ def _cuts(data: npt.NDArray[np.uint8], start: int, end: int) -> list[int]:
 
 
 def read_counts(path: Path) -> UnitCounts | None:
-    """The counts in a unit's file; None where there is none, or no whole one."""
+    """The counts in a unit's file; None where there is none, or one of another length than the counts say."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - _TRAILER.itemsize))
-            trailer = np.frombuffer(file.read(), _TRAILER)[0]
-    except (FileNotFoundError, ValueError, IndexError):
+            file.seek(max(0, size - _TRAILER_BYTES))
+            (numbers,) = np.frombuffer(file.read(_COUNTS.itemsize), _COUNTS)
+    except (FileNotFoundError, ValueError):  # also where it is shorter than a trailer
         return None
-    counts = UnitCounts(*(int(trailer[name]) for name in UnitCounts.__dataclass_fields__))
-    expected = 2 * counts.tokens + 20 * counts.documents + _TRAILER.itemsize
-    return counts if trailer["magic"] == _MAGIC and size == expected else None
+    magic, *counted = numbers.tolist()
+    counts = UnitCounts(*counted)
+    expected = 2 * counts.tokens + 20 * counts.documents + _TRAILER_BYTES
+    return counts if magic == _MAGIC and size == expected else None
 
 
 def check_unit(path: Path) -> UnitCounts | None:
@@ -381,12 +376,11 @@ def check_unit(path: Path) -> UnitCounts | None:
         return None
     checksum = xxhash.xxh3_64()
     with path.open("rb") as file:
-        left = path.stat().st_size - _TRAILER.itemsize
+        left = path.stat().st_size - 8
         while block := file.read(min(_READ_BYTES, left)):
             checksum.update(block)
             left -= len(block)
-        trailer = np.frombuffer(file.read(), _TRAILER)[0]
-    return counts if checksum.intdigest() == trailer["checksum"] else None
+        return counts if checksum.digest() == file.read() else None
 
 
 def read_documents(path: Path, counts: UnitCounts) -> tuple[npt.NDArray[np.uint32], Hashes]:

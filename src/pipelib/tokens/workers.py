@@ -5,6 +5,8 @@ import os
 import resource
 import signal
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -33,6 +35,10 @@ class Workers:
         self.count = worker_count(tasks)
         self.engine = os.environ.get("PIPELIB_TOKENIZER", "gigatoken")
         load_engine(self.engine)  # proves it here, where an error is one message, and not in every worker
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """What the workers spent on each step, added up over them."""
+        self.peak_memory = 0
+        """The most memory that one of them held so far, in bytes."""
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(self.count, context, _start, (self.engine,))
 
@@ -46,6 +52,7 @@ class Workers:
 
     def each(
         self,
+        step: str,
         task: Callable[..., Result],
         items: Sequence[Item],
         *arguments: Any,
@@ -54,6 +61,7 @@ class Workers:
         """`task(item, *arguments)` for every item, in the order of the items.
 
         Args:
+            step: what the workers' time is counted as.
             task: a function of a module, called in a worker.
             done: called here for each item that is complete.
 
@@ -61,16 +69,25 @@ class Workers:
             UserError: a worker was killed.
         """
         try:
-            futures = {self._pool.submit(task, item, *arguments): item for item in items}
+            futures = {self._pool.submit(_timed, task, item, *arguments): item for item in items}
             for future in as_completed(futures):
-                future.result()  # the first error ends this, and the rest is cancelled
+                _, seconds, peak = future.result()  # the first error ends this, and the rest is cancelled
+                self.seconds[step] += seconds
+                self.peak_memory = max(self.peak_memory, peak)
                 done(futures[future])
         except BrokenProcessPool:
             raise UserError(
                 "a worker was killed, by the system if memory ran out, so the corpus is not complete; what it finished is "
                 "kept: run dvc repro again, with fewer workers if memory is short (PIPELIB_WORKERS=1)."
             ) from None
-        return [future.result() for future in futures]
+        return [future.result()[0] for future in futures]
+
+
+def _timed(task: Callable[..., Result], *arguments: Any) -> tuple[Result, float, int]:
+    """What a task returns, the seconds it took, and the most memory that its worker has held."""
+    started = time.perf_counter()
+    result = task(*arguments)
+    return result, time.perf_counter() - started, peak_memory()
 
 
 _engine: Engine
