@@ -5,11 +5,12 @@ import io
 import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipelib.cli.clean import find_state, freed_bytes
+from pipelib.cli.clean import delete, find_state, freed_bytes
 from pipelib.cli.main import main
 from pipelib.errors import UserError
 from pipelib.state import State, is_locked, lock_folder
@@ -103,6 +104,27 @@ def test_a_stage_and_an_age_can_be_chosen(root: Path) -> None:
     assert main(["clean", "--stage", "train", "--older-than", "7", "--yes"]) == 0
     assert [path.exists() for path in (old, new, other)] == [False, True, True]
     assert root.is_dir()
+
+
+def test_encoded_text_has_its_own_row_and_stays_while_a_share_is_encoded(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = root / "units/0123456789abcdef"
+    (store / "file").mkdir(parents=True)
+    (store / "file/000000-000003-100.unit").write_bytes(bytes(2_000_000))
+    (store / "lock").touch()
+    share = lock_folder(store, "lock-0-of-2")
+    assert main(["clean", "--stage", "units", "--yes"]) == 0
+    (_, row, *_) = capsys.readouterr().out.splitlines()
+    assert row.split()[:6] == ["units", "0123456789abcdef", "in", "use", "2.0", "MB"]
+    (kept,) = find_state(root)
+    delete(replace(kept, locked=False))  # as if it had started after the list was made
+    assert "encodes a share" in capsys.readouterr().out
+    assert (store / "file/000000-000003-100.unit").exists()
+    os.close(share)
+    assert main(["clean", "--stage", "units", "--yes"]) == 0
+    assert "stored" in capsys.readouterr().out
+    assert not store.exists()
 
 
 def test_the_hubs_files_have_their_own_rows(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,10 +227,11 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
 
 def is_locked(folder: Path) -> bool:
     """Whether some process works in a state folder. Looking leaves no trace and does not make a stage that starts fail."""
-    return any(map(_is_held, folder.glob("lock*")))
+    return any(map(is_held, folder.glob("lock*")))
 
 
-def _is_held(lock: Path) -> bool:
+def is_held(lock: Path) -> bool:
+    """Whether some process, this one included, holds a lock."""
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:

@@ -14,16 +14,18 @@ from typing import Any
 from pipelib.errors import UserError
 from pipelib.files import format_bytes, read_json, remove
 from pipelib.progress import format_seconds
-from pipelib.state import is_locked, lock_folder, state_root
+from pipelib.state import is_held, is_locked, lock_folder, state_root
 
 STAGES = ("download", "tokenize", "train", "evaluate")
-HUB = "hub"
-"""Stands in the place of a stage for what was downloaded from the Hugging Face hub, which every download can use."""
+HUB, UNITS = "hub", "units"
+"""Stand in the place of a stage for what was downloaded from the Hugging Face hub, which every download can use, and for
+the encoded pieces of text that tokenize makes shards of."""
 EXAMPLES = """examples:
   pipelib clean --dry-run             list the state of all stages
   pipelib clean --older-than 7        delete what no run has used for a week, after asking
   pipelib clean --stage train --yes   delete the checkpoints and finished models of all trainings
   pipelib clean --stage hub           delete what came from the hub; the next download fetches it again
+  pipelib clean --stage units         delete encoded text, as big as the shards; only a changed corpus needs it again
 
 "frees" is what deletion gives back now. Bytes that are hard-linked elsewhere (in the workspace, in DVC's cache) stay
 until those links go too: dvc gc -w. The runs' records and the vocabulary are never deleted.
@@ -34,10 +36,11 @@ Inode = tuple[int, int]
 
 @dataclass(frozen=True)
 class Kept:
-    """One state folder, STAGE/FINGERPRINT, or the files of one revision of a repository, hub/OWNER--NAME/REVISION."""
+    """One state folder, STAGE/FINGERPRINT; the files of one revision of a repository, hub/OWNER--NAME/REVISION; or the
+    units of one state of the code, units/CODE."""
 
     stage: str
-    """The stage it belongs to, or `hub`."""
+    """The stage it belongs to, or `hub` or `units`."""
     folder: Path
     finished: bool
     locked: bool
@@ -55,20 +58,21 @@ class Kept:
         """In a word or two."""
         if self.locked:
             return "in use"
-        return "stored" if self.stage == HUB else "finished" if self.finished else "unfinished"
+        return "stored" if self.stage in (HUB, UNITS) else "finished" if self.finished else "unfinished"
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `clean` to the command."""
     parser = subparsers.add_parser(
         "clean",
-        help="list the stages' state and the hub's files by size and age, and delete them",
-        description="List what the stages keep to go on from after a kill (and to link finished outs again) and what was "
-        "downloaded from the hub, and delete it after asking. What a running stage uses is never deleted.",
+        help="list the stages' state, the hub's files and encoded text by size and age, and delete them",
+        description="List what the stages keep to go on from after a kill (and to link finished outs again), what was "
+        "downloaded from the hub, and the encoded text that shards are made of, and delete it after asking. What a running "
+        "stage uses is never deleted.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--stage", choices=(*STAGES, HUB), help="only this stage's, or the hub's files; default: all")
+    parser.add_argument("--stage", choices=(*STAGES, HUB, UNITS), help="only this; default: all")
     parser.add_argument(
         "--older-than", type=float, default=0.0, metavar="DAYS", help="only what no run used for so long"
     )
@@ -103,16 +107,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def find_state(root: Path) -> list[Kept]:
     """The state folders of all stages, by stage, the last used first, then the hub's. What has a lock is one of them."""
-    places = {**dict.fromkeys(STAGES, "*/lock"), HUB: "*/*/lock"}
-    found = [_look_at(stage, lock) for stage, pattern in places.items() for lock in (root / stage).glob(pattern)]
+    places = {**dict.fromkeys(STAGES, "*/lock"), HUB: "*/*/lock", UNITS: "*/lock*"}
+    found = [
+        _look_at(stage, folder)
+        for stage, pattern in places.items()
+        for folder in {lock.parent for lock in (root / stage).glob(pattern)}
+    ]
     return sorted(found, key=lambda kept: ([*places].index(kept.stage), -kept.used))
 
 
-def _look_at(stage: str, lock: Path) -> Kept:
-    folder = lock.parent
-    paths = [path for path in folder.rglob("*") if path.is_file() and path != lock]
-    files = tuple(stat for path in paths if (stat := _stat(path)))
-    times = [stat.st_mtime for stat in (*files, _stat(lock)) if stat]  # a run writes its number into the lock
+def _look_at(stage: str, folder: Path) -> Kept:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    locks = set(folder.glob("lock*"))
+    files = tuple(stat for path in paths if path not in locks and (stat := _stat(path)))
+    # a run writes its number into the lock
+    times = [stat.st_mtime for stat in (*files, *map(_stat, locks)) if stat]
     return Kept(stage, folder, _is_finished(folder), is_locked(folder), max(times, default=0.0), files)
 
 
@@ -178,10 +187,15 @@ def delete(kept: Kept) -> None:
         print(f"kept: {error}")
         return
     try:
+        locks = sorted(kept.folder.glob("lock*"))
+        if any(is_held(lock) for lock in locks if lock.name != "lock"):
+            print(f"kept: {kept.folder} is in use by a process that encodes a share of the text")
+            return
         for entry in sorted(kept.folder.iterdir(), key=lambda path: path.name != "meta.json"):
-            if entry.name != "lock":
+            if entry not in locks:
                 remove(entry)
-        (kept.folder / "lock").unlink(missing_ok=True)
+        for lock in locks:
+            lock.unlink(missing_ok=True)
         with suppress(OSError):  # a stage that starts at this moment has put its own lock there
             kept.folder.rmdir()
     finally:

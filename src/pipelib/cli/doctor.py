@@ -321,8 +321,8 @@ def check_vocabulary() -> Iterator[Finding]:
 
 
 def _state_folders() -> list[Path]:
-    """The folders that stages lock: their state, and the store of the hub's files."""
-    return [lock.parent for pattern in ("*/*/lock", "hub/*/*/lock") for lock in state_root().glob(pattern)]
+    """The folders that stages lock: their state, the store of the hub's files, and encoded text."""
+    return sorted({lock.parent for pattern in ("*/*/lock*", "hub/*/*/lock") for lock in state_root().glob(pattern)})
 
 
 def check_locks() -> Iterator[Finding]:
