@@ -1,5 +1,7 @@
 """The batch of a step is a function of the data, the seed and the step, and of nothing else."""
 
+import hashlib
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,50 @@ def test_any_number_of_ranks_makes_the_same_global_batch(
     for step in (0, 1, 7, 4711):  # 7 is where the first epoch of 112 rows ends
         expected, _ = rows.batch(plan.rows(step))
         assert np.array_equal(global_batch(rows, plan, step, micro_batch_size, world_size), expected)
+
+
+@settings(max_examples=30, deadline=None, database=None)
+@given(
+    row_count=st.integers(1, 400),
+    micro_batch_size=st.integers(1, 4),
+    micro_steps=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+    step=st.integers(0, 10_000),
+    shard_tokens=st.integers(20, 500),
+)
+def test_the_global_batch_has_one_hash_whatever_the_ranks(
+    tmp_path_factory: pytest.TempPathFactory,
+    row_count: int,
+    micro_batch_size: int,
+    micro_steps: int,
+    seed: int,
+    step: int,
+    shard_tokens: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("tokens")
+    manifest = write_tokens(folder, shard_tokens + row_count * T + 1, shard_tokens)
+    rows = training_rows(folder, manifest, T)
+    plan = BatchPlan(FINGERPRINT, seed, len(rows), micro_steps * micro_batch_size * 24)
+    hashes = set()
+    for world_size in (1, 2, 3, 4, 8):
+        ranks = [
+            Loader(rows, plan, micro_batch_size, rank, world_size).micro_batches(step) for rank in range(world_size)
+        ]
+        in_order = [batch for batches in zip(*ranks, strict=True) for batch in batches]
+        digest = hashlib.sha256()
+        for part in (0, 1):
+            digest.update(np.concatenate([batch[part] for batch in in_order]).tobytes())
+        hashes.add(digest.hexdigest())
+    assert len(hashes) == 1
+
+
+def test_the_permutation_of_ten_billion_tokens_takes_no_memory_to_speak_of() -> None:
+    plan = BatchPlan(FINGERPRINT, 1, 10_000_000_000 // 1024, 512)
+    tracemalloc.start()
+    plan.rows(19_072)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_what_was_read_ahead_is_what_would_have_been_read(rows: Rows, plan: BatchPlan) -> None:

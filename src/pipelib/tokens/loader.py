@@ -6,6 +6,7 @@ index alone: nothing is kept, nothing is drawn in turn, and step 4,711 costs wha
 """
 
 import bisect
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
@@ -132,12 +133,16 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self.wait = 0.0
+        """Seconds that the last call of `micro_batches` took: next to nothing where reading keeps ahead of training."""
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of step `step`, in order."""
+        started = time.perf_counter()
         due, future = self._ahead or (-1, None)
         batches = future.result() if future is not None and due == step else self._read(step)
         self._ahead = step + 1, self._thread.submit(self._read, step + 1)
+        self.wait = time.perf_counter() - started
         return batches
 
     def _read(self, step: int) -> list[Batch]:

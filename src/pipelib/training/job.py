@@ -102,6 +102,7 @@ def _speed(recorder: Recorder, world: World) -> dict[str, object]:
     return {
         "tokens_per_second": round(recorder.tokens_per_second),
         "mfu": round(recorder.mfu, 4),
+        "data_wait_ms": round(recorder.data_wait_ms, 3),
         "peak_teraflops": round(recorder.peak.flops / 1e12, 3) if recorder.peak else 0.0,
         "peak_source": recorder.peak.source if recorder.peak else "no step was left to train",
         "world_size": world.world_size,

@@ -83,7 +83,7 @@ def train(
             loss, grad_norm = take_step(network, optimizer, batches, learning_rate, params, world)
             state.step, state.tokens = step + 1, state.tokens + params.global_batch_tokens
             assert state.tokens == state.step * params.global_batch_tokens
-            recorder.step(state, loss, grad_norm, learning_rate)
+            recorder.step(state, loss, grad_norm, learning_rate, loader.wait)
             last = state.step == params.max_steps
             if due(state.step, cadence.log_every, last):
                 recorder.flush()

@@ -83,6 +83,7 @@ class Recorder:
         self._first_window = True
         self.train_seconds, self.trained_tokens = 0.0, 0
         """Time and tokens of training alone: without evaluation, checkpoints, and the first window, which compiles."""
+        self._window_wait, self._data_wait, self._steps = 0.0, 0.0, 0  # waits for data, in the same windows
 
     def resume(self, step: int) -> None:
         """Go on after `step` finished steps."""
@@ -90,8 +91,9 @@ class Recorder:
             curve.resume(step)
         self._mark = time.perf_counter()
 
-    def step(self, counters: Counters, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
-        """Note a finished step, without waiting for the device."""
+    def step(self, counters: Counters, loss: Tensor, grad_norm: Tensor, learning_rate: float, data_wait: float) -> None:
+        """Note a finished step, and the seconds it waited for its batch, without waiting for the device."""
+        self._window_wait += data_wait
         self._waiting.append((counters.step, counters.tokens, learning_rate, loss, grad_norm))
 
     def flush(self) -> None:
@@ -125,6 +127,8 @@ class Recorder:
         if not self._first_window:
             self.train_seconds += seconds
             self.trained_tokens += window_tokens
+            self._data_wait += self._window_wait
+            self._steps += len(rows)
         self._first_window = False
         rate = window_tokens / seconds
         self.peak = self.peak or self._measure_peak()
@@ -142,9 +146,11 @@ class Recorder:
                 "train/tokens": tokens,
                 "speed/tokens_per_second": rate,
                 "speed/mfu": mfu,
+                "speed/data_wait_ms": 1000 * self._window_wait / len(rows),
             },
             step,
         )
+        self._window_wait = 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -180,6 +186,11 @@ class Recorder:
         return self.trained_tokens / self.train_seconds if self.train_seconds else 0.0
 
     @property
+    def data_wait_ms(self) -> float:
+        """Milliseconds that a step waited for its batch, on average."""
+        return 1000 * self._data_wait / self._steps if self._steps else 0.0
+
+    @property
     def mfu(self) -> float:
         """Model FLOP utilisation of training alone."""
         return self.tokens_per_second * self._flops_per_token / self.peak.flops if self.peak else 0.0
@@ -194,7 +205,7 @@ class NullRecorder(Recorder):
     def resume(self, step: int) -> None:
         """Nothing to resume."""
 
-    def step(self, counters: Counters, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+    def step(self, counters: Counters, loss: Tensor, grad_norm: Tensor, learning_rate: float, data_wait: float) -> None:
         """Not kept."""
 
     def flush(self) -> None:
