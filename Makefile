@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= 200
 
-.PHONY: repro test test-long check format bench-train ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -34,6 +34,12 @@ check: setup     ## format, lint, types
 format: setup    ## put the code in its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-tokenize: setup  ## time tokenization, parquet to shards, against the plain way
+	$(BIN)/python bench/encode_corpus.py $(ARGS)
+
+bench-loader: setup  ## time batches out of 2 GB of shards
+	$(BIN)/python bench/loader.py $(ARGS)
 
 bench-train: setup  ## time one optimizer step, ours against a plain loop
 	$(BIN)/python bench/train_step.py $(ARGS)

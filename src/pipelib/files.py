@@ -21,11 +21,15 @@ _BLOCK = 1 << 20
 
 
 @contextmanager
-def write_atomic(path: Path) -> Iterator[IO[bytes]]:
+def write_atomic(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary file that appears under `path`, synced and whole, when the block ends without an error.
 
     A process killed at any instant leaves either the old file or the new one, and at most a `.NAME.PID.tmp` beside it.
     Processes that write the same file at once do not meet; the last one's stays.
+
+    Args:
+        durable: False leaves it to the system when the bytes reach the disk: for files whose readers check them, since
+            a power cut may leave anything under `path` then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -33,13 +37,15 @@ def write_atomic(path: Path) -> Iterator[IO[bytes]]:
     try:
         with temporary.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

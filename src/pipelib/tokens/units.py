@@ -2,7 +2,7 @@
 
 A unit is a run of row groups of one parquet file, about 32 MB of text, and depends on that text alone. So any process
 on any machine can encode it, a run that was killed goes on with the units that are missing, and a corpus that grows
-keeps the units it had. A unit's file appears under its name when it is complete:
+keeps the units it had. A unit's file appears under its name when it is complete, and is checked before it is used:
 
     tokens       uint16 each; every document is led by <|endoftext|>
     lengths      uint32 a document: its tokens, <|endoftext|> included
@@ -98,7 +98,7 @@ class Seconds:
     join: float = 0.0
     """<|endoftext|> put in, documents hashed."""
     write: float = 0.0
-    """Checksum, write, sync."""
+    """Checksum and write."""
 
 
 def plan_units(folder: Path, files: tuple[RawFile, ...]) -> list[Unit]:
@@ -156,7 +156,7 @@ def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, S
         file.write(data)
         checksum.update(data)
 
-    with write_atomic(target) as file:
+    with write_atomic(target, durable=False) as file:
         for batch in read_texts(unit):
             clock.add("read")
             if not lengths:
