@@ -19,7 +19,7 @@ PARAMS: dict[str, dict[str, Any]] = {
         "source": "local", "path": "texts", "pattern": "**/*", "repo": "a/b", "revision": "a" * 40, "folder": "c",
         "benchmarks": ["completion"], "benchmark_documents": 8, "seed": 1,
     },
-    "tokenize": {"shard_tokens": 4096},
+    "tokenize": {"shard_tokens": 4096, "dedup": "none"},
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32},
     "train": {
         "seed": 1, "max_tokens": 2048, "max_epochs": 1.0, "global_batch_tokens": 256, "sequence_length": 32,

@@ -228,6 +228,23 @@ def test_going_back_is_a_cache_hit(clone: Clone) -> None:
     assert clone.git("status", "--porcelain") == "", "the baseline's lock and metrics are back"
 
 
+def test_a_damaged_shard_is_made_again_without_tokenizing_anything(clone: Clone) -> None:
+    shard = clone.root / "data/tokens/train_000001.bin"
+    content = shard.read_bytes()
+    shard.chmod(0o644)
+    with shard.open("r+b") as file:  # one inode with DVC's object and the finished state
+        file.seek(2000)
+        file.write(bytes([content[2000] ^ 1]))
+    said = clone.run([".venv/bin/pipelib", "verify", "data/tokens", "--repair"])
+    assert "removed data/tokens/train_000001.bin" in said
+    assert ran(clone.dvc("repro")) == ["tokenize"]
+    assert shard.read_bytes() == content
+    speed = json.loads(clone.text("metrics/speed/tokenize.json"))
+    assert speed["units"] > 0
+    assert speed["units_encoded"] == 0
+    clone.git("checkout", "--quiet", "dvc.lock", "metrics")
+
+
 def test_a_queued_experiment_runs_the_code_it_was_queued_with(clone: Clone) -> None:
     clone.dvc("exp", "run", "--queue", "--name", "queued", "--set-param", "evaluate.batch_tokens=1024")
     clone.edit("src/pipelib/evaluation/report.py", '"# Evaluation"', '"# Edited after queueing"')

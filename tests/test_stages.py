@@ -151,7 +151,7 @@ def test_a_corrupt_parquet_file(project: Project) -> None:
         (project.root / "data/raw/manifest.json").read_text() + "\n"
     )  # so that it is new input
     before = {name: sha256_file(project.root / name) for name in project.files()}
-    project.refuses("tokenize", "data/raw/001_00000.parquet is not a readable parquet file")
+    project.refuses("tokenize", "data/raw/001_00000.parquet cannot be read as parquet")
     assert {name: sha256_file(project.root / name) for name in project.files()} == before
 
 

@@ -37,7 +37,7 @@ class Logging:
 @dataclass(frozen=True)
 class FakeParams:
     download: dict[str, Any] = field(default_factory=lambda: {"source": "docs"})
-    tokenize: dict[str, Any] = field(default_factory=lambda: {"shard_tokens": 4096})
+    tokenize: dict[str, Any] = field(default_factory=lambda: {"shard_tokens": 4096, "dedup": "none"})
     model: dict[str, Any] = field(default_factory=lambda: {"n_layer": 2})
     train: dict[str, Any] = field(default_factory=lambda: {"max_lr": 0.0018, "compile": False})
     evaluate: dict[str, Any] = field(default_factory=lambda: {"tasks": ("a", "b")})
