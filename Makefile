@@ -24,7 +24,7 @@ test: setup      ## the tests
 	$(BIN)/python -m pytest --numprocesses 2
 
 test-long: setup ## the tests that kill at random, RUNS times (200)
-	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest tests/test_kill.py -s
+	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest tests/test_kill.py tests/test_tokens_encode_corpus.py -k kill -s
 
 check: setup     ## format, lint, types
 	$(BIN)/ruff format --check .
