@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_templates_give_no_two_equal_endings() -> None:
 
 
 def params(documents: int, benchmarks: tuple[Any, ...] = ("completion",)) -> DownloadParams:
-    return DownloadParams("docs", "", "", "", "", "", benchmarks, documents, 1)
+    return DownloadParams("docs", "", "", "", "", "", None, benchmarks, documents, (), 1)
 
 
 def write_corpus(folder: Path, count: int, words: int = 200) -> Path:
@@ -120,7 +121,7 @@ def write_corpus(folder: Path, count: int, words: int = 200) -> Path:
     return folder
 
 
-def no_hub() -> Path:
+def no_hub(_: object) -> AbstractContextManager[Path]:
     raise AssertionError("the hub was not asked for")
 
 
