@@ -643,6 +643,21 @@ def test_more_than_there_is_takes_all_and_says_so(
     assert "has about 8,000 tokens, not 10,000; all of it is taken" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("max_tokens", [None, 100])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [({"text": pa.array([], pa.string())}, "gave no document"), ({"page": ["x"]}, "has no column `text`")],
+)
+def test_files_without_documents_are_refused(
+    hub: FakeHub, tmp_path: Path, columns: dict[str, Any], message: str, max_tokens: int | None
+) -> None:
+    for name in [name for name in hub.files if name.startswith(FOLDER) and name.endswith(".parquet")]:
+        hub.files[name] = parquet_bytes(**columns)
+    params = parameters(max_tokens=max_tokens, benchmarks=(), benchmark_documents=0)
+    with pytest.raises(UserError, match=message):
+        download(params, source(max_tokens=max_tokens), tmp_path / "outs", tmp_path)
+
+
 def hellaswag_bytes() -> bytes:
     return parquet_bytes(
         ind=[24],

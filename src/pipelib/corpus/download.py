@@ -59,7 +59,7 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
     raw = outs / RAW
     written = origin.write(raw, work)
     seconds = time.monotonic() - started
-    if not written.files:
+    if not any(file.rows for file in written.files):
         raise UserError(
             f"download.source: {params.source} gave no document, so there is nothing to train on; add text."
         )

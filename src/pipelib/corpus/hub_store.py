@@ -151,7 +151,7 @@ def _read_list(path: Path) -> list[HubFile] | None:
 def _files_at(url: str) -> list[HubFile]:
     """A folder's files, by path, as the hub lists them."""
     found = [
-        HubFile(entry["path"], entry["size"], entry.get("lfs", {}).get("oid", ""))
+        HubFile(entry["path"], entry["size"], (entry.get("lfs") or {}).get("oid", ""))
         for entry in get_list(url)
         if entry["type"] == "file"
     ]

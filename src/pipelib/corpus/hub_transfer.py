@@ -65,7 +65,7 @@ class Retry:
 
 
 PATIENT = Retry()
-"""About three minutes of waiting before a hub that does not answer is given up."""
+"""Two minutes of waiting, more or less, before a hub that does not answer is given up."""
 
 
 class WrongBytesError(Exception):
@@ -230,7 +230,8 @@ def persistently(
                     "look at the connection and run dvc repro again: what came so far is kept."
                 ) from None
             seconds = retry.seconds(failures, _retry_after(cause))
-            print(f"{what}: {reason}; attempt {failures + 1} of {retry.attempts} in {seconds:.0f} s", flush=True)
+            line = f"{what}: {reason}; attempt {failures + 1} of {retry.attempts} in {seconds:.0f} s\n"
+            print(line, end="", flush=True)  # in one piece, since other threads print too
             if stop.wait(seconds):
                 raise StoppedError from None
 
