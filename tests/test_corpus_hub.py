@@ -319,6 +319,19 @@ def test_a_long_list_comes_in_pages(hub: FakeHub) -> None:
     assert hub.requests == [LIST, LIST]
 
 
+def test_a_slash_at_the_end_of_the_folder_does_not_matter(hub: FakeHub) -> None:
+    assert source(folder=f"{FOLDER}/").identity()["files"] == source().identity()["files"]
+    assert hub.requests == [LIST]
+
+
+def test_a_list_cannot_name_what_lies_outside_of_the_folder(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"type": "file", "path": f"{FOLDER}/../../../../x.parquet", "size": 1, "lfs": {"oid": "0" * 64}}
+    monkeypatch.setattr("pipelib.corpus.hub_store.get_list", lambda url: [entry])  # noqa: ARG005
+    with pytest.raises(UserError, match="holds no parquet file"):
+        source().identity()
+    assert hub.requests == []
+
+
 def test_the_list_is_part_of_the_identity_and_asked_for_once(hub: FakeHub, tmp_path: Path) -> None:
     identity = source().identity()
     assert identity["files"][0] == {
@@ -523,7 +536,7 @@ def test_offline_the_hubs_cache_is_the_corpus(
     fill_cache(hub, tmp_path / "cache", FILE)
     identity = source().identity()
     assert [file["path"] for file in identity["files"]] == [FILE]
-    assert "could not be compared with the hub's list" in capfd.readouterr().out
+    assert "this could not be compared with the hub's list" in capfd.readouterr().out
     assert len(source().write(tmp_path / "raw", tmp_path / "work").files) == 1
     assert hub.requests == []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

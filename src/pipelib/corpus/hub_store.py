@@ -75,13 +75,8 @@ class HubPin:
 
 def store_folder(repo: HubRepo) -> Path:
     """Where a repository's files at a commit are kept."""
-    owner_and_name = repo.name.replace("/", "--")
-    return (
-        state_root()
-        / "hub"
-        / (owner_and_name if repo.kind == "dataset" else f"models--{owner_and_name}")
-        / repo.revision
-    )
+    prefix = "models--" if repo.kind == "model" else ""
+    return state_root() / "hub" / (prefix + repo.name.replace("/", "--")) / repo.revision
 
 
 def list_files(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[HubFile]:
@@ -113,6 +108,7 @@ def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
         raise UserError(f"{where} is not on the hub, so it cannot be fetched; look at HF_ENDPOINT if it is a mirror's.")
     known = {sha256 for sha256 in (pin.sha256, found[0].sha256) if sha256}
     if len(known) != 1:
+        _list_path(pin.repo, folder).unlink(missing_ok=True)  # so that another mirror is asked
         raise UserError(
             f"{where} has the SHA-256 {found[0].sha256 or 'unknown'} and should have {pin.sha256 or 'one'}, so it may be "
             "another file; look at HF_ENDPOINT if it is a mirror's, else report this."
@@ -122,13 +118,16 @@ def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
 
 def _listed(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[HubFile]:
     """The list that is kept, else the hub's, else, offline, what the hub's own cache has."""
+    folder = folder.strip("/")
     kept = _list_path(repo, folder)
     files = _read_list(kept)
     if files is None and client().is_offline_mode():
         return _cached_files(repo, folder, ending)
     if files is None:
         url = repo.api_url(f"tree/{repo.revision}/{quote(folder)}".rstrip("/"))
-        files = persistently(lambda: _files_at(url), f"the list of files in {_where(repo, folder)}", repo, retry)
+        files = persistently(
+            lambda: _files_at(url, folder), f"the list of files in {_where(repo, folder)}", repo, retry
+        )
         write_json(kept, [asdict(file) for file in files])
     return [file for file in files if file.path.endswith(ending)]
 
@@ -148,12 +147,12 @@ def _read_list(path: Path) -> list[HubFile] | None:
     return None
 
 
-def _files_at(url: str) -> list[HubFile]:
-    """A folder's files, by path, as the hub lists them."""
+def _files_at(url: str, folder: str) -> list[HubFile]:
+    """A folder's files, by path, as the hub lists them; a path that lies elsewhere could leave the store."""
     found = [
         HubFile(entry["path"], entry["size"], (entry.get("lfs") or {}).get("oid", ""))
         for entry in get_list(url)
-        if entry["type"] == "file"
+        if entry["type"] == "file" and entry["path"].rpartition("/")[0] == folder
     ]
     return sorted(found, key=lambda file: file.path)
 
@@ -161,22 +160,24 @@ def _files_at(url: str) -> list[HubFile]:
 def _cached_files(repo: HubRepo, folder: str, ending: str) -> list[HubFile]:
     """What the hub's own cache has of a folder, where the hub cannot be asked; this list is not kept."""
     snapshot = _snapshot(repo)
-    paths = sorted(path for path in (snapshot / folder).glob("*") if path.name.endswith(ending)) if snapshot else []
+    paths = [path for path in sorted((snapshot / folder).glob("*")) if path.is_file()] if snapshot else []
+    paths = [path for path in paths if path.name.endswith(ending)]
     if not paths or not snapshot:
         raise UserError(
             f"{_where(repo, folder)} cannot be downloaded (HF_HUB_OFFLINE is set, and neither the store nor the hub's "
             "cache has it): unset it, or set download.source to docs or local."
         )
     print(
-        f"hub: offline, so {_where(repo, folder)} is taken to be the {len(paths)} files in the hub's cache; they could not "
-        "be compared with the hub's list",
+        f"hub: offline, so {_where(repo, folder)} is taken to be what the hub's cache has ({len(paths)} of its files); this "
+        "could not be compared with the hub's list",
         flush=True,
     )
-    return [
-        HubFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, sha256_file(path))
-        for path in paths
-        if path.is_file()
-    ]
+    with ThreadPoolExecutor(available_cores(), thread_name_prefix="hash") as pool:
+        hashes = pool.map(sha256_file, paths)
+        return [
+            HubFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, sha256)
+            for path, sha256 in zip(paths, hashes, strict=True)
+        ]
 
 
 def _snapshot(repo: HubRepo) -> Path | None:
