@@ -28,7 +28,7 @@ class FakeHub:
     vanished: set[str] = field(default_factory=set)
     """Files that the list names and a GET does not find."""
     lists_broken: list[int] = field(default_factory=list)
-    """Statuses that the next requests for a list get."""
+    """Statuses that the next requests for a list get; 0 for no answer at all."""
     failures: list[int] = field(default_factory=list)
     """Statuses that the next GETs of files get instead of an answer, in this order."""
     retry_after: str = ""
@@ -151,7 +151,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _tree(self, revision: str, folder: str) -> None:
         if self.hub.lists_broken:
-            self._refuse(self.hub.lists_broken.pop(0), "")
+            status = self.hub.lists_broken.pop(0)
+            if status:
+                self._refuse(status, "")
+            else:
+                self.hub.closing.wait()
             return
         if revision != self.hub.revision:
             self._refuse(404, "RevisionNotFound")

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -194,6 +195,13 @@ def test_a_stall_goes_on_after_the_timeout(
     assert fetch(tmp_path / "raw") == one_file
     assert hub.requests == [LIST, GET, GET]
     assert hub.starts == [0, 2000]
+
+
+def test_a_list_that_never_comes_is_asked_for_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    hub.lists_broken = [0]
+    assert len(source().identity()["files"]) == 3
+    assert hub.requests == [LIST, LIST]
 
 
 def test_a_server_without_ranges_sends_the_file_again(hub: FakeHub, one_file: bytes, tmp_path: Path) -> None:
@@ -434,13 +442,16 @@ def parameters(**changes: object) -> DownloadParams:
     [
         ({"benchmarks": (), "benchmark_documents": 0}, "one"),
         ({"benchmark_documents": 5}, "one"),
+        ({"models": ("gpt2",)}, "one"),
         ({"max_tokens": 1500}, "one"),
         ({}, "another"),
     ],
 )
 def test_other_parameters_and_other_code_make_no_request(
-    hub: FakeHub, here: Path, changes: dict[str, object], code: str
+    hub: FakeHub, here: Path, changes: dict[str, object], code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (here / "weights").write_bytes(b"weights")
+    monkeypatch.setattr("pipelib.corpus.download.fetch_pinned", lambda pin: nullcontext(here / "weights"))  # noqa: ARG005
     for number in range(3):
         texts = [" ".join(f"d{number}{row}w{word}" for word in range(99)) for row in range(3)]
         hub.files[f"{FOLDER}/{number:03d}_00000.parquet"] = parquet_bytes(text=texts, id=[None] * 3)
@@ -477,7 +488,8 @@ def test_a_second_run_waits_for_the_store(hub: FakeHub, tmp_path: Path, capfd: p
 
 def test_hf_endpoint_is_respected(hub: FakeHub, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from pipelib.corpus.hub import HubSource\n"
+        "import sys; from pathlib import Path; from pipelib.corpus.hub import HubSource; import huggingface_hub.constants\n"
+        "assert huggingface_hub.constants.HF_HUB_DISABLE_XET\n"
         f"HubSource({REPO!r}, {REVISION!r}, {FOLDER!r}).write(Path('raw'), Path('work'))\n"
         "assert 'torch' not in sys.modules"
     )
@@ -543,7 +555,7 @@ def test_offline_the_hubs_cache_is_the_corpus(
     assert source().identity() != identity
     assert hub.requests == [LIST]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"001_00000\.parquet .*HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match=r"00[12]_00000\.parquet .*HF_HUB_OFFLINE is set"):
         source().write(tmp_path / "again", tmp_path / "work")
     assert hub.requests == [LIST]
 

@@ -25,6 +25,11 @@ from pipelib.progress import Progress
 
 T = TypeVar("T")
 
+# Read by the hub's client when it is imported, which others do too (`datasets`), so set before that.
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it costs a request
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # warnings name URLs, and what matters is said here
+
 
 @dataclass(frozen=True)
 class HubRepo:
@@ -122,11 +127,10 @@ class Meter:
 
 
 def client() -> Any:
-    """`huggingface_hub`, imported late, since it reads its settings from the environment then."""
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # costs a request
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its warnings name URLs, and what matters is said here
-    import huggingface_hub
+    """`huggingface_hub`, imported late, since it takes its time."""
+    import huggingface_hub.constants
+    import huggingface_hub.errors
+    import huggingface_hub.utils
 
     return huggingface_hub
 
