@@ -190,7 +190,7 @@ def test_attempts_that_bring_nothing_end(hub: FakeHub, one_file: bytes, tmp_path
 def test_a_stall_goes_on_after_the_timeout(
     hub: FakeHub, one_file: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
     hub.faults = [stall(2000)]
     assert fetch(tmp_path / "raw") == one_file
     assert hub.requests == [LIST, GET, GET]
@@ -198,7 +198,7 @@ def test_a_stall_goes_on_after_the_timeout(
 
 
 def test_a_list_that_never_comes_is_asked_for_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
     hub.lists_broken = [0]
     assert len(source().identity()["files"]) == 3
     assert hub.requests == [LIST, LIST]
