@@ -1,4 +1,4 @@
-"""Stage download: text into data/raw, evaluation sets into data/benchmarks.
+"""Stage download: text into data/raw, evaluation sets into data/benchmarks, published models into data/models.
 
 Run as `python -m stages.download`, from the root of the checkout.
 """
@@ -17,7 +17,7 @@ from pipelib.stage import Build, build_outs, run_stage
 
 
 def main() -> None:
-    """Fetch or make the corpus that `params.download` names, and the benchmarks with it."""
+    """Fetch or make the corpus that `params.download` names, and the benchmarks and models with it."""
     params = load_params()
     origin = source(params.download)
 

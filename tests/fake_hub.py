@@ -1,41 +1,66 @@
-"""A hub on 127.0.0.1 that speaks what the real client needs of the hub's HTTP, and misbehaves on demand."""
+"""A hub on 127.0.0.1 that speaks what we need of the hub's HTTP, and misbehaves on demand."""
 
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+ServeFault = Callable[["Handler", bytes], None]
+"""Sends a body, or what comes instead of it, after the headers."""
 
 
 @dataclass
 class FakeHub:
-    """One dataset repository with one commit. Use it in a `with` block; `url` is its HF_ENDPOINT."""
+    """One repository with one commit. Use it in a `with` block; `url` is its HF_ENDPOINT."""
 
     repo: str
     revision: str
     files: dict[str, bytes]
-    """Content by path."""
+    """Content by path, as the list says it."""
+    kind: str = "dataset"
+    served: dict[str, bytes] = field(default_factory=dict)
+    """What GETs give of some files instead."""
+    vanished: set[str] = field(default_factory=set)
+    """Files that the list names and a GET does not find."""
+    lists_broken: list[int] = field(default_factory=list)
+    """Statuses that the next requests for a list get; 0 for no answer at all."""
     failures: list[int] = field(default_factory=list)
     """Statuses that the next GETs of files get instead of an answer, in this order."""
-    flips: int = 0
-    """How many further GETs of files get one wrong bit."""
+    retry_after: str = ""
+    """The header of the same name that goes with `failures`."""
+    faults: list[ServeFault] = field(default_factory=list)
+    """How the bodies of the next GETs of files go wrong."""
+    knows_ranges: bool = True
+    page: int = 1000
+    """Entries of a list that one answer has."""
     token: str = ""
     """If set, the token without which nothing is given."""
+    redirect: str = ""
+    """If set, where the files are."""
     requests: list[str] = field(default_factory=list)
     """Every request so far: method and path."""
+    starts: list[int] = field(default_factory=list)
+    """The first byte that each GET of a file asked for."""
+    authorized: list[bool] = field(default_factory=list)
+    """Whether each request carried a token."""
+    sent: int = 0
+    """Bytes of files so far."""
 
     def __enter__(self) -> Self:
         hub = self
 
-        class Handler(_Handler):
+        class ThisHandler(Handler):
             def __init__(self, *arguments: object) -> None:
                 self.hub = hub
                 super().__init__(*arguments)  # type: ignore[arg-type]
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), ThisHandler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
         return self
@@ -43,6 +68,7 @@ class FakeHub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -59,32 +85,78 @@ class FakeHub:
         ]
 
 
-class _Handler(BaseHTTPRequestHandler):
+def cut(after: int) -> ServeFault:
+    """The connection ends after so many bytes."""
+
+    def serve(handler: "Handler", body: bytes) -> None:
+        handler.send_file(body[:after])
+
+    return serve
+
+
+def stall(after: int) -> ServeFault:
+    """Nothing more comes after so many bytes."""
+
+    def serve(handler: "Handler", body: bytes) -> None:
+        handler.send_file(body[:after])
+        handler.wfile.flush()
+        handler.hub.closing.wait()
+
+    return serve
+
+
+def flip(handler: "Handler", body: bytes) -> None:
+    """One bit is wrong."""
+    handler.send_file(body[:50] + bytes([body[50] ^ 1]) + body[51:])
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request."""
+
     hub: FakeHub
 
     def do_HEAD(self) -> None:
+        """What the client's own download asks first."""
         self._route(body=False)
 
     def do_GET(self) -> None:
+        """Lists, refs and files."""
         self._route(body=True)
 
     def log_message(self, *_: object) -> None:
-        pass
+        """Say nothing."""
+
+    def send_file(self, body: bytes) -> None:
+        """Send bytes of a file."""
+        self.hub.sent += len(body)
+        self.wfile.write(body)
 
     def _route(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        tree, resolve = f"/api/datasets/{self.hub.repo}/tree/", f"/datasets/{self.hub.repo}/resolve/"
+        self.hub.authorized.append("Authorization" in self.headers)
+        api = f"/api/{self.hub.kind}s/{self.hub.repo}"
+        resolve = f"{'/datasets' if self.hub.kind == 'dataset' else ''}/{self.hub.repo}/resolve/"
         if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             self._refuse(401, "")
-        elif path.startswith(tree):
-            self._tree(*_split(path.removeprefix(tree)))
+        elif path.startswith(f"{api}/tree/"):
+            self._tree(*_split(path.removeprefix(f"{api}/tree/")))
+        elif path == f"{api}/refs":
+            branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.hub.revision}
+            self._send_json({"branches": [branch], "tags": [], "converts": []}, {})
         elif path.startswith(resolve):
             self._file(*_split(path.removeprefix(resolve)), body)
         else:
             self._refuse(404, "RepoNotFound")
 
     def _tree(self, revision: str, folder: str) -> None:
+        if self.hub.lists_broken:
+            status = self.hub.lists_broken.pop(0)
+            if status:
+                self._refuse(status, "")
+            else:
+                self.hub.closing.wait()
+            return
         if revision != self.hub.revision:
             self._refuse(404, "RevisionNotFound")
             return
@@ -92,36 +164,66 @@ class _Handler(BaseHTTPRequestHandler):
         if not names:
             self._refuse(404, "EntryNotFound")
             return
-        self._send(json.dumps([_entry(name, self.hub.files[name]) for name in names]).encode(), True, {})
+        first = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
+        last = first + self.hub.page
+        following = f'<{self.hub.url}{urlsplit(self.path).path}?cursor={last}>; rel="next"'
+        entries = [_entry(name, self.hub.files[name]) for name in names[first:last]]
+        self._send_json(entries, {"Link": following} if last < len(names) else {})
 
     def _file(self, revision: str, name: str, body: bool) -> None:
-        if revision != self.hub.revision or name not in self.hub.files:
+        if revision != self.hub.revision or name not in self.hub.files or name in self.hub.vanished:
             self._refuse(404, "EntryNotFound" if revision == self.hub.revision else "RevisionNotFound")
             return
-        content = self.hub.files[name]
-        sha256 = hashlib.sha256(content).hexdigest()
-        headers = {"X-Repo-Commit": revision, "ETag": f'"{sha256}"', "X-Linked-ETag": f'"{sha256}"'}
+        if self.hub.redirect:
+            self.send_response(302)
+            self.send_header("Location", self.hub.redirect + self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = self.hub.served.get(name, self.hub.files[name])
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if body:
+            self.hub.starts.append(start)
         if body and self.hub.failures:
             self._refuse(self.hub.failures.pop(0), "")
-            return
-        if body and self.hub.flips:
-            self.hub.flips -= 1
-            content = content[:50] + bytes([content[50] ^ 1]) + content[51:]
-        self._send(content, body, {**headers, "X-Linked-Size": str(len(content))})
+        elif self.hub.knows_ranges and start >= len(content):
+            self._refuse(416, "")
+        else:
+            self._send_content(content, start if self.hub.knows_ranges else 0, body, name)
+
+    def _send_content(self, content: bytes, start: int, body: bool, name: str) -> None:
+        sha256 = hashlib.sha256(self.hub.files[name]).hexdigest()
+        rest = content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("X-Repo-Commit", self.hub.revision)
+        self.send_header("ETag", f'"{sha256}"')
+        self.send_header("X-Linked-ETag", f'"{sha256}"')
+        self.send_header("X-Linked-Size", str(len(content)))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if body and self.hub.faults:
+            self.hub.faults.pop(0)(self, rest)
+        elif body:
+            self.send_file(rest)
 
     def _refuse(self, status: int, code: str) -> None:
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
+        if self.hub.retry_after:
+            self.send_header("Retry-After", self.hub.retry_after)
         self.end_headers()
 
-    def _send(self, content: bytes, body: bool, headers: dict[str, str]) -> None:
+    def _send_json(self, value: object, headers: dict[str, str]) -> None:
+        content = json.dumps(value).encode()
         self.send_response(200)
-        for name, value in {**headers, "Content-Length": str(len(content)), "Content-Type": "application/json"}.items():
-            self.send_header(name, value)
+        for name, text in {**headers, "Content-Length": str(len(content)), "Content-Type": "application/json"}.items():
+            self.send_header(name, text)
         self.end_headers()
-        if body:
-            self.wfile.write(content)
+        self.wfile.write(content)
 
 
 def _split(path: str) -> tuple[str, str]:

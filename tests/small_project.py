@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).absolute().parents[1]
 PARAMS: dict[str, dict[str, Any]] = {
     "download": {
         "source": "local", "path": "texts", "pattern": "**/*", "repo": "a/b", "revision": "a" * 40, "folder": "c",
-        "benchmarks": ["completion"], "benchmark_documents": 8, "seed": 1,
+        "max_tokens": None, "benchmarks": ["completion"], "benchmark_documents": 8, "models": [], "seed": 1,
     },
     "tokenize": {"shard_tokens": 4096, "dedup": "none"},
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32},

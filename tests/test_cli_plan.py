@@ -163,3 +163,10 @@ def test_a_model_that_does_not_fit_is_guessed(
     assert "a guess: one short step would not fit in the memory that is free" in plan(capsys)
     monkeypatch.setattr(measure, "MICRO_STEP_SECONDS", 0.0)
     assert "a guess: one short step would take too long" in plan(capsys)
+
+
+def test_a_prefix_of_the_corpus_takes_whole_files_of_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params({**GPT2, "download.max_tokens": 1_000_000_000, "train.max_tokens": 800_000_000})
+    said = plan(capsys, "--no-measure")
+    assert "1,000,000,000 tokens (download.max_tokens, about, of the hub's own count" in said
+    assert "data/raw     4.1 GB" in said  # 2 of 14 files

@@ -2,21 +2,30 @@
 
 import json
 import random
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import datasets
+import lm_eval
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelib.corpus.benchmarks import (
     CONTEXT_WORDS,
     ENDING_WORDS,
+    HUB_BENCHMARKS,
     ITEMS_PER_DOCUMENT,
     SLOT_WORDS,
     completion_items,
     write_benchmarks,
 )
-from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.hub_store import HubPin
+from pipelib.corpus.params import Benchmark, DownloadParams
 from pipelib.corpus.raw import Document, write_manifest, write_raw
 from pipelib.errors import UserError
 
@@ -111,7 +120,7 @@ def test_templates_give_no_two_equal_endings() -> None:
 
 
 def params(documents: int, benchmarks: tuple[Any, ...] = ("completion",)) -> DownloadParams:
-    return DownloadParams("docs", "", "", "", "", "", benchmarks, documents, 1)
+    return DownloadParams("docs", "", "", "", "", "", None, benchmarks, documents, (), 1)
 
 
 def write_corpus(folder: Path, count: int, words: int = 200) -> Path:
@@ -120,7 +129,7 @@ def write_corpus(folder: Path, count: int, words: int = 200) -> Path:
     return folder
 
 
-def no_hub() -> Path:
+def no_hub(_: object) -> AbstractContextManager[Path]:
     raise AssertionError("the hub was not asked for")
 
 
@@ -142,3 +151,62 @@ def test_a_corpus_that_is_too_small(tmp_path: Path, documents: int, words: int, 
     raw = write_corpus(tmp_path / "raw", 30, words)
     with pytest.raises(UserError, match=message):
         write_benchmarks(params(documents), raw, tmp_path / "benchmarks", no_hub)
+
+
+COLUMNS: dict[str, dict[str, Any]] = {
+    "hellaswag": {
+        "ind": 1, "activity_label": "a", "ctx_a": "b", "ctx_b": "c", "ctx": "b c", "endings": ["d", "e", "f", "g"],
+        "source_id": "s", "split": "val", "split_type": "indomain", "label": "2",
+    },
+    "lambada_openai": {"text": "one two\u2028 three"},
+    "piqa": {"goal": "g", "sol1": "a", "sol2": "b", "label": 1},
+    "arc_easy": {"id": "i", "question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+    "winogrande": {"sentence": "a _ c", "option1": "x", "option2": "y", "answer": "2"},
+    "sciq": {
+        "question": "q", "distractor1": "a", "distractor2": "b", "distractor3": "c", "correct_answer": "d", "support": "s",
+    },
+    "openbookqa": {"id": "i", "question_stem": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"},
+    "wikitext": {"page": "= a =\n b"},
+}  # fmt: skip
+"""A row of each set as its repository has it."""
+
+
+def test_sets_of_the_hub_keep_their_columns(tmp_path: Path) -> None:
+    @contextmanager
+    def fetch(pin: HubPin) -> Iterator[Path]:
+        row = COLUMNS[next(name for name, known in HUB_BENCHMARKS.items() if known is pin)]
+        path = tmp_path / Path(pin.path).name
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist([row] * 3), path)
+        else:
+            path.write_text((json.dumps(row, ensure_ascii=False) + "\n") * 3, encoding="utf-8")
+        yield path
+
+    names = tuple(HUB_BENCHMARKS)
+    manifest = write_benchmarks(params(0, names), tmp_path / "raw", tmp_path / "benchmarks", fetch)
+    assert sorted(manifest) == sorted(f"{name}.jsonl" for name in COLUMNS)
+    for name, columns in COLUMNS.items():
+        loaded = datasets.load_dataset(
+            "json",
+            data_files=str(tmp_path / f"benchmarks/{name}.jsonl"),
+            split="train",
+            cache_dir=str(tmp_path / "cache"),
+        )
+        assert manifest[f"{name}.jsonl"]["items"] == len(loaded) == 3
+        if name != "hellaswag":  # the one that is converted
+            assert loaded[2] == columns
+    assert set(get_args(Benchmark)) == {"completion", *HUB_BENCHMARKS}
+
+
+@pytest.mark.parametrize("name", HUB_BENCHMARKS)
+def test_sets_of_the_hub_are_those_of_the_harness(name: str) -> None:
+    """Repository and split, as the harness's own task file says them."""
+    folder = Path(lm_eval.__file__).parent / "tasks"
+    file = {"arc_easy": "arc/arc_easy", "lambada_openai": "lambada/lambada_openai", "winogrande": "winogrande/default"}
+    text = (folder / f"{file.get(name, f'{name}/{name}')}.yaml").read_text(encoding="utf-8")
+    task = dict(re.findall(r"^(\w+): (\S+)$", text, re.MULTILINE))
+    pin = HUB_BENCHMARKS[name]
+    assert task["dataset_path"] == pin.repo.name
+    split = task.get("test_split", "null")
+    assert (split if split != "null" else task["validation_split"]) in Path(pin.path).name
+    assert task.get("dataset_name", "null") in ("null", "default") or pin.path.startswith(task["dataset_name"])

@@ -12,8 +12,10 @@ from pipelib.corpus import docs
 from pipelib.corpus.docs import DocsSource
 from pipelib.corpus.download import download, download_inputs, source
 from pipelib.corpus.hub import HubSource
+from pipelib.corpus.hub_store import HubFile
 from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.raw import Document, iterate_raw, write_manifest
 from pipelib.errors import UserError
 from pipelib.files import files_under, sha256_file
 
@@ -25,8 +27,10 @@ DOCS = DownloadParams(
     repo="someone/corpus",
     revision="a" * 40,
     folder="sample",
+    max_tokens=None,
     benchmarks=("completion",),
     benchmark_documents=40,
+    models=(),
     seed=1,
 )
 HUB = dataclasses.replace(DOCS, source="hub")
@@ -55,14 +59,19 @@ def test_each_source_has_its_class(local: DownloadParams) -> None:
         (DOCS, {"seed": 2}, False),
         (DOCS, {"benchmark_documents": 41}, False),
         (DOCS, {"benchmarks": ("completion", "hellaswag")}, False),
+        (DOCS, {"models": ("gpt2",)}, False),
+        (DOCS, {"max_tokens": 1000}, False),
+        (HUB, {"max_tokens": 1000}, False),
         (HUB, {"path": "y", "pattern": "z"}, True),
         (HUB, {"revision": "b" * 40}, False),
         (dataclasses.replace(HUB, benchmarks=()), {"seed": 2, "benchmark_documents": 41}, True),
     ],
 )
 def test_inputs_hold_what_decides_and_nothing_else(
-    params: DownloadParams, changes: dict[str, object], same: bool
+    params: DownloadParams, changes: dict[str, object], same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    listed = [HubFile("sample/000_00000.parquet", 1, "0" * 64)]
+    monkeypatch.setattr("pipelib.corpus.hub.list_files", lambda *_: listed)
     changed = dataclasses.replace(params, **changes)  # type: ignore[arg-type]
     assert (download_inputs(params, source(params)) == download_inputs(changed, source(changed))) is same
 
@@ -77,6 +86,7 @@ def test_outs_and_result(local: DownloadParams, tmp_path: Path) -> None:
         "data/benchmarks/completion.jsonl",
         "data/benchmarks/heldout.jsonl",
         "data/benchmarks/manifest.json",
+        "data/models/manifest.json",
         "data/raw/000_00000.parquet",
         "data/raw/manifest.json",
     ]
@@ -112,3 +122,39 @@ def test_nothing_in_the_corpus_wing_imports_torch() -> None:
         "import pipelib.corpus.download, sys; sys.exit(any(name in sys.modules for name in ('torch', 'datasets')))"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": str(ROOT / "src")})
+
+
+def test_max_tokens_ends_the_documents_of_local(local: DownloadParams, tmp_path: Path) -> None:
+    whole, _ = download(local, source(local), tmp_path / "whole", tmp_path / "work")
+    tokens = [-(-len(row["text"].encode()) // 4) for row in iterate_raw(tmp_path / "whole/data/raw")]
+    params = dataclasses.replace(local, max_tokens=sum(tokens[:50]))
+    result, _ = download(params, source(params), tmp_path / "part", tmp_path / "work")
+    assert result["documents"] == 50
+    assert result["tokens_estimated"] == sum(tokens[:50])
+    assert "tokens_estimated" not in whole
+    params = dataclasses.replace(local, max_tokens=sum(tokens[:50]) + 1)
+    result, _ = download(params, source(params), tmp_path / "more", tmp_path / "work")
+    assert result["documents"] == 51
+
+
+def test_more_tokens_than_there_are_takes_all(
+    local: DownloadParams, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    params = dataclasses.replace(local, max_tokens=10**9)
+    result, _ = download(params, source(params), tmp_path / "outs", tmp_path / "work")
+    assert result["documents"] == 60
+    assert "tokens, not 1,000,000,000; all of it is taken" in capfd.readouterr().out
+
+
+def test_a_prefix_of_docs_is_the_start_of_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Document(f"text {number} " * 40, str(number)) for number in range(30)]
+    monkeypatch.setattr(docs, "_read_all", lambda files: [found])  # noqa: ARG005
+    monkeypatch.setattr(docs, "_source_files", list)
+    write_manifest(tmp_path / "all", {}, DocsSource(1).write(tmp_path / "all", tmp_path).files)
+    written = DocsSource(1, 500).write(tmp_path / "part", tmp_path)
+    write_manifest(tmp_path / "part", {}, written.files)
+    part = list(iterate_raw(tmp_path / "part"))
+    assert part == list(iterate_raw(tmp_path / "all"))[: len(part)]
+    assert 0 < len(part) < 30
+    assert written.counts["tokens_estimated"] >= 500
+    assert DocsSource(1).identity() == {key: DocsSource(1, 500).identity()[key] for key in ("kind", "packages", "seed")}

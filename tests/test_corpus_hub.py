@@ -4,25 +4,36 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import FakeHub
+from fake_hub import FakeHub, cut, flip, stall
 
-from pipelib.corpus.benchmarks import hellaswag_items
-from pipelib.corpus.download import download
-from pipelib.corpus.hub import HELLASWAG, HubSource, Retry, hub_files
+from pipelib.corpus import hub_transfer
+from pipelib.corpus.benchmarks import HUB_BENCHMARKS, hellaswag_items, hub_rows
+from pipelib.corpus.download import download, download_inputs
+from pipelib.corpus.hub import HubSource
+from pipelib.corpus.hub_store import HubPin, fetch_pinned
+from pipelib.corpus.hub_transfer import HubRepo, Retry
+from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import iterate_raw, write_manifest
 from pipelib.errors import UserError
+from pipelib.files import sha256_file
 from pipelib.state import State, lock_folder
 
 REPO, REVISION, FOLDER = "someone/corpus", "a" * 40, "sample/tiny"
@@ -33,6 +44,9 @@ QUICK = Retry(attempts=4, first_wait=0.0)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the store is."""
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
     return tmp_path / "state"
 
 
@@ -55,15 +69,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do to the imported client what HF_ENDPOINT does at import, and make its own waits short."""
+    """Do to the imported client what HF_ENDPOINT does at import."""
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # noqa: ARG005
 
 
-def source(**changes: str) -> HubSource:
-    return dataclasses.replace(HubSource(REPO, REVISION, FOLDER, QUICK), **changes)  # type: ignore[arg-type]
+def source(**changes: object) -> HubSource:
+    return dataclasses.replace(HubSource(REPO, REVISION, FOLDER, retry=QUICK), **changes)  # type: ignore[arg-type]
 
 
 def test_files_arrive_unchanged_and_in_order(hub: FakeHub, tmp_path: Path) -> None:
@@ -88,64 +101,216 @@ def test_what_is_there_and_right_is_not_fetched_again(hub: FakeHub, tmp_path: Pa
     (damaged,) = (tmp_path / "state").rglob("001_00000.parquet")
     damaged.unlink()  # it is a hard link of the out
     damaged.write_bytes(b"cut short")
-    stale = damaged.with_name("x.incomplete")
-    stale.write_bytes(b"left by a kill")
     source().write(tmp_path / "again", tmp_path / "work")
     assert len(hub.gets()) == 4
     assert (tmp_path / "again/001_00000.parquet").read_bytes() == hub.files[f"{FOLDER}/001_00000.parquet"]
-    assert not stale.exists()
 
 
-@pytest.mark.parametrize("status", [503, 500, 429, 408])
-def test_a_passing_failure_is_tried_again(hub: FakeHub, tmp_path: Path, status: int) -> None:
+FILE = f"{FOLDER}/000_00000.parquet"
+LIST = f"GET /api/datasets/{REPO}/tree/{REVISION}/{FOLDER}"
+GET = f"GET /datasets/{REPO}/resolve/{REVISION}/{FILE}"
+
+
+@pytest.fixture
+def one_file(hub: FakeHub) -> bytes:
+    """The hub's corpus as one file, large enough to be cut in the middle."""
+    content = parquet_bytes(text=[random.Random(row).randbytes(500).hex() for row in range(300)])
+    for name in [name for name in hub.files if name.startswith(FOLDER)]:
+        del hub.files[name]
+    hub.files[FILE] = content
+    return content
+
+
+def fetch(folder: Path) -> bytes:
+    source().write(folder, folder)
+    return (folder / "000_00000.parquet").read_bytes()
+
+
+def no_partial_is_left(folder: Path) -> bool:
+    return not [path for path in folder.rglob("*") if path.suffix in (".part", ".incomplete", ".tmp")]
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 408, 429])
+def test_a_passing_failure_is_tried_again(hub: FakeHub, one_file: bytes, tmp_path: Path, status: int) -> None:
     hub.failures = [status, status]
-    written = source().write(tmp_path / "raw", tmp_path / "work")
-    assert len(written.files) == 3
-    assert len(hub.gets()) == 5
+    assert fetch(tmp_path / "raw") == one_file
+    assert hub.requests == [LIST, GET, GET, GET]
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_list_that_fails_is_asked_for_again(hub: FakeHub, one_file: bytes, tmp_path: Path, status: int) -> None:
+    hub.lists_broken = [status, status]
+    assert fetch(tmp_path / "raw") == one_file
+    assert hub.requests == [LIST, LIST, LIST, GET]
+
+
+@pytest.mark.parametrize("when", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_the_server_says_how_long_to_wait(hub: FakeHub, one_file: bytes, tmp_path: Path, when: str) -> None:
+    hub.failures, hub.retry_after = [429, 503, 429], when
+    slow = dataclasses.replace(source(), retry=Retry(attempts=4, first_wait=1000.0, longest_wait=1000.0))
+    slow.write(tmp_path / "raw", tmp_path)
+    assert (tmp_path / "raw/000_00000.parquet").read_bytes() == one_file
+    assert hub.requests == [LIST, GET, GET, GET, GET]
+
+
+def test_a_date_to_wait_for_is_understood() -> None:
+    later = datetime.now(UTC) + timedelta(seconds=30)
+    response = SimpleNamespace(headers={"Retry-After": format_datetime(later, usegmt=True)})
+    wish = hub_transfer._retry_after(SimpleNamespace(response=response))  # type: ignore[arg-type]
+    assert wish is not None
+    assert 20 < wish <= 30
+
+
+def test_a_connection_that_is_cut_goes_on_where_it_ended(hub: FakeHub, one_file: bytes, tmp_path: Path) -> None:
+    hub.faults = [cut(1000), cut(5000)]
+    assert fetch(tmp_path / "raw") == one_file
+    assert hub.requests == [LIST, GET, GET, GET]
+    assert hub.starts == [0, 1000, 6000]
+    assert hub.sent == len(one_file)
+
+
+def test_an_attempt_that_brought_bytes_starts_the_count_again(hub: FakeHub, one_file: bytes, tmp_path: Path) -> None:
+    hub.faults = [cut(100) for _ in range(20)]
+    assert fetch(tmp_path / "raw") == one_file
+    assert hub.requests == [LIST, *[GET] * 21]
+    assert hub.sent == len(one_file)
+
+
+def test_attempts_that_bring_nothing_end(hub: FakeHub, one_file: bytes, tmp_path: Path) -> None:
+    hub.faults = [cut(100), *(cut(0) for _ in range(9))]
+    with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts .*what came so far is kept"):
+        fetch(tmp_path / "raw")
+    assert hub.requests == [LIST, *[GET] * 4]
+    assert hub.starts == [0, 100, 100, 100]
+    hub.faults = []
+    assert fetch(tmp_path / "raw") == one_file
+    assert hub.starts[4:] == [100]
+
+
+def test_a_stall_goes_on_after_the_timeout(
+    hub: FakeHub, one_file: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
+    hub.faults = [stall(2000)]
+    assert fetch(tmp_path / "raw") == one_file
+    assert hub.requests == [LIST, GET, GET]
+    assert hub.starts == [0, 2000]
+
+
+def test_a_list_that_never_comes_is_asked_for_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
+    hub.lists_broken = [0]
+    assert len(source().identity()["files"]) == 3
+    assert hub.requests == [LIST, LIST]
+
+
+def test_a_server_without_ranges_sends_the_file_again(hub: FakeHub, one_file: bytes, tmp_path: Path) -> None:
+    hub.faults, hub.knows_ranges = [cut(1000)], False
+    assert fetch(tmp_path / "raw") == one_file
+    assert hub.requests == [LIST, GET, GET]
+    assert hub.sent == 1000 + len(one_file)
 
 
 def test_a_flipped_bit_is_found_and_fetched_again(
-    hub: FakeHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    hub: FakeHub, one_file: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    hub.flips = 1
-    source().write(tmp_path / "raw", tmp_path / "work")
-    assert len(hub.gets()) == 4
-    for path in (tmp_path / "raw").iterdir():
-        assert path.read_bytes() == hub.files[f"{FOLDER}/{path.name}"]
+    hub.faults = [flip]
+    assert fetch(tmp_path / "raw") == one_file
+    assert hub.requests == [LIST, GET, GET]
+    assert hub.starts == [0, 0]
     assert "SHA-256" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("one_file")
 def test_bytes_that_stay_wrong_end_in_an_error_and_are_not_kept(hub: FakeHub, tmp_path: Path) -> None:
-    hub.flips = 1000
+    hub.faults = [flip] * 1000
     with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts \(its bytes are not those"):
-        source().write(tmp_path / "raw", tmp_path / "work")
+        fetch(tmp_path / "raw")
+    assert hub.requests == [LIST, *[GET] * 4]
     assert not list(tmp_path.rglob("*.parquet"))
+    assert no_partial_is_left(tmp_path)
 
 
+@pytest.mark.parametrize("change", [-100, 100])
+def test_a_wrong_size_ends_in_an_error(hub: FakeHub, one_file: bytes, tmp_path: Path, change: int) -> None:
+    hub.served[FILE] = one_file[:change] if change < 0 else one_file + bytes(change)
+    message = f"in 4 attempts .its size is {len(one_file) + change} bytes, and {len(one_file)} were announced"
+    with pytest.raises(UserError, match=message):
+        fetch(tmp_path / "raw")
+    assert hub.requests == [LIST, *[GET] * 4]
+
+
+def test_a_partial_file_that_is_longer_than_the_hubs_starts_again(
+    hub: FakeHub, one_file: bytes, tmp_path: Path
+) -> None:
+    source().identity()
+    part = tmp_path / f"state/hub/someone--corpus/{REVISION}/{FILE}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(one_file[:-10])
+    hub.served[FILE] = one_file[:-20]
+    with pytest.raises(UserError, match="could not be downloaded"):
+        fetch(tmp_path / "raw")
+    assert hub.starts[:2] == [len(one_file) - 10, 0]
+    hub.served = {}
+    part.write_bytes(one_file + b"of another file")
+    assert fetch(tmp_path / "raw") == one_file
+    assert hub.starts[-1] == 0
+
+
+@pytest.mark.usefixtures("one_file")
+def test_a_file_that_vanished_ends_at_once(hub: FakeHub, tmp_path: Path) -> None:
+    hub.vanished = {FILE}
+    with pytest.raises(UserError, match=r"000_00000\.parquet .*404 Not Found.*no such folder or file"):
+        fetch(tmp_path / "raw")
+    assert hub.requests == [LIST, GET]
+
+
+@pytest.mark.usefixtures("one_file")
+def test_a_revision_that_is_gone_names_those_that_exist(hub: FakeHub, tmp_path: Path) -> None:
+    source().identity()
+    hub.revision = "b" * 40
+    with pytest.raises(UserError, match=rf"download.revision does not exist.*there are {'b' * 40} \(main\)"):
+        fetch(tmp_path / "raw")
+    assert hub.requests == [LIST, GET, f"GET /api/datasets/{REPO}/refs"]
+
+
+@pytest.mark.usefixtures("one_file")
 def test_a_hub_that_stays_broken_ends_in_an_error(hub: FakeHub, tmp_path: Path) -> None:
     hub.failures = [503] * 1000
-    with pytest.raises(UserError, match=r"in 4 attempts \(HTTP 503 Service Unavailable\).*verified files are kept"):
-        source().write(tmp_path / "raw", tmp_path / "work")
+    with pytest.raises(UserError, match=r"in 4 attempts \(HTTP 503 Service Unavailable\).*what came so far is kept"):
+        fetch(tmp_path / "raw")
+    assert hub.requests == [LIST, *[GET] * 4]
 
 
 def test_a_hub_that_is_never_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+    send = huggingface_hub.get_session().__class__.send
+
+    def count(client: object, request: Any, **options: Any) -> Any:
+        tries.append(request.url.path)
+        return send(client, request, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(huggingface_hub.get_session().__class__, "send", count)
     point_at("http://127.0.0.1:9", monkeypatch)
-    with pytest.raises(UserError, match=r"could not be downloaded in 2 attempts \(.*Connect.*\)"):
-        HubSource(REPO, REVISION, FOLDER, Retry(attempts=2, first_wait=0.0)).write(tmp_path / "raw", tmp_path / "work")
+    with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts \(.*Connect.*\)"):
+        fetch(tmp_path / "raw")
+    assert tries == [LIST.removeprefix("GET ")] * 4
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "message", "requests"),
     [
-        ({"revision": "b" * 40}, "download.revision does not exist"),
-        ({"folder": "sample/none"}, "look at download.folder"),
-        ({"repo": "someone/else"}, "download.repo"),
+        ({"revision": "b" * 40}, rf"download.revision does not exist.*there are {REVISION} \(main\)", 2),
+        ({"folder": "sample/none"}, "look at download.folder", 1),
+        ({"repo": "someone/else"}, "download.repo", 1),
     ],
 )
-def test_what_does_not_exist_ends_at_once(hub: FakeHub, tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_what_does_not_exist_ends_at_once(
+    hub: FakeHub, tmp_path: Path, changes: dict[str, str], message: str, requests: int
+) -> None:
     with pytest.raises(UserError, match=message):
         source(**changes).write(tmp_path / "raw", tmp_path / "work")
-    assert len(hub.requests) == 1
+    assert len(hub.requests) == requests
 
 
 def test_a_folder_without_parquet(hub: FakeHub, tmp_path: Path) -> None:
@@ -154,16 +319,53 @@ def test_a_folder_without_parquet(hub: FakeHub, tmp_path: Path) -> None:
         source(folder="docs").write(tmp_path / "raw", tmp_path / "work")
 
 
+def test_a_long_list_comes_in_pages(hub: FakeHub) -> None:
+    hub.page = 2
+    assert [file["path"] for file in source().identity()["files"]] == [
+        f"{FOLDER}/{number:03d}_00000.parquet" for number in range(3)
+    ]
+    assert hub.requests == [LIST, LIST]
+
+
+def test_a_slash_at_the_end_of_the_folder_does_not_matter(hub: FakeHub) -> None:
+    assert source(folder=f"{FOLDER}/").identity()["files"] == source().identity()["files"]
+    assert hub.requests == [LIST]
+
+
+def test_a_list_cannot_name_what_lies_outside_of_the_folder(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"type": "file", "path": f"{FOLDER}/../../../../x.parquet", "size": 1, "lfs": {"oid": "0" * 64}}
+    monkeypatch.setattr("pipelib.corpus.hub_store.get_list", lambda url: [entry])  # noqa: ARG005
+    with pytest.raises(UserError, match="holds no parquet file"):
+        source().identity()
+    assert hub.requests == []
+
+
+def test_the_list_is_part_of_the_identity_and_asked_for_once(hub: FakeHub, tmp_path: Path) -> None:
+    identity = source().identity()
+    assert identity["files"][0] == {
+        "path": FILE,
+        "bytes": len(hub.files[FILE]),
+        "sha256": hashlib.sha256(hub.files[FILE]).hexdigest(),
+    }
+    assert source().identity() == identity
+    assert hub.requests == [LIST]
+    for path in (tmp_path / "state").rglob("*.json"):
+        path.write_text("[{")
+    assert source().identity() == identity
+    assert hub.requests == [LIST, LIST]
+
+
+@pytest.mark.parametrize("status", [401, 403])
 def test_a_refused_token_is_not_repeated_in_the_message(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], status: int
 ) -> None:
-    hub.token = "another"
+    hub.lists_broken = [status]
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     with pytest.raises(UserError, match="set HF_TOKEN") as caught:
         source().write(tmp_path / "raw", tmp_path / "work")
     captured = capfd.readouterr()
     assert "hf_canary" not in str(caught.value) + captured.out + captured.err
-    assert len(hub.requests) == 1
+    assert hub.requests == [LIST]
 
 
 def test_the_token_opens_a_private_repository(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,36 +374,101 @@ def test_the_token_opens_a_private_repository(hub: FakeHub, tmp_path: Path, monk
     assert len(source().write(tmp_path / "raw", tmp_path / "work").files) == 3
 
 
+def test_the_token_does_not_follow_a_redirect_to_another_host(
+    hub: FakeHub, one_file: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    with FakeHub(REPO, REVISION, hub.files) as storage:
+        hub.redirect = storage.url
+        storage.faults = [cut(1000)]
+        assert fetch(tmp_path / "raw") == one_file
+        assert storage.starts == [0, 1000]
+        assert storage.authorized == [False, False]
+    assert hub.authorized == [True, True, True]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from pipelib.corpus.hub import HubSource
+HubSource(*sys.argv[1:4]).write(Path("raw"), Path("work"))
+"""
+
+
+def test_a_run_that_was_killed_goes_on_at_the_byte_where_it_stopped(
+    hub: FakeHub, one_file: bytes, tmp_path: Path
+) -> None:
+    hub.faults = [stall(100_000)]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, REPO, REVISION, FOLDER], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+    )
+    part = tmp_path / f"state/hub/someone--corpus/{REVISION}/{FILE}.part"
+    while not part.exists() or part.stat().st_size < 100_000:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert fetch(tmp_path / "again") == one_file
+    assert hub.starts == [0, 100_000]
+    assert hub.sent == len(one_file)
+    assert hub.requests == [LIST, GET, GET]
+    assert no_partial_is_left(tmp_path)
+
+
+def test_stale_partial_files_go_and_others_stay(hub: FakeHub, tmp_path: Path) -> None:
+    source().write(tmp_path / "raw", tmp_path / "work")
+    folder = tmp_path / f"state/hub/someone--corpus/{REVISION}"
+    (folder / ".cache").mkdir()
+    (folder / "other").mkdir()
+    stale = [folder / ".cache/x.incomplete", folder / f"{FILE}.part", folder / "other/gone.parquet.part"]
+    for path in stale:
+        path.write_bytes(b"left")
+    wanted = f"{FOLDER}/001_00000.parquet"
+    (folder / wanted).unlink()
+    (folder / f"{wanted}.part").write_bytes(hub.files[wanted][:100])
+    source().write(tmp_path / "again", tmp_path / "work")
+    assert no_partial_is_left(folder)
+    assert hub.starts == [0, 0, 0, 100]
+
+
 def parameters(**changes: object) -> DownloadParams:
-    values = DownloadParams("hub", "", "", REPO, REVISION, FOLDER, ("completion",), 4, 1)
+    values = DownloadParams("hub", "", "", REPO, REVISION, FOLDER, None, ("completion",), 4, (), 1)
     return dataclasses.replace(values, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("changes", "code"), [({"benchmarks": ()}, "one"), ({"benchmark_documents": 5}, "one"), ({}, "another")]
+    ("changes", "code"),
+    [
+        ({"benchmarks": (), "benchmark_documents": 0}, "one"),
+        ({"benchmark_documents": 5}, "one"),
+        ({"models": ("gpt2",)}, "one"),
+        ({"max_tokens": 1500}, "one"),
+        ({}, "another"),
+    ],
 )
-def test_other_benchmarks_and_other_code_fetch_no_text_again(
-    hub: FakeHub, here: Path, changes: dict[str, object], code: str
+def test_other_parameters_and_other_code_make_no_request(
+    hub: FakeHub, here: Path, changes: dict[str, object], code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (here / "weights").write_bytes(b"weights")
+    monkeypatch.setattr("pipelib.corpus.download.fetch_pinned", lambda pin: nullcontext(here / "weights"))  # noqa: ARG005
     for number in range(3):
         texts = [" ".join(f"d{number}{row}w{word}" for word in range(99)) for row in range(3)]
         hub.files[f"{FOLDER}/{number:03d}_00000.parquet"] = parquet_bytes(text=texts, id=[None] * 3)
 
     def run(params: DownloadParams, code: str) -> State:
-        with State(
-            "download", {"benchmarks": params.benchmarks, "count": params.benchmark_documents}, {"c": code}
-        ) as state:
+        origin = source(max_tokens=params.max_tokens)
+        with State("download", download_inputs(params, origin), {"c": code}) as state:
             assert not state.finished
-            download(params, source(), state.work / "outs", state.work)
+            download(params, origin, state.work / "outs", state.work)
             state.finish()
             state.publish()
         return state
 
     run(parameters(), "one")
-    assert len(hub.gets()) == 3
-    before = len(hub.requests)
+    assert len(hub.requests) == 4
     final = run(parameters(**changes), code).final
-    assert [line for line in hub.requests[before:] if "/resolve/" in line] == []
+    assert len(hub.requests) == 4
     (stored,) = (here / "state/hub/someone--corpus" / REVISION).rglob("000_00000.parquet")
     assert stored.samefile(final / "data/raw/000_00000.parquet")
     assert stored.samefile(here / "data/raw/000_00000.parquet")
@@ -221,23 +488,100 @@ def test_a_second_run_waits_for_the_store(hub: FakeHub, tmp_path: Path, capfd: p
 
 def test_hf_endpoint_is_respected(hub: FakeHub, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from pipelib.corpus.hub import HubSource\n"
+        "import sys; from pathlib import Path; from pipelib.corpus.hub import HubSource; import huggingface_hub.constants\n"
+        "assert huggingface_hub.constants.HF_HUB_DISABLE_XET\n"
         f"HubSource({REPO!r}, {REVISION!r}, {FOLDER!r}).write(Path('raw'), Path('work'))\n"
         "assert 'torch' not in sys.modules"
     )
+    hub.failures, hub.retry_after = [503, 429], "0"
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
     assert len(list((tmp_path / "raw").iterdir())) == 3
     assert not (tmp_path / ".cache").exists()
+    lines = (done.stdout + done.stderr).splitlines()
+    assert [line for line in lines if not line.startswith(("hub: someone/corpus", f"{FOLDER}/"))] == []
+    assert hub.url not in done.stdout + done.stderr
+
+
+def test_the_clients_own_download_takes_over_where_xet_is_opted_in(
+    hub: FakeHub, one_file: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # noqa: ARG005
+    hub.faults = [flip]
+    assert fetch(tmp_path / "raw") == one_file
+    assert [line for line in hub.requests if line.startswith("GET")] == [LIST, GET, GET]
+
+
+def fill_cache(hub: FakeHub, cache: Path, *names: str) -> None:
+    """Put files where the hub's client keeps what it downloaded: links to blobs."""
+    for name in names:
+        content = hub.files[name]
+        blob = cache / "datasets--someone--corpus/blobs" / hashlib.sha256(content).hexdigest()
+        link = cache / "datasets--someone--corpus/snapshots" / REVISION / name
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+def test_what_the_hubs_cache_has_is_linked(hub: FakeHub, tmp_path: Path) -> None:
+    names = sorted(name for name in hub.files if name.startswith(FOLDER) and name.endswith(".parquet"))
+    fill_cache(hub, tmp_path / "cache", *names[:2])
+    (damaged,) = (tmp_path / "cache").rglob(f"snapshots/*/{names[1]}")
+    damaged.resolve().write_bytes(b"not it")
+    source().write(tmp_path / "raw", tmp_path / "work")
+    assert len(hub.gets()) == 2
+    (cached,) = (tmp_path / "cache").rglob(f"snapshots/*/{names[0]}")
+    assert cached.resolve().samefile(tmp_path / "raw/000_00000.parquet")
+    assert [(tmp_path / "raw" / Path(name).name).read_bytes() for name in names] == [hub.files[name] for name in names]
+
+
+def test_offline_the_hubs_cache_is_the_corpus(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and neither the store nor the hub's cache has it"):
+        source().identity()
+    fill_cache(hub, tmp_path / "cache", FILE)
+    identity = source().identity()
+    assert [file["path"] for file in identity["files"]] == [FILE]
+    assert "this could not be compared with the hub's list" in capfd.readouterr().out
+    assert len(source().write(tmp_path / "raw", tmp_path / "work").files) == 1
+    assert hub.requests == []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert source().identity() != identity
+    assert hub.requests == [LIST]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"00[12]_00000\.parquet .*HF_HUB_OFFLINE is set"):
+        source().write(tmp_path / "again", tmp_path / "work")
+    assert hub.requests == [LIST]
+
+
+def test_files_downloaded_by_hand_are_a_local_corpus(hub: FakeHub, tmp_path: Path) -> None:
+    rows = [{"text": f"text {row}", "token_count": row, "score": 3.5, "dump": "CC"} for row in range(3)]
+    (tmp_path / "mine").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine/000_00000.parquet")
+    written = LocalSource(tmp_path / "mine", "**/*").write(tmp_path / "raw", tmp_path / "work")
+    write_manifest(tmp_path / "raw", {}, written.files)
+    assert list(iterate_raw(tmp_path / "raw", ("text", "token_count", "score", "dump"))) == rows
+    assert hub.requests == []
 
 
 def test_no_space_is_said_before_anything_is_fetched(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, one_file: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))  # noqa: ARG005
-    with pytest.raises(UserError, match=r"the download needs .* 10 B free"):
-        source().write(tmp_path / "raw", tmp_path / "work")
+    free = len(one_file) - 1
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))  # noqa: ARG005
+    with pytest.raises(UserError, match=r"the download needs .* free, so it would fail half-way"):
+        fetch(tmp_path / "raw")
     assert not hub.gets()
+    part = tmp_path / f"state/hub/someone--corpus/{REVISION}/{FILE}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(one_file[:1])
+    assert fetch(tmp_path / "raw") == one_file
 
 
 def test_download_count_is_checked(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +600,91 @@ def test_waits_grow_vary_and_heed_the_server() -> None:
     assert retry.seconds(1, 3600.0) == 10.0
 
 
-def test_hellaswag_keeps_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = parquet_bytes(
+@pytest.fixture
+def counted(hub: FakeHub) -> FakeHub:
+    """Eight files of 100 documents, each document of 10 tokens and random text, so that all files are equally large."""
+    del hub.files[FILE], hub.files[f"{FOLDER}/001_00000.parquet"], hub.files[f"{FOLDER}/002_00000.parquet"]
+    for number in range(8):
+        texts = [random.Random(1000 * number + row).randbytes(200).hex() for row in range(100)]
+        hub.files[f"{FOLDER}/{number:03d}_00000.parquet"] = parquet_bytes(text=texts, token_count=[10] * 100)
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "rows", "fetched"),
+    [
+        (1, [1], 1),
+        (10, [1], 1),
+        (11, [2], 1),
+        (1000, [100], 1),
+        (1001, [100, 1], 2),
+        (4500, [100, 100, 100, 100, 50], 5),
+        (8000, [100] * 8, 8),
+        (9999, [100] * 8, 8),
+    ],
+)
+def test_a_prefix_fetches_what_it_needs_and_no_more(
+    counted: FakeHub, tmp_path: Path, max_tokens: int, rows: list[int], fetched: int
+) -> None:
+    written = source(max_tokens=max_tokens).write(tmp_path / "raw", tmp_path / "work")
+    assert [file.rows for file in written.files] == rows
+    assert written.counts == {"tokens_estimated": 10 * sum(rows)}
+    assert len(counted.gets()) == fetched
+    write_manifest(tmp_path / "raw", {}, written.files)
+    assert len(list(iterate_raw(tmp_path / "raw"))) == sum(rows)
+    assert sorted(path.name for path in (tmp_path / "raw").glob("*.parquet")) == [file.name for file in written.files]
+    assert written.files[-1].sha256 == sha256_file(tmp_path / "raw" / written.files[-1].name)
+
+
+def test_a_longer_prefix_fetches_what_is_new(counted: FakeHub, tmp_path: Path) -> None:
+    first = source(max_tokens=1500)
+    second = source(max_tokens=3500)
+    assert first.identity() != second.identity()
+    short = first.write(tmp_path / "short", tmp_path)
+    assert len(counted.gets()) == 2
+    long = second.write(tmp_path / "long", tmp_path)
+    assert [file.sha256 for file in long.files[:2]] == [file.sha256 for file in short.files]
+    assert len(counted.gets()) == 4
+    first.write(tmp_path / "short again", tmp_path)
+    assert len(counted.requests) == 5
+
+
+def test_files_that_turn_out_not_to_be_needed_are_not_listed(counted: FakeHub, tmp_path: Path) -> None:
+    texts = [random.Random(row).randbytes(200).hex() for row in range(100)]
+    counted.files[f"{FOLDER}/001_00000.parquet"] = parquet_bytes(text=texts, token_count=[1000] * 100)
+    written = source(max_tokens=3500).write(tmp_path / "raw", tmp_path / "work")
+    assert [file.rows for file in written.files] == [100, 3]
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["000_00000.parquet", "001_00000.parquet"]
+    assert len(counted.gets()) == 4
+
+
+def test_more_than_there_is_takes_all_and_says_so(
+    counted: FakeHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    params = parameters(max_tokens=10_000, benchmarks=(), benchmark_documents=0)
+    result, _ = download(params, source(max_tokens=10_000), tmp_path / "outs", tmp_path)
+    assert result["tokens_estimated"] == 8000
+    assert len(counted.gets()) == 8
+    assert "has about 8,000 tokens, not 10,000; all of it is taken" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("max_tokens", [None, 100])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [({"text": pa.array([], pa.string())}, "gave no document"), ({"page": ["x"]}, "has no column `text`")],
+)
+def test_files_without_documents_are_refused(
+    hub: FakeHub, tmp_path: Path, columns: dict[str, Any], message: str, max_tokens: int | None
+) -> None:
+    for name in [name for name in hub.files if name.startswith(FOLDER) and name.endswith(".parquet")]:
+        hub.files[name] = parquet_bytes(**columns)
+    params = parameters(max_tokens=max_tokens, benchmarks=(), benchmark_documents=0)
+    with pytest.raises(UserError, match=message):
+        download(params, source(max_tokens=max_tokens), tmp_path / "outs", tmp_path)
+
+
+def hellaswag_bytes() -> bytes:
+    return parquet_bytes(
         ind=[24],
         activity_label=["Roof shingle removal"],
         ctx_a=["A man is sitting on a roof."],
@@ -269,15 +696,43 @@ def test_hellaswag_keeps_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
         split_type=["indomain"],
         label=["3"],
     )
-    digest = hashlib.sha256(content).hexdigest()
-    file = dataclasses.replace(HELLASWAG, bytes=len(content), sha256=digest)
-    with FakeHub(file.repo, file.revision, {file.path: content}) as fake:
+
+
+def test_hellaswag_keeps_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = hellaswag_bytes()
+    pin = dataclasses.replace(HUB_BENCHMARKS["hellaswag"], sha256=hashlib.sha256(content).hexdigest())
+    with FakeHub(pin.repo.name, pin.repo.revision, {pin.path: content}) as fake:
         point_at(fake.url, monkeypatch)
         for _ in range(2):
-            with hub_files([file], QUICK) as (path,):
+            with fetch_pinned(pin, QUICK) as path:
                 assert path.read_bytes() == content
-        assert len(fake.gets()) == 1
-    (item,) = hellaswag_items(path)
+        assert len(fake.requests) == 2
+    (item,) = hellaswag_items(hub_rows(path))
     assert item["label"] == 3
     assert item["document"] is None
     assert json.dumps(item)
+
+
+@pytest.mark.parametrize("sha256", [None, "right", "wrong"])
+def test_a_pin_and_the_hubs_list_have_to_agree(monkeypatch: pytest.MonkeyPatch, sha256: str | None) -> None:
+    repo = HubRepo("someone/weights", REVISION, "model")
+    content = b"weights" * 100
+    known = hashlib.sha256(content).hexdigest() if sha256 == "right" else sha256
+    with FakeHub(repo.name, repo.revision, {"model.safetensors": content}, kind="model") as fake:
+        point_at(fake.url, monkeypatch)
+        if sha256 == "wrong":
+            with (
+                pytest.raises(UserError, match="and should have wrong"),
+                fetch_pinned(HubPin(repo, "model.safetensors", known), QUICK),
+            ):
+                pass
+            assert len(fake.requests) == 1
+        else:
+            with fetch_pinned(HubPin(repo, "model.safetensors", known), QUICK) as path:
+                assert path.read_bytes() == content
+            assert len(fake.requests) == 2
+        with (
+            pytest.raises(UserError, match=r"pytorch_model\.bin .*is not on the hub"),
+            fetch_pinned(HubPin(repo, "pytorch_model.bin", None), QUICK),
+        ):
+            pass

@@ -1,5 +1,6 @@
 """Raw text on disk: order, bytes, memory, and what is said of damaged files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from pipelib.corpus.raw import (
     SCHEMA,
     Document,
     describe_file,
+    first_rows,
     iterate_raw,
     read_manifest,
     write_manifest,
@@ -98,3 +100,26 @@ def test_a_file_without_text_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"no column `text` \(it has body\)"):
         describe_file(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"),
+    [(1, (1, 2)), (2, (1, 2)), (3, (2, 9)), (9, (2, 9)), (10, (3, 12)), (17, (5, 17)), (99, (5, 17))],
+)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_document_counts_its_token_count_else_a_token_for_four_bytes(
+    tmp_path: Path, rows: int, max_tokens: int, expected: tuple[int, int]
+) -> None:
+    columns = {"text": ["ééé", "x", "x" * 9, "", "x" * 17], "token_count": [2, 7, None, 0, None]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=rows)
+    assert first_rows(tmp_path / "a.parquet", max_tokens) == expected
+    del columns["token_count"]
+    pq.write_table(pa.table(columns), tmp_path / "b.parquet", row_group_size=rows)
+    assert first_rows(tmp_path / "b.parquet", 99) == (5, 2 + 1 + 3 + 0 + 5)
+
+
+def test_the_manifest_says_how_many_rows_of_a_file_belong_to_the_corpus(tmp_path: Path) -> None:
+    written = write_raw(DOCUMENTS, tmp_path)
+    write_manifest(tmp_path, {}, [replace(written.files[0], rows=1001)])
+    assert [row["text"] for row in iterate_raw(tmp_path)] == [document.text for document in DOCUMENTS[:1001]]
+    assert read_manifest(tmp_path).documents == 1001

@@ -2,48 +2,61 @@
 
 import os
 import sys
+import threading
 import time
+
+from pipelib.files import format_bytes
 
 
 class Progress:
-    """Progress of one long step, printed to standard error.
+    """Progress of one long step, printed to standard error; threads may share it.
 
     Args:
         label: what is going on.
         total: how many units there are, or None where nobody knows.
-        unit: what is counted, in the plural.
+        unit: what is counted, in the plural; bytes are printed as MB and GB.
+        before: units that were done before; they count, and not for the rate.
     """
 
-    def __init__(self, label: str, total: int | None, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, before: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.done = self._before = before
+        self.note = ""
+        """Goes to the end of the line."""
         self.started = time.monotonic()
         self._printed = -float("inf")
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._period = 0.2 if self._terminal else 10.0
+        self._lock = threading.Lock()
         self.add(0)
 
     def add(self, count: int) -> None:
         """Count `count` more units, and print if it is time."""
-        self.done += count
-        if time.monotonic() - self._printed >= self._period:
-            self._print()
+        with self._lock:
+            self.done += count
+            if time.monotonic() - self._printed >= self._period:
+                self._print()
 
     def close(self, result: str = "") -> None:
         """Print the last line; `result` stands in for the time left."""
         seconds = time.monotonic() - self.started
-        self._write(f"{self.label}: {result or f'{self.done:,} {self.unit}'} in {format_seconds(seconds)}", last=True)
+        self._write(f"{self.label}: {result or self._amount(self.done)} in {format_seconds(seconds)}", last=True)
 
     def _print(self) -> None:
         seconds = time.monotonic() - self.started
-        rate = self.done / seconds if seconds > 0 else 0.0
-        of_total = f" of {self.total:,}" if self.total else ""
-        line = f"{self.label}: {self.done:,}{of_total} {self.unit}"
-        if self.done:
-            line += f", {rate:,.0f}/s"
+        rate = (self.done - self._before) / seconds if seconds > 0 else 0.0
+        line = f"{self.label}: {self._amount(self.done, self.total)}"
+        if rate > 0:
+            line += f", {format_bytes(rate) if self.unit == 'bytes' else f'{rate:,.0f}'}/s"
             if self.total:
                 line += f", {format_seconds((self.total - self.done) / rate)} left"
-        self._write(line)
+        self._write(f"{line}, {self.note}" if self.note else line)
+
+    def _amount(self, done: int, total: int | None = None) -> str:
+        """So many units, of so many."""
+        if self.unit == "bytes":
+            return f"{format_bytes(done)} of {format_bytes(total)}" if total else format_bytes(done)
+        return f"{done:,} of {total:,} {self.unit}" if total else f"{done:,} {self.unit}"
 
     def _write(self, line: str, last: bool = False) -> None:
         end = "\n" if last or not self._terminal else ""

@@ -1,5 +1,6 @@
 """What a parameter file amounts to, by arithmetic: data, disk, memory. Nothing is run and torch is not imported."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,17 @@ class Corpus:
     """Of data/raw."""
     origin: str
     """How that is known."""
+    files: int = 1
+    """Of data/raw, about equally large; `download.max_tokens` takes whole ones of the hub."""
+
+    def prefix(self, max_tokens: int | None) -> "Corpus":
+        """What is left where `download.max_tokens` ends the corpus."""
+        if max_tokens is None or max_tokens >= self.tokens:
+            return self
+        share = max_tokens / self.tokens
+        files = math.ceil(self.files * share)
+        raw_bytes = round(self.raw_bytes * (files / self.files if self.files > 1 else share))
+        return Corpus(max_tokens, raw_bytes, f"download.max_tokens, about, of {self.origin}", files)
 
 
 _DOCS = Corpus(7_400_214, 7_428_143, "the offline corpus, about: it varies with the packages' versions")
@@ -32,6 +44,7 @@ _HUB = {
         9_972_918_177 + 9_672_101,
         28_518_193_415,
         "the hub's own count of tokens, and one for each of 9,672,101 documents",
+        files=14,
     )
 }
 
@@ -45,13 +58,15 @@ def corpus_of(params: Params, root: Path) -> Corpus | None:
 
 
 def _known_corpus(params: Params) -> Corpus | None:
-    match params.download.source:
+    download = params.download
+    match download.source:
         case "docs":
-            return _DOCS
+            known: Corpus | None = _DOCS
         case "hub":
-            return _HUB.get((params.download.repo, params.download.folder))
+            known = _HUB.get((download.repo, download.folder))
         case "local":
-            return None
+            known = None
+    return known.prefix(download.max_tokens) if known else None
 
 
 def _made_corpus(params: Params, root: Path) -> Corpus | None:
@@ -60,7 +75,7 @@ def _made_corpus(params: Params, root: Path) -> Corpus | None:
     except (UserError, KeyError, TypeError, AttributeError):
         return None
     download, source = params.download, manifest.source
-    wanted: dict[str, str] = {"kind": download.source}
+    wanted: dict[str, object] = {"kind": download.source, "max_tokens": download.max_tokens}
     if download.source == "hub":
         wanted |= {"repo": download.repo, "revision": download.revision, "folder": download.folder}
     if any(source.get(key) != value for key, value in wanted.items()):

@@ -1,4 +1,4 @@
-"""Benchmarks: four-way completion made of the corpus itself, its held-out documents, and HellaSwag's validation set.
+"""Benchmarks: four-way completion made of the corpus itself, its held-out documents, and what comes from the hub.
 
 A completion item is a stretch of a document: 24 to 48 words of context and the 6 to 12 words that follow. The three
 wrong endings are as many words from three other documents, each at the same relative position, so neither length nor
@@ -6,6 +6,9 @@ position tells the right one. A scorer joins `ctx + " " + ending`, as HellaSwag'
 
 Everything follows from the documents and the seed: positions and lengths are drawn with SHA-256, which is the same in
 every version of Python. Expect 2,105 items from the first 480 documents of the offline corpus, seed 1337.
+
+From the hub come the sets that lm-eval 0.4.13 scores, each from the repository and the split that its task file names, as
+JSON lines with the dataset's own columns: `dataset_path: json` reads them.
 """
 
 import hashlib
@@ -20,6 +23,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipelib.corpus.hub_store import HubPin
+from pipelib.corpus.hub_transfer import HubRepo
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import iterate_raw
 from pipelib.errors import UserError
@@ -35,6 +40,50 @@ documents are shorter than two whole items."""
 ITEMS_PER_DOCUMENT = 6
 """The most items of one document, so that long documents do not dominate."""
 CHOICES = 4
+
+_ARC = HubRepo("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
+HUB_BENCHMARKS: dict[str, HubPin] = {
+    "hellaswag": HubPin(
+        HubRepo("Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76"),
+        "data/validation-00000-of-00001.parquet",
+        "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",
+    ),
+    "lambada_openai": HubPin(
+        HubRepo("EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4"),
+        "data/lambada_test.jsonl",
+        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+    ),
+    "piqa": HubPin(
+        HubRepo("baber/piqa", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"), "piqa_validation.parquet", sha256=None
+    ),
+    "arc_easy": HubPin(
+        _ARC,
+        "ARC-Easy/test-00000-of-00001.parquet",
+        "4160597d618ae851c7eb04e281574f3f654776216ac6b6641588d64527b47177",
+    ),
+    "winogrande": HubPin(
+        HubRepo("allenai/winogrande", "01e74176c63542e6b0bcb004dcdea22d94fb67b5"),
+        "winogrande_xl/validation-00000-of-00001.parquet",
+        sha256=None,
+    ),
+    "sciq": HubPin(
+        HubRepo("allenai/sciq", "2c94ad3e1aafab77146f384e23536f97a4849815"),
+        "data/test-00000-of-00001.parquet",
+        "3a719356a29b127fc54ef3c7f51a034db4bd105d5717215e8c85d2aa58d60667",
+    ),
+    "openbookqa": HubPin(
+        HubRepo("allenai/openbookqa", "388097ea7776314e93a529163e0fea805b8a6454"),
+        "main/test-00000-of-00001.parquet",
+        "cd5483e366daa230c1c87bbdc512d8b7229f14f6dd04d19fc8b1a3855aaaa8a3",
+    ),
+    "wikitext": HubPin(
+        HubRepo("EleutherAI/wikitext_document_level", "647234772b9554e208af6c826f23b99e3cac88c8"),
+        "wikitext-2-raw-v1/wikitext-2-raw-v1-test.parquet",
+        "e7fc7d4c385d027e0360f7eb320866df61adb68f385986e5c7f4f3911d62f4eb",
+    ),
+}
+"""By their names in `download.benchmarks`. A SHA-256 stands here where two public sources that do not depend on each other
+say it; elsewhere the hub's list at the commit decides."""
 
 Row = Mapping[str, Any]
 
@@ -158,9 +207,20 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def hellaswag_items(parquet: Path) -> Iterator[dict[str, Any]]:
-    """The rows of HellaSwag's parquet file, with the label as a number and no document of the corpus."""
-    for row in pq.read_table(parquet).to_pylist():
+def hub_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file from the hub, parquet or JSON lines, as they are."""
+    if path.suffix == ".parquet":
+        with pq.ParquetFile(path) as parquet:
+            for batch in parquet.iter_batches():
+                yield from batch.to_pylist()
+    else:
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def hellaswag_items(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+    """HellaSwag's rows with the label as a number and no document of the corpus."""
+    for row in rows:
         yield {
             "ind": row["ind"],
             "activity_label": row["activity_label"],
@@ -176,17 +236,14 @@ def hellaswag_items(parquet: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_benchmarks(
-    params: DownloadParams,
-    raw: Path,
-    folder: Path,
-    fetch_hellaswag: Callable[[], AbstractContextManager[Sequence[Path]]],
+    params: DownloadParams, raw: Path, folder: Path, fetch: Callable[[HubPin], AbstractContextManager[Path]]
 ) -> dict[str, Any]:
     """Make the evaluation sets that `download.benchmarks` names.
 
     Args:
         raw: the finished raw text.
         folder: gets one `.jsonl` per set and `manifest.json`.
-        fetch_hellaswag: gives HellaSwag's validation parquet while it is read; called only if it is asked for.
+        fetch: gives a file of the hub, verified, while it is read.
 
     Returns:
         The manifest: per file its items, the corpus documents it was made of, sha256, and how it was made.
@@ -208,10 +265,12 @@ def write_benchmarks(
         made = f"from the first documents of the corpus, seed {params.seed}, {CHOICES} choices"
         add("completion.jsonl", items, len(head), made)
         add("heldout.jsonl", ({"text": row["text"]} for row in head), len(head), "the first documents of the corpus")
-    if "hellaswag" in params.benchmarks:
-        with fetch_hellaswag() as (parquet,):
-            made = f"HellaSwag's validation set, parquet {sha256_file(parquet)}"
-            add("hellaswag.jsonl", hellaswag_items(parquet), 0, made)
+    for name, pin in HUB_BENCHMARKS.items():
+        if name in params.benchmarks:
+            with fetch(pin) as path:
+                rows = hellaswag_items(hub_rows(path)) if name == "hellaswag" else hub_rows(path)
+                made = f"{pin.path} of {pin.repo.name} at {pin.repo.revision}, SHA-256 {sha256_file(path)}"
+                add(f"{name}.jsonl", rows, 0, made)
     write_json(folder / "manifest.json", manifest)
     return manifest
 

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipelib.corpus.raw import Document, Written, write_raw
+from pipelib.corpus.raw import Document, Written, first_documents, write_raw
 from pipelib.errors import UserError
 from pipelib.processes import tie_to_parent, worker_count
 from pipelib.progress import Progress
@@ -71,10 +71,12 @@ class DocsSource:
     """
 
     seed: int
+    max_tokens: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        """The versions of the packages, and the seed."""
-        return {"kind": "docs", "packages": package_versions(), "seed": self.seed}
+        """The versions of the packages, the seed, and where the corpus ends if that is not its end."""
+        identity = {"kind": "docs", "packages": package_versions(), "seed": self.seed}
+        return identity if self.max_tokens is None else {**identity, "max_tokens": self.max_tokens}
 
     def write(self, folder: Path, work: Path) -> Written:  # noqa: ARG002  (quick enough to start again)
         """Read all packages and write their docstrings, each text once; the first in the order of paths stays.
@@ -85,8 +87,9 @@ class DocsSource:
         found = [document for documents in _read_all(_source_files()) for document in documents]
         unique = {document.text: document for document in reversed(found)}  # reversed: the first of equal texts stays
         ordered = sorted(unique.values(), key=lambda document: _shuffle_key(self.seed, document))
-        written = write_raw(ordered, folder)
-        return replace(written, counts={**written.counts, "duplicates_dropped": len(found) - len(unique)})
+        counts: dict[str, int] = {}
+        written = write_raw(first_documents(ordered, self.max_tokens, counts), folder)
+        return replace(written, counts={**written.counts, "duplicates_dropped": len(found) - len(unique), **counts})
 
 
 def _shuffle_key(seed: int, document: Document) -> tuple[bytes, str]:

@@ -1,12 +1,14 @@
-"""The download stage's work: the corpus from its source, and the benchmarks."""
+"""The download stage's work: the corpus from its source, the benchmarks and the published models."""
 
 import time
 from pathlib import Path
 from typing import Any
 
+from pipelib.corpus.baselines import write_baselines
 from pipelib.corpus.benchmarks import write_benchmarks
 from pipelib.corpus.docs import DocsSource
-from pipelib.corpus.hub import HELLASWAG, HubSource, hub_files
+from pipelib.corpus.hub import HubSource
+from pipelib.corpus.hub_store import fetch_pinned
 from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import Source, write_manifest
@@ -14,32 +16,37 @@ from pipelib.errors import UserError
 
 RAW = Path("data/raw")
 BENCHMARKS = Path("data/benchmarks")
+MODELS = Path("data/models")
 
 
 def source(params: DownloadParams) -> Source:
     """Where the parameters say that text comes from."""
     match params.source:
         case "docs":
-            return DocsSource(params.seed)
+            return DocsSource(params.seed, params.max_tokens)
         case "local":
-            return LocalSource(Path(params.path), params.pattern)
+            return LocalSource(Path(params.path), params.pattern, params.max_tokens)
         case "hub":
-            return HubSource(params.repo, params.revision, params.folder)
+            return HubSource(params.repo, params.revision, params.folder, params.max_tokens)
 
 
 def download_inputs(params: DownloadParams, origin: Source) -> dict[str, Any]:
     """What decides the outs, and nothing else: changing `download.repo` while the source is `docs` changes nothing."""
-    inputs: dict[str, Any] = {"source": origin.identity(), "benchmarks": sorted(params.benchmarks)}
+    inputs: dict[str, Any] = {
+        "source": origin.identity(),
+        "benchmarks": sorted(params.benchmarks),
+        "models": sorted(params.models),
+    }
     if "completion" in params.benchmarks:
         inputs["completion"] = {"documents": params.benchmark_documents, "seed": params.seed}
     return inputs
 
 
 def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Put the corpus and the benchmarks under `outs`.
+    """Put the corpus, the benchmarks and the models under `outs`.
 
     Args:
-        outs: gets data/raw and data/benchmarks.
+        outs: gets data/raw, data/benchmarks and data/models.
         work: kept until the stage has finished; a killed run goes on from it.
 
     Returns:
@@ -52,12 +59,19 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
     raw = outs / RAW
     written = origin.write(raw, work)
     seconds = time.monotonic() - started
-    if not written.files:
+    if not any(file.rows for file in written.files):
         raise UserError(
             f"download.source: {params.source} gave no document, so there is nothing to train on; add text."
         )
+    tokens = written.counts.get("tokens_estimated")
+    if params.max_tokens is not None and tokens is not None and tokens < params.max_tokens:
+        print(
+            f"download.max_tokens: the corpus has about {tokens:,} tokens, not {params.max_tokens:,}; all of it is taken",
+            flush=True,
+        )
     manifest = write_manifest(raw, origin.identity(), written.files)
-    benchmarks = write_benchmarks(params, raw, outs / BENCHMARKS, lambda: hub_files([HELLASWAG]))
+    benchmarks = write_benchmarks(params, raw, outs / BENCHMARKS, fetch_pinned)
+    write_baselines(params.models, outs / MODELS, fetch_pinned)
     parquet_bytes = sum(file.bytes for file in manifest.files)
     result = {
         "documents": manifest.documents,

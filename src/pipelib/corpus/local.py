@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelib.corpus.raw import Document, Written, open_parquet, write_raw
+from pipelib.corpus.raw import Document, Written, first_documents, open_parquet, write_raw
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
 from pipelib.progress import Progress
@@ -50,14 +50,16 @@ class LocalSource:
 
     path: Path
     pattern: str
+    max_tokens: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        """The name (inside the folder), size and SHA-256 of every file.
+        """The name (inside the folder), size and SHA-256 of every file, and where the corpus ends if not with them.
 
         Raises:
             UserError: there is no folder or no file.
         """
-        return {"kind": "local", "files": self._files}
+        identity = {"kind": "local", "files": self._files}
+        return identity if self.max_tokens is None else {**identity, "max_tokens": self.max_tokens}
 
     @cached_property
     def _files(self) -> list[dict[str, Any]]:
@@ -85,9 +87,10 @@ class LocalSource:
                         empty += 1
 
         progress = Progress("local: reading files", None, "documents")
-        written = write_raw(documents(), folder)
+        counts: dict[str, int] = {}
+        written = write_raw(first_documents(documents(), self.max_tokens, counts), folder)
         progress.close()
-        return replace(written, counts={**written.counts, "empty_dropped": empty})
+        return replace(written, counts={**written.counts, "empty_dropped": empty, **counts})
 
     def _names(self) -> list[str]:
         """The files' paths inside the folder, sorted."""

@@ -4,9 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelib.config import NaturalInt
+from pipelib.config import NaturalInt, PositiveInt
 
-Benchmark = Literal["completion", "hellaswag"]
+Benchmark = Literal[
+    "completion",
+    "hellaswag",
+    "lambada_openai",
+    "piqa",
+    "arc_easy",
+    "winogrande",
+    "sciq",
+    "openbookqa",
+    "wikitext",
+]
+Baseline = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +36,15 @@ class DownloadParams:
     """`hub`: the commit of the repository, 40 hexadecimal digits; a branch name would not be reproducible."""
     folder: str
     """`hub`: the folder in the repository whose parquet files are the corpus, in the order of their names."""
+    max_tokens: PositiveInt | None
+    """The corpus is the shortest prefix of the documents with at least so many tokens; null for all of them. A document
+    counts its `token_count` where the dataset has one, else its UTF-8 bytes divided by 4, rounded up."""
     benchmarks: tuple[Benchmark, ...]
-    """The evaluation sets to prepare: `completion` is made of the corpus, `hellaswag` comes from the hub."""
+    """The evaluation sets to prepare: `completion` is made of the corpus, the others come from the hub."""
     benchmark_documents: NaturalInt
     """How many documents at the start of the corpus the completion benchmark is made of."""
+    models: tuple[Baseline, ...]
+    """OpenAI's GPT-2 weights to fetch from the hub."""
     seed: NaturalInt
     """Orders the documents of `docs`, and places the items of the completion benchmark and their distractors."""
 
@@ -54,5 +70,6 @@ class DownloadParams:
                 f"benchmark_documents: {self.benchmark_documents} documents would be kept for a benchmark that is not made; "
                 "set it to 0, or add completion to benchmarks."
             )
-        if len(set(self.benchmarks)) < len(self.benchmarks):
-            yield f"benchmarks: {list(self.benchmarks)} names one twice; name each once."
+        for key, names in (("benchmarks", self.benchmarks), ("models", self.models)):
+            if len(set(names)) < len(names):
+                yield f"{key}: {list(names)} names one twice; name each once."

@@ -7,10 +7,12 @@ whom they were written, so equal text gives equal bytes.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelib.errors import UserError, how_to_repair
@@ -69,6 +71,7 @@ class RawFile:
     name: str
     bytes: int
     rows: int
+    """Rows from its start that belong to the corpus: fewer than it has where `download.max_tokens` ends the corpus in it."""
     sha256: str
 
 
@@ -147,6 +150,72 @@ def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FIL
     return Written(tuple(map(describe_file, paths)), counts)
 
 
+BYTES_PER_TOKEN = 4
+"""UTF-8 bytes that count as a token where nobody counted a document's; GPT-2 makes 3.3 to 4.5 of English ones."""
+
+
+def estimated_tokens(text_bytes: int, token_count: int | None) -> int:
+    """What a document counts towards `download.max_tokens`: its `token_count`, else a token for every four bytes."""
+    return token_count if token_count is not None else -(-text_bytes // BYTES_PER_TOKEN)
+
+
+def first_documents(
+    documents: Iterable[Document], max_tokens: int | None, counts: dict[str, int]
+) -> Iterator[Document]:
+    """The shortest prefix of the documents with at least `max_tokens` tokens, or all of them.
+
+    Args:
+        max_tokens: None for all, which are not counted.
+        counts: gets `tokens_estimated`.
+    """
+    if max_tokens is None:
+        yield from documents
+        return
+    counts["tokens_estimated"] = 0
+    for document in documents:
+        counts["tokens_estimated"] += estimated_tokens(len(document.text.encode("utf-8")), document.token_count)
+        yield document
+        if counts["tokens_estimated"] >= max_tokens:
+            return
+
+
+def first_rows(path: Path, max_tokens: int) -> tuple[int, int]:
+    """How many rows of a parquet file are the shortest prefix with at least `max_tokens` tokens, or all; and their tokens.
+
+    Only `token_count` is read, and the text where a row group has none; a thousand rows are in memory at a time.
+    """
+    rows = tokens = 0
+    with open_parquet(path) as parquet:
+        for count in _row_tokens(parquet, path):
+            rows += 1
+            tokens += count
+            if tokens >= max_tokens:
+                break
+    return rows, tokens
+
+
+def _row_tokens(parquet: pq.ParquetFile, path: Path) -> Iterator[int]:
+    """What each row counts."""
+    counted = "token_count" in parquet.schema_arrow.names
+    try:
+        for group in range(parquet.num_row_groups):
+            if counted and not any(None in batch for batch in _column(parquet, group, "token_count")):
+                yield from chain.from_iterable(_column(parquet, group, "token_count"))
+                continue
+            sizes = chain.from_iterable(_column(parquet, group, "text"))
+            known = chain.from_iterable(_column(parquet, group, "token_count")) if counted else repeat(None)
+            yield from map(estimated_tokens, sizes, known)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, str(error), _REPAIR) from None
+
+
+def _column(parquet: pq.ParquetFile, group: int, name: str) -> Iterator[list[Any]]:
+    """A column of a row group in batches; of the text the bytes of each, none where it is null."""
+    for batch in parquet.iter_batches(ROW_GROUP_ROWS, row_groups=[group], columns=[name], use_threads=False):
+        column = batch.column(0)
+        yield column.to_pylist() if name != "text" else pc.fill_null(pc.binary_length(column), 0).to_pylist()
+
+
 def _row_groups(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
     """Documents in runs of one row group, each with its bytes of text."""
     group: list[Document] = []
@@ -222,13 +291,17 @@ def iterate_raw(folder: Path, columns: Sequence[str] = ("text",)) -> Iterator[di
         UserError: the manifest or a file is missing or damaged.
     """
     for file in read_manifest(folder).files:
-        path = folder / file.name
-        with open_parquet(path, _REPAIR) as parquet:
-            missing = sorted(set(columns) - set(parquet.schema_arrow.names))
-            if missing:
-                raise UserError(f"{path} has no column {', '.join(missing)}, so it is not raw text; {_REPAIR}.")
-            for group in range(parquet.num_row_groups):
-                yield from _read_group(parquet, group, columns, path)
+        yield from islice(_iterate_file(folder / file.name, columns), file.rows)
+
+
+def _iterate_file(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """All rows of a parquet file."""
+    with open_parquet(path, _REPAIR) as parquet:
+        missing = sorted(set(columns) - set(parquet.schema_arrow.names))
+        if missing:
+            raise UserError(f"{path} has no column {', '.join(missing)}, so it is not raw text; {_REPAIR}.")
+        for group in range(parquet.num_row_groups):
+            yield from _read_group(parquet, group, columns, path)
 
 
 def _read_group(parquet: pq.ParquetFile, group: int, columns: Sequence[str], path: Path) -> list[dict[str, Any]]:
