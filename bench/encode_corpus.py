@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,29 +68,29 @@ def main() -> None:
 
 
 def write_corpus(folder: Path, most_bytes: int) -> int:
-    """`first/`, the docstrings once, and `raw/`, the same and then in other orders up to `most_bytes`."""
-    docs = DocsSource(0).write(folder / "docs", folder)
-    write_manifest(folder / "docs", {"kind": "docs"}, docs.files)
-    documents = [Document(row["text"]) for row in iterate_raw(folder / "docs")]
+    """`first/`, the docstrings once, and `raw/`, the same file and then larger ones that repeat it in other orders."""
+    first = DocsSource(0).write(folder / "first", folder)
+    write_manifest(folder / "first", {"kind": "bench"}, first.files)
+    documents = [Document(row["text"]) for row in iterate_raw(folder / "first")]
     draw = random.Random(0)
-    written = 0
 
     def repeated() -> Iterator[Document]:
-        nonlocal written
-        while written < most_bytes:
-            for document in documents:
-                yield document
-                written += len(document.text.encode("utf-8"))
+        left = most_bytes - first.counts["text_bytes"]
+        while left > 0:
             draw.shuffle(documents)
+            for document in documents:
+                left -= len(document.text.encode("utf-8"))
+                yield document
 
-    # one file a copy, so that the first one is all distinct text
-    copy_bytes = sum(len(document.text.encode("utf-8")) for document in documents)
-    done = write_raw(repeated(), folder / "raw", file_bytes=copy_bytes)
-    write_manifest(folder / "raw", {"kind": "bench"}, done.files)
-    (folder / "first").mkdir()
-    os.link(folder / "raw" / done.files[0].name, folder / "first" / done.files[0].name)
-    write_manifest(folder / "first", {"kind": "bench"}, done.files[:1])
-    return done.counts["text_bytes"]
+    repeats = write_raw(repeated(), folder / "raw")
+    files = list(first.files)
+    for file in repeats.files:
+        files.append(replace(file, name=f"repeated_{file.name}"))
+        (folder / "raw" / file.name).rename(folder / "raw" / files[-1].name)
+    for file in first.files:
+        os.link(folder / "first" / file.name, folder / "raw" / file.name)
+    write_manifest(folder / "raw", {"kind": "bench"}, files)
+    return first.counts["text_bytes"] + repeats.counts["text_bytes"]
 
 
 def measure_ours(engine: str, workers: int, folder: Path) -> dict:

@@ -13,7 +13,7 @@ from small_corpus import make_texts, write_jsonl, write_raw_files
 from small_project import PARAMS, Project, write_params
 
 from pipelib.errors import UserError
-from pipelib.files import sha256_file
+from pipelib.files import read_json, sha256_file
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import ModelParams
@@ -153,6 +153,29 @@ def test_a_corrupt_parquet_file(project: Project) -> None:
     before = {name: sha256_file(project.root / name) for name in project.files()}
     project.refuses("tokenize", "data/raw/001_00000.parquet cannot be read as parquet")
     assert {name: sha256_file(project.root / name) for name in project.files()} == before
+
+
+def test_two_machines_encode_their_shares_at_once(project: Project) -> None:
+    shutil.rmtree(project.root / ".pipelib/units")
+    expected = {name: sha256_file(project.root / name) for name in project.files() if name.startswith("data/tokens")}
+    shutil.rmtree(project.root / "data/tokens")
+    commands = [[sys.executable, "-m", "stages.tokenize", "--unit", f"{index}/2"] for index in range(2)]
+    shares = [subprocess.Popen(command, cwd=project.root, stdout=subprocess.PIPE, text=True) for command in commands]
+    said = [share.communicate()[0] for share in shares]
+    assert [share.returncode for share in shares] == [0, 0]
+    assert ["share 0/2 is complete" in said[0], "share 1/2 is complete" in said[1]] == [True, True]
+    assert not (project.root / "data/tokens").exists()
+    project.runs("tokenize")
+    assert expected == {name: sha256_file(project.root / name) for name in expected}
+    speed = read_json(project.root / "metrics/speed/tokenize.json")
+    assert (speed["units"], speed["units_encoded"]) == (2, 0)
+
+
+def test_a_share_that_is_none(project: Project) -> None:
+    done = project.python("-m", "stages.tokenize", "--unit", "2/2")
+    assert done.returncode == 1
+    assert "tokenize: --unit 2/2 is not i/n with i from 0 to n - 1" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_corpus_shorter_than_one_batch(project: Project) -> None:

@@ -267,7 +267,7 @@ def test_duplicates_are_those_that_occurred_before(documents: list[tuple[int, in
 DEDUP_MEMORY = """
 import numpy as np
 from pipelib.tokens.dedup import find_duplicates
-from pipelib.tokens.workers import peak_memory
+from pipelib.processes import peak_memory
 draw = np.random.default_rng(0)
 def parts():
     for _ in range(40):

@@ -215,7 +215,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from pipelib.tokens.encoding import load_engine
 from pipelib.tokens.units import Unit, encode_unit
-from pipelib.tokens.workers import peak_memory
+from pipelib.processes import peak_memory
 path, target, engine = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 unit = Unit(path, "", 0, pq.ParquetFile(path).metadata.num_row_groups, pq.ParquetFile(path).metadata.num_rows, 0)
 counts, _ = encode_unit(unit, load_engine(engine), target)
@@ -234,6 +234,25 @@ def test_memory_stays_below_a_gigabyte_for_a_document_of_200_megabytes(tmp_path:
     tokens, memory = map(int, done.stdout.split())
     assert tokens > size / 5
     assert memory < 1_000_000_000
+
+
+ENDLESS = """
+import numpy as np
+from pipelib.processes import peak_memory
+from pipelib.tokens.encoding import GigatokenEngine, Texts
+engine, draw = GigatokenEngine(), np.random.default_rng(0)
+for _ in range(40):
+    words = draw.integers(97, 123, (500_000, 8), dtype=np.uint8)
+    words[:, 7] = 32
+    engine.encode(Texts(words.reshape(-1), np.array([0, words.size])))
+print(peak_memory())
+"""
+
+
+def test_memory_stays_bounded_for_words_that_never_come_again() -> None:
+    """160 MB of them would take more than a gigabyte."""
+    done = subprocess.run([sys.executable, "-c", ENDLESS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 600_000_000
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

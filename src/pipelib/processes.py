@@ -1,6 +1,7 @@
 """Processes: how many to use, and that none outlives the one that started it."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -31,6 +32,21 @@ def positive_setting(name: str) -> int | None:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def resident_memory() -> int:
+    """Memory that this process holds, in bytes; where the system does not tell, the most that it ever held."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_memory() -> int:
+    """The most memory that this process ever held, in bytes, pages of mapped files included."""
+    if sys.platform == "linux":  # getrusage counts what the parent held when it forked
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def tie_to_parent(death_signal: signal.Signals = signal.SIGTERM) -> None:

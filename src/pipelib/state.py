@@ -25,7 +25,7 @@ from pipelib.files import (
     read_json,
     remove,
     replace_folder,
-    sha256_file,
+    sha256_files,
     sha256_json,
     write_atomic,
     write_json,
@@ -83,7 +83,8 @@ class State:
         outs = self.work / "outs"
         assert outs.is_dir(), f"{outs} was not made"
         remove(self.final)
-        hashes = {path.relative_to(outs).as_posix(): sha256_file(path) for path in files_under(outs)}
+        paths = files_under(outs)
+        hashes = dict(zip((path.relative_to(outs).as_posix() for path in paths), sha256_files(paths), strict=True))
         outs.rename(self.final)
         write_json(self._meta, {**self._read_meta(), "final": hashes})
         remove(self.work)
@@ -134,11 +135,9 @@ class State:
 
     def _damaged(self, hashes: Mapping[str, str]) -> list[str]:
         """Finished files that are missing or whose bytes changed; each is said, since hardware may be to blame."""
-        bad = [
-            name
-            for name, sha256 in hashes.items()
-            if not (self.final / name).is_file() or sha256_file(self.final / name) != sha256
-        ]
+        here = [name for name in hashes if (self.final / name).is_file()]
+        actual = dict(zip(here, sha256_files([self.final / name for name in here]), strict=True))
+        bad = [name for name, sha256 in hashes.items() if actual.get(name) != sha256]
         for name in bad:
             print(
                 f"{self.final / name} is missing or damaged, so the finished state is dropped and made again",

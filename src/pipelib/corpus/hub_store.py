@@ -41,6 +41,7 @@ from pipelib.files import (
     read_json,
     require_free_space,
     sha256_file,
+    sha256_files,
     sync_folder,
     write_json,
 )
@@ -172,12 +173,10 @@ def _cached_files(repo: HubRepo, folder: str, ending: str) -> list[HubFile]:
         "could not be compared with the hub's list",
         flush=True,
     )
-    with ThreadPoolExecutor(available_cores(), thread_name_prefix="hash") as pool:
-        hashes = pool.map(sha256_file, paths)
-        return [
-            HubFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, sha256)
-            for path, sha256 in zip(paths, hashes, strict=True)
-        ]
+    return [
+        HubFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, sha256)
+        for path, sha256 in zip(paths, sha256_files(paths), strict=True)
+    ]
 
 
 def _snapshot(repo: HubRepo) -> Path | None:

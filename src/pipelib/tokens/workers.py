@@ -2,20 +2,17 @@
 
 import multiprocessing
 import os
-import resource
 import signal
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from pipelib.errors import UserError
-from pipelib.processes import tie_to_parent, worker_count
+from pipelib.processes import peak_memory, tie_to_parent, worker_count
 from pipelib.tokens.encoding import Engine, load_engine
 
 Item = TypeVar("Item")
@@ -102,11 +99,3 @@ def _start(name: str) -> None:
 def worker_engine() -> Engine:
     """The tokenizer of the worker that calls this."""
     return _engine
-
-
-def peak_memory() -> int:
-    """The most memory that this process ever held, in bytes, pages of mapped files included."""
-    if sys.platform == "linux":  # getrusage counts what the parent held when it forked
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
