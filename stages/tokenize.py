@@ -14,12 +14,12 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from pipelib.files import read_json, sha256_file
+from pipelib.corpus.raw import MANIFEST, read_manifest
+from pipelib.files import sha256_file
 from pipelib.params import load_params
 from pipelib.provenance import code_hashes
 from pipelib.stage import build_outs, run_stage
 from pipelib.tokens.encode_corpus import encode_corpus, encode_share
-from pipelib.tokens.shards import MANIFEST
 from pipelib.tokens.unit_store import Share
 
 RAW = Path("data/raw")
@@ -33,8 +33,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     params = load_params()
-    read_json(RAW / MANIFEST)  # says what to run where it is missing
-    if arguments.unit:
+    read_manifest(RAW)  # says what to run where it is missing
+    if arguments.unit is not None:
         share = Share.parse(arguments.unit)
         count = encode_share(code_hashes(Path("stages/tokenize.py"), Path.cwd()), RAW, share)
         print(f"tokenize: share {arguments.unit} is complete: {count} units", flush=True)

@@ -44,3 +44,14 @@ def test_a_folder_in_use_and_a_missing_one(tokens: np.ndarray, capsys: pytest.Ca
     assert "not empty" in capsys.readouterr().err
     assert main(["export-tokens", "--tokens", "nowhere", "--format", "npy", "--out", "new"]) == 1
     assert "run the stage that makes it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["edu_val", "train", "../x"])
+def test_a_name_that_says_another_split_or_place(
+    tokens: np.ndarray,  # noqa: ARG001
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    assert main(["export-tokens", "--format", "npy", "--out", "out", "--name", name]) == 1
+    assert "would take one for the other" in capsys.readouterr().err
+    assert not Path("out").exists()

@@ -123,3 +123,19 @@ def test_the_manifest_says_how_many_rows_of_a_file_belong_to_the_corpus(tmp_path
     write_manifest(tmp_path, {}, [replace(written.files[0], rows=1001)])
     assert [row["text"] for row in iterate_raw(tmp_path)] == [document.text for document in DOCUMENTS[:1001]]
     assert read_manifest(tmp_path).documents == 1001
+
+
+@pytest.mark.parametrize(
+    ("counts", "rows"),
+    [
+        (pa.array([2, 2, 2, 2]), 2),
+        (pa.array([2, None, 2, 2]), 3),  # "bbbb" counts one
+        (pa.array([-5, 1, 2, 2]), 3),  # "aaaaaaaa" counts two
+        (pa.array([2.0, float("nan"), 2.0, 2.0]), 3),  # no whole numbers: two, one, one
+        (pa.array(["2", "2", "2", "2"]), 3),
+    ],
+)
+def test_a_token_count_that_is_none_is_estimated(tmp_path: Path, counts: pa.Array, rows: int) -> None:
+    texts = ["aaaaaaaa", "bbbb", "cccc", "dddd"]
+    pq.write_table(pa.table({"text": texts, "token_count": counts}), tmp_path / "a.parquet")
+    assert first_rows(tmp_path / "a.parquet", 4)[0] == rows

@@ -80,9 +80,10 @@ def test_a_read_only_file_is_replaced_too(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_does_no_harm(tmp_path: Path) -> None:
-    (tmp_path / f".a.{os.getpid()}.tmp").write_text("half")
+    (tmp_path / ".a.0123456789ab.tmp").write_text("half")
     write_text(tmp_path / "a", "whole")
-    assert names(tmp_path) == ["a"]
+    assert files_under(tmp_path) == [tmp_path / "a"]
+    assert (tmp_path / "a").read_text() == "whole"
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

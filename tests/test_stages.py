@@ -171,10 +171,11 @@ def test_two_machines_encode_their_shares_at_once(project: Project) -> None:
     assert (speed["units"], speed["units_encoded"]) == (2, 0)
 
 
-def test_a_share_that_is_none(project: Project) -> None:
-    done = project.python("-m", "stages.tokenize", "--unit", "2/2")
+@pytest.mark.parametrize("share", ["2/2", ""])
+def test_a_share_that_is_none(project: Project, share: str) -> None:
+    done = project.python("-m", "stages.tokenize", "--unit", share)
     assert done.returncode == 1
-    assert "tokenize: --unit 2/2 is not i/n with i from 0 to n - 1" in done.stderr
+    assert f"tokenize: --unit {share} is not i/n with i from 0 to n - 1" in done.stderr
     assert "Traceback" not in done.stderr
 
 

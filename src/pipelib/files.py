@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,16 +27,15 @@ _BLOCK = 1 << 20
 def write_atomic(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary file that appears under `path`, synced and whole, when the block ends without an error.
 
-    A process killed at any instant leaves either the old file or the new one, and at most a `.NAME.PID.tmp` beside it.
-    Processes that write the same file at once do not meet; the last one's stays.
+    A process killed at any instant leaves either the old file or the new one, and at most a `.NAME.RANDOM.tmp` beside it.
+    Processes that write the same file at once, on machines that share it too, do not meet; the last one's stays.
 
     Args:
         durable: False leaves it to the system when the bytes reach the disk: for files whose readers check them, since
             a power cut may leave anything under `path` then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file

@@ -38,6 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     from pipelib.progress import Progress
     from pipelib.tokens.shards import open_shard, read_manifest, shard_problems
 
+    if any(word in arguments.name for word in ("train", "val", "/")):
+        raise UserError(
+            f"--name {arguments.name} has `train`, `val` or a slash in it, so programs that look for a split by its name would "
+            "take one for the other; give another name."
+        )
     manifest = read_manifest(arguments.tokens)
     out: Path = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

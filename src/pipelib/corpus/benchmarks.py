@@ -264,7 +264,12 @@ def write_benchmarks(
         _require_items(items, len(head))
         made = f"from the first documents of the corpus, seed {params.seed}, {CHOICES} choices"
         add("completion.jsonl", items, len(head), made)
-        add("heldout.jsonl", ({"text": row["text"]} for row in head), len(head), "the first documents of the corpus")
+        add(
+            "heldout.jsonl",
+            ({"text": row["text"]} for row in head if row["text"]),
+            len(head),
+            "the first documents of the corpus",
+        )
     for name, pin in HUB_BENCHMARKS.items():
         if name in params.benchmarks:
             with fetch(pin) as path:
@@ -276,8 +281,9 @@ def write_benchmarks(
 
 
 def _first_documents(raw: Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` documents, and the certainty that more follow."""
-    head = list(islice(iterate_raw(raw, ("text", "id")), count + 1))
+    """The first `count` documents, those without text as empty ones, and the certainty that more follow."""
+    rows = islice(iterate_raw(raw, ("text", "id")), count + 1)
+    head = [{**row, "text": row["text"] or ""} for row in rows]
     if len(head) <= count:
         raise UserError(
             f"download.benchmark_documents: {count} of the corpus's {len(head)} documents would go into the "

@@ -42,6 +42,7 @@ from pipelib.files import (
     require_free_space,
     sha256_file,
     sha256_files,
+    sha256_json,
     sync_folder,
     write_json,
 )
@@ -129,7 +130,8 @@ def _listed(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[HubFi
         files = persistently(
             lambda: _files_at(url, folder), f"the list of files in {_where(repo, folder)}", repo, retry
         )
-        write_json(kept, [asdict(file) for file in files])
+        entries = [asdict(file) for file in files]
+        write_json(kept, {"files": entries, "sha256": sha256_json(entries)})
     return [file for file in files if file.path.endswith(ending)]
 
 
@@ -143,8 +145,10 @@ def _list_path(repo: HubRepo, folder: str) -> Path:
 
 def _read_list(path: Path) -> list[HubFile] | None:
     """What an earlier run kept of the hub's list; None if there is none or it is damaged, so that the hub is asked."""
-    with suppress(UserError, TypeError):
-        return [HubFile(**entry) for entry in read_json(path)]
+    with suppress(UserError, TypeError, KeyError):
+        kept = read_json(path)
+        if kept["sha256"] == sha256_json(kept["files"]):
+            return [HubFile(**entry) for entry in kept["files"]]
     return None
 
 

@@ -7,7 +7,7 @@ whom they were written, so equal text gives equal bytes.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,8 @@ from pipelib.errors import UserError, how_to_repair
 from pipelib.files import read_json, sha256_file, sync_folder, write_json
 
 MANIFEST = "manifest.json"
-_REPAIR = how_to_repair("data/raw")
+REPAIR = how_to_repair("data/raw")
+"""The remedy for a damaged file of raw text."""
 
 ROW_GROUP_ROWS = 1000
 """Documents in a row group, the piece that one tokenizing process takes at a time."""
@@ -182,7 +183,7 @@ def first_documents(
 def first_rows(path: Path, max_tokens: int) -> tuple[int, int]:
     """How many rows of a parquet file are the shortest prefix with at least `max_tokens` tokens, or all; and their tokens.
 
-    Only `token_count` is read, and the text where a row group has none; a thousand rows are in memory at a time.
+    Only `token_count` is read, and the text where a row group has none; a hundred rows are in memory at a time.
     """
     rows = tokens = 0
     with open_parquet(path) as parquet:
@@ -196,24 +197,32 @@ def first_rows(path: Path, max_tokens: int) -> tuple[int, int]:
 
 def _row_tokens(parquet: pq.ParquetFile, path: Path) -> Iterator[int]:
     """What each row counts."""
-    counted = "token_count" in parquet.schema_arrow.names
+    schema = parquet.schema_arrow
+    counted = schema.names.count("token_count") == 1 and pa.types.is_integer(schema.field("token_count").type)
     try:
         for group in range(parquet.num_row_groups):
-            if counted and not any(None in batch for batch in _column(parquet, group, "token_count")):
-                yield from chain.from_iterable(_column(parquet, group, "token_count"))
-                continue
-            sizes = chain.from_iterable(_column(parquet, group, "text"))
-            known = chain.from_iterable(_column(parquet, group, "token_count")) if counted else repeat(None)
-            yield from map(estimated_tokens, sizes, known)
+            known = list(_token_counts(parquet, group)) if counted else []
+            lengths = _text_lengths(parquet, group) if None in known or not counted else repeat(0)
+            yield from map(estimated_tokens, lengths, known if counted else repeat(None))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(path, str(error), _REPAIR) from None
+        raise damaged(path, str(error), REPAIR) from None
 
 
-def _column(parquet: pq.ParquetFile, group: int, name: str) -> Iterator[list[Any]]:
-    """A column of a row group in batches; of the text the bytes of each, none where it is null."""
-    for batch in parquet.iter_batches(ROW_GROUP_ROWS, row_groups=[group], columns=[name], use_threads=False):
-        column = batch.column(0)
-        yield column.to_pylist() if name != "text" else pc.fill_null(pc.binary_length(column), 0).to_pylist()
+def _token_counts(parquet: pq.ParquetFile, group: int) -> Iterator[int | None]:
+    """The numbers of tokens that the dataset gives; None where it gives none, or one that is none."""
+    for batch in _batches(parquet, group, "token_count"):
+        yield from (count if count is not None and count >= 0 else None for count in batch.to_pylist())
+
+
+def _text_lengths(parquet: pq.ParquetFile, group: int) -> Iterator[int]:
+    """Bytes of each text; none where it is null."""
+    for batch in _batches(parquet, group, "text"):
+        yield from pc.fill_null(pc.binary_length(batch.cast(pa.large_string())), 0).to_pylist()
+
+
+def _batches(parquet: pq.ParquetFile, group: int, name: str) -> Iterator[pa.Array]:
+    for batch in parquet.iter_batches(100, row_groups=[group], columns=[name], use_threads=False):
+        yield batch.column(0)
 
 
 def _row_groups(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
@@ -280,7 +289,7 @@ def read_manifest(folder: Path) -> RawManifest:
         return RawManifest(value["source"], tuple(RawFile(**file) for file in value["files"]))
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not a manifest of raw text ({error!r}), so its files cannot be trusted; {_REPAIR}."
+            f"{path} is not a manifest of raw text ({error!r}), so its files cannot be trusted; {REPAIR}."
         ) from None
 
 
@@ -295,20 +304,20 @@ def iterate_raw(folder: Path, columns: Sequence[str] = ("text",)) -> Iterator[di
 
 
 def _iterate_file(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """All rows of a parquet file."""
-    with open_parquet(path, _REPAIR) as parquet:
-        missing = sorted(set(columns) - set(parquet.schema_arrow.names))
-        if missing:
-            raise UserError(f"{path} has no column {', '.join(missing)}, so it is not raw text; {_REPAIR}.")
+    """All rows of a parquet file; a column that it does not have is None."""
+    with open_parquet(path, REPAIR) as parquet:
+        here = [name for name in columns if name in parquet.schema_arrow.names]
+        missing = dict.fromkeys(name for name in columns if name not in here)
         for group in range(parquet.num_row_groups):
-            yield from _read_group(parquet, group, columns, path)
+            for row in _read_group(parquet, group, here, path):
+                yield {**missing, **row}
 
 
 def _read_group(parquet: pq.ParquetFile, group: int, columns: Sequence[str], path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = parquet.read_row_group(group, list(columns), use_threads=False).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(path, f"row group {group}: {error}", _REPAIR) from None
+        raise damaged(path, f"row group {group}: {error}", REPAIR) from None
     return rows
 
 
@@ -319,7 +328,7 @@ def open_parquet(path: Path, remedy: str = "fetch or make it again") -> pq.Parqu
         remedy: what to do about a damaged one, for the message.
 
     Raises:
-        UserError: it is missing, damaged, cut short, or has no such column.
+        UserError: it is missing, damaged, cut short, or has no such column of strings.
     """
     try:
         parquet = pq.ParquetFile(path)
@@ -327,13 +336,37 @@ def open_parquet(path: Path, remedy: str = "fetch or make it again") -> pq.Parqu
         raise UserError(f"{path} does not exist, so a part of the corpus is missing; run dvc repro.") from None
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, str(error), remedy) from None
-    if "text" not in parquet.schema_arrow.names:
-        names = ", ".join(parquet.schema_arrow.names)
-        parquet.close()
+    names = parquet.schema_arrow.names
+    if names.count("text") == 1 and _is_text(kind := parquet.schema_arrow.field("text").type):
+        return parquet
+    parquet.close()
+    if "text" not in names:
         raise UserError(
-            f"{path} has no column `text` (it has {names}), so there is nothing to train on; rename the column."
+            f"{path} has no column `text` (it has {', '.join(names)}), so there is nothing to train on; rename the column."
         )
-    return parquet
+    if names.count("text") > 1:
+        raise UserError(
+            f"{path} has {names.count('text')} columns `text`, so it is not clear which is meant; rename the others."
+        )
+    raise UserError(
+        f"{path}: the column `text` holds {kind}, not strings, so there is nothing to train on; convert it."
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be read as text; one of nothing but nulls has the type null."""
+    while pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(
+        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    )
+
+
+def text_bytes_of(metadata: pq.FileMetaData, group: int) -> int:
+    """Bytes of the column `text` in a row group, uncompressed but encoded: texts that repeat count once."""
+    columns = metadata.row_group(group)
+    found = (columns.column(index) for index in range(columns.num_columns))
+    return int(next(column.total_uncompressed_size for column in found if column.path_in_schema == "text"))
 
 
 def damaged(path: Path, why: str, remedy: str) -> UserError:
@@ -342,3 +375,19 @@ def damaged(path: Path, why: str, remedy: str) -> UserError:
         f"{path} cannot be read as parquet ({' '.join(why.split())}), so it is damaged or cut short and its text would "
         f"be lost; {remedy}."
     )
+
+
+def require_file(folder: Path, file: RawFile) -> None:
+    """Read a file of a corpus and refuse it if a byte changed since the manifest beside it was written.
+
+    A flipped bit inside a page can decode to other text without an error.
+
+    Raises:
+        UserError: its SHA-256 is another one.
+    """
+    actual = sha256_file(folder / file.name)
+    if actual != file.sha256:
+        raise UserError(
+            f"{folder / file.name} has sha256 {actual} and its manifest says {file.sha256}: its bytes changed, so its text "
+            f"may have; {REPAIR}."
+        )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from pipelib.tokens.units import Hashes
+from pipelib.tokens.unit_file import Hashes
 
 _BLOCK = 1 << 20
 

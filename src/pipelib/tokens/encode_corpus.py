@@ -3,7 +3,8 @@
 1. The units (`units.py`) that are not there yet are encoded, each by one worker. They stay in the state folder: a killed
    run goes on with the missing ones, a corpus that grows keeps those it had, and a damaged shard is made again from them.
    They take as much as the shards, and 20 bytes a document; `pipelib clean --stage units` frees them.
-2. The units' tokens in order, less duplicates, are cut into shards, each written and hashed by one worker.
+2. The units' tokens in order, less duplicates, are cut into shards, each written and hashed by one worker, which first
+   reads the checksums of the units it takes from.
 
 So the shards are equal for any number of workers, and memory is bounded whatever the size of the corpus. The first part
 depends on nothing but the text, so machines that share the state folder can each take a share of it (`encode_share`).
@@ -11,34 +12,25 @@ depends on nothing but the text, so machines that share the state folder can eac
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelib.corpus.raw import read_manifest
+from pipelib.corpus.raw import RawFile, read_manifest, require_file
 from pipelib.errors import UserError
 from pipelib.files import require_free_space, write_atomic
 from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.progress import Progress
 from pipelib.stage import Build
 from pipelib.tokens.dedup import find_duplicates
-from pipelib.tokens.encoding import VOCABULARY_SHA256, Tokens
+from pipelib.tokens.encoding import VOCABULARY_SHA256, load_engine
 from pipelib.tokens.params import TokenizeParams
-from pipelib.tokens.shards import UNIGRAM_COUNTS, Counts, Manifest, Shard, shard_name, write_shard
-from pipelib.tokens.unit_store import Share, drop_other_code, unit_store
-from pipelib.tokens.units import (
-    Seconds,
-    Unit,
-    UnitCounts,
-    check_unit,
-    encode_unit,
-    plan_units,
-    read_documents,
-    read_tokens,
-    require_file,
-)
+from pipelib.tokens.shards import UNIGRAM_COUNTS, Counts, Manifest, Shard, Tokens, shard_name, write_shard
+from pipelib.tokens.unit_file import UnitCounts, check_unit, read_documents, read_tokens
+from pipelib.tokens.unit_store import Share, unit_store
+from pipelib.tokens.units import Seconds, Unit, encode_unit, plan_units
 from pipelib.tokens.workers import Workers, worker_engine
 
 
@@ -63,17 +55,18 @@ def encode_corpus(
     units = plan_units(raw, source.files)
     out = build.outs / "data" / "tokens"
     started = time.monotonic()
-    with unit_store(build.code) as store, Workers(len(units)) as workers:
-        done = complete_units(units, store, workers)
+    tasks = max(len(units), _text_bytes(units) // (4 * params.shard_tokens))
+    with unit_store(build.code) as store, Workers(tasks) as workers:
+        done = complete_units(raw, units, store, workers)
         encoded = time.monotonic()
         total = add_up([unit.counts for unit in done])
         if not total.tokens:
             raise UserError(
                 f"{raw} holds no text in {len(units)} pieces, so there is nothing to learn; look at the source."
             )
-        parts = distinct_parts(done) if params.dedup == "exact" else [Part(unit.path, unit.counts) for unit in done]
+        parts = distinct_parts(done) if params.dedup == "exact" else [Part(unit) for unit in done]
+        require_training_data(parts, params.shard_tokens, benchmark_documents)
         shards, counts = write_shards(out, parts, params.shard_tokens, workers)
-        drop_other_code(store)
 
     dropped = sum(len(part.dropped) for part in parts)
     dedup = None if params.dedup == "none" else {"method": params.dedup, "dropped_documents": dropped}
@@ -84,7 +77,6 @@ def encode_corpus(
         dedup,
     )
     tokens = manifest.tokens("val") + manifest.tokens("train")
-    require_training_data(manifest, tokens, params.shard_tokens, benchmark_documents)
     with write_atomic(out / UNIGRAM_COUNTS) as file:
         np.save(file, counts)
     manifest.write(out)
@@ -129,7 +121,7 @@ def encode_share(code: Mapping[str, str], raw: Path, share: Share) -> int:
     """
     units = share.of(plan_units(raw, read_manifest(raw).files))
     with unit_store(code, share) as store, Workers(len(units)) as workers:
-        complete_units(units, store, workers)
+        complete_units(raw, units, store, workers)
     return len(units)
 
 
@@ -141,28 +133,31 @@ class DoneUnit:
     """A unit that is there, whole."""
 
     path: Path
+    identity: str
     counts: UnitCounts
     seconds: Seconds | None
     """Where the time of encoding it went; None if it was there before."""
 
 
-def complete_units(units: Sequence[Unit], store: Path, workers: Workers) -> list[DoneUnit]:
+def complete_units(raw: Path, units: Sequence[Unit], store: Path, workers: Workers) -> list[DoneUnit]:
     """Encode the units that are not there yet, or not whole, and return all, in order.
 
     Raises:
         UserError: text that cannot be read, or is not what was downloaded; a full disk; a worker that was killed.
     """
-    found = workers.each("check", check_unit, [unit.file(store) for unit in units])
+    found = workers.each("check", _check_unit, units, store)
     missing = [unit for unit, counts in zip(units, found, strict=True) if counts is None]
-    # a token of English is four to five bytes of text, of source code about three; it takes two in a unit and in a shard
-    require_free_space(store, (_text_bytes(missing) + _text_bytes(units)) * 2 // 3, "tokenization")
-    workers.each("verify", _require_file, list({unit.path: unit.sha256 for unit in missing}.items()))
+    require_free_space(store, _token_bytes(missing) + _token_bytes(units), "tokenization")
+    names = {unit.path.name for unit in missing}
+    workers.each("verify", _require_file, [file for file in read_manifest(raw).files if file.name in names], raw)
+    if missing:
+        load_engine(workers.engine)  # proves it here, where an error is one message, and not in every worker
     progress = Progress(f"encoding with {workers.engine}, {workers.count} workers", _text_bytes(missing), "bytes")
     done = workers.each("units", _encode_unit, missing, store, done=lambda unit: progress.add(unit.text_bytes))
     progress.close(f"{sum(unit.counts.tokens for unit in done):,} tokens")
     encoded = iter(done)
     return [
-        DoneUnit(unit.file(store), counts, None) if counts else next(encoded)
+        DoneUnit(unit.file(store), unit.identity, counts, None) if counts else next(encoded)
         for unit, counts in zip(units, found, strict=True)
     ]
 
@@ -171,22 +166,27 @@ def _text_bytes(units: Sequence[Unit]) -> int:
     return sum(unit.text_bytes for unit in units)
 
 
-def _require_file(file: tuple[Path, str]) -> None:
-    require_file(*file)
+def _token_bytes(units: Sequence[Unit]) -> int:
+    """What the tokens of units will take, about: English has four to five bytes of text a token, source code three."""
+    return _text_bytes(units) * 2 // 3 + 22 * sum(unit.rows for unit in units)
+
+
+def _check_unit(unit: Unit, store: Path) -> UnitCounts | None:
+    return check_unit(unit.file(store), unit.identity)
+
+
+def _require_file(file: RawFile, raw: Path) -> None:
+    require_file(raw, file)
 
 
 def _encode_unit(unit: Unit, store: Path) -> DoneUnit:
     path = unit.file(store)
-    return DoneUnit(path, *encode_unit(unit, worker_engine(), path))
+    return DoneUnit(path, unit.identity, *encode_unit(unit, worker_engine(), path))
 
 
 def add_up(counts: Sequence[UnitCounts]) -> UnitCounts:
     """The counts of several units."""
-    return (
-        UnitCounts(*(sum(numbers) for numbers in zip(*map(astuple, counts), strict=True)))
-        if counts
-        else UnitCounts(0, 0, 0, 0)
-    )
+    return UnitCounts(**{field.name: sum(getattr(each, field.name) for each in counts) for field in fields(UnitCounts)})
 
 
 # ---- Units to shards -------------------------------------------------------------------------------------------------
@@ -196,8 +196,7 @@ def add_up(counts: Sequence[UnitCounts]) -> UnitCounts:
 class Part:
     """A unit's tokens, less those of some documents."""
 
-    path: Path
-    counts: UnitCounts
+    unit: DoneUnit
     dropped: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
     """The numbers of the documents that are left out, rising."""
     dropped_tokens: int = 0
@@ -205,26 +204,41 @@ class Part:
     @property
     def tokens(self) -> int:
         """Tokens that stay."""
-        return self.counts.tokens - self.dropped_tokens
+        return self.unit.counts.tokens - self.dropped_tokens
+
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Where the documents that stay start among those tokens (documents,)."""
+        lengths = np.delete(read_documents(self.unit.path, self.unit.counts)[0], self.dropped).astype(np.int64)
+        return np.cumsum(lengths) - lengths
 
     def read(self, start: int, end: int) -> Iterator[Tokens]:
-        """Tokens [start, end) of those that stay, in arrays of any length."""
+        """Tokens [start, end) of those that stay, in arrays of any length.
+
+        Raises:
+            UserError: the unit is not what was encoded: a disk or memory is to blame.
+        """
+        if check_unit(self.unit.path, self.unit.identity) != self.unit.counts:
+            self.unit.path.unlink(missing_ok=True)
+            raise UserError(
+                f"{self.unit.path} changed since it was written, so its tokens could be wrong; it was removed: run dvc repro "
+                "again, and look at the disk if it happens again."
+            )
         before = 0  # tokens that stay, of the runs so far
         for first, last in self._runs():
             begin, stop = max(0, start - before), min(last - first, end - before)
             if begin < stop:
-                yield from read_tokens(self.path, first + begin, first + stop)
+                yield from read_tokens(self.unit.path, first + begin, first + stop)
             before += last - first
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Where in the file the tokens are that stay."""
         start = 0
         if len(self.dropped):
-            ends = np.cumsum(read_documents(self.path, self.counts)[0], dtype=np.int64)
+            ends = np.cumsum(read_documents(self.unit.path, self.unit.counts)[0], dtype=np.int64)
             for document in self.dropped.tolist():
                 yield start, int(ends[document - 1]) if document else 0
                 start = int(ends[document])
-        yield start, self.counts.tokens
+        yield start, self.unit.counts.tokens
 
 
 def distinct_parts(units: Sequence[DoneUnit]) -> list[Part]:
@@ -237,7 +251,7 @@ def distinct_parts(units: Sequence[DoneUnit]) -> list[Part]:
         lengths, _ = read_documents(unit.path, unit.counts)
         dropped = np.flatnonzero(duplicate[first : first + len(lengths)]).astype(np.uint32)
         first += len(lengths)
-        parts.append(Part(unit.path, unit.counts, dropped, int(lengths[dropped].sum(dtype=np.int64))))
+        parts.append(Part(unit, dropped, int(lengths[dropped].sum(dtype=np.int64))))
     return parts
 
 
@@ -285,15 +299,26 @@ def _write_shard(task: tuple[Path, Sequence[Span]]) -> tuple[Shard, Counts]:
     return write_shard(path, sum(end - start for _, start, end in spans), pieces)
 
 
-def require_training_data(manifest: Manifest, tokens: int, shard_tokens: int, benchmark_documents: int) -> None:
-    """Refuse shards without training data, and benchmarks made of training text."""
-    if not manifest.split("train"):
+def require_training_data(parts: Sequence[Part], shard_tokens: int, benchmark_documents: int) -> None:
+    """Refuse a corpus that leaves no training data, and benchmarks made of training text.
+
+    Raises:
+        UserError: one of the two.
+    """
+    tokens = sum(part.tokens for part in parts)
+    if tokens <= shard_tokens:
         raise UserError(
             f"the corpus has {tokens} tokens and the validation shard takes tokenize.shard_tokens = {shard_tokens}, so no "
             "training data is left; lower tokenize.shard_tokens or add text."
         )
+    started = before = 0
+    for part in parts:
+        if before >= shard_tokens:
+            break
+        started += int(np.count_nonzero(before + part.starts() < shard_tokens))
+        before += part.tokens
     # A document belongs to the validation shard as a whole when the next one starts there too.
-    whole = manifest.shards[0].documents - 1
+    whole = started - 1
     if whole < benchmark_documents:
         raise UserError(
             f"download.benchmark_documents = {benchmark_documents}, but only the first {whole} documents lie wholly in the "

@@ -22,6 +22,7 @@ from pipelib.files import sha256_file, write_atomic
 from pipelib.model.vocabulary import vocabulary_file
 from pipelib.processes import resident_memory
 from pipelib.state import state_root
+from pipelib.tokens.shards import Tokens
 
 _ORIGIN = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _VOCABULARY = {
@@ -41,7 +42,6 @@ HARD_STRINGS = (
 )  # fmt: skip
 """Where byte-pair encoders go wrong: space runs, contractions, marks, controls, other scripts, special-token look-alikes."""
 
-Tokens = npt.NDArray[np.uint16]
 Offsets = npt.NDArray[np.int64]
 
 
@@ -154,6 +154,7 @@ class GigatokenEngine:
     def _load(self) -> None:
         import gigatoken
 
+        self._tokenizer: Any = None  # the old one goes first, with its memory
         self._tokenizer = gigatoken.Tokenizer.from_tiktoken(self._ranks, "gpt2", special_tokens={})
         self._text, self._memory = 0, _memory()
 

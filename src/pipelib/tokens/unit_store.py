@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Self
 
 from pipelib.errors import UserError
-from pipelib.files import remove, sha256_json
-from pipelib.state import is_locked, lock_folder, state_root
+from pipelib.files import sha256_json
+from pipelib.state import is_held, lock_folder, state_root
 from pipelib.tokens.units import Unit
 
 
 @dataclass(frozen=True)
 class Share:
-    """A part of the units, for one of several processes: every `count`-th, from number `index` on."""
+    """A part of the units, for one of several processes: neighbours, so that each process reads few files."""
 
     index: int
     count: int
@@ -40,7 +40,8 @@ class Share:
 
     def of(self, units: Sequence[Unit]) -> Sequence[Unit]:
         """The units of this share."""
-        return units[self.index :: self.count]
+        first, end = (number * len(units) // self.count for number in (self.index, self.index + 1))
+        return units[first:end]
 
 
 @contextmanager
@@ -58,13 +59,9 @@ def unit_store(code: Mapping[str, str], share: Share | None = None) -> Iterator[
     name = f"lock-{share.index}-of-{share.count}" if share else "lock"
     lock = lock_folder(store, name, wait=share is None)
     try:
+        if share is None and not any(map(is_held, store.glob("lock-*"))):
+            for leftover in store.glob("*/.*.tmp"):  # of processes that were killed
+                leftover.unlink(missing_ok=True)
         yield store
     finally:
         os.close(lock)
-
-
-def drop_other_code(store: Path) -> None:
-    """Remove the units that other code made, which nothing can use any more, unless a process works there."""
-    for folder in store.parent.iterdir():
-        if folder != store and not is_locked(folder):
-            remove(folder)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -31,7 +32,6 @@ class Workers:
         """
         self.count = worker_count(tasks)
         self.engine = os.environ.get("PIPELIB_TOKENIZER", "gigatoken")
-        load_engine(self.engine)  # proves it here, where an error is one message, and not in every worker
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """What the workers spent on each step, added up over them."""
         self.peak_memory = 0
@@ -87,15 +87,16 @@ def _timed(task: Callable[..., Result], *arguments: Any) -> tuple[Result, float,
     return result, time.perf_counter() - started, peak_memory()
 
 
-_engine: Engine
+_name: str
 
 
 def _start(name: str) -> None:
-    global _engine
+    global _name
     tie_to_parent(signal.SIGKILL)
-    _engine = load_engine(name)
+    _name = name
 
 
+@cache
 def worker_engine() -> Engine:
-    """The tokenizer of the worker that calls this."""
-    return _engine
+    """The tokenizer of the worker that calls this, loaded when it is first needed."""
+    return load_engine(_name)

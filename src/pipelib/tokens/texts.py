@@ -1,0 +1,194 @@
+"""Text out of parquet as arrays of bytes, in pieces that can be encoded apart from each other without changing a token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelib.corpus.raw import REPAIR, damaged, text_bytes_of
+from pipelib.errors import UserError
+from pipelib.tokens.encoding import Offsets, Texts
+
+CHUNK_BYTES = 4 << 20
+"""Text that is encoded at once, in bytes."""
+PIECE_BYTES = 1 << 20
+"""A longer document is encoded in pieces of about so many bytes."""
+BATCH_ROWS = 16
+"""Rows that are read at once; few, since nothing in a file says how long one of them may be."""
+_BUFFER_BYTES = 1 << 22
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_texts(path: Path, first_group: int, end_group: int, rows: int) -> Iterator[Texts]:
+    """The documents of some row groups, a few megabytes at a time, or one where it is longer; rows without text are left out.
+
+    Args:
+        rows: how many rows count, from the first group's start.
+
+    Raises:
+        UserError: bytes that cannot be read or are not UTF-8, or too few rows, with the file and the row.
+    """
+    row, left = 1, rows
+    try:
+        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES) as parquet:
+            row += sum(parquet.metadata.row_group(group).num_rows for group in range(first_group))
+            waiting: list[Texts] = []
+            for column in _columns(parquet, range(first_group, end_group)):
+                texts = _texts_of(column.slice(0, left), path, row)
+                row, left = row + len(column), left - len(column)
+                if waiting and sum(len(each.data) for each in (*waiting, texts)) > CHUNK_BYTES:
+                    yield _joined(waiting)  # and a long document alone, since joining copies
+                    waiting = []
+                if len(texts):
+                    waiting.append(texts)
+                if left <= 0:
+                    break
+            if waiting:
+                yield _joined(waiting)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, f"from row {row} on: {error}", REPAIR) from None
+    if left > 0:
+        raise damaged(path, f"it ends before row {row}, {left} rows early", REPAIR)
+
+
+def _columns(parquet: pq.ParquetFile, groups: range) -> Iterator[pa.Array]:
+    """The column `text`, a few rows at a time; fewer where they are long on average."""
+    for number in groups:
+        group = parquet.metadata.row_group(number)
+        average = text_bytes_of(parquet.metadata, number) // max(1, group.num_rows)
+        rows = max(1, min(BATCH_ROWS, CHUNK_BYTES // max(1, average)))
+        for batch in parquet.iter_batches(rows, row_groups=[number], columns=["text"], use_threads=False):
+            yield batch.column(0)
+
+
+def _texts_of(column: pa.Array, path: Path, row: int) -> Texts:
+    """The texts of some rows that are not null or empty.
+
+    Raises:
+        UserError: one is not UTF-8; `row` is the number of the first, for the message.
+    """
+    try:
+        column.validate(full=True)
+        strings = column.cast(pa.large_string()).drop_null()
+    except pa.ArrowInvalid:
+        values = column.cast(pa.large_binary()).to_pylist()
+        wrong = next((index for index, value in enumerate(values) if not _is_utf8(value or b"")), 0)
+        raise UserError(
+            f"{path}, row {row + wrong}: the text is not UTF-8, so it cannot be encoded; {REPAIR}."
+        ) from None
+    _, offsets, data = strings.buffers()
+    if not data:
+        return Texts(np.zeros(0, np.uint8), np.zeros(1, np.int64))
+    ends = np.frombuffer(offsets, np.int64)[strings.offset : strings.offset + len(strings) + 1]
+    first, last = int(ends[0]), int(ends[-1])
+    bounds = np.append(ends[:-1][np.diff(ends) > 0], last) - first  # an empty text takes no bytes
+    return Texts(np.frombuffer(data, np.uint8)[first:last], bounds)
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _joined(parts: list[Texts]) -> Texts:
+    """Texts in one array."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.data) for part in parts)])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
+    return Texts(np.concatenate([part.data for part in parts]), np.concatenate([*offsets, starts[-1:]]))
+
+
+# ---- Pieces ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Texts that are encoded at once, long ones in pieces."""
+
+    texts: Texts
+    document: npt.NDArray[np.int64]
+    """The document that each piece is of (pieces,)."""
+    leads: npt.NDArray[np.bool_]
+    """Whether a document begins with it (pieces,)."""
+
+
+def chunks(texts: Texts) -> Iterator[Chunk]:
+    """All texts, about CHUNK_BYTES at a time."""
+    offsets, document = _pieces(texts)
+    leads = np.diff(document, prepend=-1) > 0
+    start = 0
+    while start < len(document):
+        end = max(start + 1, int(np.searchsorted(offsets, offsets[start] + CHUNK_BYTES, "right")) - 1)
+        first, last = offsets[start], offsets[end]
+        pieces = Texts(texts.data[first:last], offsets[start : end + 1] - first)
+        yield Chunk(pieces, document[start:end], leads[start:end])
+        start = end
+
+
+def _pieces(texts: Texts) -> tuple[Offsets, npt.NDArray[np.int64]]:
+    """Where every piece starts, and the document it is of; most documents are one piece."""
+    long = np.diff(texts.offsets) > PIECE_BYTES
+    cuts = [_cuts(texts.data, *texts.offsets[index : index + 2].tolist()) for index in np.flatnonzero(long)]
+    document = np.arange(len(texts), dtype=np.int64)
+    if not any(cuts):
+        return texts.offsets, document
+    pieces = np.ones(len(texts), np.int64)
+    pieces[long] += [len(places) for places in cuts]
+    offsets = np.sort(np.concatenate([texts.offsets, *(np.array(places, np.int64) for places in cuts)]))
+    return offsets, np.repeat(document, pieces)
+
+
+def _cuts(data: npt.NDArray[np.uint8], start: int, end: int) -> list[int]:
+    """Where a long text can be cut, about every PIECE_BYTES, without changing a token.
+
+    GPT-2 splits text into words before it merges bytes, and looks ahead only within white space. So a word that white
+    space follows ends there whatever comes, and so does a run of ASCII letters before a digit, or of digits before a
+    letter; what comes after does not look back. A text without such a place is one piece.
+    """
+    places: list[int] = []
+    at = start + PIECE_BYTES
+    while at < end:
+        window = data[at - 1 : min(end, at + PIECE_BYTES)]
+        place = next(
+            (at + int(found) for found in _candidates(window) if _ends_word(data, start, at + int(found))), None
+        )
+        if place is not None:
+            places.append(place)
+        at = (place if place is not None else at) + PIECE_BYTES
+    return places
+
+
+def _candidates(window: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Places, by the bytes around them, where a text may be cut."""
+    before, after = window[:-1], window[1:]
+    white = (after == 0x20) | (after == 0x0A) | (after == 0x0D) | (after == 0x09)
+    letter_before, letter_after = _is_letter(before), _is_letter(after)
+    digit_before, digit_after = _is_digit(before), _is_digit(after)
+    changes = (letter_before & digit_after) | (digit_before & letter_after)
+    return np.flatnonzero((white & (before > 0x20) & (before != 0x7F)) | changes)
+
+
+def _is_letter(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    return ((data | 0x20) >= 0x61) & ((data | 0x20) <= 0x7A)
+
+
+def _is_digit(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    return (data >= 0x30) & (data <= 0x39)
+
+
+def _ends_word(data: npt.NDArray[np.uint8], start: int, place: int) -> bool:
+    """Whether the character before a place is no white space; Python's notion of it includes GPT-2's."""
+    if data[place - 1] < 0x80:
+        return True
+    tail = data[max(start, place - 4) : place].tobytes().decode("utf-8", "ignore")
+    return bool(tail) and not tail[-1].isspace()

@@ -1,0 +1,132 @@
+"""The file of an encoded unit: its tokens, and what is needed to leave documents out of them later.
+
+    tokens       uint16 each; every document is led by <|endoftext|>
+    lengths      uint32 a document: its tokens, <|endoftext|> included
+    hashes       16 bytes a document: XXH3-128 of its text
+    trailer      the counts, and XXH3-64 of everything else and of what the unit is
+
+A file appears under its name when it is complete. It is not synced, so its checksum is read before each use.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from pipelib.files import write_atomic
+from pipelib.tokens.shards import Tokens
+
+_COUNTS = np.dtype(
+    [("magic", "S8"), ("tokens", "<u8"), ("documents", "<u8"), ("empty_documents", "<u8"), ("text_bytes", "<u8")]
+)
+_MAGIC = b"units 1\n"
+_TRAILER_BYTES = _COUNTS.itemsize + 8
+_BLOCK = 1 << 22
+
+Lengths = npt.NDArray[np.uint32]
+Hashes = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class UnitCounts:
+    """What a unit holds."""
+
+    tokens: int = 0
+    documents: int = 0
+    empty_documents: int = 0
+    """Rows without text, which make no document."""
+    text_bytes: int = 0
+    """Of the documents, in UTF-8."""
+
+
+class UnitWriter:
+    """Writes a unit's file; `write_unit` makes it."""
+
+    def __init__(self, file: IO[bytes], identity: str) -> None:
+        self._file, self._checksum = file, xxhash.xxh3_64(identity.encode())
+        self._lengths: list[Lengths] = []
+        self._hashes: list[bytes] = []
+        self._tokens = 0
+
+    def add_tokens(self, tokens: Tokens) -> None:
+        """Append tokens."""
+        self._tokens += len(tokens)
+        self._write(tokens.astype("<u2", copy=False).data)
+
+    def add_documents(self, lengths: Lengths, hashes: Sequence[bytes]) -> None:
+        """Note the documents whose tokens were appended."""
+        self._lengths.append(lengths)
+        self._hashes += hashes
+
+    def finish(self, empty_documents: int, text_bytes: int) -> UnitCounts:
+        """Write what comes after the tokens."""
+        counts = UnitCounts(self._tokens, len(self._hashes), empty_documents, text_bytes)
+        for lengths in self._lengths:
+            self._write(lengths.astype("<u4", copy=False).data)
+        self._write(b"".join(self._hashes))
+        self._write(np.array([(_MAGIC, *astuple(counts))], _COUNTS).tobytes())
+        self._file.write(self._checksum.digest())
+        return counts
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._checksum.update(data)
+
+
+@contextmanager
+def write_unit(path: Path, identity: str) -> Iterator[UnitWriter]:
+    """A unit's file, which appears when the block ends without an error.
+
+    Args:
+        identity: says what it is a unit of; a file of another identity is never taken for it.
+    """
+    with write_atomic(path, durable=False) as file:
+        yield UnitWriter(file, identity)
+
+
+def check_unit(path: Path, identity: str) -> UnitCounts | None:
+    """The counts of a unit whose every byte is right; None for any other file, or none."""
+    counts = _read_counts(path)
+    if counts is None:
+        return None
+    checksum = xxhash.xxh3_64(identity.encode())
+    with path.open("rb") as file:
+        left = path.stat().st_size - 8
+        while block := file.read(min(_BLOCK, left)):
+            checksum.update(block)
+            left -= len(block)
+        return counts if checksum.digest() == file.read() else None
+
+
+def _read_counts(path: Path) -> UnitCounts | None:
+    """What the trailer says, if the file is as long as that."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _TRAILER_BYTES))
+            (numbers,) = np.frombuffer(file.read(_COUNTS.itemsize), _COUNTS)
+    except (FileNotFoundError, ValueError):  # also where it is shorter than a trailer
+        return None
+    magic, *counted = numbers.tolist()
+    counts = UnitCounts(*counted)
+    expected = 2 * counts.tokens + 20 * counts.documents + _TRAILER_BYTES
+    return counts if magic == _MAGIC and size == expected else None
+
+
+def read_tokens(path: Path, start: int, end: int) -> Iterator[Tokens]:
+    """Tokens [start, end) of a unit, a few megabytes at a time."""
+    for at in range(start, end, _BLOCK // 2):
+        yield np.fromfile(path, "<u2", min(_BLOCK // 2, end - at), offset=2 * at)
+
+
+def read_documents(path: Path, counts: UnitCounts) -> tuple[Lengths, Hashes]:
+    """The length in tokens (documents,) and the hash (documents, 2) of every document of a unit."""
+    lengths = np.fromfile(path, "<u4", counts.documents, offset=2 * counts.tokens)
+    hashes = np.fromfile(path, "<u8", 2 * counts.documents, offset=2 * counts.tokens + 4 * counts.documents)
+    return lengths, hashes.reshape(-1, 2)
