@@ -5,8 +5,9 @@
 
 The text is the docstrings of the installed packages, once as they are ("first", distinct text) and then repeated in
 other orders ("repeats"). The straightforward way is build-nanogpt's: tiktoken in `Pool.imap`, document by document, one
-buffer of a shard that grows full and is saved; unlike it, the text is in memory before the clock starts. "per core" is what
-the workers do while they are at work; "in all" is the whole run's clock, starts of processes included.
+buffer of a shard that grows full and is saved; unlike it, the text is in memory before the clock starts. "in all" is the
+whole run's clock, starts of processes included; "after start" the same without the start of the workers, for each of them;
+"at work" counts only the time that workers work, over all the text, its first pass, and the repeats.
 """
 
 import argparse
@@ -34,9 +35,11 @@ from pipelib.stage import Build
 from pipelib.tokens.encode_corpus import encode_corpus
 from pipelib.tokens.encoding import Texts, load_engine, tiktoken_encoding
 from pipelib.tokens.params import TokenizeParams
+from pipelib.tokens.workers import Workers, worker_engine
 from pipelib.tracking import NullRun
 
 SHARD_TOKENS = 10_000_000
+WAIT = 1.0
 
 
 def main() -> None:
@@ -106,8 +109,23 @@ def measure_ours(engine: str, workers: int, folder: Path) -> dict:
                 build, folder / name, TokenizeParams(SHARD_TOKENS if name == "raw" else 1_000_000, "none"), 0
             )
             result[name] = {"tokens": counts["tokens"], "seconds": time.perf_counter() - began, **speed}
+    result["start"] = start_seconds(workers)
     result["encode_only"] = encode_only(engine, folder)
     return result
+
+
+def start_seconds(count: int) -> float:
+    """What it takes until all workers are there, with their tokenizers."""
+    began = time.perf_counter()
+    with Workers(count) as workers:
+        workers.each("start", load_and_wait, range(count), WAIT)
+        return time.perf_counter() - began - WAIT
+
+
+def load_and_wait(_: int, wait: float) -> None:
+    """Keep a worker busy, so that the others get a task each."""
+    worker_engine()
+    time.sleep(wait)
 
 
 def encode_only(engine: str, folder: Path) -> float:
@@ -157,7 +175,8 @@ def report(runs: dict[tuple[str, int], list[dict]], text_bytes: int) -> None:
     }
     plain = next(kind for kind in runs if kind[0] == "plain")
     print(
-        "engine     workers  Mtok/s in all         MB/s   Mtok/s per core: all, first, repeats   peak memory  times plain"
+        "engine     workers  Mtok/s in all         MB/s   "
+        "per core: after start   at work: all   first repeats  peak memory  times plain"
     )
     for kind, found in runs.items():
         line = f"{kind[0]:<11}{kind[1]:<9}{span(rates[kind]):<20}{text_bytes / 1e6 / seconds(found):6.0f}"
@@ -167,7 +186,12 @@ def report(runs: dict[tuple[str, int], list[dict]], text_bytes: int) -> None:
             )
             peak = max(run["raw"]["worker_peak_bytes"] for run in found)
             ratio = statistics.median(rates[kind]) / statistics.median(rates[plain])
-            line += f"   {every:16.1f} {first:6.1f} {repeats:8.1f}   {format_bytes(peak):>20}  {ratio:.1f}"
+            started = statistics.median(
+                run["raw"]["tokens"] / (run["raw"]["seconds"] - run["start"]) / kind[1] / 1e6 for run in found
+            )
+            line += (
+                f"   {started:21.1f} {every:14.1f} {first:7.1f} {repeats:7.1f}  {format_bytes(peak):>11}  {ratio:.1f}"
+            )
         print(line)
     print()
     for kind, found in runs.items():

@@ -167,3 +167,15 @@ def test_reading_leaves_the_home_folder_alone_and_needs_no_torch(folder: Path) -
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], cwd=folder.parent, env=environment, check=True)
     assert not list(home.iterdir())
+
+
+def test_kinds_that_are_not_read_are_named_and_capitals_do_not_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("BOOK.TXT", "list.json", "notes.md", "a.html", "b.html", "c.html", "d.html", ".hidden.md"):
+        (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "texts" / name).write_text("one text")
+    source = LocalSource(tmp_path / "texts", "**/*")
+    assert [file["name"] for file in source.identity()["files"]] == ["BOOK.TXT"]
+    source.write(tmp_path / "raw", tmp_path)
+    assert "so not a.html, b.html, c.html, d.html, list.json and 1 more" in capsys.readouterr().out

@@ -17,8 +17,9 @@ def user_message(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"the disk is full ({error.filename or 'while writing'}), so the stage stopped and left its outs as they were; "
-            "free some space (`pipelib clean`, `dvc gc -w`) and run dvc repro: finished work is kept."
+            f"the disk is full ({error.filename or 'while writing'}), so the stage stopped; free some space there or set "
+            "PIPELIB_STATE_DIR to a folder on a larger disk (`pipelib clean` and `dvc gc -w` free what is old), and run dvc "
+            "repro: it goes on from here, and outs that DVC removed come back."
         )
     if type(error).__name__ == "OutOfMemoryError":  # torch's; named, since not everybody who asks has torch
         return (

@@ -148,6 +148,23 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless they are there.
+
+    Raises:
+        UserError: it cannot be made, or is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{folder} cannot be made ({error.strerror}), so nothing can be written there; name a folder that can be "
+            "(PIPELIB_STATE_DIR, for the state of the stages)."
+        ) from None
+
+
 def require_free_space(folder: Path, needed: int, what: str) -> None:
     """Refuse before the work starts when the disk cannot hold its result.
 
@@ -158,7 +175,7 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
     Raises:
         UserError: less than `needed` bytes are free where `folder` lies.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

@@ -22,6 +22,7 @@ from typing import Self
 from pipelib.errors import UserError
 from pipelib.files import (
     files_under,
+    make_folder,
     read_json,
     remove,
     replace_folder,
@@ -59,7 +60,6 @@ class State:
         self._meta = self.folder / "meta.json"
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)
         try:
             self._settle()
@@ -175,8 +175,8 @@ def lock_folder(folder: Path, name: str = "lock", *, wait: bool = False) -> int:
     """
     path = folder / name
     while True:
+        make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # deleted in between
             continue

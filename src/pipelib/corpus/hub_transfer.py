@@ -19,6 +19,7 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pipelib.errors import UserError
 from pipelib.progress import Progress
@@ -231,7 +232,8 @@ def persistently(
             if failures >= retry.attempts:
                 raise UserError(
                     f"{what} could not be downloaded in {failures} attempts ({reason}), so the corpus is incomplete; "
-                    "look at the connection and run dvc repro again: what came so far is kept."
+                    "look at the connection and at HF_ENDPOINT and run dvc repro again, which keeps what came so far; or set "
+                    "download.source to docs or local, which need no network."
                 ) from None
             seconds = retry.seconds(failures, _retry_after(cause))
             line = f"{what}: {reason}; attempt {failures + 1} of {retry.attempts} in {seconds:.0f} s\n"
@@ -262,6 +264,8 @@ def _reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+        return f"no connection to {urlsplit(client().constants.ENDPOINT).hostname}"
     return type(error).__name__
 
 

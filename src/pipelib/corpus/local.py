@@ -65,7 +65,7 @@ class LocalSource:
     def _files(self) -> list[dict[str, Any]]:
         return [
             {"name": name, "bytes": (self.path / name).stat().st_size, "sha256": sha256_file(self.path / name)}
-            for name in self._names()
+            for name in self._names()[0]
         ]
 
     def write(self, folder: Path, work: Path) -> Written:
@@ -74,11 +74,15 @@ class LocalSource:
         Raises:
             UserError: a file or a row that cannot be used, by name and number.
         """
+        names, ignored = self._names()
+        if ignored:
+            more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
+            print(f"local: only {', '.join(_READERS)} are read, so not {', '.join(ignored[:5])}{more}", flush=True)
         empty = 0
 
         def documents() -> Iterator[Document]:
             nonlocal empty
-            for name in self._names():
+            for name in names:
                 for document in read_file(self.path / name, name, work):
                     if document.text.strip():
                         progress.add(1)
@@ -92,8 +96,8 @@ class LocalSource:
         progress.close()
         return replace(written, counts={**written.counts, "empty_dropped": empty, **counts})
 
-    def _names(self) -> list[str]:
-        """The files' paths inside the folder, sorted."""
+    def _names(self) -> tuple[list[str], list[str]]:
+        """The paths inside the folder of the files that are read, sorted, and of those that are of no kind that can be."""
         if not self.path.is_dir():
             raise UserError(
                 f"download.path: {self.path} is not a folder, so there is no text; create it and put files there."
@@ -105,13 +109,14 @@ class LocalSource:
                 f"download.pattern: {self.pattern!r} is not a glob ({error}); **/* takes everything."
             ) from None
         names = sorted(path.as_posix() for path in matches if not any(part.startswith(".") for part in path.parts))
-        names = [name for name in names if name.endswith(tuple(_READERS))]
+        ignored = [name for name in names if not name.lower().endswith(tuple(_READERS))]
+        names = sorted({*names} - {*ignored})
         if not names:
             raise UserError(
                 f"download.path: {self.path} has no file that matches download.pattern = {self.pattern!r} and ends in "
                 f"{', '.join(_READERS)}, so there is no text; put files there, or set download.source: docs."
             )
-        return names
+        return names, ignored
 
 
 def read_file(path: Path, name: str, work: Path) -> Iterator[Document]:
@@ -124,7 +129,7 @@ def read_file(path: Path, name: str, work: Path) -> Iterator[Document]:
     Raises:
         UserError: a row that cannot be used, or a damaged file.
     """
-    read = next(reader for ending, reader in _READERS.items() if path.name.endswith(ending))
+    read = next(reader for ending, reader in _READERS.items() if path.name.lower().endswith(ending))
     for number, row in read(path, name, work):
         yield _document(row, name, number)
 

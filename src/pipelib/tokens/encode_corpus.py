@@ -154,7 +154,8 @@ def complete_units(raw: Path, units: Sequence[Unit], store: Path, workers: Worke
         load_engine(workers.engine)  # proves it here, where an error is one message, and not in every worker
     progress = Progress(f"encoding with {workers.engine}, {workers.count} workers", _text_bytes(missing), "bytes")
     done = workers.each("units", _encode_unit, missing, store, done=lambda unit: progress.add(unit.text_bytes))
-    progress.close(f"{sum(unit.counts.tokens for unit in done):,} tokens")
+    there = f", {len(units) - len(missing)} of {len(units)} units were there" if len(missing) < len(units) else ""
+    progress.close(f"{sum(unit.counts.tokens for unit in done):,} tokens{there}")
     encoded = iter(done)
     return [
         DoneUnit(unit.file(store), unit.identity, counts, None) if counts else next(encoded)
