@@ -81,6 +81,13 @@ class Checkpoints:
             return int(read_json(path / "meta.json")["step"])
         return 0
 
+    def wait(self) -> None:
+        """Wait until what was saved is on disk."""
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint."""
+        return next(reversed(self._all()), None)
+
     def _all(self) -> list[Path]:
         """Every checkpoint, oldest first."""
         return sorted(self.folder.glob("step_*"))
