@@ -1,6 +1,7 @@
 """Training is what it says: a plain loop gives the same losses, and nothing but data and parameters decides a weight."""
 
 import itertools
+import json
 import math
 import os
 import shutil
@@ -34,6 +35,7 @@ from pipelib.model.gpt import GPT, initialise
 from pipelib.tokens.loader import Batch
 from pipelib.tokens.shards import read_manifest
 from pipelib.training.checkpoint import KEPT, Checkpoints, Counters
+from pipelib.training.distributed import World
 from pipelib.training.launch import process_count
 from pipelib.training.loop import check_plan, make_loader, take_step
 from pipelib.training.optim import learning_rate_at, make_optimizer
@@ -294,11 +296,13 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(folder: Path
     assert {name: (folder / "work" / name).read_bytes() for name in CURVES} == curves
 
 
-FOUR_RANKS = """
-import os, sys
+RANKS = """
+import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from small_run import model_params, train_params
+from pipelib.errors import UserError
+from pipelib.model.gpt import GPT
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking import NullRun
 from pipelib.training.distributed import World
@@ -306,36 +310,68 @@ from pipelib.training.hardware import Peak
 from pipelib.training.loop import Cadence, train
 from pipelib.training.recorder import NullRecorder, Recorder
 
-folder, params = Path(sys.argv[1]), train_params(micro_batch_size=1, max_tokens=1280)
+folder, world_size, options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+poisoned_rank, poisoned_call, checkpoint_every = (options.pop(name) for name in ("rank", "call", "checkpoint_every"))
+params, calls, forward = train_params(**options), 0, GPT.forward
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1)])  # imports what each rank would take a second for
+
+def poison(self, inputs, targets):
+    global calls
+    calls += 1
+    return forward(self, inputs, targets) * (float("nan") if calls == poisoned_call else 1.0)
+
+def run(rank):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, "")) if rank == 0 else NullRecorder()
+    cadence, tokens = Cadence(10**6, checkpoint_every), folder / "tokens"
+    world = World(rank, world_size, torch.device("cpu"))
+    if rank == poisoned_rank:
+        GPT.forward = poison
+    try:
+        train(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, recorder)
+    except UserError as error:
+        print(f"rank {rank}: {error}", flush=True)
+    dist.destroy_process_group()
+
 children = []
-for rank in (3, 2, 1, 0):
+for rank in reversed(range(world_size)):
     if rank and (child := os.fork()):
         children.append(child)
         continue
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
-    recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, "")) if rank == 0 else NullRecorder()
-    cadence, tokens, world = Cadence(10**6, 15), folder / "tokens", World(rank, 4, torch.device("cpu"))
-    train(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, recorder)
-    dist.destroy_process_group()
+    run(rank)
     if rank:
         os._exit(0)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+sys.exit(max((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), default=0))
 """
+
+
+def train_ranks(
+    folder: Path, world_size: int, *, checkpoint_every: int = 15, rank: int = -1, call: int = -1, **changes: Any
+) -> str:
+    """Train with several ranks on `folder/tokens` and in `folder`, and what they print.
+
+    Args:
+        rank: one whose loss is not a number
+        call: at its call of the model of this number; the first one is `World.settle`'s.
+    """
+    options = {"rank": rank, "call": call, "checkpoint_every": checkpoint_every, "micro_batch_size": 1, **changes}
+    sources = [str(CHECKOUT / "src"), str(CHECKOUT / "tests")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sources), "CUDA_VISIBLE_DEVICES": ""}
+    (folder / "meeting").unlink(missing_ok=True)
+    command = [sys.executable, "-c", RANKS, str(folder), str(world_size), json.dumps(options)]
+    done = subprocess.run(command, env=environment, timeout=180, text=True, stdout=subprocess.PIPE, check=True)
+    return done.stdout
 
 
 def test_a_resumed_training_of_four_ranks_equals_an_uninterrupted_one_bit_for_bit(folder: Path) -> None:
     # DDP sums in other groups after its first step, and three ranks or more then round otherwise; two never do.
     last = folder / "checkpoints/step_00000020"
-    sources = [str(CHECKOUT / "src"), str(CHECKOUT / "tests")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sources), "CUDA_VISIBLE_DEVICES": ""}
     weights = []
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", FOUR_RANKS, str(folder)], env=environment, check=True, timeout=120)
+        train_ranks(folder, 4, max_tokens=1280)
         weights.append(torch.load(last / "state.pt", weights_only=True)["model"])
         shutil.rmtree(last)  # so that the second one goes on from step 15
-        (folder / "meeting").unlink(missing_ok=True)
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
 
 
@@ -438,15 +474,74 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 # ---- What cannot be trained ------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_training_and_is_in_no_checkpoint(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"step \d+ has .*its update was left out.* Lower train.max_lr") as caught:
-        train_small(folder, train_params(max_lr=1e30), checkpoint_every=1)
-    failed = int(str(caught.value).split()[1])
+class Poisoned(nn.Module):
+    """A model whose loss or gradient is not finite."""
+
+    def __init__(self, model: GPT, what: str) -> None:
+        super().__init__()
+        self.model, self.what = model, what
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.model(inputs, targets)
+        if self.what == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.inf)
+            return loss
+        return loss * math.nan if self.what == "loss" else loss + math.inf
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "loss alone"])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer_state(folder: Path, what: str) -> None:
+    params = train_params()
+    batches = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[0].micro_batches(0)
+    states = []
+    for poison in (False, True):
+        model = new_model()
+        optimizer = make_optimizer(model, params)
+        take_step(model, optimizer, batches, 1e-2, params, ALONE)
+        if poison:
+            bad = take_step(Poisoned(model, what), optimizer, batches, 1e-2, params, ALONE)
+            assert not (bad.loss + bad.grad_norm).isfinite()
+        state = [optimizer.state_dict()["state"][index] for index in range(len(list(model.parameters())))]
+        states.append([*model.state_dict().values(), *(value.clone() for entry in state for value in entry.values())])
+        take_step(model, optimizer, batches, 1e-2, params, ALONE)  # and the next one is as if there had been none
+        states[-1] += [value.clone() for value in model.state_dict().values()]
+    assert all(torch.equal(one, two) for one, two in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_training_and_is_in_no_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, runs_ahead: bool
+) -> None:
+    monkeypatch.setattr(World, "runs_ahead", runs_ahead)
+    calls, forward = itertools.count(1), GPT.forward
+
+    def poisoned(self: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+        return forward(self, inputs, targets) * (math.nan if next(calls) == 2 * 13 else 1.0)  # in step 13's second half
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    params = train_params(validate_every=40)
+    with pytest.raises(UserError) as caught:
+        train_small(folder, params, checkpoint_every=5, log_every=9)
+    rows = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[1].rows(12)
+    assert str(caught.value).startswith("step 13 has loss nan on rank 0 and gradient norm nan at learning rate 0.008")
+    assert f"its batch was rows {', '.join(map(str, rows))} on rank 0. The last checkpoint is " in str(caught.value)
+    assert f"{folder / 'work/checkpoints/step_00000010'}, from before it" in str(caught.value)
     saved = sorted((folder / "work/checkpoints").glob("step_*"))
-    assert [int(path.name.removeprefix("step_")) for path in saved] == list(range(1, failed))[-KEPT:]
-    tensors = itertools.chain(*(torch.load(path / "state.pt", weights_only=True)["model"].values() for path in saved))
-    assert all(tensor.isfinite().all() for tensor in tensors)
+    assert [path.name for path in saved] == ["step_00000005", "step_00000010"]
+    assert next(calls) == 2 * (15 if runs_ahead else 13) + 1  # seen before the next checkpoint, at the latest
     assert all(math.isfinite(value) for row in curve(folder) for value in row.values())
+
+
+def test_a_rank_whose_loss_is_not_finite_is_named_by_every_rank(folder: Path) -> None:
+    said = train_ranks(folder, 2, rank=1, call=1 + 2 * 3, checkpoint_every=2)  # 2 micro-steps a step
+    _, plan = make_loader(train_params(), folder / "tokens", read_manifest(folder / "tokens"), ALONE)
+    rows = ", ".join(map(str, plan.rows(2)[1::2]))
+    for rank in (0, 1):
+        assert f"rank {rank}: step 3 has loss nan on rank 1 and gradient norm nan" in said
+    assert (
+        said.count(f"its batch was rows {rows} on rank 1. The last checkpoint is {folder}/checkpoints/step_00000002")
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
