@@ -1,5 +1,7 @@
 """Training is what it says: a plain loop gives the same losses, and nothing but data and parameters decides a weight."""
 
+import errno
+import io
 import itertools
 import json
 import math
@@ -7,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,12 +32,12 @@ from small_run import (
 )
 from torch import Tensor, nn
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json
 from pipelib.model.gpt import GPT, initialise
 from pipelib.tokens.loader import Batch
 from pipelib.tokens.shards import read_manifest
-from pipelib.training.checkpoint import KEPT, Checkpoints, Counters
+from pipelib.training.checkpoint import Checkpoints, Counters, Stateful
 from pipelib.training.distributed import World
 from pipelib.training.launch import process_count
 from pipelib.training.loop import check_plan, make_loader, take_step
@@ -301,7 +304,7 @@ import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from small_run import model_params, train_params
-from pipelib.errors import UserError
+from pipelib.errors import UserError, user_message
 from pipelib.model.gpt import GPT
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking import NullRun
@@ -434,6 +437,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
         nn.init.normal_(model.weight)
         weights[counters.step] = model.weight.detach().clone()
         checkpoints.save(counters.step, {"model": model, "train": counters}, {})
+    checkpoints.wait()
     spoil(tmp_path / "step_00000020")
 
     fresh, counted = nn.Linear(3, 3), Counters()
@@ -447,6 +451,7 @@ def test_where_every_checkpoint_is_bad_the_training_starts_anew(tmp_path: Path) 
     counters = Counters()
     checkpoints = Checkpoints(tmp_path, {})
     checkpoints.save(10, {"train": counters}, {})
+    checkpoints.wait()
     flip_a_bit(tmp_path / "step_00000010/state.pt")
     assert checkpoints.load_latest({"train": counters}) == 0
 
@@ -460,15 +465,60 @@ def test_a_checkpoint_that_is_only_half_written_is_passed_over_and_replaced(tmp_
     (half / "state.pt").write_bytes(b"half")
     assert checkpoints.load_latest({"train": counters}) == 10
     checkpoints.save(20, {"train": counters}, {})
+    checkpoints.wait()
     assert not half.exists()
     assert checkpoints.load_latest({"train": counters}) == 20
 
 
-def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, {})
-    for step in (5, 10, 15, 100):
-        checkpoints.save(step, {"train": Counters()}, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000015", "step_00000100"][-KEPT:]
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    losses = {5: None, 10: 3.0, 15: 2.0, 20: None, 25: 2.0, 30: math.nan, 35: 2.5, 100: None}
+    for step, loss in losses.items():
+        with Checkpoints(tmp_path, {"data": "mine"}) as checkpoints:  # each in a run that was resumed
+            checkpoints.save(step, {"train": Counters()}, {}, loss)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000015", "step_00000035", "step_00000100"]
+    metas = {path.name: read_json(path / "meta.json") for path in tmp_path.iterdir()}
+    assert {meta["best"] for meta in metas.values()} == {"step_00000015"}
+    assert [metas[name]["val_loss"] for name in sorted(metas)] == [2.0, 2.5, None]
+
+
+def test_another_runs_checkpoint_is_never_the_best(tmp_path: Path) -> None:
+    for data, step, loss in (("other", 5, 1.0), ("mine", 10, 3.0), ("mine", 15, None)):
+        with Checkpoints(tmp_path, {"data": data}) as checkpoints:
+            checkpoints.save(step, {"train": Counters()}, {}, loss)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000010", "step_00000015"]
+
+
+def test_a_checkpoint_is_of_the_moment_of_its_save_whatever_comes_while_it_is_written(tmp_path: Path) -> None:
+    model, written = new_model(), threading.Event()
+    optimizer = make_optimizer(model, train_params())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states: dict[str, Stateful] = {"model": model, "optimizer": optimizer}
+    expected = io.BytesIO()
+    torch.save({name: state.state_dict() for name, state in states.items()}, expected)
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(1, states, {}, before=lambda: assert_event(written))
+        assert not list(tmp_path.glob("step_*"))
+        optimizer.step()
+        written.set()
+    assert (tmp_path / "step_00000001/state.pt").read_bytes() == expected.getvalue()  # torch.save's own bytes
+
+
+def assert_event(event: threading.Event) -> None:
+    assert event.wait(60)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        train_small(folder, train_params(), checkpoint_every=5, log_every=1)
+    assert "the disk is full" in (user_message(caught.value) or "")
+    assert not list((folder / "work/checkpoints").glob("step_*"))
+    assert curve(folder)[-1]["step"] <= 10  # at the next save at the latest
 
 
 # ---- What cannot be trained ------------------------------------------------------------------------------------------

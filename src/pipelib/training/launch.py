@@ -52,7 +52,7 @@ def launch(build: Build, model: ModelParams, train: TrainParams, cadence: Cadenc
     manifest = read_manifest(tokens)
     check_plan(train, manifest, ranks)
     require_sound(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
-    require_free_space(build.work, CHECKPOINT_BYTES * (KEPT + 1) * model.parameters, "training, with its checkpoints,")
+    require_free_space(build.work, CHECKPOINT_BYTES * (KEPT + 2) * model.parameters, "training, with its checkpoints,")
     job = Job(
         model,
         train,

@@ -75,7 +75,7 @@ def train(
     watch = Watch(params, plan, checkpoints, world)
     stop = StopRequest(work if world.world_size > 1 else None)
 
-    with on_first_signal(stop.note):
+    with on_first_signal(stop.note), checkpoints:
         if not state.step:
             with recorder.pause():
                 recorder.validated(state, validation_loss(model, tokens, params, world))
@@ -94,18 +94,22 @@ def train(
             stopping = watch.look() if logging or validating or saving or not world.runs_ahead else 0
             if logging:
                 recorder.flush()
+                checkpoints.check()
+            val_loss = None
             if validating:
                 with recorder.pause():
-                    recorder.validated(state, validation_loss(model, tokens, params, world))
+                    val_loss = validation_loss(model, tokens, params, world)
+                    recorder.validated(state, val_loss)
             if due(state.step, params.sample_every, last) and world.is_main:
                 with recorder.pause():
                     recorder.sampled(state, write_samples(model, params.sample_prompts, params.precision, params.seed))
             if saving or stopping:
                 with recorder.pause():
                     if world.is_main:
-                        recorder.sync()
-                        checkpoints.save(state.step, states, {"tokens": state.tokens})
+                        meta, mean = {"tokens": state.tokens}, val_loss.mean if val_loss else None
+                        checkpoints.save(state.step, states, meta, mean, recorder.sync)
             if stopping and not last:
+                checkpoints.wait()
                 world.barrier()  # the first rank that ends has torchrun end the others
                 raise UserError(
                     f"stopped by {signal.Signals(stopping).name} after step {state.step:,}, which is saved; dvc repro goes on "
