@@ -6,11 +6,13 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ import torch.nn.functional as F
 from small_run import (
     ALONE,
     CHECKOUT,
-    SmallProject,
     curve,
     model_params,
     one_thread,  # noqa: F401 (a fixture)
@@ -37,12 +38,16 @@ from pipelib.files import read_json, write_json
 from pipelib.model.gpt import GPT, initialise
 from pipelib.tokens.loader import Batch
 from pipelib.tokens.shards import read_manifest
+from pipelib.training import loop
 from pipelib.training.checkpoint import Checkpoints, Counters, Stateful
 from pipelib.training.distributed import World
 from pipelib.training.launch import process_count
-from pipelib.training.loop import check_plan, make_loader, take_step
+from pipelib.training.loop import StepResult, check_plan, make_loader, take_step
 from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
+
+RUNS = int(os.environ.get("PIPELIB_TEST_RUNS", "4"))
+SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
 
 @pytest.fixture
@@ -189,8 +194,10 @@ def plain_loss(weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, n_la
     return -logits.log_softmax(dim=-1).gather(-1, targets[..., None]).mean()
 
 
-def plain_training(model: GPT, steps: Iterable[list[Batch]], params: TrainParams) -> list[float]:
-    """The losses of a training with torch's AdamW, one tensor at a time, and whole batches."""
+def plain_training(
+    model: GPT, steps: Iterable[list[Batch]], rates: Sequence[float], params: TrainParams
+) -> list[float]:
+    """The losses of a training with torch's AdamW, one tensor at a time, and whole batches, at the given rates."""
     weights = {
         name.replace("wte.weight", "wte").replace("wpe.weight", "wpe"): tensor.detach().clone().requires_grad_()
         for name, tensor in model.state_dict().items()
@@ -203,8 +210,7 @@ def plain_training(model: GPT, steps: Iterable[list[Batch]], params: TrainParams
         lr=1.0, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False,
     )  # fmt: skip
     losses = []
-    for step, batches in enumerate(steps):
-        rate = 1e-2 * (step + 1) / 4 if step < 4 else 5.5e-3 + 4.5e-3 * math.cos(math.pi * (step - 4) / 36)
+    for rate, batches in zip(rates, steps, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
         inputs, targets = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*batches, strict=True))
@@ -220,11 +226,13 @@ def plain_training(model: GPT, steps: Iterable[list[Batch]], params: TrainParams
 
 
 def test_losses_are_those_of_a_plain_implementation(folder: Path) -> None:
-    params = train_params()
+    params = train_params(max_tokens=6400)
+    rates = [2.5e-3, 5e-3, 7.5e-3, 1e-2, *(5.5e-3 + 4.5e-3 * math.cos(math.pi * n / 96) for n in range(96))]
     train_small(folder, params)
     loader, _ = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)
-    expected = plain_training(new_model(), map(loader.micro_batches, range(40)), params)
+    expected = plain_training(new_model(), map(loader.micro_batches, range(100)), rates, params)
     found = [row["loss"] for row in curve(folder)]
+    assert len(found) == 100
     assert found[0] - found[-1] > 1.0  # it did learn
     assert np.abs(np.array(found) - expected).max() < 1e-4
 
@@ -239,17 +247,35 @@ def test_bf16_stays_near_fp32(folder: Path) -> None:
     assert np.abs(np.array([row["loss"] for row in curve(folder)]) - losses).max() < 0.05
 
 
-def test_two_ranks_have_the_losses_of_one(tmp_path: Path) -> None:
-    project = SmallProject.make(tmp_path, max_tokens=1280)
+def table(folder: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """train.csv of `train_ranks`: a row a step."""
+    return np.loadtxt(folder / "train.csv", delimiter=",", skiprows=1)
+
+
+def test_losses_and_norms_depend_neither_on_the_ranks_nor_on_the_micro_batches(folder: Path) -> None:
     tables = []
-    for ranks in (1, 2):
-        rows = project.run(ranks)["curves/train.csv"].decode().splitlines()[1:]
-        tables.append(np.array([row.split(",") for row in rows], float))
-        project.begin_anew()
-    one, two = tables
-    assert one.shape == two.shape == (20, 5)
-    assert np.allclose(one, two, rtol=1e-5, atol=0)
-    assert one[0, 2] - one[-1, 2] > 0.5
+    for world_size, micro_batch_size in ((1, 4), (1, 1), (2, 1), (4, 1)):
+        train_ranks(folder, world_size, max_tokens=3200, micro_batch_size=micro_batch_size)
+        tables.append(table(folder))
+        shutil.rmtree(folder / "checkpoints")
+    assert tables[0].shape == (50, 5)
+    assert tables[0][0, 2] - tables[0][-1, 2] > 0.5  # it did learn
+    for other in tables[1:]:
+        assert np.allclose(other, tables[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2)])
+def test_another_number_of_ranks_goes_on_and_says_what_is_not_exact(folder: Path, before: int, after: int) -> None:
+    assert "bit for bit" not in train_ranks(folder, before, max_tokens=1280)
+    whole = table(folder)
+    shutil.rmtree(folder / "checkpoints/step_00000020")
+    said = train_ranks(folder, after, max_tokens=1280)
+    assert f"had {before} rank(s) and goes on with {after}: each step has the same batch" in said
+    assert "not bit for bit" in said
+    assert "training goes on after step 15" in said
+    resumed = table(folder)
+    assert np.array_equal(resumed[:15], whole[:15])
+    assert np.allclose(resumed, whole, rtol=1e-5, atol=0)
 
 
 # ---- What changes nothing --------------------------------------------------------------------------------------------
@@ -297,6 +323,46 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(folder: Path
     resumed = train_small(folder, params, checkpoint_every=25, log_every=3)
     assert differing(resumed, whole) == []
     assert {name: (folder / "work" / name).read_bytes() for name in CURVES} == curves
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own code
+@pytest.mark.parametrize("compiled", [False, True])
+def test_killed_and_stopped_at_random_steps_it_ends_with_the_same_bits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    if compiled and RUNS <= 4:
+        pytest.skip("compiles again and again; PIPELIB_TEST_RUNS=5 or more runs it")
+    chance = random.Random(SEED)
+    params = train_params(compile=compiled)
+    whole = train_small(folder, params)
+    curves = {name: (folder / "work" / name).read_bytes() for name in CURVES}
+    shutil.rmtree(folder / "work")
+    resumed: GPT | None = None
+    messages: list[str] = []
+    while resumed is None:
+        countdown, how = itertools.count(chance.randint(1, 25), -1), chance.choice(["kill", "stop"])
+
+        def step(*arguments: Any, countdown: Iterator[int] = countdown, how: str = how) -> StepResult:
+            result = take_step(*arguments)
+            if next(countdown) == 0:
+                if how == "kill":
+                    raise Killed
+                signal.raise_signal(signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(loop, "take_step", step)
+        cadence = {"checkpoint_every": chance.randint(2, 9), "log_every": chance.randint(1, 9)}
+        try:
+            resumed = train_small(folder, params, **cadence)
+        except (Killed, UserError) as end:
+            messages.append(str(end))
+    assert all(not message or message.startswith("stopped by SIGTERM after step") for message in messages)
+    assert differing(resumed, whole) == [], f"PIPELIB_TEST_SEED={SEED}: {messages}"
+    assert {name: (folder / "work" / name).read_bytes() for name in CURVES} == curves, f"PIPELIB_TEST_SEED={SEED}"
 
 
 RANKS = """
@@ -613,6 +679,17 @@ def test_a_plan_that_does_not_fit_the_data_is_refused(
 def test_the_epochs_that_the_message_names_are_enough(folder: Path) -> None:
     manifest = read_manifest(folder / "tokens")
     check_plan(train_params(max_tokens=64 * 192, max_epochs=2.006), manifest, 1)
+
+
+def test_a_second_epoch_is_announced_when_it_begins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_small(folder, train_params(max_tokens=64 * 100, max_epochs=2.0))
+    said = [line for line in capsys.readouterr().err.splitlines() if "epoch 2" in line]
+    # 383 rows, 4 a step
+    assert said == ["step 96: epoch 2 of 1.04 begins, so rows repeat from here on; train.max_epochs = 2 allows it"]
+    _, plan = make_loader(train_params(), folder / "tokens", read_manifest(folder / "tokens"), ALONE)
+    seen = np.concatenate([plan.rows(step) for step in range(95)])
+    assert len(set(seen)) == len(seen)
+    assert set(plan.rows(95)) & set(seen)
 
 
 @pytest.mark.parametrize("wish", ["two", "0", "-1", "1.5"])

@@ -123,6 +123,10 @@ class BatchPlan:
         """
         return self.rows(step).reshape(-1, world_size, micro_batch_size)[:, rank]
 
+    def first_step(self, epoch: int) -> int:
+        """The step whose batch has the first row of an epoch, both counted from 0."""
+        return epoch * self.row_count // self.rows_per_step
+
     def epochs(self, steps: int) -> float:
         """Passes over the rows that so many steps make."""
         return steps * self.rows_per_step / self.row_count

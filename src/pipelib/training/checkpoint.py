@@ -49,6 +49,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: Mapping[str, object]) -> None:
         self.folder, self.identity = folder, dict(identity)
+        self.loaded: Mapping[str, object] = {}
+        """The meta.json of the checkpoint that was restored."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -138,7 +140,8 @@ class Checkpoints:
             saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             for name, stateful in states.items():
                 stateful.load_state_dict(saved[name])
-            return int(read_json(path / "meta.json")["step"])
+            self.loaded = read_json(path / "meta.json")
+            return int(self.loaded["step"])  # type: ignore[call-overload,no-any-return]
         return 0
 
     def newest(self) -> Path | None:

@@ -71,7 +71,7 @@ def train(
     checkpoints = Checkpoints(work / "checkpoints", identity)
     checkpoints.load_latest(states)
     recorder.resume(state.step)
-    announce(state, params, plan, world)
+    announce(state, params, plan, world, checkpoints.loaded.get("world_size", world.world_size))
     watch = Watch(params, plan, checkpoints, world)
     stop = StopRequest(work if world.world_size > 1 else None)
 
@@ -80,6 +80,11 @@ def train(
             with recorder.pause():
                 recorder.validated(state, validation_loss(model, tokens, params, world))
         for step in range(state.step, params.max_steps):
+            if step == plan.first_step(epoch=1):
+                recorder.say(
+                    f"step {step + 1:,}: epoch 2 of {plan.epochs(params.max_steps):.2f} begins, so rows repeat from here on; "
+                    f"train.max_epochs = {params.max_epochs:g} allows it"
+                )
             learning_rate = learning_rate_at(step, params)
             batches = loader.micro_batches(step)
             result = take_step(network, optimizer, batches, learning_rate, params, world, stop.signal())
@@ -106,8 +111,8 @@ def train(
             if saving or stopping:
                 with recorder.pause():
                     if world.is_main:
-                        meta, mean = {"tokens": state.tokens}, val_loss.mean if val_loss else None
-                        checkpoints.save(state.step, states, meta, mean, recorder.sync)
+                        meta = {"tokens": state.tokens, "world_size": world.world_size}
+                        checkpoints.save(state.step, states, meta, val_loss.mean if val_loss else None, recorder.sync)
             if stopping and not last:
                 checkpoints.wait()
                 world.barrier()  # the first rank that ends has torchrun end the others
@@ -207,9 +212,16 @@ def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None
         )
 
 
-def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World) -> None:
-    """Say what is about to happen."""
+def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World, earlier_ranks: object) -> None:
+    """Say what is about to happen, and what it is not where other ranks than `earlier_ranks` go on."""
     if world.is_main:
+        if earlier_ranks != world.world_size:
+            print(
+                f"the training had {earlier_ranks} rank(s) and goes on with {world.world_size}: each step has the same batch, "
+                "and its sums round otherwise, so from here on losses, gradient norms and weights equal those of an "
+                "uninterrupted run nearly, and not bit for bit",
+                flush=True,
+            )
         begin = f"goes on after step {state.step:,}" if state.step else "starts"
         print(
             f"training {begin}: {params.max_steps:,} steps of {params.global_batch_tokens:,} tokens, "

@@ -152,6 +152,10 @@ class Recorder:
         for curve in (self.train, self.validation, self.samples):
             curve.sync()
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._line.print(text)
+
     def validated(self, counters: Counters, loss: Loss) -> None:
         """Note a validation loss."""
         self.validation.append([(counters.step, counters.tokens, loss.mean)])
@@ -198,6 +202,9 @@ class NullRecorder(Recorder):
 
     def flush(self) -> None:
         """Nothing to write."""
+
+    def say(self, text: str) -> None:
+        """Not printed."""
 
     def validated(self, counters: Counters, loss: Loss) -> None:
         """Not kept."""
