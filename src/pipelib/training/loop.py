@@ -95,8 +95,10 @@ def train(
             last = state.step == params.max_steps
             logging = due(state.step, cadence.log_every, last)
             validating = due(state.step, params.validate_every, last)
+            sampling = due(state.step, params.sample_every, last)
             saving = due(state.step, cadence.checkpoint_every, last)
-            stopping = watch.look() if logging or validating or saving or not world.runs_ahead else 0
+            waiting = logging or validating or sampling or saving  # for the device
+            stopping = watch.look() if waiting or not world.runs_ahead else 0
             if logging:
                 recorder.flush()
                 checkpoints.check()
@@ -105,7 +107,7 @@ def train(
                 with recorder.pause():
                     val_loss = validation_loss(model, tokens, params, world)
                     recorder.validated(state, val_loss)
-            if due(state.step, params.sample_every, last) and world.is_main:
+            if sampling and world.is_main:
                 with recorder.pause():
                     recorder.sampled(state, write_samples(model, params.sample_prompts, params.precision, params.seed))
             if saving or stopping:
