@@ -95,8 +95,8 @@ def ours(params: Params, batch: Batch) -> Step:
     optimizer = make_optimizer(model, params.train)
 
     def step() -> float:
-        loss, norm = take_step(network, optimizer, [batch], 1e-4, params.train, World(0, 1, device))  # type: ignore[arg-type]
-        return float(loss + norm)
+        result = take_step(network, optimizer, [batch], 1e-4, params.train, World(0, 1, device))  # type: ignore[arg-type]
+        return float(result.loss + result.grad_norm)
 
     return step
 

@@ -237,15 +237,51 @@ def test_a_second_run_says_who_holds_the_lock(endless: SmallProject) -> None:
 # ---- Asked to stop ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_asked_to_stop_it_saves_the_step_it_is_at(project: SmallProject, number: signal.Signals) -> None:
-    expected = project.uninterrupted(1)
-    training = project.start()
+def ask(training: Training, whom: str, number: signal.Signals) -> None:
+    """Send a signal to a training's process group, as a terminal does, to one process of a role, or to every process."""
+    if whom == "group":
+        os.killpg(training.process.pid, number)
+        return
+    pids = [pid for pid, role in sorted(training.processes().items()) if whom in (role, "all")]
+    for pid in pids if whom == "all" else pids[-1:]:
+        kill(pid, number)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "whom", "number"),
+    [
+        (1, "group", signal.SIGTERM),
+        (1, "group", signal.SIGINT),
+        (2, "launcher", signal.SIGINT),
+        (2, "agent", signal.SIGTERM),
+        (2, "rank", signal.SIGINT),
+        (2, "all", signal.SIGTERM),  # as a scheduler does it
+    ],
+)
+def test_asked_to_stop_it_saves_the_step_it_is_at(
+    project: SmallProject, ranks: int, whom: str, number: signal.Signals
+) -> None:
+    expected = project.uninterrupted(ranks)
+    training = project.start(ranks)
     assert training.wait_until(lambda: training.step() >= 12)
-    os.killpg(training.process.pid, number)  # as a terminal does it
+    ask(training, whom, number)
     assert training.end() == 1
     step = training.step()
     assert f"train: stopped by {number.name} after step {step}, which is saved" in training.output()
     assert "Traceback" not in training.output()
     assert f"step_{step:08d}" in [path.name for path in project.state.glob("train/*/*/checkpoints/*")]
-    assert not same(project.run(), expected)
+    assert not same(project.run(ranks), expected)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_asked_twice_it_ends_at_once(endless: SmallProject, number: signal.Signals, status: int) -> None:
+    training = endless.start(ranks=2)
+    assert training.wait_until(lambda: training.step() >= 2)
+    for pid, role in training.processes().items():
+        if role == "rank":
+            kill(pid, signal.SIGSTOP)  # so that no step ends
+    kill(training.process.pid, number)
+    assert training.wait_until(lambda: bool(list(endless.state.glob("train/*/*/stop.txt"))))
+    kill(training.process.pid, number)
+    assert training.end() == status
+    assert "Traceback" not in training.output()

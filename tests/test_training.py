@@ -1,12 +1,18 @@
 """Training is what it says: a plain loop gives the same losses, and nothing but data and parameters decides a weight."""
 
+import errno
+import io
 import itertools
+import json
 import math
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +24,6 @@ import torch.nn.functional as F
 from small_run import (
     ALONE,
     CHECKOUT,
-    SmallProject,
     curve,
     model_params,
     one_thread,  # noqa: F401 (a fixture)
@@ -28,16 +33,21 @@ from small_run import (
 )
 from torch import Tensor, nn
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json
 from pipelib.model.gpt import GPT, initialise
 from pipelib.tokens.loader import Batch
 from pipelib.tokens.shards import read_manifest
-from pipelib.training.checkpoint import KEPT, Checkpoints, Counters
+from pipelib.training import loop
+from pipelib.training.checkpoint import Checkpoints, Counters, Stateful
+from pipelib.training.distributed import World
 from pipelib.training.launch import process_count
-from pipelib.training.loop import check_plan, make_loader, take_step
+from pipelib.training.loop import StepResult, check_plan, make_loader, take_step
 from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
+
+RUNS = int(os.environ.get("PIPELIB_TEST_RUNS", "4"))
+SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
 
 @pytest.fixture
@@ -67,7 +77,7 @@ def test_one_batch_can_be_learnt_by_heart(folder: Path) -> None:
     model = new_model(n_embd=32)
     optimizer = make_optimizer(model, params)
     batches = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[0].micro_batches(0)
-    losses = [take_step(model, optimizer, batches, 1e-2, params, ALONE)[0].item() for _ in range(120)]
+    losses = [take_step(model, optimizer, batches, 1e-2, params, ALONE).loss.item() for _ in range(120)]
     assert losses[0] == pytest.approx(math.log(50257), abs=0.1)
     assert losses[-1] < 0.1
 
@@ -81,8 +91,8 @@ def test_micro_batches_change_nothing_but_the_memory(folder: Path) -> None:
         loader, _ = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)
         batches = loader.micro_batches(0)
         assert len(batches) == params.gradient_accumulation_steps(1) == 4 // size
-        loss, norm = take_step(model, optimizer, batches, 1e-2, params, ALONE)
-        seen[size] = torch.tensor([loss.item(), norm.item()])
+        result = take_step(model, optimizer, batches, 1e-2, params, ALONE)
+        seen[size] = torch.stack((result.loss, result.grad_norm))
     assert torch.allclose(seen[4], seen[2], rtol=0, atol=1e-5)
     assert torch.allclose(seen[4], seen[1], rtol=0, atol=1e-5)
 
@@ -90,10 +100,10 @@ def test_micro_batches_change_nothing_but_the_memory(folder: Path) -> None:
 def test_the_gradient_is_clipped_and_its_norm_is_noted_before(folder: Path) -> None:
     params = train_params(grad_clip_norm=1e-3)
     model = new_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     batches = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[0].micro_batches(0)
-    _, norm = take_step(model, optimizer, batches, 1.0, params, ALONE)
+    norm = take_step(model, optimizer, batches, 1.0, params, ALONE).grad_norm
     moved = [(parameter - old).flatten() for parameter, old in zip(model.parameters(), before, strict=True)]
     assert norm.item() > 0.1
     assert torch.cat(moved).norm().item() == pytest.approx(1e-3, rel=1e-2)
@@ -184,8 +194,10 @@ def plain_loss(weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, n_la
     return -logits.log_softmax(dim=-1).gather(-1, targets[..., None]).mean()
 
 
-def plain_training(model: GPT, steps: Iterable[list[Batch]], params: TrainParams) -> list[float]:
-    """The losses of a training with torch's AdamW, one tensor at a time, and whole batches."""
+def plain_training(
+    model: GPT, steps: Iterable[list[Batch]], rates: Sequence[float], params: TrainParams
+) -> list[float]:
+    """The losses of a training with torch's AdamW, one tensor at a time, and whole batches, at the given rates."""
     weights = {
         name.replace("wte.weight", "wte").replace("wpe.weight", "wpe"): tensor.detach().clone().requires_grad_()
         for name, tensor in model.state_dict().items()
@@ -198,8 +210,7 @@ def plain_training(model: GPT, steps: Iterable[list[Batch]], params: TrainParams
         lr=1.0, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False,
     )  # fmt: skip
     losses = []
-    for step, batches in enumerate(steps):
-        rate = 1e-2 * (step + 1) / 4 if step < 4 else 5.5e-3 + 4.5e-3 * math.cos(math.pi * (step - 4) / 36)
+    for rate, batches in zip(rates, steps, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
         inputs, targets = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*batches, strict=True))
@@ -215,11 +226,13 @@ def plain_training(model: GPT, steps: Iterable[list[Batch]], params: TrainParams
 
 
 def test_losses_are_those_of_a_plain_implementation(folder: Path) -> None:
-    params = train_params()
+    params = train_params(max_tokens=6400)
+    rates = [2.5e-3, 5e-3, 7.5e-3, 1e-2, *(5.5e-3 + 4.5e-3 * math.cos(math.pi * n / 96) for n in range(96))]
     train_small(folder, params)
     loader, _ = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)
-    expected = plain_training(new_model(), map(loader.micro_batches, range(40)), params)
+    expected = plain_training(new_model(), map(loader.micro_batches, range(100)), rates, params)
     found = [row["loss"] for row in curve(folder)]
+    assert len(found) == 100
     assert found[0] - found[-1] > 1.0  # it did learn
     assert np.abs(np.array(found) - expected).max() < 1e-4
 
@@ -234,17 +247,35 @@ def test_bf16_stays_near_fp32(folder: Path) -> None:
     assert np.abs(np.array([row["loss"] for row in curve(folder)]) - losses).max() < 0.05
 
 
-def test_two_ranks_have_the_losses_of_one(tmp_path: Path) -> None:
-    project = SmallProject.make(tmp_path, max_tokens=1280)
+def table(folder: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """train.csv of `train_ranks`: a row a step."""
+    return np.loadtxt(folder / "train.csv", delimiter=",", skiprows=1)
+
+
+def test_losses_and_norms_depend_neither_on_the_ranks_nor_on_the_micro_batches(folder: Path) -> None:
     tables = []
-    for ranks in (1, 2):
-        rows = project.run(ranks)["curves/train.csv"].decode().splitlines()[1:]
-        tables.append(np.array([row.split(",") for row in rows], float))
-        project.begin_anew()
-    one, two = tables
-    assert one.shape == two.shape == (20, 5)
-    assert np.allclose(one, two, rtol=1e-5, atol=0)
-    assert one[0, 2] - one[-1, 2] > 0.5
+    for world_size, micro_batch_size in ((1, 4), (1, 1), (2, 1), (4, 1)):
+        train_ranks(folder, world_size, max_tokens=3200, micro_batch_size=micro_batch_size)
+        tables.append(table(folder))
+        shutil.rmtree(folder / "checkpoints")
+    assert tables[0].shape == (50, 5)
+    assert tables[0][0, 2] - tables[0][-1, 2] > 0.5  # it did learn
+    for other in tables[1:]:
+        assert np.allclose(other, tables[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2)])
+def test_another_number_of_ranks_goes_on_and_says_what_is_not_exact(folder: Path, before: int, after: int) -> None:
+    assert "bit for bit" not in train_ranks(folder, before, max_tokens=1280)
+    whole = table(folder)
+    shutil.rmtree(folder / "checkpoints/step_00000020")
+    said = train_ranks(folder, after, max_tokens=1280)
+    assert f"had {before} rank(s) and goes on with {after}: each step has the same batch" in said
+    assert "not bit for bit" in said
+    assert "training goes on after step 15" in said
+    resumed = table(folder)
+    assert np.array_equal(resumed[:15], whole[:15])
+    assert np.allclose(resumed, whole, rtol=1e-5, atol=0)
 
 
 # ---- What changes nothing --------------------------------------------------------------------------------------------
@@ -294,11 +325,53 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(folder: Path
     assert {name: (folder / "work" / name).read_bytes() for name in CURVES} == curves
 
 
-FOUR_RANKS = """
-import os, sys
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own code
+@pytest.mark.parametrize("compiled", [False, True])
+def test_killed_and_stopped_at_random_steps_it_ends_with_the_same_bits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    if compiled and RUNS <= 4:
+        pytest.skip("compiles again and again; PIPELIB_TEST_RUNS=5 or more runs it")
+    chance = random.Random(SEED)
+    params = train_params(compile=compiled)
+    whole = train_small(folder, params)
+    curves = {name: (folder / "work" / name).read_bytes() for name in CURVES}
+    shutil.rmtree(folder / "work")
+    resumed: GPT | None = None
+    messages: list[str] = []
+    while resumed is None:
+        countdown, how = itertools.count(chance.randint(1, 25), -1), chance.choice(["kill", "stop"])
+
+        def step(*arguments: Any, countdown: Iterator[int] = countdown, how: str = how) -> StepResult:
+            result = take_step(*arguments)
+            if next(countdown) == 0:
+                if how == "kill":
+                    raise Killed
+                signal.raise_signal(signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(loop, "take_step", step)
+        cadence = {"checkpoint_every": chance.randint(2, 9), "log_every": chance.randint(1, 9)}
+        try:
+            resumed = train_small(folder, params, **cadence)
+        except (Killed, UserError) as end:
+            messages.append(str(end))
+    assert all(not message or message.startswith("stopped by SIGTERM after step") for message in messages)
+    assert differing(resumed, whole) == [], f"PIPELIB_TEST_SEED={SEED}: {messages}"
+    assert {name: (folder / "work" / name).read_bytes() for name in CURVES} == curves, f"PIPELIB_TEST_SEED={SEED}"
+
+
+RANKS = """
+import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from small_run import model_params, train_params
+from pipelib.errors import UserError, user_message
+from pipelib.model.gpt import GPT
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking import NullRun
 from pipelib.training.distributed import World
@@ -306,36 +379,68 @@ from pipelib.training.hardware import Peak
 from pipelib.training.loop import Cadence, train
 from pipelib.training.recorder import NullRecorder, Recorder
 
-folder, params = Path(sys.argv[1]), train_params(micro_batch_size=1, max_tokens=1280)
+folder, world_size, options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+poisoned_rank, poisoned_call, checkpoint_every = (options.pop(name) for name in ("rank", "call", "checkpoint_every"))
+params, calls, forward = train_params(**options), 0, GPT.forward
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1)])  # imports what each rank would take a second for
+
+def poison(self, inputs, targets):
+    global calls
+    calls += 1
+    return forward(self, inputs, targets) * (float("nan") if calls == poisoned_call else 1.0)
+
+def run(rank):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, "")) if rank == 0 else NullRecorder()
+    cadence, tokens = Cadence(10**6, checkpoint_every), folder / "tokens"
+    world = World(rank, world_size, torch.device("cpu"))
+    if rank == poisoned_rank:
+        GPT.forward = poison
+    try:
+        train(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, recorder)
+    except UserError as error:
+        print(f"rank {rank}: {error}", flush=True)
+    dist.destroy_process_group()
+
 children = []
-for rank in (3, 2, 1, 0):
+for rank in reversed(range(world_size)):
     if rank and (child := os.fork()):
         children.append(child)
         continue
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
-    recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, "")) if rank == 0 else NullRecorder()
-    cadence, tokens, world = Cadence(10**6, 15), folder / "tokens", World(rank, 4, torch.device("cpu"))
-    train(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, recorder)
-    dist.destroy_process_group()
+    run(rank)
     if rank:
         os._exit(0)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+sys.exit(max((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), default=0))
 """
+
+
+def train_ranks(
+    folder: Path, world_size: int, *, checkpoint_every: int = 15, rank: int = -1, call: int = -1, **changes: Any
+) -> str:
+    """Train with several ranks on `folder/tokens` and in `folder`, and what they print.
+
+    Args:
+        rank: one whose loss is not a number
+        call: at its call of the model of this number; the first one is `World.settle`'s.
+    """
+    options = {"rank": rank, "call": call, "checkpoint_every": checkpoint_every, "micro_batch_size": 1, **changes}
+    sources = [str(CHECKOUT / "src"), str(CHECKOUT / "tests")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sources), "CUDA_VISIBLE_DEVICES": ""}
+    (folder / "meeting").unlink(missing_ok=True)
+    command = [sys.executable, "-c", RANKS, str(folder), str(world_size), json.dumps(options)]
+    done = subprocess.run(command, env=environment, timeout=180, text=True, stdout=subprocess.PIPE, check=True)
+    return done.stdout
 
 
 def test_a_resumed_training_of_four_ranks_equals_an_uninterrupted_one_bit_for_bit(folder: Path) -> None:
     # DDP sums in other groups after its first step, and three ranks or more then round otherwise; two never do.
     last = folder / "checkpoints/step_00000020"
-    sources = [str(CHECKOUT / "src"), str(CHECKOUT / "tests")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sources), "CUDA_VISIBLE_DEVICES": ""}
     weights = []
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", FOUR_RANKS, str(folder)], env=environment, check=True, timeout=120)
+        train_ranks(folder, 4, max_tokens=1280)
         weights.append(torch.load(last / "state.pt", weights_only=True)["model"])
         shutil.rmtree(last)  # so that the second one goes on from step 15
-        (folder / "meeting").unlink(missing_ok=True)
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
 
 
@@ -398,6 +503,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
         nn.init.normal_(model.weight)
         weights[counters.step] = model.weight.detach().clone()
         checkpoints.save(counters.step, {"model": model, "train": counters}, {})
+    checkpoints.wait()
     spoil(tmp_path / "step_00000020")
 
     fresh, counted = nn.Linear(3, 3), Counters()
@@ -411,6 +517,7 @@ def test_where_every_checkpoint_is_bad_the_training_starts_anew(tmp_path: Path) 
     counters = Counters()
     checkpoints = Checkpoints(tmp_path, {})
     checkpoints.save(10, {"train": counters}, {})
+    checkpoints.wait()
     flip_a_bit(tmp_path / "step_00000010/state.pt")
     assert checkpoints.load_latest({"train": counters}) == 0
 
@@ -424,29 +531,133 @@ def test_a_checkpoint_that_is_only_half_written_is_passed_over_and_replaced(tmp_
     (half / "state.pt").write_bytes(b"half")
     assert checkpoints.load_latest({"train": counters}) == 10
     checkpoints.save(20, {"train": counters}, {})
+    checkpoints.wait()
     assert not half.exists()
     assert checkpoints.load_latest({"train": counters}) == 20
 
 
-def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, {})
-    for step in (5, 10, 15, 100):
-        checkpoints.save(step, {"train": Counters()}, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000015", "step_00000100"][-KEPT:]
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    losses = {5: None, 10: 3.0, 15: 2.0, 20: None, 25: 2.0, 30: math.nan, 35: 2.5, 100: None}
+    for step, loss in losses.items():
+        with Checkpoints(tmp_path, {"data": "mine"}) as checkpoints:  # each in a run that was resumed
+            checkpoints.save(step, {"train": Counters()}, {}, loss)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000015", "step_00000035", "step_00000100"]
+    metas = {path.name: read_json(path / "meta.json") for path in tmp_path.iterdir()}
+    assert {meta["best"] for meta in metas.values()} == {"step_00000015"}
+    assert [metas[name]["val_loss"] for name in sorted(metas)] == [2.0, 2.5, None]
+
+
+def test_another_runs_checkpoint_is_never_the_best(tmp_path: Path) -> None:
+    for data, step, loss in (("other", 5, 1.0), ("mine", 10, 3.0), ("mine", 15, None)):
+        with Checkpoints(tmp_path, {"data": data}) as checkpoints:
+            checkpoints.save(step, {"train": Counters()}, {}, loss)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000010", "step_00000015"]
+
+
+def test_a_checkpoint_is_of_the_moment_of_its_save_whatever_comes_while_it_is_written(tmp_path: Path) -> None:
+    model, written = new_model(), threading.Event()
+    optimizer = make_optimizer(model, train_params())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states: dict[str, Stateful] = {"model": model, "optimizer": optimizer}
+    expected = io.BytesIO()
+    torch.save({name: state.state_dict() for name, state in states.items()}, expected)
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(1, states, {}, before=lambda: assert_event(written))
+        assert not list(tmp_path.glob("step_*"))
+        optimizer.step()
+        written.set()
+    assert (tmp_path / "step_00000001/state.pt").read_bytes() == expected.getvalue()  # torch.save's own bytes
+
+
+def assert_event(event: threading.Event) -> None:
+    assert event.wait(60)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        train_small(folder, train_params(), checkpoint_every=5, log_every=1)
+    assert "the disk is full" in (user_message(caught.value) or "")
+    assert not list((folder / "work/checkpoints").glob("step_*"))
+    assert curve(folder)[-1]["step"] <= 10  # at the next save at the latest
 
 
 # ---- What cannot be trained ------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_training_and_is_in_no_checkpoint(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"step \d+ has loss .* the weights are lost.* Lower train.max_lr") as caught:
-        train_small(folder, train_params(max_lr=1e30), checkpoint_every=1)
-    failed = int(str(caught.value).split()[1])
+class Poisoned(nn.Module):
+    """A model whose loss or gradient is not finite."""
+
+    def __init__(self, model: GPT, what: str) -> None:
+        super().__init__()
+        self.model, self.what = model, what
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.model(inputs, targets)
+        if self.what == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.inf)
+            return loss
+        return loss * math.nan if self.what == "loss" else loss + math.inf
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "loss alone"])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer_state(folder: Path, what: str) -> None:
+    params = train_params()
+    batches = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[0].micro_batches(0)
+    states = []
+    for poison in (False, True):
+        model = new_model()
+        optimizer = make_optimizer(model, params)
+        take_step(model, optimizer, batches, 1e-2, params, ALONE)
+        if poison:
+            bad = take_step(Poisoned(model, what), optimizer, batches, 1e-2, params, ALONE)
+            assert not (bad.loss + bad.grad_norm).isfinite()
+        state = [optimizer.state_dict()["state"][index] for index in range(len(list(model.parameters())))]
+        states.append([*model.state_dict().values(), *(value.clone() for entry in state for value in entry.values())])
+        take_step(model, optimizer, batches, 1e-2, params, ALONE)  # and the next one is as if there had been none
+        states[-1] += [value.clone() for value in model.state_dict().values()]
+    assert all(torch.equal(one, two) for one, two in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_training_and_is_in_no_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, runs_ahead: bool
+) -> None:
+    monkeypatch.setattr(World, "runs_ahead", runs_ahead)
+    calls, forward = itertools.count(1), GPT.forward
+
+    def poisoned(self: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+        return forward(self, inputs, targets) * (math.nan if next(calls) == 2 * 13 else 1.0)  # in step 13's second half
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    params = train_params(validate_every=40)
+    with pytest.raises(UserError) as caught:
+        train_small(folder, params, checkpoint_every=5, log_every=9)
+    rows = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[1].rows(12)
+    assert str(caught.value).startswith("step 13 has loss nan on rank 0 and gradient norm nan at learning rate 0.008")
+    assert f"its batch was rows {', '.join(map(str, rows))} on rank 0. The last checkpoint is " in str(caught.value)
+    assert f"{folder / 'work/checkpoints/step_00000010'}, from before it" in str(caught.value)
     saved = sorted((folder / "work/checkpoints").glob("step_*"))
-    assert [int(path.name.removeprefix("step_")) for path in saved] == list(range(1, failed))[-KEPT:]
-    tensors = itertools.chain(*(torch.load(path / "state.pt", weights_only=True)["model"].values() for path in saved))
-    assert all(tensor.isfinite().all() for tensor in tensors)
+    assert [path.name for path in saved] == ["step_00000005", "step_00000010"]
+    assert next(calls) == 2 * (15 if runs_ahead else 13) + 1  # seen before the next checkpoint, at the latest
     assert all(math.isfinite(value) for row in curve(folder) for value in row.values())
+
+
+def test_a_rank_whose_loss_is_not_finite_is_named_by_every_rank(folder: Path) -> None:
+    said = train_ranks(folder, 2, rank=1, call=1 + 2 * 3, checkpoint_every=2)  # 2 micro-steps a step
+    _, plan = make_loader(train_params(), folder / "tokens", read_manifest(folder / "tokens"), ALONE)
+    rows = ", ".join(map(str, plan.rows(2)[1::2]))
+    for rank in (0, 1):
+        assert f"rank {rank}: step 3 has loss nan on rank 1 and gradient norm nan" in said
+    assert (
+        said.count(f"its batch was rows {rows} on rank 1. The last checkpoint is {folder}/checkpoints/step_00000002")
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -468,6 +679,17 @@ def test_a_plan_that_does_not_fit_the_data_is_refused(
 def test_the_epochs_that_the_message_names_are_enough(folder: Path) -> None:
     manifest = read_manifest(folder / "tokens")
     check_plan(train_params(max_tokens=64 * 192, max_epochs=2.006), manifest, 1)
+
+
+def test_a_second_epoch_is_announced_when_it_begins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_small(folder, train_params(max_tokens=64 * 100, max_epochs=2.0))
+    said = [line for line in capsys.readouterr().err.splitlines() if "epoch 2" in line]
+    # 383 rows, 4 a step
+    assert said == ["step 96: epoch 2 of 1.04 begins, so rows repeat from here on; train.max_epochs = 2 allows it"]
+    _, plan = make_loader(train_params(), folder / "tokens", read_manifest(folder / "tokens"), ALONE)
+    seen = np.concatenate([plan.rows(step) for step in range(95)])
+    assert len(set(seen)) == len(seen)
+    assert set(plan.rows(95)) & set(seen)
 
 
 @pytest.mark.parametrize("wish", ["two", "0", "-1", "1.5"])

@@ -77,7 +77,7 @@ def _measure(params: Params, device: torch.device, rows: int, length: int) -> tu
     def seconds(micro_steps: int) -> float:
         batches = _random_batches(micro_steps, rows, length)
         started = time.perf_counter()
-        loss, _ = take_step(network, optimizer, batches, 0.0, params.train, World(0, 1, device))
+        loss = take_step(network, optimizer, batches, 0.0, params.train, World(0, 1, device)).loss
         loss.item()  # waits for the device
         next(network.parameters())[0, 0].item()  # and for the optimizer on it
         return time.perf_counter() - started

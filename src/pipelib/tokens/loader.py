@@ -116,6 +116,17 @@ class BatchPlan:
             rows[here] = permute(places[here], self.row_count, splitmix64(self._key + epoch))
         return rows
 
+    def share(self, step: int, micro_batch_size: int, rank: int, world_size: int) -> npt.NDArray[np.int64]:
+        """The rows of one rank's micro-batches of step `step` (micro_steps, micro_batch_size).
+
+        The global batch is cut into micro-batches, and those are dealt to the ranks in turn.
+        """
+        return self.rows(step).reshape(-1, world_size, micro_batch_size)[:, rank]
+
+    def first_step(self, epoch: int) -> int:
+        """The step whose batch has the first row of an epoch, both counted from 0."""
+        return epoch * self.row_count // self.rows_per_step
+
     def epochs(self, steps: int) -> float:
         """Passes over the rows that so many steps make."""
         return steps * self.rows_per_step / self.row_count
@@ -124,8 +135,7 @@ class BatchPlan:
 class Loader:
     """One rank's share of every global batch, the next step's read on a thread while this one trains.
 
-    The global batch is cut into micro-batches, and those are dealt to the ranks in turn, so that the batch as a whole
-    does not depend on the number of ranks.
+    `BatchPlan.share` deals out the batch, which as a whole does not depend on the number of ranks.
     """
 
     def __init__(self, rows: Rows, plan: BatchPlan, micro_batch_size: int, rank: int, world_size: int) -> None:
@@ -146,7 +156,7 @@ class Loader:
         return batches
 
     def _read(self, step: int) -> list[Batch]:
-        micro_batches = self._plan.rows(step).reshape(-1, self._world_size, self._size)[:, self._rank]
+        micro_batches = self._plan.share(step, self._size, self._rank, self._world_size)
         return [self._rows.batch(indices) for indices in micro_batches]
 
 

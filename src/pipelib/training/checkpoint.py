@@ -1,23 +1,27 @@
 """Checkpoints: whole and verified, or not there.
 
 A checkpoint is a folder `step_00000100/` with `state.pt`, what `torch.save` makes of one mapping, and `meta.json`, which
-is readable and holds the SHA-256 of the other. Both are written under a hidden name, synced, and renamed together. What
-the mapping holds is all that survives a kill.
+is readable and holds the SHA-256 of the other. Both are written under a hidden name, synced, and renamed together, on a
+thread and from a copy in host memory, while the training goes on. What the mapping holds is all that survives a kill.
 """
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from pipelib.files import files_under, read_json, remove, sha256_file, sync_folder, write_atomic, write_json
 
 VERSION = 1
 KEPT = 2
-"""The newest, and one to fall back on."""
-
+"""The newest, and one to fall back on; the one with the least validation loss stays besides."""
 
 CHECKPOINT_BYTES = 12
 """Of one parameter: itself and Adam's two moments, in fp32."""
@@ -36,7 +40,7 @@ class Stateful(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run; leaving its `with` block waits until they are on disk.
 
     Args:
         folder: where they lie.
@@ -45,31 +49,89 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: Mapping[str, object]) -> None:
         self.folder, self.identity = folder, dict(identity)
+        self.loaded: Mapping[str, object] = {}
+        """The meta.json of the checkpoint that was restored."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
-    def save(self, step: int, states: Mapping[str, Stateful], meta: Mapping[str, object]) -> None:
-        """Save the states after `step` finished steps, and drop the oldest beyond `KEPT`."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def save(
+        self,
+        step: int,
+        states: Mapping[str, Stateful],
+        meta: Mapping[str, object],
+        val_loss: float | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the states after `step` finished steps, and start to write them once the save before is done.
+
+        The oldest checkpoints beyond `KEPT` go, but never the best, the one with the least validation loss.
+
+        Args:
+            val_loss: after this very step, where it was measured.
+            before: comes first on the thread: what has to be on disk before the checkpoint is.
+
+        Raises:
+            OSError: the save before failed.
+        """
+        self.wait()
+        saved = {name: _to_host(stateful.state_dict()) for name, stateful in states.items()}
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the copies are asynchronous
+        if val_loss is not None and not math.isfinite(val_loss):
+            val_loss = None
+        self._writing = self._thread.submit(self._write, step, saved, {**meta, "val_loss": val_loss}, before)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def check(self) -> None:
+        """Raise what `wait` would, without waiting."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def _write(self, step: int, saved: dict[str, Any], meta: Mapping[str, object], before: Callable[[], None]) -> None:
+        before()
         target = self.folder / f"step_{step:08d}"
         fresh = self.folder / f".step_{step:08d}.tmp"
         remove(fresh)
         fresh.mkdir(parents=True)
         with write_atomic(fresh / "state.pt") as file:
-            saved = {name: stateful.state_dict() for name, stateful in states.items()}
             try:
                 torch.save(saved, file)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        write_json(
-            fresh / "meta.json",
-            {"version": VERSION, "step": step, "sha256": sha256_file(fresh / "state.pt"), **self.identity, **meta},
-        )
+        losses = {**self._val_losses(), target: meta["val_loss"]}
+        measured = {path: loss for path, loss in losses.items() if isinstance(loss, float)}
+        best = min(sorted(measured), key=measured.__getitem__, default=None)
+        about = {"version": VERSION, "step": step, "sha256": sha256_file(fresh / "state.pt")}
+        write_json(fresh / "meta.json", {**about, **self.identity, **meta, "best": best and best.name})
         remove(target)
         fresh.rename(target)
         sync_folder(self.folder)
         for old in self._all()[:-KEPT]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
 
     def load_latest(self, states: Mapping[str, Stateful]) -> int:
         """Restore the newest checkpoint that is whole and of this run, and return its step; 0 where there is none."""
+        self.wait()
         for path in reversed(self._all()):
             problem = self._problem(path)
             if problem:
@@ -78,12 +140,32 @@ class Checkpoints:
             saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             for name, stateful in states.items():
                 stateful.load_state_dict(saved[name])
-            return int(read_json(path / "meta.json")["step"])
+            self.loaded = read_json(path / "meta.json")
+            return int(self.loaded["step"])  # type: ignore[call-overload,no-any-return]
         return 0
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint."""
+        return next(reversed(self._all()), None)
 
     def _all(self) -> list[Path]:
         """Every checkpoint, oldest first."""
         return sorted(self.folder.glob("step_*"))
+
+    def _val_losses(self) -> dict[Path, object]:
+        """What each checkpoint of this run notes of its validation loss."""
+        losses = {}
+        for path in self._all():
+            try:
+                meta = read_json(path / "meta.json")
+            except ValueError:
+                continue
+            if self._is_ours(meta):
+                losses[path] = meta.get("val_loss")
+        return losses
+
+    def _is_ours(self, meta: Mapping[str, object]) -> bool:
+        return all(meta.get(key) == value for key, value in self.identity.items())
 
     def _problem(self, path: Path) -> str | None:
         """Why a checkpoint cannot be used, or None."""
@@ -95,11 +177,25 @@ class Checkpoints:
             return "has an unreadable meta.json"
         if meta.get("version") != VERSION:
             return f"has format {meta.get('version')} and this code reads {VERSION}"
-        if any(meta.get(key) != value for key, value in self.identity.items()):
+        if not self._is_ours(meta):
             return "belongs to another run"
         if sha256_file(path / "state.pt") != meta["sha256"]:
             return "is damaged: its bytes are not those that were saved"
         return None
+
+
+def _to_host(state: Any) -> Any:
+    """A copy of a state that shares no tensor with it, in host memory, pinned where it comes from a GPU."""
+    if isinstance(state, Tensor):
+        if state.device.type == "cpu":
+            return state.clone()
+        return torch.empty_like(state, device="cpu", pin_memory=True).copy_(state, non_blocking=True)
+    if isinstance(state, dict):
+        copied = copy(state)  # of its kind, with what torch notes beside the entries
+        for key, value in state.items():
+            copied[key] = _to_host(value)
+        return copied
+    return [_to_host(value) for value in state] if isinstance(state, list) else state
 
 
 class Counters:

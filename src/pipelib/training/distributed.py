@@ -26,6 +26,11 @@ class World:
         """Whether this rank records, saves and prints."""
         return self.rank == 0
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host goes on while the device works, so that looking at a value would wait for it."""
+        return self.device.type == "cuda"
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as every rank trains it: with averaged gradients where there are several."""
         if self.world_size == 1:
@@ -53,9 +58,18 @@ class World:
         """Average gradients in the backward pass of what runs forward in this block only when `wanted`."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) and not wanted else nullcontext()
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over all ranks."""
-        return self.sum(value) / self.world_size
+    def gather(self, value: Tensor) -> Tensor:
+        """Every rank's tensor, on every rank: one row each."""
+        if self.world_size == 1:
+            return value[None]
+        rows = value.new_empty(self.world_size, *value.shape)
+        dist.all_gather_into_tensor(rows, value[None])
+        return rows
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all ranks."""

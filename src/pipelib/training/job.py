@@ -5,6 +5,10 @@ Under torchrun, ranks read their job from `work/job.json` and not from params.ya
 
 import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while torch is imported ends a rank without a traceback
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -118,7 +122,6 @@ def _run_of(job: Job, world: World) -> Run:
 def _rank_main(work: Path) -> None:
     """A rank under torchrun."""
     tie_to_parent(signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent ends the ranks
     job = Job.read(work)
     try:
         with join_world() as world, _run_of(job, world) as run:

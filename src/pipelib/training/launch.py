@@ -24,6 +24,7 @@ from pipelib.training.distributed import join_world
 from pipelib.training.job import ERROR, RESULT, Job, run_job
 from pipelib.training.loop import Cadence, check_plan
 from pipelib.training.params import TrainParams
+from pipelib.training.stopping import STOP, ask_to_stop, on_first_signal
 
 
 def process_count() -> int:
@@ -51,7 +52,7 @@ def launch(build: Build, model: ModelParams, train: TrainParams, cadence: Cadenc
     manifest = read_manifest(tokens)
     check_plan(train, manifest, ranks)
     require_sound(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
-    require_free_space(build.work, CHECKPOINT_BYTES * (KEPT + 1) * model.parameters, "training, with its checkpoints,")
+    require_free_space(build.work, CHECKPOINT_BYTES * (KEPT + 2) * model.parameters, "training, with its checkpoints,")
     job = Job(
         model,
         train,
@@ -61,7 +62,7 @@ def launch(build: Build, model: ModelParams, train: TrainParams, cadence: Cadenc
         sha256_json(build.code),
         build.resumed_with_other_code,
     )
-    for leftover in (RESULT, ERROR):
+    for leftover in (RESULT, ERROR, STOP):
         remove(build.work / leftover)
     if ranks == 1:
         with join_world() as world:
@@ -74,7 +75,7 @@ def launch(build: Build, model: ModelParams, train: TrainParams, cadence: Cadenc
 
 
 def _run_ranks(work: Path, ranks: int) -> None:
-    """Run the job of `work` under torchrun and wait for it; signals to this process reach the ranks."""
+    """Run the job of `work` under torchrun and wait for it; a wish to stop reaches the ranks."""
     command = [
         sys.executable, "-m", "pipelib.training.agent", "--standalone", f"--nproc-per-node={ranks}",
         "-m", "pipelib.training.job", str(work),
@@ -84,15 +85,14 @@ def _run_ranks(work: Path, ranks: int) -> None:
         **os.environ,
         "PIPELIB_PARENT": str(os.getpid()),
     }
-    with subprocess.Popen(command, env=environment) as agent:
-        before = signal.signal(signal.SIGTERM, lambda number, _: agent.send_signal(number))
+    # In a group of its own, since Ctrl-C in a terminal signals the whole group, and this process passes it on.
+    with subprocess.Popen(command, env=environment, process_group=0) as agent:
         try:
-            status = agent.wait()
-        except KeyboardInterrupt:
-            agent.wait()
+            with on_first_signal(lambda number: ask_to_stop(work, number)):
+                status = agent.wait()
+        except KeyboardInterrupt:  # the second
+            agent.kill()
             raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
     if status:
         raise UserError(_what_went_wrong(work / ERROR, status))
 
@@ -101,9 +101,8 @@ def _what_went_wrong(said: Path, status: int) -> str:
     """What a rank left to say, else what the status of torchrun tells."""
     if said.exists():
         return said.read_text(encoding="utf-8")
-    stopped = {128 + number: number.name for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    if status in stopped:
-        return f"stopped by {stopped[status]}; the last checkpoint is kept, and dvc repro goes on from there."
+    if status == 128 + signal.SIGHUP:
+        return "stopped by SIGHUP; the last checkpoint is kept, and dvc repro goes on from there."
     return (
         f"a rank ended with status {status} before the training was done; what it printed is above. The last checkpoint is "
         "kept: dvc repro goes on from there."

@@ -6,11 +6,9 @@ step follows from the step, so a loader has no state.
 
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +26,8 @@ from pipelib.training.distributed import World
 from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
+from pipelib.training.stopping import StopRequest, on_first_signal
+from pipelib.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def train(
         work: where checkpoints go, and are found again.
 
     Raises:
-        UserError: a value became infinite or not a number; the run was stopped by a signal, after a checkpoint.
+        UserError: a value is infinite or not a number; the run was stopped by a signal, after a checkpoint.
     """
     set_determinism(params, world)
     model = GPT(model_params)
@@ -71,39 +71,71 @@ def train(
     checkpoints = Checkpoints(work / "checkpoints", identity)
     checkpoints.load_latest(states)
     recorder.resume(state.step)
-    announce(state, params, plan, world)
+    announce(state, params, plan, world, checkpoints.loaded.get("world_size", world.world_size))
+    watch = Watch(params, plan, checkpoints, world)
+    stop = StopRequest(work if world.world_size > 1 else None)
 
-    with stop_requests(world) as stop:
+    with on_first_signal(stop.note), checkpoints:
         if not state.step:
             with recorder.pause():
                 recorder.validated(state, validation_loss(model, tokens, params, world))
         for step in range(state.step, params.max_steps):
+            if step == plan.first_step(epoch=1):
+                recorder.say(
+                    f"step {step + 1:,}: epoch 2 of {plan.epochs(params.max_steps):.2f} begins, so rows repeat from here on; "
+                    f"train.max_epochs = {params.max_epochs:g} allows it"
+                )
             learning_rate = learning_rate_at(step, params)
             batches = loader.micro_batches(step)
-            loss, grad_norm = take_step(network, optimizer, batches, learning_rate, params, world)
+            result = take_step(network, optimizer, batches, learning_rate, params, world, stop.signal())
             state.step, state.tokens = step + 1, state.tokens + params.global_batch_tokens
             assert state.tokens == state.step * params.global_batch_tokens
-            recorder.step(state, loss, grad_norm, learning_rate, loader.wait)
+            recorder.step(state, result.loss, result.grad_norm, learning_rate, loader.wait)
+            watch.note(state.step, learning_rate, result.rank_losses, result.grad_norm, result.stop)
             last = state.step == params.max_steps
-            if due(state.step, cadence.log_every, last):
+            logging = due(state.step, cadence.log_every, last)
+            validating = due(state.step, params.validate_every, last)
+            sampling = due(state.step, params.sample_every, last)
+            saving = due(state.step, cadence.checkpoint_every, last)
+            waiting = logging or validating or sampling or saving  # for the device
+            stopping = watch.look() if waiting or not world.runs_ahead else 0
+            if logging:
                 recorder.flush()
-            if due(state.step, params.validate_every, last):
+                checkpoints.check()
+            val_loss = None
+            if validating:
                 with recorder.pause():
-                    recorder.validated(state, validation_loss(model, tokens, params, world))
-            if due(state.step, params.sample_every, last) and world.is_main:
+                    val_loss = validation_loss(model, tokens, params, world)
+                    recorder.validated(state, val_loss)
+            if sampling and world.is_main:
                 with recorder.pause():
                     recorder.sampled(state, write_samples(model, params.sample_prompts, params.precision, params.seed))
-            stopping = list(stop)  # looked at once: a signal between the save and the end would go unsaved
-            if due(state.step, cadence.checkpoint_every, last) or stopping:
+            if saving or stopping:
                 with recorder.pause():
                     if world.is_main:
-                        recorder.sync()
-                        checkpoints.save(state.step, states, {"tokens": state.tokens})
+                        meta = {"tokens": state.tokens, "world_size": world.world_size}
+                        checkpoints.save(state.step, states, meta, val_loss.mean if val_loss else None, recorder.sync)
             if stopping and not last:
+                checkpoints.wait()
+                world.barrier()  # the first rank that ends has torchrun end the others
                 raise UserError(
-                    f"stopped by {stopping[0]} after step {state.step:,}, which is saved; dvc repro goes on from there."
+                    f"stopped by {signal.Signals(stopping).name} after step {state.step:,}, which is saved; dvc repro goes on "
+                    "from there."
                 )
     return model
+
+
+class StepResult(NamedTuple):
+    """What a step came to: on the device, so that nothing waits for it."""
+
+    loss: Tensor
+    """The mean of the global batch, a scalar."""
+    grad_norm: Tensor
+    """Of its gradient before clipping, a scalar."""
+    rank_losses: Tensor
+    """The mean of every rank's share, (world_size,)."""
+    stop: Tensor
+    """The signal that asks a rank to stop, a scalar; 0 where none is asked."""
 
 
 def take_step(
@@ -113,11 +145,12 @@ def take_step(
     learning_rate: float,
     params: TrainParams,
     world: World,
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step on this rank's micro-batches.
+    stop: int = 0,
+) -> StepResult:
+    """One optimizer step on this rank's micro-batches; none where a loss or the gradient norm is not finite.
 
-    Returns:
-        The mean loss of the global batch and the norm of its gradient before clipping, both on the device.
+    Args:
+        stop: the signal that asks this rank to stop, for all ranks to know of.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -128,9 +161,13 @@ def take_step(
         loss.backward()
         losses.append(loss.detach())
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), params.grad_clip_norm)
+    loss = torch.stack(losses).sum()
+    rank_losses, stops = world.gather(torch.stack((loss, torch.full_like(loss, stop)))).unbind(1)
+    # The fused AdamW leaves weights and state as they are where this is 1, as it does for a gradient scaler.
+    optimizer.found_inf = 1 - (rank_losses.sum() + grad_norm).isfinite().float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return world.mean(torch.stack(losses).sum()), grad_norm
+    return StepResult(rank_losses.mean(), grad_norm, rank_losses, stops.max())
 
 
 def _on(array: object, device: torch.device) -> Tensor:
@@ -177,9 +214,16 @@ def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None
         )
 
 
-def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World) -> None:
-    """Say what is about to happen."""
+def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World, earlier_ranks: object) -> None:
+    """Say what is about to happen, and what it is not where other ranks than `earlier_ranks` go on."""
     if world.is_main:
+        if earlier_ranks != world.world_size:
+            print(
+                f"the training had {earlier_ranks} rank(s) and goes on with {world.world_size}: each step has the same batch, "
+                "and its sums round otherwise, so from here on losses, gradient norms and weights equal those of an "
+                "uninterrupted run nearly, and not bit for bit",
+                flush=True,
+            )
         begin = f"goes on after step {state.step:,}" if state.step else "starts"
         print(
             f"training {begin}: {params.max_steps:,} steps of {params.global_batch_tokens:,} tokens, "
@@ -216,25 +260,3 @@ def set_determinism(params: TrainParams, world: World) -> None:
 def _plain(mapping: dict[str, object]) -> dict[str, object]:
     """The mapping as JSON would give it back: tuples as lists."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in mapping.items()}
-
-
-@contextmanager
-def stop_requests(world: World) -> Iterator[list[str]]:
-    """A list that a first SIGTERM or Ctrl-C puts its name into, for the loop to end at a step's end; a second one kills."""
-    received: list[str] = []
-    if (
-        world.world_size > 1
-    ):  # ranks would stop at different steps and wait for each other: their last checkpoint counts
-        yield received
-        return
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

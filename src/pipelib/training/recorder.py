@@ -8,7 +8,6 @@ that no step is in them twice and they end up equal to an uninterrupted run's, b
 import csv
 import io
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipelib.errors import UserError
 from pipelib.evaluation.loss import Loss
 from pipelib.files import write_text
 from pipelib.progress import StatusLine, format_seconds
@@ -97,11 +95,7 @@ class Recorder:
         self._waiting.append((counters.step, counters.tokens, learning_rate, loss, grad_norm))
 
     def flush(self) -> None:
-        """Fetch and write the noted steps, and show the last one.
-
-        Raises:
-            UserError: a loss or gradient norm is not finite; no checkpoint holds what it spoilt.
-        """
+        """Fetch and write the noted steps, and show the last one."""
         if not self._waiting:
             return
         values = torch.stack([torch.stack((loss, norm)).float() for *_, loss, norm in self._waiting]).tolist()
@@ -111,12 +105,6 @@ class Recorder:
             for (step, tokens, learning_rate, _, _), (loss, norm) in zip(self._waiting, values, strict=True)
         ]
         self._waiting.clear()
-        for step, _, loss, learning_rate, norm in rows:
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(
-                    f"step {step} has loss {loss} and gradient norm {norm} at learning rate {learning_rate:g}, so the weights "
-                    "are lost; the last checkpoint is from before it. Lower train.max_lr or train.grad_clip_norm."
-                )
         self.train.append(rows)
         self._account(rows, seconds)
         self._mark = time.perf_counter()
@@ -164,6 +152,10 @@ class Recorder:
         for curve in (self.train, self.validation, self.samples):
             curve.sync()
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._line.print(text)
+
     def validated(self, counters: Counters, loss: Loss) -> None:
         """Note a validation loss."""
         self.validation.append([(counters.step, counters.tokens, loss.mean)])
@@ -210,6 +202,9 @@ class NullRecorder(Recorder):
 
     def flush(self) -> None:
         """Nothing to write."""
+
+    def say(self, text: str) -> None:
+        """Not printed."""
 
     def validated(self, counters: Counters, loss: Loss) -> None:
         """Not kept."""

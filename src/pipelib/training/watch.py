@@ -1,0 +1,71 @@
+"""What all ranks look at together, and so at the same step: whether a value is not finite, and whether one is to stop."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipelib.errors import UserError
+from pipelib.tokens.loader import BatchPlan
+from pipelib.training.checkpoint import Checkpoints
+from pipelib.training.distributed import World
+from pipelib.training.params import TrainParams
+
+ROWS_NAMED = 64
+"""The most rows that a message lists."""
+
+
+class Watch:
+    """The values of the steps since the last look, on the device until then."""
+
+    def __init__(self, params: TrainParams, plan: BatchPlan, checkpoints: Checkpoints, world: World) -> None:
+        self._params, self._plan, self._checkpoints, self._world = params, plan, checkpoints, world
+        self._waiting: list[tuple[int, float, Tensor]] = []
+
+    def note(self, step: int, learning_rate: float, rank_losses: Tensor, grad_norm: Tensor, stop: Tensor) -> None:
+        """Note a finished step without waiting for the device."""
+        values = torch.cat((rank_losses, torch.stack((grad_norm, stop))))  # (world_size + 2,)
+        self._waiting.append((step, learning_rate, values))
+
+    def look(self) -> int:
+        """Wait for the noted steps; the signal that asked any rank to stop, 0 where none did.
+
+        Raises:
+            UserError: a loss or gradient norm is not finite; `take_step` has left the weights as they were.
+        """
+        stop = 0.0
+        for (step, learning_rate, _), (*losses, norm, signal) in zip(
+            self._waiting, torch.stack([values for *_, values in self._waiting]).tolist(), strict=True
+        ):
+            if not all(map(math.isfinite, (*losses, norm))):
+                raise UserError(self._not_finite(step, learning_rate, losses, norm))
+            stop = max(stop, signal)
+        self._waiting.clear()
+        return int(stop)
+
+    def _not_finite(self, step: int, learning_rate: float, losses: Sequence[float], norm: float) -> str:
+        """What to say about the finished step `step`."""
+        size = self._params.micro_batch_rows(self._world.world_size)
+        guilty = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        found = [f"loss {losses[rank]} on rank {rank}" for rank in guilty]
+        rows = [
+            f"rows {_listed(self._plan.share(step - 1, size, rank, self._world.world_size))} on rank {rank}"
+            for rank in guilty or range(self._world.world_size)
+        ]
+        self._checkpoints.wait()
+        self._world.barrier()  # what the main rank was writing is there for all
+        last = self._checkpoints.newest()
+        return (
+            f"step {step} has {', '.join(found) or 'a finite loss'} and gradient norm {norm} at learning rate "
+            f"{learning_rate:g}, so its update was left out and the training stopped; its batch was {', '.join(rows)}. "
+            f"{f'The last checkpoint is {last}, from before it' if last else 'There is no checkpoint yet'}. Lower "
+            "train.max_lr or train.grad_clip_norm, or look at the text of these rows."
+        )
+
+
+def _listed(rows: npt.NDArray[np.int64]) -> str:
+    named = ", ".join(map(str, rows.flatten()[:ROWS_NAMED]))
+    return f"{named} and {rows.size - ROWS_NAMED} more" if rows.size > ROWS_NAMED else named
