@@ -28,11 +28,18 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        query, key, value = self.split_heads(x)
+        return self.merge_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, C) -> query, key and value, each (B, n_head, T, head_size)."""
         B, T, C = x.shape  # noqa: N806
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)  # each (B, n_head, T, head_size)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        out: Tensor = self.c_proj(attended.transpose(1, 2).reshape(B, T, C))
+        qkv: Tensor = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        return qkv.unbind(0)
+
+    def merge_heads(self, attended: Tensor) -> Tensor:
+        """(B, n_head, T, head_size) -> (B, T, C)."""
+        out: Tensor = self.c_proj(attended.transpose(1, 2).flatten(2))
         return out
 
 
