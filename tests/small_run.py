@@ -31,6 +31,7 @@ from pipelib.tracking import NullRun
 from pipelib.training import loop
 from pipelib.training.distributed import World
 from pipelib.training.hardware import Peak
+from pipelib.training.initial_weights import RANDOM_WEIGHTS, InitialWeights
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
 
@@ -99,6 +100,7 @@ def train_small(
     shape: ModelParams | None = None,
     checkpoint_every: int = 10**6,
     log_every: int = 10**6,
+    initial: InitialWeights = RANDOM_WEIGHTS,
 ) -> GPT:
     """Train in this process, on `folder/tokens` and in `folder/work`; curves and checkpoints lie in the latter."""
     manifest = read_manifest(folder / "tokens")
@@ -106,7 +108,9 @@ def train_small(
     work.mkdir(exist_ok=True)
     recorder = Recorder(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
     cadence = loop.Cadence(log_every, checkpoint_every)
-    return loop.train(shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder)
+    return loop.train(
+        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder, initial
+    )
 
 
 def curve(folder: Path, name: str = "train") -> list[dict[str, float]]:
@@ -187,7 +191,12 @@ class SmallProject:
         """params.yaml of the small training, with changes in its section `train` or `logging`."""
         preset = read_yaml(CHECKOUT / "presets/gpt2-124m.yaml")
         logging = {name: train.pop(name, value) for name, value in LOGGING.items()}
-        sections = {"model": MODEL, "train": {**TRAIN, **train}, "evaluate": EVALUATE, "logging": logging}
+        sections = {
+            "model": {**MODEL, "init_from": "scratch"},
+            "train": {**TRAIN, **train},
+            "evaluate": EVALUATE,
+            "logging": logging,
+        }
         (self.folder / "params.yaml").write_text(yaml.safe_dump({**preset, **sections}))
 
     def begin_anew(self) -> None:

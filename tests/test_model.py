@@ -18,7 +18,7 @@ from pipelib.model.generate import generate
 from pipelib.model.gpt import GPT, initialise
 from pipelib.model.huggingface import CONFIG, WEIGHTS, export_model, import_model
 from pipelib.model.kv_cache import KVCache
-from pipelib.model.params import ModelParams
+from pipelib.model.params import InitialisedModelParams, ModelParams
 from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
 from pipelib.tokens.encoding import HARD_STRINGS, tiktoken_encoding
 
@@ -188,7 +188,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_the_presets_have_the_published_numbers_of_parameters(size: str) -> None:
-    shape = ModelParams(**read_yaml(CHECKOUT / f"presets/gpt2-{size}.yaml")["model"])
+    shape = InitialisedModelParams(**read_yaml(CHECKOUT / f"presets/gpt2-{size}.yaml")["model"])
     assert shape.parameters == PARAMETERS[size]
 
 

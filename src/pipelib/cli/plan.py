@@ -151,8 +151,11 @@ def _memory(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
 def _check(params: "Params", corpus: "Corpus | None", ranks: int) -> None:
     """Refuse what the train stage would refuse."""
     from pipelib.cli.estimates import manifest_of
+    from pipelib.training.initial_weights import require_weights
     from pipelib.training.loop import check_plan
 
+    if "/" in params.model.init_from:
+        require_weights(params.model, Path(params.model.init_from))
     if corpus is not None:
         check_plan(params.train, manifest_of(corpus, params.tokenize.shard_tokens), ranks)
 
