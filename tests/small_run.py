@@ -41,6 +41,7 @@ TRAIN = {
     "seed": 7, "max_tokens": 2560, "max_epochs": 1e6, "global_batch_tokens": 64, "sequence_length": 16,
     "micro_batch_size": 2, "max_lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "weight_decay": 0.1, "beta1": 0.9,
     "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False, "deterministic": True,
+    "activation_checkpointing": False,
     "validate_every": 10, "validate_tokens": 64, "sample_every": 20, "sample_prompts": ["The"],
 }  # fmt: skip
 """40 steps of 4 rows of 16 tokens, in 2 micro-steps."""

@@ -144,7 +144,8 @@ def _memory(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
     yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
     here = total_memory(device) // (1 if device.type == "cuda" else ranks)
     what = "a GPU here" if device.type == "cuda" else "a rank here, on the CPU,"
-    verdict = "fits" if need.total < 0.9 * here else "does not fit: lower train.micro_batch_size"
+    checkpointing = "" if train.activation_checkpointing else ", or set train.activation_checkpointing: true"
+    verdict = "fits" if need.total < 0.9 * here else f"does not fit: lower train.micro_batch_size{checkpointing}"
     yield "", f"{what} has {format_bytes(here)}: {verdict}"
 
 

@@ -61,6 +61,7 @@ def train(
     """
     set_determinism(params, world)
     model = initial_model(model_params, params.seed, initial)
+    model.activation_checkpointing = params.activation_checkpointing
     model.to(world.device)
     network = world.wrap(torch.compile(model) if params.compile else model)  # type: ignore[arg-type]
     world.settle(network, params.micro_batch_rows(world.world_size), params.sequence_length, params.precision)
