@@ -39,7 +39,8 @@ def generate(
         top_k: draw among this many likeliest tokens only; None for all. The padding of the vocabulary is never drawn.
         top_p: of those, draw among the fewest likeliest that together have this probability; None for all.
         seed: of the first text's own random stream; each further text has the next seed. So a text does not depend on
-            the others, rounding aside.
+            the others but by rounding, which the size of the batch changes: little in fp32, in bf16 enough that a close
+            draw falls on another token.
         stop_token_id: end a text before this token.
 
     Returns:
