@@ -90,6 +90,7 @@ def ours(params: Params, batch: Batch) -> Step:
     device = pick_device()
     model = GPT(params.model)
     initialise(model, 0)
+    model.activation_checkpointing = params.train.activation_checkpointing
     model.to(device)
     network = torch.compile(model) if params.train.compile else model
     optimizer = make_optimizer(model, params.train)
@@ -107,6 +108,7 @@ def plain(params: Params, batch: Batch) -> Step:
     torch.set_num_threads(available_cores())
     model = GPT(params.model)
     initialise(model, 0)
+    model.activation_checkpointing = params.train.activation_checkpointing
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     inputs, targets = (torch.from_numpy(array.copy()).to(device) for array in batch)

@@ -31,6 +31,7 @@ from pipelib.tracking import NullRun
 from pipelib.training import loop
 from pipelib.training.distributed import World
 from pipelib.training.hardware import Peak
+from pipelib.training.initial_weights import RANDOM_WEIGHTS, InitialWeights
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
 
@@ -40,6 +41,7 @@ TRAIN = {
     "seed": 7, "max_tokens": 2560, "max_epochs": 1e6, "global_batch_tokens": 64, "sequence_length": 16,
     "micro_batch_size": 2, "max_lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "weight_decay": 0.1, "beta1": 0.9,
     "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False, "deterministic": True,
+    "activation_checkpointing": False,
     "validate_every": 10, "validate_tokens": 64, "sample_every": 20, "sample_prompts": ["The"],
 }  # fmt: skip
 """40 steps of 4 rows of 16 tokens, in 2 micro-steps."""
@@ -99,6 +101,7 @@ def train_small(
     shape: ModelParams | None = None,
     checkpoint_every: int = 10**6,
     log_every: int = 10**6,
+    initial: InitialWeights = RANDOM_WEIGHTS,
 ) -> GPT:
     """Train in this process, on `folder/tokens` and in `folder/work`; curves and checkpoints lie in the latter."""
     manifest = read_manifest(folder / "tokens")
@@ -106,7 +109,9 @@ def train_small(
     work.mkdir(exist_ok=True)
     recorder = Recorder(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
     cadence = loop.Cadence(log_every, checkpoint_every)
-    return loop.train(shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder)
+    return loop.train(
+        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder, initial
+    )
 
 
 def curve(folder: Path, name: str = "train") -> list[dict[str, float]]:
@@ -187,7 +192,12 @@ class SmallProject:
         """params.yaml of the small training, with changes in its section `train` or `logging`."""
         preset = read_yaml(CHECKOUT / "presets/gpt2-124m.yaml")
         logging = {name: train.pop(name, value) for name, value in LOGGING.items()}
-        sections = {"model": MODEL, "train": {**TRAIN, **train}, "evaluate": EVALUATE, "logging": logging}
+        sections = {
+            "model": {**MODEL, "init_from": "scratch"},
+            "train": {**TRAIN, **train},
+            "evaluate": EVALUATE,
+            "logging": logging,
+        }
         (self.folder / "params.yaml").write_text(yaml.safe_dump({**preset, **sections}))
 
     def begin_anew(self) -> None:

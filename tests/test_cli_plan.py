@@ -109,6 +109,7 @@ def test_data_that_is_there_counts(capsys: pytest.CaptureFixture[str]) -> None:
 def saved_bytes(params: Params, rows: int, length: int) -> int:
     """What autograd keeps of one forward pass, the model's own parameters aside."""
     model = GPT(params.model)
+    model.activation_checkpointing = params.train.activation_checkpointing
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -133,6 +134,19 @@ def test_activations_are_what_autograd_saves(precision: str) -> None:
     (few, few_memory), (many, many_memory) = by_layers
     expected = many_memory.activations - few_memory.activations + many_memory.copies - few_memory.copies
     assert many - few == pytest.approx(expected, rel=0.02)  # LayerNorms keep a little more
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_with_checkpointing_blocks_keep_their_inputs_alone(precision: str) -> None:
+    saved, planned = [], []
+    for layers in (2, 6):
+        changes = {"train.precision": precision, "model.n_layer": layers, "train.activation_checkpointing": True}
+        params = load_params(write_params(changes))
+        saved.append(saved_bytes(params, 8, 128))
+        planned.append(memory_of(params.model, params.train, 8, 128).activations)
+    width = 8 * 128 * params.model.n_embd
+    assert saved[1] - saved[0] == planned[1] - planned[0] == 4 * 4 * width
+    assert planned[0] == (2 * 4 + (36 if precision == "bf16" else 64)) * width
 
 
 def test_parameters_disk_and_fixed_memory() -> None:

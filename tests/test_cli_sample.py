@@ -39,6 +39,25 @@ def test_seed_and_temperature(model: Path, capsys: pytest.CaptureFixture[str]) -
     greedy = [sample(model, capsys, "--prompt", "The", "--temperature", "0", "--seed", seed) for seed in "12"]
     assert greedy[0] == greedy[1]
     assert sample(model, capsys, "--prompt", "The", "--top-k", "1") == greedy[0]
+    assert sample(model, capsys, "--prompt", "The", "--top-p", "1e-6") == greedy[0]
+
+
+def test_several_texts_for_each_prompt(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    once = sample(model, capsys, "--prompt", "The", "A")
+    said = sample(model, capsys, "--prompt", "The", "A", "--num-samples", "3")
+    texts = said.removesuffix("\n").split("\n" + "-" * 80 + "\n")
+    assert [text[:1] for text in texts] == ["T", "T", "T", "A", "A", "A"]
+    assert len(set(texts)) == 6
+    assert once == f"{texts[0]}\n{'-' * 80}\n{texts[3]}\n"
+
+
+def test_top_p_draws_among_all_tokens_unless_top_k_is_given(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    among_all = sample(model, capsys, "--prompt", "The", "--top-p", "1")
+    assert sample(model, capsys, "--prompt", "The", "--top-p", "1", "--top-k", "50257") == among_all
+    assert sample(model, capsys, "--prompt", "The") != among_all
+    assert sample(model, capsys, "--prompt", "The", "--top-p", "1", "--top-k", "50") == sample(
+        model, capsys, "--prompt", "The"
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,6 +68,9 @@ def test_seed_and_temperature(model: Path, capsys: pytest.CaptureFixture[str]) -
         (["--tokens", "0"], "--tokens 0 would write nothing"),
         (["--temperature", "-1"], "temperature -1 is negative"),
         (["--top-k", "0"], "top_k 0 leaves no token"),
+        (["--top-p", "1.2"], "top_p 1.2 is no share of the probability"),
+        (["--num-samples", "0"], "--num-samples 0 would write nothing"),
+        (["--num-samples", "3", "--temperature", "0"], "--temperature 0 would write the same text 3 times"),
         (["--model", "nowhere"], "nowhere is no folder with a model"),
     ],
 )

@@ -18,7 +18,7 @@ STAGES = ("download", "tokenize", "train", "evaluate")
 DATA_DEPS = {
     "download": ["${download.path}", "constraints.txt"],
     "tokenize": ["data/raw"],
-    "train": ["data/tokens"],
+    "train": ["data/tokens", "data/models/manifest.json"],
     "evaluate": [
         "curves", "data/benchmarks", "data/tokens/manifest.json", "data/tokens/unigram_counts.npy",
         "data/tokens/val_000000.bin", "models",

@@ -17,7 +17,8 @@ from pipelib.files import files_under
 from pipelib.model.generate import generate
 from pipelib.model.gpt import GPT, initialise
 from pipelib.model.huggingface import CONFIG, WEIGHTS, export_model, import_model
-from pipelib.model.params import ModelParams
+from pipelib.model.kv_cache import KVCache
+from pipelib.model.params import InitialisedModelParams, ModelParams
 from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
 from pipelib.tokens.encoding import HARD_STRINGS, tiktoken_encoding
 
@@ -38,6 +39,12 @@ def random_tokens(rows: int, length: int) -> Tensor:
 @torch.no_grad()
 def logits_of(model: GPT, inputs: Tensor) -> Tensor:
     return model.logits(model.hidden(inputs))
+
+
+def write(model: GPT, prompt: list[int], new_tokens: int, **options: Any) -> list[int]:
+    """The continuation of a prompt that is alone in its batch."""
+    (text,) = generate(model, [prompt], new_tokens, **options)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +188,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_the_presets_have_the_published_numbers_of_parameters(size: str) -> None:
-    shape = ModelParams(**read_yaml(CHECKOUT / f"presets/gpt2-{size}.yaml")["model"])
+    shape = InitialisedModelParams(**read_yaml(CHECKOUT / f"presets/gpt2-{size}.yaml")["model"])
     assert shape.parameters == PARAMETERS[size]
 
 
@@ -222,8 +229,8 @@ def test_padding_has_probability_zero_even_where_its_weights_are_great(small: GP
     probabilities = logits_of(model, random_tokens(2, 16)).softmax(dim=-1)
     assert probabilities[..., VOCAB_SIZE:].eq(0).all()
     assert probabilities.sum(dim=-1).allclose(torch.ones(2, 16))
-    drawn = generate(model, [1, 2, 3], 100, temperature=100.0, top_k=None, seed=4)
-    drawn += generate(model, [1, 2, 3], 100, temperature=100.0, top_k=10**9, seed=5)
+    drawn = write(model, [1, 2, 3], 100, temperature=100.0, top_k=None, seed=4)
+    drawn += write(model, [1, 2, 3], 100, temperature=100.0, top_k=10**9, seed=5)
     assert max(drawn) < VOCAB_SIZE
 
 
@@ -260,47 +267,157 @@ def greedy(model: GPT, token_ids: list[int], count: int) -> list[int]:
 
 def test_temperature_zero_takes_the_likeliest_token_also_beyond_the_context(small: GPT) -> None:
     prompt = random_tokens(1, 10)[0].tolist()
-    assert generate(small, prompt, 20, temperature=0) == greedy(small, prompt, 20)
+    assert write(small, prompt, 20, temperature=0) == greedy(small, prompt, 20)
 
 
 def test_a_long_prompt_counts_with_its_end_alone(small: GPT) -> None:
     prompt = random_tokens(1, 50)[0].tolist()
-    assert generate(small, prompt, 5, seed=1) == generate(small, prompt[-small.params.context_length :], 5, seed=1)
+    assert write(small, prompt, 5, seed=1) == write(small, prompt[-small.params.context_length :], 5, seed=1)
 
 
 def test_the_seed_alone_decides_a_text_and_torchs_own_stream_is_left_alone(small: GPT) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = generate(small, [5], 30, seed=1)
+    first = write(small, [5], 30, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert generate(small, [5], 30, seed=1) == first
-    assert generate(small, [5], 30, seed=2) != first
+    assert write(small, [5], 30, seed=1) == first
+    assert write(small, [5], 30, seed=2) != first
 
 
 def test_top_k_draws_among_the_likeliest_only(small: GPT) -> None:
     likeliest = logits_of(small, torch.tensor([[5]]))[0, -1].topk(3).indices.tolist()
-    drawn = {generate(small, [5], 1, temperature=10.0, top_k=3, seed=seed)[0] for seed in range(40)}
+    drawn = {write(small, [5], 1, temperature=10.0, top_k=3, seed=seed)[0] for seed in range(40)}
     assert drawn == set(likeliest)
 
 
 def test_draws_follow_the_models_probabilities(small: GPT) -> None:
     values, tokens = logits_of(small, torch.tensor([[5]]))[0, -1].topk(3)
     expected = (values / 2.0).softmax(dim=-1)
-    draws = [generate(small, [5], 1, temperature=2.0, top_k=3, seed=seed)[0] for seed in range(1000)]
+    draws = [write(small, [5], 1, temperature=2.0, top_k=3, seed=seed)[0] for seed in range(1000)]
     shares = torch.tensor([draws.count(token) / 1000 for token in tokens.tolist()])
     assert (shares - expected).abs().max() < 0.06  # four standard deviations of a share of 1,000
 
 
 def test_a_text_ends_before_the_stop_token(small: GPT) -> None:
-    text = generate(small, [5], 30, seed=1)
-    assert generate(small, [5], 30, seed=1, stop_token_id=text[7]) == text[: text.index(text[7])]
+    text = write(small, [5], 30, seed=1)
+    assert write(small, [5], 30, seed=1, stop_token_id=text[7]) == text[: text.index(text[7])]
+
+
+@pytest.fixture(scope="module")
+def wide() -> GPT:
+    """A model with room for texts of different lengths."""
+    return random_model(model_params(context_length=48))
+
+
+PROMPTS = [random_tokens(1, 40)[0, :length].tolist() for length in (9, 1, 23, 4)]
+
+
+def test_greedy_texts_of_a_batch_are_those_of_transformers_padded_left_and_alone(wide: GPT, tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    export_model(wide, tmp_path, "")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def continued(prompts: list[list[int]]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        inputs = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        written: Tensor = theirs.generate(inputs, attention_mask=mask, **options)
+        return written[:, longest:].tolist()
+
+    ours = generate(wide, PROMPTS, 20, temperature=0)
+    assert ours == continued(PROMPTS)
+    assert ours == [continued([prompt])[0] for prompt in PROMPTS]
+    assert len(set(map(tuple, ours))) == len(ours)
+
+
+def test_the_cache_gives_the_logits_of_the_whole_text_at_every_token(wide: GPT) -> None:
+    texts = dict(enumerate(map(list, PROMPTS)))
+    cache = KVCache(wide, 48)
+    for step in range(20):
+        hidden = cache.last_hidden(texts)
+        expected = torch.cat([wide.hidden(torch.tensor([text]))[:, -1] for text in texts.values()])
+        assert (hidden - expected).abs().max() < 1e-4
+        if step == 7:
+            del texts[2]
+        for number, text in texts.items():
+            text.append(100 * number + step)
+
+
+def test_a_prompt_alone_has_the_very_logits_of_the_training_pass(wide: GPT) -> None:
+    assert torch.equal(KVCache(wide, 23).last_hidden({0: PROMPTS[2]}), wide.hidden(torch.tensor(PROMPTS[2:3]))[:, -1])
+
+
+def test_texts_of_a_batch_outgrow_the_context_one_after_the_other(small: GPT) -> None:
+    prompts = [*PROMPTS, random_tokens(1, 50)[0].tolist()]  # two of them are longer than the context from the start
+    texts = generate(small, prompts, 30, temperature=0)
+    assert texts == [greedy(small, prompt, 30) for prompt in prompts]
+
+
+def test_a_text_does_not_hang_on_what_it_is_written_with(wide: GPT) -> None:
+    together = generate(wide, PROMPTS, 60, seed=3)
+    assert together == [write(wide, prompt, 60, seed=3 + number) for number, prompt in enumerate(PROMPTS)]
+    many = generate(wide, PROMPTS * 9, 5, seed=3)  # more than are written at a time
+    assert len(many) == 36
+    assert many[:4] == [text[:5] for text in together]
+    assert generate(wide, [], 5) == []
+
+
+def test_a_text_that_ends_leaves_the_others_alone(wide: GPT) -> None:
+    texts = generate(wide, PROMPTS, 30, seed=3)
+    stop = texts[0][5]
+    ended = generate(wide, PROMPTS, 30, seed=3, stop_token_id=stop)
+    assert ended == [text[: text.index(stop)] if stop in text else text for text in texts]
+    assert len(ended[0]) <= 5
+
+
+def test_top_p_draws_among_the_fewest_likeliest_that_have_it_together(small: GPT) -> None:
+    probabilities, tokens = (logits_of(small, torch.tensor([[5]]))[0, -1] / 0.5).softmax(dim=-1).sort(descending=True)
+    for top_p, count in ((probabilities[0] / 2, 1), (probabilities[:3].sum() - 1e-4, 3)):
+        options = {"temperature": 0.5, "top_k": None, "top_p": float(top_p)}
+        drawn = {write(small, [5], 1, seed=seed, **options)[0] for seed in range(200)}
+        assert drawn <= set(tokens[:count].tolist())
+        assert drawn >= set(tokens[: min(count, 2)].tolist())
+    everything = [write(small, [5], 40, top_k=None, top_p=top_p, seed=2) for top_p in (None, 1.0)]
+    assert everything[0] == everything[1]
+
+
+def test_top_p_counts_what_top_k_left(small: GPT) -> None:
+    values, tokens = logits_of(small, torch.tensor([[5]]))[0, -1].topk(2)
+    share = values.softmax(dim=-1)[0].item()  # of the first among the two
+    assert {write(small, [5], 1, top_k=2, top_p=share - 0.01, seed=seed)[0] for seed in range(40)} == {tokens[0].item()}
+    drawn = {write(small, [5], 1, top_k=2, top_p=share + 0.01, seed=seed)[0] for seed in range(40)}
+    assert drawn == set(tokens.tolist())
+
+
+def test_the_least_temperature_is_greedy(small: GPT) -> None:
+    assert write(small, [5], 12, temperature=1e-38) == greedy(small, [5], 12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_gives_no_numbers_is_refused(small: GPT, value: float) -> None:
+    model = GPT(small.params)
+    model.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        model.ln_f.bias[0] = value
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="infinite or not numbers"):
+            write(model, [5], 3, temperature=temperature)
 
 
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
-    [([], {}, "prompt is empty"), ([1], {"temperature": -1.0}, "is negative"), ([1], {"top_k": 0}, "no token to draw")],
+    [
+        ([], {}, "prompt is empty"),
+        ([1], {"temperature": -1.0}, "is negative"),
+        ([1], {"temperature": math.nan}, "temperature nan is no finite number"),
+        ([1], {"top_k": 0}, "no token to draw"),
+        ([1], {"top_p": 0.0}, "top_p 0 is no share"),
+        ([1], {"top_p": 1.5}, "top_p 1.5 is no share"),
+    ],
 )
 def test_what_means_nothing_is_refused(small: GPT, prompt: list[int], options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        generate(small, prompt, 1, **options)
+        write(small, prompt, 1, **options)

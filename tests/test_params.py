@@ -56,7 +56,26 @@ def test_presets_are_the_published_models(size: str) -> None:
 
 
 def test_there_is_a_preset_of_every_size() -> None:
-    assert {path.stem for path in PRESETS} == {f"gpt2-{size}" for size in SIZES}
+    assert {path.stem for path in PRESETS} == {"gpt3-125m", *(f"gpt2-{size}" for size in SIZES)}
+
+
+def test_gpt3s_preset_is_the_published_shape_and_recipe() -> None:
+    """Brown et al. 2020, tables 2.1 and B: 0.5M tokens a step, 6.0e-4, warmup over 375M tokens, down to a tenth."""
+    params = load_params(ROOT / "presets/gpt3-125m.yaml")
+    model, train = params.model, params.train
+    assert (model.n_layer, model.n_head, model.n_embd, model.context_length) == (12, 12, 768, 2048)
+    assert model.parameters == SIZES["124m"] + 1024 * 768 == 125_226_240
+    assert (train.sequence_length, train.global_batch_tokens, train.max_lr, train.min_lr) == (2048, 2**19, 6e-4, 6e-5)
+    assert train.warmup_steps * train.global_batch_tokens == pytest.approx(375e6, rel=1e-3)
+    assert (train.beta1, train.beta2, train.eps, train.weight_decay, train.grad_clip_norm) == (
+        0.9,
+        0.95,
+        1e-8,
+        0.1,
+        1.0,
+    )
+    for ranks in (1, 8):
+        assert train.rows_per_step % (train.micro_batch_size * ranks) == 0
 
 
 @pytest.mark.parametrize(

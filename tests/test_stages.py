@@ -16,7 +16,7 @@ from pipelib.errors import UserError
 from pipelib.files import read_json, sha256_file
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
-from pipelib.model.params import ModelParams
+from pipelib.model.params import InitialisedModelParams
 from pipelib.stage import run_stage
 
 STAGES = ("download", "tokenize", "train", "evaluate")
@@ -232,7 +232,7 @@ def test_a_flipped_bit_in_a_token(project: Project, split: str) -> None:
 
 @pytest.mark.parametrize("content", [b"not tensors", b""])
 def test_evaluation_of_a_damaged_model(project: Project, content: bytes) -> None:
-    export_model(GPT(ModelParams(**PARAMS["model"])), project.root / "models", "a model")
+    export_model(GPT(InitialisedModelParams(**PARAMS["model"])), project.root / "models", "a model")
     (project.root / "models/model.safetensors").write_bytes(content)
     project.refuses("evaluate", "models/model.safetensors")
     assert not (project.root / "reports").exists()

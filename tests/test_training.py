@@ -1,5 +1,6 @@
 """Training is what it says: a plain loop gives the same losses, and nothing but data and parameters decides a weight."""
 
+import csv
 import errno
 import io
 import itertools
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from small_run import (
     ALONE,
     CHECKOUT,
+    SmallProject,
     curve,
     model_params,
     one_thread,  # noqa: F401 (a fixture)
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 
 from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json
-from pipelib.model.gpt import GPT, initialise
+from pipelib.model.gpt import GPT, Block, initialise
 from pipelib.tokens.loader import Batch
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop
@@ -296,6 +298,40 @@ def test_looking_at_a_training_does_not_change_it(folder: Path, change: dict[str
     changed = train_params(**{"max_tokens": 1280, **{name: change[name] for name in change if name not in cadence}})
     assert differing(train_small(folder, changed, **cadence), undisturbed) == []
     assert (folder / "work/train.csv").read_bytes() == losses
+
+
+def test_activation_checkpointing_changes_no_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    blocks = 0
+
+    def count(*_: object) -> None:
+        nonlocal blocks
+        blocks += 1
+
+    monkeypatch.setattr(Block, "forward", lambda self, x, forward=Block.forward: count() or forward(self, x))
+    for wanted in (False, True):
+        blocks = 0
+        params = train_params(activation_checkpointing=wanted, max_tokens=1280)
+        model = train_small(folder, params)
+        curves = {name: (folder / "work" / name).read_bytes() for name in CURVES}
+        runs.append((model, curves, blocks))
+        shutil.rmtree(folder / "work")
+    (plain, plain_curves, plain_blocks), (checkpointed, curves, checkpointed_blocks) = runs
+    assert curves == plain_curves
+    assert differing(checkpointed, plain) == []
+    assert checkpointed_blocks == plain_blocks + 20 * 2 * 2  # each block once more in each of 2 micro-steps of 20 steps
+
+
+def test_activation_checkpointing_goes_with_two_ranks_and_compile(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"activation_checkpointing": True, "max_tokens": 640}
+    project = SmallProject.make(tmp_path, **options, compile=True)
+    project.run(ranks=2)
+    with (tmp_path / "curves/train.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    (tmp_path / "tokens").symlink_to(tmp_path / "data/tokens")
+    train_small(tmp_path, train_params(max_tokens=640))
+    assert len(losses) == 10
+    assert losses == pytest.approx([row["loss"] for row in curve(tmp_path)], rel=1e-5)
 
 
 def test_another_seed_gives_another_model(folder: Path) -> None:

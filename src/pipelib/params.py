@@ -4,6 +4,7 @@ Stages do not depend on this file (see `provenance.EXEMPT`): it accepts or refus
 the stage's own wing declares.
 """
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from pipelib.config import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.corpus.params import DownloadParams
 from pipelib.evaluation.params import EvaluateParams
-from pipelib.model.params import ModelParams
+from pipelib.model.params import PUBLISHED, InitialisedModelParams
 from pipelib.tokens.params import TokenizeParams
 from pipelib.training.params import TrainParams
 
@@ -36,7 +37,7 @@ class Params:
 
     download: DownloadParams
     tokenize: TokenizeParams
-    model: ModelParams
+    model: InitialisedModelParams
     train: TrainParams
     evaluate: EvaluateParams
     logging: LoggingParams
@@ -63,6 +64,31 @@ class Params:
             yield (
                 f"evaluate.batch_tokens: {self.evaluate.batch_tokens} is less than one context of "
                 f"{self.model.context_length} tokens (model.context_length); raise it."
+            )
+        yield from self._problems_of_initial_weights()
+
+    def _problems_of_initial_weights(self) -> Iterator[str]:
+        """What is wrong with `model.init_from`, as far as parameters alone say it; the train stage looks at folders."""
+        name = self.model.init_from
+        if self.model.init_is_published and name not in PUBLISHED:
+            near = difflib.get_close_matches(name, ["scratch", *PUBLISHED], n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; write ./{name} if it is one."
+            yield (
+                f"model.init_from: {name!r} is neither scratch nor one of {', '.join(PUBLISHED)}, and a folder is written with "
+                f"a slash{hint}"
+            )
+        elif self.model.init_is_published:
+            if name not in self.download.models:
+                yield (
+                    f"model.init_from: {name} needs weights that download fetches, and download.models = "
+                    f"{list(self.download.models)} does not name it; add it there."
+                )
+            if differing := self.model.difference(PUBLISHED[name]):
+                yield f"model.init_from: {name} has {differing}"
+        elif Path(name).resolve() == Path("models").resolve():
+            yield (
+                f"model.init_from: {name} is what train makes, and DVC removes it before train runs; copy the folder, and "
+                "name the copy."
             )
 
 

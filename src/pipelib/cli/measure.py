@@ -71,6 +71,7 @@ def _measure(params: Params, device: torch.device, rows: int, length: int) -> tu
     """Seconds of one micro-step, and of the rest of an optimizer step, from steps of one and of `MANY` micro-steps."""
     network = GPT(params.model)
     initialise(network, params.train.seed)
+    network.activation_checkpointing = params.train.activation_checkpointing
     network.to(device)
     optimizer = make_optimizer(network, params.train)
 

@@ -144,15 +144,19 @@ def _memory(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
     yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
     here = total_memory(device) // (1 if device.type == "cuda" else ranks)
     what = "a GPU here" if device.type == "cuda" else "a rank here, on the CPU,"
-    verdict = "fits" if need.total < 0.9 * here else "does not fit: lower train.micro_batch_size"
+    checkpointing = "" if train.activation_checkpointing else ", or set train.activation_checkpointing: true"
+    verdict = "fits" if need.total < 0.9 * here else f"does not fit: lower train.micro_batch_size{checkpointing}"
     yield "", f"{what} has {format_bytes(here)}: {verdict}"
 
 
 def _check(params: "Params", corpus: "Corpus | None", ranks: int) -> None:
     """Refuse what the train stage would refuse."""
     from pipelib.cli.estimates import manifest_of
+    from pipelib.training.initial_weights import require_weights
     from pipelib.training.loop import check_plan
 
+    if "/" in params.model.init_from:
+        require_weights(params.model, Path(params.model.init_from))
     if corpus is not None:
         check_plan(params.train, manifest_of(corpus, params.tokenize.shard_tokens), ranks)
 

@@ -13,7 +13,10 @@ EXAMPLES = """examples:
   pipelib sample --prompt "Returns the"
   pipelib sample --prompt "Parameters" "See also" --tokens 50 --temperature 0.8 --seed 3
   pipelib sample --prompt "Once upon a time" --model ../gpt2 --temperature 0    the likeliest text, always the same
+  pipelib sample --prompt "Once upon a time" --num-samples 5 --top-p 0.9        five texts, no unlikely words
 """
+
+TOP_K = 50
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,17 +41,33 @@ def add_parser(subparsers: Any) -> None:
         help="0 takes the likeliest token each time, 1 draws as trained; default: 1",
     )
     parser.add_argument(
-        "--top-k", type=int, default=50, metavar="K", help="draw among the K likeliest tokens; default: 50"
+        "--top-k",
+        type=int,
+        metavar="K",
+        help=f"draw among the K likeliest tokens; default: {TOP_K}, or all of them with --top-p",
     )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text; default: 0")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw among the fewest likeliest tokens that together have the probability P; default: all",
+    )
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt; default: 1")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same texts; default: 0")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print every prompt with its continuation, a line of dashes between two."""
-    if arguments.tokens < 1:
-        raise UserError(f"--tokens {arguments.tokens} would write nothing; give 1 or more.")
+    """Print every prompt with its continuations, a line of dashes between two."""
+    for name in ("tokens", "num_samples"):
+        if (count := getattr(arguments, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {count} would write nothing; give 1 or more.")
+    if arguments.temperature == 0 and arguments.num_samples > 1:
+        raise UserError(
+            f"--temperature 0 would write the same text {arguments.num_samples} times; drop --num-samples, or draw with "
+            "--temperature 1."
+        )
     from pipelib.model.generate import generate
     from pipelib.model.huggingface import import_model
     from pipelib.model.vocabulary import EOT_TOKEN_ID
@@ -56,19 +75,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     model = import_model(arguments.model).to(_device(arguments.device))
     encoding = tiktoken_encoding()
-    for number, prompt in enumerate(arguments.prompt):
-        token_ids = generate(
-            model,
-            [EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)],
-            arguments.tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            seed=arguments.seed + number,
-            stop_token_id=EOT_TOKEN_ID,
-        )
-        if number:
-            print("-" * 80)
-        print(prompt + encoding.decode(token_ids), flush=True)
+    top_k = TOP_K if arguments.top_k is None and arguments.top_p is None else arguments.top_k
+    token_ids = [[EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)] for prompt in arguments.prompt]
+    texts = generate(
+        model,
+        token_ids * arguments.num_samples,  # a prompt's first text is the same however many follow
+        arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop_token_id=EOT_TOKEN_ID,
+    )
+    written = [
+        prompt + encoding.decode(new)
+        for number, prompt in enumerate(arguments.prompt)
+        for new in texts[number :: len(arguments.prompt)]
+    ]
+    print(f"\n{'-' * 80}\n".join(written))
     return 0
 
 

@@ -108,9 +108,8 @@ def language_model(model: GPT, params: EvaluateParams) -> Any:
             wanted = int(options.get("max_gen_toks", 256))
             temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
             token_ids = self.tok_encode(prompt) or [EOT_TOKEN_ID]
-            new = generate(
-                model, token_ids[-max(1, limit - wanted) :], wanted, temperature=temperature, stop_token_id=EOT_TOKEN_ID
-            )
+            prompts = [token_ids[-max(1, limit - wanted) :]]
+            (new,) = generate(model, prompts, wanted, temperature=temperature, stop_token_id=EOT_TOKEN_ID)
             text: str = encoding.decode(new)
             for stop in options.get("until", []):
                 text = text.split(stop)[0] if stop else text

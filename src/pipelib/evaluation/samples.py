@@ -17,10 +17,7 @@ def write_samples(model: GPT, prompts: Sequence[str], precision: str, seed: int)
     Each has a random stream of its own, so that nothing else that is random changes.
     """
     encoding = tiktoken_encoding()
-    texts = []
-    for number, prompt in enumerate(prompts):
-        token_ids = [EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)]
-        with autocast(model.wte.weight.device, precision):
-            new = generate(model, token_ids, SAMPLE_TOKENS, seed=seed + number, stop_token_id=EOT_TOKEN_ID)
-        texts.append((prompt, encoding.decode(new)))
-    return texts
+    token_ids = [[EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)] for prompt in prompts]
+    with autocast(model.wte.weight.device, precision):
+        texts = generate(model, token_ids, SAMPLE_TOKENS, seed=seed, stop_token_id=EOT_TOKEN_ID)
+    return [(prompt, encoding.decode(new)) for prompt, new in zip(prompts, texts, strict=True)]

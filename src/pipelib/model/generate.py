@@ -1,63 +1,114 @@
 """Text from a model, token by token, with a random stream of its own: sampling changes nothing else that is random."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pipelib.errors import UserError
 from pipelib.model.gpt import GPT
+from pipelib.model.kv_cache import KVCache
 from pipelib.model.vocabulary import VOCAB_SIZE
+
+BATCH = 16
+"""Texts that are written at a time; the keys and values of a context of GPT-2 124M are 75 MB a text in fp32."""
 
 
 @torch.no_grad()
 def generate(
     model: GPT,
-    prompt: list[int],
+    prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = 50,
+    top_p: float | None = None,
     seed: int = 0,
     stop_token_id: int | None = None,
-) -> list[int]:
-    """Continue a prompt.
+) -> list[list[int]]:
+    """Continue prompts, several at a time.
+
+    A token costs one position as long as its text fits the context. Beyond that the model sees the last
+    `context_length` tokens: all their positions change with each token, so all are computed again.
 
     Args:
-        prompt: token ids, at least one; `<|endoftext|>` for a text from nothing.
-        new_tokens: how many to add at most.
+        prompts: token ids of each, at least one; `<|endoftext|>` for a text from nothing.
+        new_tokens: how many to add to each at most.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: draw among this many likeliest tokens only; None for all. The padding of the vocabulary is never drawn.
-        seed: of this text's own random stream.
-        stop_token_id: end before this token.
+        top_p: of those, draw among the fewest likeliest that together have this probability; None for all.
+        seed: of the first text's own random stream; each further text has the next seed. So a text does not depend on
+            the others but by rounding, which the size of the batch changes: little in fp32, in bf16 enough that a close
+            draw falls on another token.
+        stop_token_id: end a text before this token.
 
     Returns:
-        The new token ids alone.
+        The new token ids alone, for each prompt.
 
     Raises:
-        UserError: an empty prompt, or a temperature or top_k that means nothing.
+        UserError: an empty prompt, a temperature, top_k or top_p that means nothing, or a model whose logits are no numbers.
     """
-    if not prompt:
+    if not all(prompts):
         raise UserError("the prompt is empty, so there is nothing to go on from; give a word, or <|endoftext|> alone.")
-    if temperature < 0:
-        raise UserError(f"temperature {temperature:g} is negative, which would prefer unlikely tokens; use 0 or more.")
+    if not 0 <= temperature < math.inf:
+        wrong = "is negative, which would prefer unlikely tokens" if temperature < 0 else "is no finite number"
+        raise UserError(f"temperature {temperature:g} {wrong}; use 0 or more.")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k {top_k} leaves no token to draw; use 1 or more.")
-    device = model.wte.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    token_ids = list(prompt)
-    for _ in range(new_tokens):
-        window = torch.tensor([token_ids[-model.params.context_length :]], device=device)
-        logits = model.logits(model.hidden(window)[0, -1]).float().cpu()
-        token = _draw(logits, temperature, top_k, generator)
-        if token == stop_token_id:
-            break
-        token_ids.append(token)
-    return token_ids[len(prompt) :]
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p {top_p:g} is no share of the probability; use more than 0 and at most 1.")
+    texts = [list(prompt) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(texts))]
+    for first in range(0, len(texts), BATCH):
+        numbers = range(first, min(first + BATCH, len(texts)))
+        cache = KVCache(model, _columns(model, [len(texts[number]) for number in numbers], new_tokens))
+        writing = {number: texts[number] for number in numbers}
+        for _ in range(new_tokens):
+            if not writing:
+                break
+            for number, logits in _next_logits(model, writing, cache).items():
+                token = _draw(logits, temperature, top_k, top_p, generators[number])
+                if token == stop_token_id:
+                    del writing[number]
+                else:
+                    texts[number].append(token)
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+def _columns(model: GPT, lengths: Sequence[int], new_tokens: int) -> int:
+    """What the cache has to hold of texts of these lengths, until they end or outgrow the context."""
+    context = model.params.context_length
+    fitting = [length for length in lengths if length <= context]
+    return min(max(fitting) + new_tokens, max(fitting) - min(fitting) + context) if fitting else 0
+
+
+def _next_logits(model: GPT, texts: dict[int, list[int]], cache: KVCache) -> dict[int, Tensor]:
+    """The logits of every text's next token, (PADDED_VOCAB_SIZE,) each, in fp32 on the CPU."""
+    context = model.params.context_length
+    short = {number: text for number, text in texts.items() if len(text) <= context}
+    long = {number: text[-context:] for number, text in texts.items() if len(text) > context}
+    hidden = [cache.last_hidden(short)] if short else []
+    if long:
+        windows = torch.tensor(list(long.values()), device=model.wte.weight.device)
+        hidden.append(model.hidden(windows)[:, -1])
+    return dict(zip([*short, *long], model.logits(torch.cat(hidden)).float().cpu(), strict=True))
+
+
+def _draw(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
     """One token id from the logits (PADDED_VOCAB_SIZE,), whose padding is minus infinity."""
+    if not logits[:VOCAB_SIZE].isfinite().all():
+        raise UserError(
+            "the model's logits are infinite or not numbers, so no token can be drawn; its weights are damaged or its "
+            "training diverged: use another model."
+        )
     if temperature == 0:
         return int(logits.argmax())
     values, token_ids = logits.topk(min(top_k or VOCAB_SIZE, VOCAB_SIZE))
-    probabilities = (values / temperature).softmax(dim=-1)
+    probabilities = ((values - values[0]) / temperature).softmax(dim=-1)
+    if top_p is not None and top_p < 1:
+        before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together
+        probabilities = probabilities.where(before < top_p, 0.0)  # multinomial normalises
     return int(token_ids[torch.multinomial(probabilities, 1, generator=generator)])

@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipelib.model.params import ModelParams
 from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
@@ -28,11 +29,18 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        query, key, value = self.split_heads(x)
+        return self.merge_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, C) -> query, key and value, each (B, n_head, T, head_size)."""
         B, T, C = x.shape  # noqa: N806
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)  # each (B, n_head, T, head_size)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        out: Tensor = self.c_proj(attended.transpose(1, 2).reshape(B, T, C))
+        qkv: Tensor = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        return qkv.unbind(0)
+
+    def merge_heads(self, attended: Tensor) -> Tensor:
+        """(B, n_head, T, head_size) -> (B, T, C)."""
+        out: Tensor = self.c_proj(attended.transpose(1, 2).flatten(2))
         return out
 
 
@@ -77,13 +85,18 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(params.context_length, params.n_embd)
         self.h = nn.ModuleList(Block(params) for _ in range(params.n_layer))
         self.ln_f = nn.LayerNorm(params.n_embd)
+        self.activation_checkpointing = False
+        """Keep each block's input only and compute the block again in the backward pass."""
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """What the network makes of each position, before the output layer: (B, T) token ids -> (B, T, C)."""
         positions = torch.arange(inputs.shape[1], device=inputs.device)
         x = self.wte(inputs) + self.wpe(positions)
         for block in self.h:
-            x = block(x)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+            else:
+                x = block(x)
         out: Tensor = self.ln_f(x)
         return out
 

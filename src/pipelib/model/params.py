@@ -1,7 +1,7 @@
-"""The shape of a GPT-2."""
+"""The shape of a GPT-2, and what it starts from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from pipelib.config import PositiveInt
 from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
@@ -9,7 +9,7 @@ from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
 
 @dataclass(frozen=True)
 class ModelParams:
-    """Section `model` of params.yaml, in GPT-2's own names."""
+    """The shape, in GPT-2's own names."""
 
     n_layer: PositiveInt
     """Transformer blocks."""
@@ -42,3 +42,34 @@ class ModelParams:
         """
         matrices = 12 * self.n_layer * self.n_embd**2 + PADDED_VOCAB_SIZE * self.n_embd
         return 6 * matrices + 12 * self.n_layer * self.n_embd * sequence_length
+
+
+@dataclass(frozen=True)
+class InitialisedModelParams(ModelParams):
+    """Section `model` of params.yaml: a shape, and the weights that training starts from."""
+
+    init_from: str
+    """`scratch` for random weights; a name of `download.models`; or a Hugging Face folder, which has a slash in it."""
+
+    @property
+    def init_is_published(self) -> bool:
+        """Whether the weights are OpenAI's, from data/models."""
+        return self.init_from != "scratch" and "/" not in self.init_from
+
+    def difference(self, found: ModelParams) -> str:
+        """In what weights of the shape `found` do not fit this section, and what to write; empty where they do."""
+        names = [field.name for field in fields(ModelParams) if getattr(found, field.name) != getattr(self, field.name)]
+        if not names:
+            return ""
+        differs = ", ".join(f"{name} = {getattr(found, name)}, not {getattr(self, name)}" for name in names)
+        remedy = ", ".join(f"model.{name}: {getattr(found, name)}" for name in names)
+        return f"{differs}, so its weights do not fit section model; write {remedy}, or model.init_from: scratch."
+
+
+PUBLISHED = {
+    "gpt2": ModelParams(n_layer=12, n_head=12, n_embd=768, context_length=1024),
+    "gpt2-medium": ModelParams(n_layer=24, n_head=16, n_embd=1024, context_length=1024),
+    "gpt2-large": ModelParams(n_layer=36, n_head=20, n_embd=1280, context_length=1024),
+    "gpt2-xl": ModelParams(n_layer=48, n_head=25, n_embd=1600, context_length=1024),
+}
+"""The shapes of OpenAI's four (Radford et al. 2019, table 2), by their names in `download.models`."""

@@ -17,12 +17,13 @@ from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json, write_text
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model, readme
-from pipelib.model.params import ModelParams
+from pipelib.model.params import InitialisedModelParams
 from pipelib.processes import tie_to_parent
 from pipelib.tokens.shards import Manifest, read_manifest
 from pipelib.tracking import NullRun, Run, attach_run
 from pipelib.training.distributed import World, join_world
 from pipelib.training.hardware import peak_of
+from pipelib.training.initial_weights import InitialWeights
 from pipelib.training.loop import Cadence, train
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import NullRecorder, Recorder
@@ -34,7 +35,7 @@ JOB, RESULT, ERROR = "job.json", "result.json", "error.txt"
 class Job:
     """A training as all its ranks see it."""
 
-    model: ModelParams
+    model: InitialisedModelParams
     train: TrainParams
     cadence: Cadence
     tokens: str
@@ -45,6 +46,8 @@ class Job:
     """The hash of the code files and package versions."""
     resumed_with_other_code: bool
     """The user chose to go on with unfinished work of other code."""
+    initial: InitialWeights
+    """What the model starts from."""
 
     def write(self, work: Path) -> None:
         """Leave the job for the ranks to read."""
@@ -69,7 +72,7 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
         recorder = Recorder(
             work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
         )
-    model = train(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder)
+    model = train(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial)
     if world.is_main:
         export(job, manifest, model, recorder, work / "outs")
         write_json(work / RESULT, {"result": _result(job, recorder), "speed": _speed(recorder, world)})
@@ -84,6 +87,8 @@ def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: P
         **{f"model.{key}": value for key, value in asdict(job.model).items()},
         **{f"train.{key}": value for key, value in asdict(job.train).items()},
     }
+    if job.initial.sha256:
+        recipe["initial weights, sha256"] = job.initial.sha256
     if job.resumed_with_other_code:
         recipe["resumed with other code"] = True
     export_model(model, outs / "models", readme(job.model, recipe))

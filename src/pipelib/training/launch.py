@@ -15,12 +15,13 @@ import torch
 
 from pipelib.errors import UserError
 from pipelib.files import read_json, remove, require_free_space, sha256_json
-from pipelib.model.params import ModelParams
+from pipelib.model.params import InitialisedModelParams
 from pipelib.processes import positive_setting
 from pipelib.stage import Build
 from pipelib.tokens.shards import read_manifest, require_sound
 from pipelib.training.checkpoint import CHECKPOINT_BYTES, KEPT
 from pipelib.training.distributed import join_world
+from pipelib.training.initial_weights import InitialWeights
 from pipelib.training.job import ERROR, RESULT, Job, run_job
 from pipelib.training.loop import Cadence, check_plan
 from pipelib.training.params import TrainParams
@@ -42,7 +43,14 @@ def process_count() -> int:
     return wish or max(1, gpus)
 
 
-def launch(build: Build, model: ModelParams, train: TrainParams, cadence: Cadence, tokens: Path) -> tuple[Any, Any]:
+def launch(
+    build: Build,
+    model: InitialisedModelParams,
+    train: TrainParams,
+    cadence: Cadence,
+    tokens: Path,
+    initial: InitialWeights,
+) -> tuple[Any, Any]:
     """Train on the shards in `tokens` and build `models/` and `curves/`; the stage's result and speed.
 
     Raises:
@@ -61,6 +69,7 @@ def launch(build: Build, model: ModelParams, train: TrainParams, cadence: Cadenc
         str(build.run.path or ""),
         sha256_json(build.code),
         build.resumed_with_other_code,
+        initial,
     )
     for leftover in (RESULT, ERROR, STOP):
         remove(build.work / leftover)

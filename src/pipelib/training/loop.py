@@ -17,12 +17,13 @@ from pipelib.errors import UserError
 from pipelib.evaluation.loss import Loss, summed_loss
 from pipelib.evaluation.samples import write_samples
 from pipelib.model.device import autocast
-from pipelib.model.gpt import GPT, initialise
+from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
 from pipelib.tokens.loader import Batch, BatchPlan, Loader, training_rows, validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, Manifest
 from pipelib.training.checkpoint import Checkpoints, Counters, RandomState, Stateful
 from pipelib.training.distributed import World
+from pipelib.training.initial_weights import RANDOM_WEIGHTS, InitialWeights, initial_model
 from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
@@ -47,18 +48,20 @@ def train(
     work: Path,
     world: World,
     recorder: Recorder,
+    initial: InitialWeights = RANDOM_WEIGHTS,
 ) -> GPT:
     """Train on the shards in `tokens` and return the model after its last step, on this rank's device.
 
     Args:
         work: where checkpoints go, and are found again.
+        initial: what the model starts from, where no checkpoint is found.
 
     Raises:
         UserError: a value is infinite or not a number; the run was stopped by a signal, after a checkpoint.
     """
     set_determinism(params, world)
-    model = GPT(model_params)
-    initialise(model, params.seed)
+    model = initial_model(model_params, params.seed, initial)
+    model.activation_checkpointing = params.activation_checkpointing
     model.to(world.device)
     network = world.wrap(torch.compile(model) if params.compile else model)  # type: ignore[arg-type]
     world.settle(network, params.micro_batch_rows(world.world_size), params.sequence_length, params.precision)

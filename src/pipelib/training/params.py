@@ -45,6 +45,8 @@ class TrainParams:
     """Arithmetic of matrix products; weights and optimizer state are always fp32."""
     compile: bool
     """Compile the model with torch.compile."""
+    activation_checkpointing: bool
+    """Keep each block's input only and compute the block again in the backward pass: the same result with less memory."""
     deterministic: bool
     """On a GPU, use deterministic kernels only, so that a resumed run equals an uninterrupted one bit for bit."""
     validate_every: PositiveInt
