@@ -182,10 +182,10 @@ def test_two_columns_of_text(tmp_path: Path) -> None:
 
 
 def test_a_column_that_ends_early_makes_no_empty_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unit = write_texts(tmp_path / "a.parquet", make_texts(40))
+    unit = write_texts(tmp_path / "a.parquet", make_texts(40), row_group_rows=10)
     columns = texts_module._columns
     monkeypatch.setattr(texts_module, "_columns", lambda *arguments: list(columns(*arguments))[:-1])
-    with pytest.raises(UserError, match=r"it ends before row 33, 8 rows early"):
+    with pytest.raises(UserError, match=r"it ends before row 31, 10 rows early"):
         strings(unit)
 
 

@@ -362,11 +362,10 @@ def _is_text(kind: pa.DataType) -> bool:
     )
 
 
-def text_bytes_of(metadata: pq.FileMetaData, group: int) -> int:
-    """Bytes of the column `text` in a row group, uncompressed but encoded: texts that repeat count once."""
+def text_column(metadata: pq.FileMetaData, group: int) -> pq.ColumnChunkMetaData:
+    """What a file says of its column `text` in a row group."""
     columns = metadata.row_group(group)
-    found = (columns.column(index) for index in range(columns.num_columns))
-    return int(next(column.total_uncompressed_size for column in found if column.path_in_schema == "text"))
+    return next(column for column in map(columns.column, range(columns.num_columns)) if column.path_in_schema == "text")
 
 
 def damaged(path: Path, why: str, remedy: str) -> UserError:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelib.corpus.raw import REPAIR, damaged, text_bytes_of
+from pipelib.corpus.raw import REPAIR, damaged, text_column
 from pipelib.errors import UserError
 from pipelib.tokens.encoding import Offsets, Texts
 
@@ -17,8 +17,10 @@ CHUNK_BYTES = 4 << 20
 """Text that is encoded at once, in bytes."""
 PIECE_BYTES = 1 << 20
 """A longer document is encoded in pieces of about so many bytes."""
-BATCH_ROWS = 16
-"""Rows that are read at once; few, since nothing in a file says how long one of them may be."""
+LARGE_GROUP_BYTES, LARGE_GROUP_ROWS = 64 << 20, 16
+"""A row group with more text is read so many rows at a time: a few of its rows may be all of it."""
+DICTIONARY_ROWS = 128
+"""So many where texts that repeat are kept once: what the file says of their size is less than there is."""
 _BUFFER_BYTES = 1 << 22
 
 
@@ -60,10 +62,13 @@ def read_texts(path: Path, first_group: int, end_group: int, rows: int) -> Itera
 def _columns(parquet: pq.ParquetFile, groups: range) -> Iterator[pa.Array]:
     """The column `text`, a few rows at a time; fewer where they are long on average."""
     for number in groups:
-        group = parquet.metadata.row_group(number)
-        average = text_bytes_of(parquet.metadata, number) // max(1, group.num_rows)
-        rows = max(1, min(BATCH_ROWS, CHUNK_BYTES // max(1, average)))
-        for batch in parquet.iter_batches(rows, row_groups=[number], columns=["text"], use_threads=False):
+        column = text_column(parquet.metadata, number)
+        rows = CHUNK_BYTES * column.num_values // max(1, column.total_uncompressed_size)
+        if column.total_uncompressed_size > LARGE_GROUP_BYTES:
+            rows = min(rows, LARGE_GROUP_ROWS)
+        elif any("DICTIONARY" in encoding for encoding in column.encodings):
+            rows = min(rows, DICTIONARY_ROWS)
+        for batch in parquet.iter_batches(max(1, rows), row_groups=[number], columns=["text"], use_threads=False):
             yield batch.column(0)
 
 

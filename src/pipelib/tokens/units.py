@@ -14,7 +14,7 @@ from time import perf_counter
 import numpy as np
 import xxhash
 
-from pipelib.corpus.raw import REPAIR, RawFile, damaged, open_parquet, text_bytes_of
+from pipelib.corpus.raw import REPAIR, RawFile, damaged, open_parquet, text_column
 from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.tokens.encoding import Engine, Offsets, Texts, prove_equal
 from pipelib.tokens.shards import Tokens
@@ -84,7 +84,8 @@ def _plan_file(path: Path, file: RawFile) -> Iterator[Unit]:
     with open_parquet(path, REPAIR) as parquet:
         metadata = parquet.metadata
     groups = [
-        (metadata.row_group(group).num_rows, text_bytes_of(metadata, group)) for group in range(metadata.num_row_groups)
+        (metadata.row_group(group).num_rows, text_column(metadata, group).total_uncompressed_size)
+        for group in range(metadata.num_row_groups)
     ]
     available = sum(rows for rows, _ in groups)
     if available < file.rows:
