@@ -1,6 +1,7 @@
 """The batch of a step is a function of the data, the seed and the step, and of nothing else."""
 
 import hashlib
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -182,6 +183,20 @@ def test_the_permutation_of_ten_billion_tokens_takes_no_memory_to_speak_of() -> 
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_the_loader_reads_shards_that_another_program_wrote(tmp_path: Path) -> None:
+    """Files as llm.c's tools write them: 256 int32 of header, then uint16."""
+    tokens = list(range(50257 - 300, 50257))
+    for name, part in (("a.bin", tokens[:101]), ("b.bin", tokens[101:])):
+        header = struct.pack("<256i", 20240520, 1, len(part), *[0] * 253)
+        (tmp_path / name).write_bytes(header + struct.pack(f"<{len(part)}H", *part))
+    rows = Rows(TokenStream([tmp_path / "a.bin", tmp_path / "b.bin"]), T)
+    plan = BatchPlan(FINGERPRINT, 1, len(rows), len(rows))
+    ((inputs, targets),) = Loader(rows, plan, len(rows), 0, 1).micro_batches(0)
+    order = np.argsort(inputs[:, 0])
+    assert inputs[order].flatten().tolist() == tokens[: len(rows) * T]
+    assert targets[order].flatten().tolist() == tokens[1 : len(rows) * T + 1]
 
 
 def test_what_was_read_ahead_is_what_would_have_been_read(rows: Rows, plan: BatchPlan) -> None:
