@@ -28,3 +28,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def vocabulary_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state folder for tests that tokenize, so that the vocabulary is laid out once."""
     return tmp_path_factory.mktemp("state")
+
+
+LONGEST = ("test_training.py", "test_kill.py", "test_dvc.py", "test_tokens_encode_corpus.py", "test_tokens_units.py")
+"""A file stays on one worker, so the longest ones start first: else the last one would keep one core waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
