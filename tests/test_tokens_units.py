@@ -260,11 +260,11 @@ ENGLISH = " ".join(make_texts(200))
 LONG = {
     "English, 200 MB": ("gigatoken", lambda: ["first", repeated(ENGLISH, 200_000_000), "last"]),
     "English, 20 MB, by the reference": ("tiktoken", lambda: ["first", repeated(ENGLISH, 20_000_000), "last"]),
-    "Chinese, 100 MB": ("gigatoken", lambda: [repeated("今天天气很好，我们去公园。\n", 100_000_000)]),
-    "lines with CR LF, 50 MB": ("gigatoken", lambda: [repeated("word\r\n", 50_000_000)]),
+    "Chinese, 30 MB": ("gigatoken", lambda: [repeated("今天天气很好，我们去公园。\n", 30_000_000)]),
+    "lines with CR LF, 20 MB": ("gigatoken", lambda: [repeated("word\r\n", 20_000_000)]),
     "digits and letters without a space, 20 MB": ("gigatoken", lambda: [repeated("a1b2c3d4e5", 20_000_000)]),
-    "one text 300 times, which parquet keeps once": ("gigatoken", lambda: [repeated(ENGLISH, 900_000)] * 300),
-    "short rows, then long ones": ("gigatoken", lambda: ["short"] * 50_000 + [repeated(ENGLISH, 8_000_000)] * 20),
+    "one text 150 times, which parquet keeps once": ("gigatoken", lambda: [repeated(ENGLISH, 900_000)] * 150),
+    "short rows, then long ones": ("gigatoken", lambda: ["short"] * 50_000 + [repeated(ENGLISH, 8_000_000)] * 10),
 }
 
 

@@ -322,6 +322,7 @@ def test_activation_checkpointing_changes_no_bit(folder: Path, monkeypatch: pyte
     assert checkpointed_blocks == plain_blocks + 20 * 2 * 2  # each block once more in each of 2 micro-steps of 20 steps
 
 
+@pytest.mark.skipif(RUNS < 5, reason="compiles for a minute; PIPELIB_TEST_RUNS=5 or more runs it")
 def test_activation_checkpointing_goes_with_two_ranks_and_compile(tmp_path: Path) -> None:
     options: dict[str, Any] = {"activation_checkpointing": True, "max_tokens": 640}
     project = SmallProject.make(tmp_path, **options, compile=True)
