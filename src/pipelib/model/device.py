@@ -1,13 +1,11 @@
 """Where a model runs, and in which arithmetic."""
 
-import ctypes
 import os
-import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from pipelib.processes import available_cores, positive_setting
+from pipelib.processes import available_cores, keep_freed_memory, positive_setting
 
 
 def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -25,20 +23,6 @@ def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     keep_freed_memory()
     torch.set_num_threads(positive_setting("PIPELIB_THREADS") or max(1, available_cores() // local_world_size))
     return torch.device("cpu")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse large freed blocks instead of returning them to the kernel, which would clear them page by page.
-
-    A step frees and takes the logits and their gradient, 50,304 numbers a token, over and over. Kept, a step of a small
-    GPT-2 on two cores took 340 ms instead of 607 ms, and 2.2 GB instead of 1.2 GB (`make bench-train`, docs/log.md).
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            m_mmap_threshold, m_trim_threshold = -3, -1  # malloc.h
-            libc.mallopt(m_mmap_threshold, 1 << 30)
-            libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from pipelib.errors import UserError
-from pipelib.processes import peak_memory, tie_to_parent, worker_count
+from pipelib.processes import keep_freed_memory, peak_memory, tie_to_parent, worker_count
 from pipelib.tokens.encoding import Engine, load_engine
 
 Item = TypeVar("Item")
@@ -93,6 +93,7 @@ _name: str
 def _start(name: str) -> None:
     global _name
     tie_to_parent(signal.SIGKILL)
+    keep_freed_memory()
     _name = name
 
 
