@@ -37,3 +37,8 @@ LONGEST = ("test_training.py", "test_kill.py", "test_dvc.py", "test_tokens_encod
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+    if "PIPELIB_TEST_RUNS" not in os.environ:
+        skip = pytest.mark.skip(reason="takes long; `make test-long` runs it")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)

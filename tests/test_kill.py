@@ -39,6 +39,7 @@ def endless(tmp_path: Path) -> SmallProject:
 # ---- At random -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.random
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(project: SmallProject, ranks: int) -> None:
     chance = random.Random(SEED + ranks)
@@ -207,7 +208,7 @@ subprocess.run(["sh", "-c", f"PIPELIB_PARENT=$PPID exec {sys.executable} -m stag
 """
 
 
-@pytest.mark.parametrize(("ranks", "steps"), [(1, 0), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 0), pytest.param(1, 2, marks=pytest.mark.long), (2, 2)])
 def test_a_killed_dvc_takes_the_training_with_it(endless: SmallProject, ranks: int, steps: int) -> None:
     training = endless.start(ranks, [sys.executable, "-c", DVC])
     assert training.wait_until(lambda: training.step() >= steps and bool(training.processes()))
@@ -251,10 +252,10 @@ def ask(training: Training, whom: str, number: signal.Signals) -> None:
     ("ranks", "whom", "number"),
     [
         (1, "group", signal.SIGTERM),
-        (1, "group", signal.SIGINT),
+        pytest.param(1, "group", signal.SIGINT, marks=pytest.mark.long),
         (2, "launcher", signal.SIGINT),
-        (2, "agent", signal.SIGTERM),
-        (2, "rank", signal.SIGINT),
+        pytest.param(2, "agent", signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(2, "rank", signal.SIGINT, marks=pytest.mark.long),
         (2, "all", signal.SIGTERM),  # as a scheduler does it
     ],
 )
@@ -273,7 +274,10 @@ def test_asked_to_stop_it_saves_the_step_it_is_at(
     assert not same(project.run(ranks), expected)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, -signal.SIGTERM), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],
+)
 def test_asked_twice_it_ends_at_once(endless: SmallProject, number: signal.Signals, status: int) -> None:
     training = endless.start(ranks=2)
     assert training.wait_until(lambda: training.step() >= 2)

@@ -48,7 +48,6 @@ from pipelib.training.loop import StepResult, check_plan, make_loader, take_step
 from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
 
-RUNS = int(os.environ.get("PIPELIB_TEST_RUNS", "4"))
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
 
@@ -322,7 +321,7 @@ def test_activation_checkpointing_changes_no_bit(folder: Path, monkeypatch: pyte
     assert checkpointed_blocks == plain_blocks + 20 * 2 * 2  # each block once more in each of 2 micro-steps of 20 steps
 
 
-@pytest.mark.skipif(RUNS < 5, reason="compiles for a minute; PIPELIB_TEST_RUNS=5 or more runs it")
+@pytest.mark.long
 def test_activation_checkpointing_goes_with_two_ranks_and_compile(tmp_path: Path) -> None:
     options: dict[str, Any] = {"activation_checkpointing": True, "max_tokens": 640}
     project = SmallProject.make(tmp_path, **options, compile=True)
@@ -367,12 +366,10 @@ class Killed(BaseException):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own code
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_killed_and_stopped_at_random_steps_it_ends_with_the_same_bits(
     folder: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
-    if compiled and RUNS <= 4:
-        pytest.skip("compiles again and again; PIPELIB_TEST_RUNS=5 or more runs it")
     chance = random.Random(SEED)
     params = train_params(compile=compiled)
     whole = train_small(folder, params)
