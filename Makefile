@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= 200
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,12 @@ bench-loader: setup  ## time batches out of 2 GB of shards
 
 bench-train: setup  ## time one optimizer step, ours against a plain loop
 	$(BIN)/python bench/train_step.py $(ARGS)
+
+bench-hellaswag: setup  ## time HellaSwag against one example per forward pass
+	$(BIN)/python bench/hellaswag.py $(ARGS)
+
+bench-harness: setup  ## time the lm-eval harness on our model against its own on the exported folder
+	$(BIN)/python bench/harness.py $(ARGS)
 
 ui: setup        ## compare runs in the browser
 	$(BIN)/mlflow ui

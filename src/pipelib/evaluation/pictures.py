@@ -1,0 +1,87 @@
+"""Pictures of a training's curves, the same bytes for the same curves."""
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelib.model.vocabulary import VOCAB_SIZE
+
+Line = tuple[str, float]
+"""What a level line says, and where it lies."""
+
+
+def draw_loss(curves: Path, path: Path, levels: Sequence[Line] = ()) -> None:
+    """The training and validation loss over the tokens seen.
+
+    Args:
+        levels: losses of other models on the same text.
+    """
+    train, validation = read_columns(curves / "train.csv"), read_columns(curves / "validation.csv")
+    with _axes(path, "loss, nats per token") as axes:
+        axes.plot(train["tokens"], train["loss"], color="#9ecae1", linewidth=0.8, label="training, each step")
+        axes.plot(
+            validation["tokens"], validation["loss"], color="#08519c", marker="o", markersize=4, label="validation"
+        )
+        axes.axhline(
+            math.log(VOCAB_SIZE),
+            color="#888888",
+            linestyle=":",
+            linewidth=1,
+            label=f"uniform guess, ln {VOCAB_SIZE:,}",
+        )
+        _draw_levels(axes, levels)
+
+
+def draw_hellaswag(curves: Path, path: Path, levels: Sequence[Line] = ()) -> None:
+    """HellaSwag's acc_norm over the tokens seen, with its 95 % interval."""
+    curve = read_columns(curves / "hellaswag.csv")
+    with _axes(path, "HellaSwag acc_norm, completion style") as axes:
+        axes.fill_between(curve["tokens"], curve["low"], curve["high"], color="#9ecae1", alpha=0.5, linewidth=0)
+        axes.plot(
+            curve["tokens"],
+            curve["acc_norm"],
+            color="#08519c",
+            marker="o",
+            markersize=4,
+            label="this model, 95 % interval",
+        )
+        axes.axhline(0.25, color="#888888", linestyle=":", linewidth=1, label="chance")
+        _draw_levels(axes, levels)
+
+
+def _draw_levels(axes: Any, levels: Sequence[Line]) -> None:
+    for (label, value), color in zip(levels, ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#666666"), strict=False):
+        axes.axhline(value, color=color, linestyle="--", linewidth=1, label=label)
+
+
+@contextmanager
+def _axes(path: Path, y_label: str) -> Iterator[Any]:
+    """A pair of axes over the tokens, which are drawn into `path` at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    yield axes
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel(y_label)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})  # the library's version would change the bytes
+    pyplot.close(figure)
+
+
+def read_columns(path: Path) -> dict[str, list[float]]:
+    """The columns of a curve, by name; an empty curve has no rows, but a reader's names."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        return {name: [float(row[name]) for row in rows] for name in reader.fieldnames or ("tokens", "loss")}
