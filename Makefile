@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= 200
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-gpu bench-tokenize bench-loader ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ bench-loader: setup  ## time batches out of 2 GB of shards
 
 bench-train: setup  ## time one optimizer step, ours against a plain loop
 	$(BIN)/python bench/train_step.py $(ARGS)
+
+bench-gpu: setup ## on a GPU: check that the training is right there, then time it
+	$(BIN)/python bench/gpu.py $(ARGS)
 
 ui: setup        ## compare runs in the browser
 	$(BIN)/mlflow ui

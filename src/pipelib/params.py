@@ -60,6 +60,12 @@ class Params:
                     f"evaluate.tasks: {task} needs data that download makes for the benchmark {benchmark}, which is not in "
                     f"download.benchmarks; add it there, or drop the task."
                 )
+        if self.train.hellaswag_every is not None and "hellaswag" not in self.download.benchmarks:
+            yield (
+                f"train.hellaswag_every: {self.train.hellaswag_every} needs items that download fetches, and "
+                f"download.benchmarks = {list(self.download.benchmarks)} does not name hellaswag; add it there, or set this to "
+                "null."
+            )
         if self.evaluate.batch_tokens < self.model.context_length:
             yield (
                 f"evaluate.batch_tokens: {self.evaluate.batch_tokens} is less than one context of "

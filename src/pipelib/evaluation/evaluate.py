@@ -90,7 +90,7 @@ def evaluate(
     completions = {
         name: score_completion(model, benchmarks / f"{name}.jsonl", params, np.load(tokens / UNIGRAM_COUNTS))
         for name in COMPLETIONS
-        if (benchmarks / f"{name}.jsonl").exists()
+        if (path := benchmarks / f"{name}.jsonl").exists() and path.stat().st_size  # HellaSwag's may be empty
     }
     seconds["completion_seconds"], clock = _lap(clock)
     for name, (_, acc_norm, _, unigram_norm) in completions.items():
