@@ -72,7 +72,7 @@ class Checkpoints:
     ) -> None:
         """Copy the states after `step` finished steps, and start to write them once the save before is done.
 
-        The oldest checkpoints beyond `KEPT` go, but never the best, the one with the least validation loss.
+        The oldest checkpoints beyond `KEPT` and beyond reach go, but never the best, the one with the least validation loss.
 
         Args:
             val_loss: after this very step, where it was measured.
@@ -123,9 +123,8 @@ class Checkpoints:
         remove(target)
         fresh.rename(target)
         sync_folder(self.folder)
-        within_reach = self._all(step + 1 - self._reach)[-1:]
-        for old in self._all()[:-KEPT]:
-            if old != best and old not in within_reach:
+        for old in self._all(step + 1 - self._reach)[:-1]:
+            if old != best and old not in self._all()[-KEPT:]:
                 shutil.rmtree(old)
 
     def load_latest(self, states: Mapping[str, Stateful], at_most: int | None = None) -> int:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelib.model.device import autocast, pick_device
 
 T = TypeVar("T")
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class World:
         if self.world_size == 1:
             return value[None]
         rows = value.new_empty(self.world_size, *value.shape)
-        dist.all_gather_into_tensor(rows, value[None])
+        _all_gather(rows, value[None])
         return rows
 
     def least(self, value: int) -> int:

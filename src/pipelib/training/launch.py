@@ -100,6 +100,8 @@ def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
         **os.environ,
         "PIPELIB_PARENT": str(os.getpid()),
     }
+    if machines.restarts:  # else ranks that start again find the addresses of those that died (torch 2.13)
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # In a group of its own, since Ctrl-C in a terminal signals the whole group, and this process passes it on.
     with subprocess.Popen(command, env=environment, process_group=0) as agent:
         try:
