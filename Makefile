@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= 200
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ bench-hellaswag: setup  ## time HellaSwag against one example per forward pass
 
 bench-harness: setup  ## time the lm-eval harness on our model against its own on the exported folder
 	$(BIN)/python bench/harness.py $(ARGS)
+
+bench-gpu: setup ## on a GPU: check that the training is right there, then time it
+	$(BIN)/python bench/gpu.py $(ARGS)
 
 ui: setup        ## compare runs in the browser
 	$(BIN)/mlflow ui

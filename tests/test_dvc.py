@@ -199,7 +199,7 @@ def test_diffs_say_what_changed(clone: Clone) -> None:
 
 def test_plots_show_the_curves_of_both(clone: Clone) -> None:
     shown = clone.json("plots", "show", "--json", "--out", "plots")["data"]
-    assert {name.split(":")[-1] for name in shown} == {"loss", "learning_rate", "grad_norm"}
+    assert {name.split(":")[-1] for name in shown} == {"loss", "learning_rate", "grad_norm", "hellaswag"}
     (loss,) = (value for name, value in shown.items() if name.endswith("loss"))
     points = json.loads(loss[0]["content"]) if isinstance(loss[0]["content"], str) else loss[0]["content"]
     assert points

@@ -18,7 +18,7 @@ STAGES = ("download", "tokenize", "train", "evaluate")
 DATA_DEPS = {
     "download": ["${download.path}", "constraints.txt"],
     "tokenize": ["data/raw"],
-    "train": ["data/tokens", "data/models/manifest.json"],
+    "train": ["data/tokens", "data/models/manifest.json", "data/benchmarks/hellaswag.jsonl"],
     "evaluate": [
         "curves", "data/benchmarks", "data/models/manifest.json", "data/tokens/manifest.json",
         "data/tokens/unigram_counts.npy", "data/tokens/val_000000.bin", "models",
@@ -147,7 +147,7 @@ def test_plots_show_columns_of_files_that_train_makes() -> None:
 
     written = Path(recorder.__file__).read_text(encoding="utf-8")
     files = {path for plot in dvc_yaml()["plots"] for options in plot.values() for path in options["y"]}
-    assert files == {"curves/train.csv", "curves/validation.csv"}
+    assert files == {"curves/train.csv", "curves/validation.csv", "curves/hellaswag.csv"}
     assert all(path.split("/")[0] in stage_of("train")["outs"] for path in files)
     for plot in dvc_yaml()["plots"]:
         for options in plot.values():

@@ -13,7 +13,7 @@ import torch
 
 from pipelib.errors import UserError
 from pipelib.evaluation.baselines import Baseline, find_baselines, measure_once
-from pipelib.evaluation.hellaswag import read_items, score_unigram
+from pipelib.evaluation.hellaswag import holds_items, read_items, score_unigram
 from pipelib.evaluation.items import write_items
 from pipelib.evaluation.measure import Data, Measured, accuracy_json, measure
 from pipelib.evaluation.params import TASKS, EvaluateParams, benchmark_of
@@ -64,7 +64,7 @@ def require_data(params: EvaluateParams, benchmarks: Path) -> None:
     Raises:
         UserError: with all of them, and what to run.
     """
-    missing = [task for task in params.tasks if not (benchmarks / f"{task}.jsonl").is_file()]
+    missing = [task for task in params.tasks if not holds_items(benchmarks / f"{task}.jsonl")]
     if missing:
         wanted = ", ".join(sorted({benchmark_of(task) for task in missing}))
         raise UserError(

@@ -88,6 +88,11 @@ class Scores:
         return Accuracy.of((losses.argmin(axis=1) == labels).tolist(), [item.document for item in self.items])
 
 
+def holds_items(path: Path) -> bool:
+    """Whether a benchmark was downloaded: the file of HellaSwag is always there, and empty where nobody asked for it."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def read_items(path: Path, encoding: Any) -> list[Item]:
     """The items of a JSON-lines file in HellaSwag's schema.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelib.errors import UserError
 from pipelib.evaluation.harness import run_tasks
-from pipelib.evaluation.hellaswag import Accuracy, Item, Scores, read_items, score
+from pipelib.evaluation.hellaswag import Accuracy, Item, Scores, holds_items, read_items, score
 from pipelib.evaluation.items import ItemScores, item_ids
 from pipelib.evaluation.loss import Loss, losses_of_rows
 from pipelib.evaluation.params import EvaluateParams
@@ -41,7 +41,7 @@ class Data:
     def completions(self) -> dict[str, Path]:
         """The four-way benchmarks that are there."""
         paths = {name: self.benchmarks / f"{name}.jsonl" for name in COMPLETIONS}
-        return {name: path for name, path in paths.items() if path.exists()}
+        return {name: path for name, path in paths.items() if holds_items(path)}
 
 
 @dataclass(frozen=True)
