@@ -338,7 +338,8 @@ def test_the_report_says_what_was_measured_and_is_the_same_each_time(trained: Pa
         for name in ("first", "second")
     ]
     assert reports[0] == reports[1]
-    assert reports[0].keys() == {"evaluation.md", "loss.png"}
+    pictures = {"loss.png", "learning_rate.png", "grad_norm.png"}
+    assert reports[0].keys() == {"evaluation.md", "model_card.md", *pictures}
     text = reports[0]["evaluation.md"].decode()
     assert f"| validation loss | {result['val_loss']:.4f} nats per token |" in text
     assert f"{result['completion']['acc_norm']['value']:.4f}" in text

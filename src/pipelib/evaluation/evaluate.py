@@ -14,6 +14,7 @@ from pipelib.errors import UserError
 from pipelib.evaluation.harness import run_tasks
 from pipelib.evaluation.hellaswag import Accuracy, read_items, score, score_unigram
 from pipelib.evaluation.loss import summed_loss
+from pipelib.evaluation.model_card import write_model_card
 from pipelib.evaluation.params import TASKS, EvaluateParams
 from pipelib.evaluation.report import accuracy_json, verdict, write_report
 from pipelib.evaluation.samples import write_samples
@@ -121,6 +122,7 @@ def evaluate(
             task: {name: _rounded(value) for name, value in scores.items()} for task, scores in harness.items()
         },
     }
+    write_model_card(build.outs / "reports/model_card.md", models, curves, manifest, result)
     return result, {name: round(value, 2) for name, value in seconds.items()} | {"device": device.type}
 
 

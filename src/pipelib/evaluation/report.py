@@ -1,16 +1,12 @@
 """The evaluation as a person reads it: reports/evaluation.md and its picture, a function of the stage's inputs."""
 
-import csv
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelib.evaluation.hellaswag import Accuracy
 from pipelib.evaluation.loss import Loss
-from pipelib.model.vocabulary import VOCAB_SIZE
-
-CHANCE = 0.25
+from pipelib.evaluation.pictures import CHANCE, draw_pictures
 
 
 def accuracy_json(accuracy: Accuracy) -> dict[str, float | int]:
@@ -50,7 +46,7 @@ def write_report(
     facts: Mapping[str, object],
     curves: Path,
 ) -> None:
-    """Write evaluation.md and loss.png.
+    """Write evaluation.md and the pictures of the curves.
 
     Args:
         completions: for each benchmark: acc and acc_norm of the model, acc and acc_norm of the unigram model.
@@ -60,7 +56,7 @@ def write_report(
         curves: the folder of train.csv and validation.csv.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draw_loss(curves, folder / "loss.png")
+    draw_pictures(curves, folder)
     lines = ["# Evaluation", ""]
     lines += ["| what | value |", "|---|---|"]
     lines += [
@@ -104,35 +100,3 @@ def write_report(
     for prompt, text in samples:
         lines += ["````text", prompt + text, "````", ""]
     (folder / "evaluation.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-
-
-def draw_loss(curves: Path, path: Path) -> None:
-    """A picture of the training and validation loss over the tokens seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    train, validation = _columns(curves / "train.csv"), _columns(curves / "validation.csv")
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    axes.plot(train["tokens"], train["loss"], color="#9ecae1", linewidth=0.8, label="training, each step")
-    axes.plot(validation["tokens"], validation["loss"], color="#08519c", marker="o", markersize=4, label="validation")
-    axes.axhline(
-        math.log(VOCAB_SIZE), color="#888888", linestyle=":", linewidth=1, label=f"uniform guess, ln {VOCAB_SIZE:,}"
-    )
-    axes.set_xlabel("tokens trained on")
-    axes.set_ylabel("loss, nats per token")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})  # the library's version would change the bytes
-    pyplot.close(figure)
-
-
-def _columns(path: Path) -> dict[str, list[float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {"tokens": [], "loss": []}

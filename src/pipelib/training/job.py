@@ -79,7 +79,7 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
 
 
 def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: Path) -> None:
-    """Write models/ and curves/."""
+    """Write models/, curves/, and the speed of each logged run of steps."""
     recipe = {
         "data fingerprint": manifest.fingerprint,
         "data source": manifest.source,
@@ -94,6 +94,7 @@ def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: P
     export_model(model, outs / "models", readme(job.model, recipe))
     for curve in (recorder.train, recorder.validation, recorder.samples):
         write_text(outs / "curves" / curve.path.name, curve.path.read_text(encoding="utf-8"))
+    write_text(outs / "metrics/speed/train.csv", recorder.speed.path.read_text(encoding="utf-8"))
 
 
 def _result(job: Job, recorder: Recorder) -> dict[str, object]:

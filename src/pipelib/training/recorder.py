@@ -75,6 +75,8 @@ class Recorder:
         self.train = Curve(folder / "train.csv", ("step", "tokens", "loss", "lr", "grad_norm"))
         self.validation = Curve(folder / "validation.csv", ("step", "tokens", "loss"))
         self.samples = Curve(folder / "samples.csv", ("step", "prompt", "text"))
+        self.speed = Curve(folder / "speed.csv", ("step", "tokens_per_second", "mfu", "data_wait_ms"))
+        self._curves = (self.train, self.validation, self.samples, self.speed)
         self._waiting: list[tuple[int, int, float, Tensor, Tensor]] = []
         self._line = StatusLine()
         self._mark = time.perf_counter()
@@ -85,7 +87,7 @@ class Recorder:
 
     def resume(self, step: int) -> None:
         """Go on after `step` finished steps."""
-        for curve in (self.train, self.validation, self.samples):
+        for curve in self._curves:
             curve.resume(step)
         self._mark = time.perf_counter()
 
@@ -117,10 +119,12 @@ class Recorder:
             self.trained_tokens += window_tokens
             self._data_wait += self._window_wait
             self._steps += len(rows)
-        self._first_window = False
         rate = window_tokens / seconds
         self.peak = self.peak or self._measure_peak()
         mfu = rate * self._flops_per_token / self.peak.flops
+        if not self._first_window:
+            self.speed.append([(step, round(rate), round(mfu, 4), round(1000 * self._window_wait / len(rows), 3))])
+        self._first_window = False
         left = (self._params.max_tokens - tokens) / rate
         self._line.show(
             f"step {step:,}/{self._params.max_steps:,} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.3f} | "
@@ -149,7 +153,7 @@ class Recorder:
 
     def sync(self) -> None:
         """Have everything noted so far survive a power cut; comes before a checkpoint that relies on it."""
-        for curve in (self.train, self.validation, self.samples):
+        for curve in self._curves:
             curve.sync()
 
     def say(self, text: str) -> None:
