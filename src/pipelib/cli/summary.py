@@ -10,7 +10,7 @@ EXAMPLES = """example:
   pipelib summary
 """
 METRICS = Path("metrics")
-SAMPLE_LINES = 8
+SAMPLE_LINES = 5
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,11 +41,14 @@ def run(_: argparse.Namespace) -> int:
 
 
 NEXT = """
-Look at   reports/evaluation.md            everything that was measured, with a picture of the loss
+Look at   reports/evaluation.md            everything that was measured, with pictures
+          reports/model_card.md            the model, its data and its recipe, as others will read it
+          .venv/bin/dvc plots show         the curves, in a page that needs no network
           .venv/bin/mlflow ui              all runs, side by side, in the browser
 Try       .venv/bin/pipelib sample --prompt "Returns the"
           .venv/bin/dvc exp run -S train.max_lr=1.8e-3
-          .venv/bin/pipelib plan --params presets/gpt2-124m.yaml
+          .venv/bin/pipelib compare HEAD workspace
+Then      docs/tutorial.md                 from here to GPT-2 124M
 """
 
 
