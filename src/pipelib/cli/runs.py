@@ -14,6 +14,7 @@ from typing import Any
 from pipelib.cli.outs import cache_folder
 from pipelib.config import flatten, parse_yaml
 from pipelib.errors import UserError
+from pipelib.stage import RESULT, SPEED
 
 STAGES = ("download", "tokenize", "train", "evaluate")
 ITEMS = Path("reports/items.npz")
@@ -61,14 +62,15 @@ def find_run(name: str) -> Run:
         return _run(name, folder.as_posix(), lambda path: _read(folder / path), items if items.is_file() else None)
     commit = _commit(name)
     run = _run(name, commit[:10], lambda path: _git("show", f"{commit}:./{path}"), None)
-    return replace(run, items=_cached(run.md5(ITEMS.parent.as_posix()), ITEMS.name))
+    speed = {stage: _numbers(_read(_object(run.md5(SPEED.format(stage))))) for stage in STAGES}
+    return replace(run, items=_cached(run.md5(ITEMS.parent.as_posix()), ITEMS.name), speed=speed)
 
 
 def _run(name: str, where: str, read: Callable[[str], bytes | None], items: Path | None) -> Run:
     params, lock = read("params.yaml"), read("dvc.lock")
     if params is None:
         raise UserError(f"{name} ({where}) has no params.yaml, so it is no run of this pipeline; name another one.")
-    metrics = {stage: _numbers(read(f"metrics/{stage}.json")) for stage in STAGES}
+    metrics = {stage: _numbers(read(RESULT.format(stage))) for stage in STAGES}
     if not metrics["train"]:
         raise UserError(
             f"{name} ({where}) has no metrics/train.json, so nothing was trained there that could be compared; run dvc repro "
@@ -79,7 +81,7 @@ def _run(name: str, where: str, read: Callable[[str], bytes | None], items: Path
         where,
         {key: value for key, value in flatten(parse_yaml(params, "params.yaml")) if not key.startswith("logging.")},
         metrics,
-        {stage: _numbers(read(f"metrics/speed/{stage}.json")) for stage in STAGES},
+        {stage: _numbers(read(SPEED.format(stage))) for stage in STAGES},
         parse_yaml(lock, "dvc.lock").get("stages", {}) if lock else {},
         items,
     )
@@ -116,14 +118,15 @@ def _commit(name: str) -> str:
 
 def _cached(md5: str, name: str) -> Path | None:
     """DVC's object of a file of a folder, by the folder's MD5; None where the cache does not have it."""
-    if not md5:
-        return None
-    cache = cache_folder(Path.cwd()) / "files" / "md5"
-    listing = _read(cache / md5[:2] / md5[2:])
+    listing = _read(_object(md5))
     entries = json.loads(listing) if listing else []
     file = next((entry["md5"] for entry in entries if entry["relpath"] == name), "")
-    found = cache / file[:2] / file[2:]
-    return found if file and found.is_file() else None
+    return _object(file) if _object(file).is_file() else None
+
+
+def _object(md5: str) -> Path:
+    """Where DVC keeps the bytes of that MD5, if it has them; a path to nothing where there is none."""
+    return cache_folder(Path.cwd()) / "files/md5" / (md5[:2] or "none") / md5[2:]
 
 
 def changed_code(first: Run, second: Run) -> list[str]:

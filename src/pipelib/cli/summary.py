@@ -28,7 +28,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(_: argparse.Namespace) -> int:
     """Print the summary of the metrics and the report in the workspace."""
     tokens, train, evaluate = (read_json(METRICS / f"{stage}.json") for stage in ("tokenize", "train", "evaluate"))
-    speed = read_json(METRICS / "speed" / "train.json")
+    speed_file = METRICS / "speed" / "train.json"
+    speed = read_json(speed_file) if speed_file.exists() else {}  # git does not have it, so a fresh clone may lack it
     print(f"\n{title(train, tokens)}\n")
     for name, value in rows(train, evaluate, speed):
         print(f"  {name:<22}{value}")
@@ -72,8 +73,9 @@ def rows(train: dict[str, Any], evaluate: dict[str, Any], speed: dict[str, Any])
             lines += [
                 (f"{name} acc_norm", _accuracy(evaluate[name]["acc_norm"], evaluate[name]["unigram"]["acc_norm"]))
             ]
-    mfu = f", {speed['mfu']:.0%} of the peak" if speed["tokens_per_second"] else ""
-    lines += [("speed of training", f"{speed['tokens_per_second']:,} tokens/s on {speed['device']}{mfu}")]
+    if speed:
+        mfu = f", {speed['mfu']:.0%} of the peak" if speed["tokens_per_second"] else ""
+        lines += [("speed of training", f"{speed['tokens_per_second']:,} tokens/s on {speed['device']}{mfu}")]
     lines += [("loss at the last step", f"{train['train_loss']:.4f} on its batch")]
     return lines
 
