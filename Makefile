@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= 200
 REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader remote ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness remote ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -45,6 +45,12 @@ bench-loader: setup  ## time batches out of 2 GB of shards
 
 bench-train: setup  ## time one optimizer step, ours against a plain loop
 	$(BIN)/python bench/train_step.py $(ARGS)
+
+bench-hellaswag: setup  ## time HellaSwag against one example per forward pass
+	$(BIN)/python bench/hellaswag.py $(ARGS)
+
+bench-harness: setup  ## time the lm-eval harness on our model against its own on the exported folder
+	$(BIN)/python bench/harness.py $(ARGS)
 
 remote: setup    ## keep all outs in a second place, REMOTE (../pipelib-remote), for other clones and machines
 	$(BIN)/dvc remote add --local --default --force store $(REMOTE)

@@ -29,7 +29,8 @@ PARAMS: dict[str, dict[str, Any]] = {
         "validate_every": 4, "validate_tokens": 512, "sample_every": 8, "sample_prompts": ["The"],
     },
     "evaluate": {
-        "precision": "fp32", "batch_tokens": 512, "tasks": [], "task_limit": None, "sample_prompts": ["The"],
+        "precision": "fp32", "batch_tokens": 512, "tasks": [], "task_limit": None, "baselines": [],
+        "sample_prompts": ["The"],
     },
     "logging": {"log_every": 4, "checkpoint_every": 4, "mlflow": False},
 }  # fmt: skip

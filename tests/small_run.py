@@ -46,7 +46,8 @@ TRAIN = {
 }  # fmt: skip
 """40 steps of 4 rows of 16 tokens, in 2 micro-steps."""
 LOGGING = {"log_every": 1, "checkpoint_every": 5, "mlflow": False}
-EVALUATE = {"precision": "fp32", "batch_tokens": 256, "tasks": [], "task_limit": None, "sample_prompts": ["The"]}
+EVALUATE = {"precision": "fp32", "batch_tokens": 256, "tasks": [], "task_limit": None, "baselines": [],
+            "sample_prompts": ["The"]}  # fmt: skip
 
 ROLES = {"stages.train": "launcher", "pipelib.training.agent": "agent", "pipelib.training.job": "rank"}
 

@@ -23,13 +23,13 @@ DATA_DEPS = {
     "tokenize": ["data/raw"],
     "train": ["data/tokens", "data/models/manifest.json"],
     "evaluate": [
-        "curves", "data/benchmarks", "data/tokens/manifest.json", "data/tokens/unigram_counts.npy",
-        "data/tokens/val_000000.bin", "models",
+        "curves", "data/benchmarks", "data/models/manifest.json", "data/tokens/manifest.json",
+        "data/tokens/unigram_counts.npy", "data/tokens/val_000000.bin", "models",
     ],
 }  # fmt: skip
 """Dependencies that are not code."""
 BESIDE_CODE = {
-    "evaluate": ["src/pipelib/evaluation/tasks/completion.yaml", "src/pipelib/evaluation/tasks/heldout.yaml"]
+    "evaluate": [path.relative_to(ROOT).as_posix() for path in (ROOT / "src/pipelib/evaluation/tasks").glob("*.yaml")]
 }
 """Files that code reads as if they were code."""
 

@@ -1,83 +1,46 @@
-"""What is said about a model is true: losses and scores equal those of plain code, of Hugging Face and of lm-eval."""
+"""What is said about a model is true: losses and completion scores equal those of plain code and of Hugging Face."""
 
 import json
 import math
-import shutil
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_evaluation import (
+    WORDS,
+    completion_rows,
+    plain_losses,
+    real_data,
+    small_model,
+    state,  # noqa: F401 (a fixture)
+    write_lines,
+)
 from small_run import (
     model_params,
     one_thread,  # noqa: F401 (a fixture)
     random_model,
-    train_params,
-    train_small,
     write_tokens,
 )
 
 from pipelib.errors import UserError
-from pipelib.evaluation.evaluate import count_text_bytes, evaluate, evaluation_inputs
-from pipelib.evaluation.harness import run_tasks
+from pipelib.evaluation.endings import score_endings
 from pipelib.evaluation.hellaswag import Accuracy, Item, read_items, score, score_unigram
-from pipelib.evaluation.loss import summed_loss
-from pipelib.evaluation.params import TASKS, EvaluateParams
+from pipelib.evaluation.loss import Loss, losses_of_rows, summed_loss
+from pipelib.evaluation.measure import accuracy_json, contexts_cut, count_text_bytes
 from pipelib.evaluation.report import verdict
-from pipelib.files import files_under
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
 from pipelib.model.vocabulary import VOCAB_SIZE
-from pipelib.stage import Build
 from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.loader import validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, open_shard
-from pipelib.tracking import NullRun
-
-WORDS = ["the", "a", "model", "of", "data", "returns", "array", "index", "is", "not", "and", "each", "café", "日本"]
-PARAMS = EvaluateParams(precision="fp32", batch_tokens=128, tasks=(), task_limit=None, sample_prompts=("The", "x ="))
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    return random_model(model_params(n_embd=32, context_length=24))
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the vocabulary is laid out; and what the harness sets in the environment is taken back."""
-    monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path_factory.getbasetemp() / "evaluation-state"))
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TQDM_DISABLE"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
-
-
-def words(chance: np.random.Generator, least: int, most: int) -> str:
-    return " ".join(chance.choice(WORDS, chance.integers(least, most)))
-
-
-def write_lines(path: Path, rows: Sequence[object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def completion_rows(count: int) -> list[dict[str, Any]]:
-    """Items with contexts from one word to more than the model's context holds, and endings of unequal length."""
-    chance = np.random.default_rng(3)
-    return [
-        {
-            "ctx": words(chance, 1, 40), "endings": [words(chance, 1, 12) for _ in range(4)],
-            "label": int(chance.integers(4)), "document": number // 3,
-        }
-        for number in range(count)
-    ]  # fmt: skip
+    return small_model()
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
@@ -91,6 +54,36 @@ def test_the_loss_does_not_depend_on_the_batch_size_and_counts_every_token(tmp_p
     ]
     assert {loss.tokens for loss in losses} == {999}
     assert [loss.nats for loss in losses] == pytest.approx([losses[0].nats] * 3, rel=1e-7)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_shares_of_several_ranks_add_up_to_the_loss(tmp_path: Path, model: GPT, world_size: int) -> None:
+    write_tokens(tmp_path, count=4003)
+    whole = summed_loss(model, validation_batches(tmp_path / VALIDATION_SHARD, 24, 4, None), "fp32")
+    batches = list(validation_batches(tmp_path / VALIDATION_SHARD, 24, 4, None))
+    shares = [summed_loss(model, batches[rank::world_size], "fp32") for rank in range(world_size)]
+    together = Loss(sum(share.nats for share in shares), sum(share.tokens for share in shares))
+    assert together.tokens == whole.tokens
+    assert together.mean == pytest.approx(whole.mean, rel=1e-9)
+
+
+def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT) -> None:
+    write_tokens(tmp_path, count=4003)
+    seen: list[int] = []
+    batches = list(validation_batches(tmp_path / VALIDATION_SHARD, 24, 7, None))
+    nats, tokens = losses_of_rows(model, batches, "fp32", seen.append)
+    assert sum(seen) == tokens.sum() == 999
+    assert tokens.tolist() == [24] * 41 + [15]
+    rows = [pair for inputs, targets in batches for pair in zip(inputs, targets, strict=True)]
+    for row in (0, 20, 41):
+        inputs, targets = map(torch.from_numpy, rows[row])
+        with torch.no_grad():
+            alone = F.cross_entropy(model.logits(model.hidden(inputs[None]))[0], targets)
+        assert nats[row] / tokens[row] == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_bits_per_byte_by_hand() -> None:
+    assert Loss(nats=8 * math.log(2), tokens=4).bits_per_byte(text_bytes=16) == pytest.approx(0.5)
 
 
 def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT) -> None:
@@ -120,21 +113,6 @@ def test_the_bytes_of_a_text_are_counted_from_its_tokens() -> None:
 # ---- Completion ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def plain_losses(model: GPT, item: Item) -> tuple[list[float], list[float]]:
-    """Summed and mean loss of each ending, one forward pass each, with everything written out."""
-    sums, means = [], []
-    for ending in item.endings:
-        row = [*item.context, *ending]
-        row = row[max(0, len(row) - model.params.context_length - 1) :]
-        logits = model.logits(model.hidden(torch.tensor([row[:-1]])))[0]
-        log_probabilities = logits.log_softmax(dim=-1)
-        losses = [-log_probabilities[place - 1, row[place]].item() for place in range(len(row) - len(ending), len(row))]
-        sums.append(sum(losses))
-        means.append(sum(losses) / len(losses))
-    return sums, means
-
-
 @pytest.mark.parametrize("batch_tokens", [24, 100, 100_000])
 def test_completion_scores_are_those_of_a_plain_implementation(tmp_path: Path, model: GPT, batch_tokens: int) -> None:
     items = read_items(write_lines(tmp_path / "items.jsonl", completion_rows(25)), tiktoken_encoding())
@@ -147,6 +125,66 @@ def test_completion_scores_are_those_of_a_plain_implementation(tmp_path: Path, m
     right_norm = [int(np.argmin(means)) == item.label for (_, means), item in zip(expected, items, strict=True)]
     assert scores.acc.value == sum(right) / 25
     assert scores.acc_norm.value == sum(right_norm) / 25
+
+
+def test_predictions_on_real_items_are_those_of_a_plain_implementation() -> None:
+    """`PIPELIB_TEST_DATA=FOLDER`: every item of FOLDER/hellaswag*.jsonl, by a model with the context of GPT-2."""
+    (path,) = real_data().glob("hellaswag*.jsonl")
+    wide = random_model(model_params(n_embd=64, context_length=1024))
+    items = read_items(path, tiktoken_encoding())
+    scores = score(wide, items, 4096, "fp32")
+    for number, item in enumerate(items):
+        sums, means = plain_losses(wide, item)
+        assert int(np.argmin(sums)) == scores.sums[number].argmin()
+        assert int(np.argmin(means)) == scores.means[number].argmin()
+
+
+def test_an_ending_longer_than_the_context_is_scored_in_pieces(model: GPT) -> None:
+    chance = np.random.default_rng(5)
+    context, ending = (5, 6, 7), tuple(chance.integers(0, 500, 60).tolist())
+    ((found, short),) = score_endings(model, [(context, [ending, (9, 9)])], 100, "fp32")
+    row = [*context[-1:], *ending]
+    for start in (0, 24, 48):  # 24 tokens at a time, the first after one token of the context
+        piece = torch.tensor([row[start : start + 25]])
+        losses = F.cross_entropy(model.logits(model.hidden(piece[:, :-1]))[0], piece[0, 1:], reduction="none")
+        assert found.losses[start : start + 24] == pytest.approx(losses.detach().numpy(), rel=1e-4)
+    assert len(found.losses) == 60
+    assert len(short.losses) == 2
+
+
+@pytest.mark.parametrize("batch_tokens", [24, 300])
+def test_many_endings_share_their_context_without_seeing_each_other(model: GPT, batch_tokens: int) -> None:
+    chance = np.random.default_rng(6)
+    context = tuple(chance.integers(0, 500, 9).tolist())
+    endings = [tuple(chance.integers(0, 500, count).tolist()) for count in (1, 3, 16, 2, 5, 1, 15)]
+    (together,) = score_endings(model, [(context, endings)], batch_tokens, "fp32")
+    for ending, found in zip(endings, together, strict=True):
+        ((alone,),) = score_endings(model, [(context, [ending])], batch_tokens, "fp32")
+        assert found.losses == pytest.approx(alone.losses, rel=1e-4)
+        assert found.greedy == alone.greedy
+
+
+def test_the_models_own_choices_are_greedy(model: GPT) -> None:
+    context = [3, 1, 4]
+    ending: list[int] = []
+    for _ in range(5):
+        with torch.no_grad():
+            ending.append(int(model.logits(model.hidden(torch.tensor([[*context, *ending]])))[0, -1].argmax()))
+    other = [*ending[:-1], ending[-1] + 1]
+    ((own, not_own),) = score_endings(model, [(context, [ending, other])], 100, "fp32")
+    assert own.greedy
+    assert not not_own.greedy
+
+
+def test_no_items_have_no_scores(model: GPT) -> None:
+    """A rank may have none."""
+    assert score(model, [], 100, "fp32").sums.shape == (0, 4)
+
+
+def test_items_whose_context_is_cut_are_counted() -> None:
+    endings = ((1,), (1, 2), (1, 2, 3), (1,))
+    items = [Item((5,) * length, endings, 0, 0) for length in (20, 21, 22, 23)]  # 22 + 3 - 1 = 24
+    assert contexts_cut(items, 24) == 1
 
 
 def test_items_are_read_as_written(tmp_path: Path) -> None:
@@ -163,7 +201,9 @@ GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
     "bad",
     [
         {**GOOD, "endings": ["b", "c", "d"]},
+        {**GOOD, "endings": []},
         {**GOOD, "endings": ["b", "c", "d", ""]},
+        {**GOOD, "endings": ["b", "c", "d", " \n"]},
         {**GOOD, "endings": ["b", "c", "d", 5]},
         {**GOOD, "label": 4},
         {**GOOD, "label": -1},
@@ -240,130 +280,10 @@ def test_an_interval_is_about_that_of_a_bootstrap_over_documents() -> None:
     ],
 )
 def test_a_verdict_says_what_the_interval_says(low: float, value: float, high: float, words: str) -> None:
-    assert words in verdict("completion", Accuracy(value, low, high, 2000), None)
+    assert words in verdict("completion", accuracy_json(Accuracy(value, low, high, 2000)), None)
 
 
-# ---- The lm-eval harness ---------------------------------------------------------------------------------------------
-
-
-def hugging_faces_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """lm-eval's own view of a model in a Hugging Face folder."""
-    from transformers import AutoTokenizer, GPT2LMHeadModel
-
-    # Imported by lm-eval's module and of no use to one process, the package accelerate need not be installed.
-    for module, names in {
-        "accelerate": ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"),
-        "accelerate.utils": ("get_max_memory",),
-    }.items():
-        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**dict.fromkeys(names)))  # type: ignore[arg-type]
-    from lm_eval.models.huggingface import HFLM
-
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True), batch_size=1)
-
-
-def test_the_harness_scores_as_its_own_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT) -> None:
-    chance = np.random.default_rng(4)
-    monkeypatch.chdir(tmp_path)
-    write_lines(tmp_path / "data/benchmarks/completion.jsonl", completion_rows(12))
-    write_lines(tmp_path / "data/benchmarks/heldout.jsonl", [{"text": words(chance, 2, 90)} for _ in range(6)])
-    export_model(model, tmp_path / "model", "")
-    ours = run_tasks(model, replace(PARAMS, tasks=("completion", "heldout")), tmp_path / "scratch")
-    assert {task: set(scores) for task, scores in ours.items()} == {
-        "completion": {"acc", "acc_norm", "version", "examples"},
-        "heldout": {"word_perplexity", "byte_perplexity", "bits_per_byte", "version", "examples"},
-    }
-    assert all(isinstance(value, int | float) for scores in ours.values() for value in scores.values())
-
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    outcome = simple_evaluate(
-        model=hugging_faces_model(tmp_path / "model", monkeypatch),
-        tasks=["completion", "heldout"],
-        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=False,
-    )
-    for task, metrics in (
-        ("completion", ("acc", "acc_norm")),
-        ("heldout", ("word_perplexity", "byte_perplexity", "bits_per_byte")),
-    ):
-        for metric in metrics:
-            assert ours[task][metric] == pytest.approx(outcome["results"][task][f"{metric},none"], rel=1e-6), metric
-    assert (ours["completion"]["examples"], ours["heldout"]["examples"]) == (12, 6)
-    assert {ours[task]["version"] for task in ours} == {1.0}
-
-
-def test_a_task_without_its_data_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"data is missing .*name its benchmark in download.benchmarks"):
-        run_tasks(model, replace(PARAMS, tasks=("heldout",)), tmp_path / "scratch")
-
-
-# ---- The stage -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that the stage reads, after a short training."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_tokens(folder / "tokens")
-    model = train_small(folder, train_params(max_tokens=640))
-    export_model(model, folder / "models", "")
-    (folder / "curves").mkdir()
-    for name in ("train.csv", "validation.csv", "samples.csv"):
-        shutil.copy(folder / "work" / name, folder / "curves")
-    write_lines(folder / "benchmarks/completion.jsonl", completion_rows(9))
-    return folder
-
-
-def run_evaluation(folder: Path, outs: Path) -> tuple[Any, Any]:
-    """Build `outs/reports`."""
-    outs.mkdir()
-    build = Build(outs, outs.parent / "scratch", NullRun(), code={}, resumed_with_other_code=False)
-    return evaluate(build, PARAMS, folder / "models", folder / "tokens", folder / "benchmarks", folder / "curves")
-
-
-def test_the_report_says_what_was_measured_and_is_the_same_each_time(trained: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    result, speed = run_evaluation(trained, tmp_path / "first")
-    again, _ = run_evaluation(trained, tmp_path / "second")
-    assert result == again
-    reports = [
-        {path.name: path.read_bytes() for path in files_under(tmp_path / name / "reports")}
-        for name in ("first", "second")
-    ]
-    assert reports[0] == reports[1]
-    pictures = {"loss.png", "learning_rate.png", "grad_norm.png"}
-    assert reports[0].keys() == {"evaluation.md", "model_card.md", *pictures}
-    text = reports[0]["evaluation.md"].decode()
-    assert f"| validation loss | {result['val_loss']:.4f} nats per token |" in text
-    assert f"{result['completion']['acc_norm']['value']:.4f}" in text
-    assert "````text\nThe" in text
-    with Image.open(tmp_path / "first/reports/loss.png") as picture:
-        picture.load()
-        assert picture.size == (960, 540)
-    assert result["val_tokens"] == 2047
-    assert result["completion"]["acc"]["items"] == 9
-    assert speed["loss_seconds"] >= 0
-
-
-@pytest.mark.parametrize("benchmarks", [True, False])
-def test_weights_that_are_lost_are_an_error_and_no_score(trained: Path, tmp_path: Path, benchmarks: bool) -> None:
-    folder = tmp_path / "lost"
-    shutil.copytree(trained, folder, ignore=None if benchmarks else shutil.ignore_patterns("completion.jsonl"))
-    model = GPT(model_params())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(math.nan)
-    export_model(model, folder / "models", "")
-    with pytest.raises(UserError, match="weights are lost"):
-        run_evaluation(folder, tmp_path / "outs")
-    assert files_under(tmp_path / "outs") == []
+# ---- Lost weights ----------------------------------------------------------------------------------------------------
 
 
 def test_scores_of_lost_weights_are_refused(model: GPT) -> None:
@@ -372,15 +292,3 @@ def test_scores_of_lost_weights_are_refused(model: GPT) -> None:
         lost.ln_f.bias.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
         score(lost, [Item((1,), ((2,), (3,), (4,), (5,)), 0, 0)], 100, "fp32")
-
-
-def test_every_file_that_is_read_decides_the_evaluation(trained: Path) -> None:
-    folders = (trained / "models", trained / "tokens", trained / "benchmarks", trained / "curves")
-    before = evaluation_inputs(PARAMS, *folders)
-    assert evaluation_inputs(replace(PARAMS, batch_tokens=64), *folders) != before
-    for name in ("models/README.md", "benchmarks/completion.jsonl", "curves/train.csv", "tokens/unigram_counts.npy"):
-        kept = (trained / name).read_bytes()
-        (trained / name).write_bytes(kept + b"\n")
-        assert evaluation_inputs(PARAMS, *folders) != before, name
-        (trained / name).write_bytes(kept)
-    assert evaluation_inputs(PARAMS, *folders) == before

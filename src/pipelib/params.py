@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipelib.config import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.corpus.params import DownloadParams
-from pipelib.evaluation.params import EvaluateParams
+from pipelib.evaluation.params import BASELINES, EvaluateParams, benchmark_of, known_tasks
 from pipelib.model.params import PUBLISHED, InitialisedModelParams
 from pipelib.tokens.params import TokenizeParams
 from pipelib.training.params import TrainParams
@@ -54,11 +54,18 @@ class Params:
                 f"tokenize.shard_tokens: {self.tokenize.shard_tokens} leaves no whole sequence of "
                 f"train.sequence_length = {self.train.sequence_length} in the validation shard; raise it."
             )
-        for task, benchmark in (("completion", "completion"), ("heldout", "completion")):
-            if task in self.evaluate.tasks and benchmark not in self.download.benchmarks:
+        for task in self.evaluate.tasks:
+            benchmark = benchmark_of(task)
+            if task in known_tasks() and benchmark not in self.download.benchmarks:
                 yield (
                     f"evaluate.tasks: {task} needs data that download makes for the benchmark {benchmark}, which is not in "
                     f"download.benchmarks; add it there, or drop the task."
+                )
+        for name in self.evaluate.baselines:
+            if name in BASELINES and name not in self.download.models:
+                yield (
+                    f"evaluate.baselines: {name} is not in download.models, so there would be no weights to measure; add it "
+                    "there, or drop it here."
                 )
         if self.evaluate.batch_tokens < self.model.context_length:
             yield (

@@ -17,15 +17,16 @@ from pipelib.progress import format_seconds
 from pipelib.state import is_held, is_locked, lock_folder, state_root
 
 STAGES = ("download", "tokenize", "train", "evaluate")
-HUB, UNITS = "hub", "units"
-"""Stand in the place of a stage for what was downloaded from the Hugging Face hub, which every download can use, and for
-the encoded pieces of text that tokenize makes shards of."""
+HUB, UNITS, BASELINES = "hub", "units", "baselines"
+"""Stand in the place of a stage for what was downloaded from the Hugging Face hub, which every download can use, for the
+encoded pieces of text that tokenize makes shards of, and for what evaluate measured of the baselines."""
 EXAMPLES = """examples:
   pipelib clean --dry-run             list the state of all stages
   pipelib clean --older-than 7        delete what no run has used for a week, after asking
   pipelib clean --stage train --yes   delete the checkpoints and finished models of all trainings
   pipelib clean --stage hub           delete what came from the hub; the next download fetches it again
   pipelib clean --stage units         delete encoded text, as big as the shards; only a changed corpus needs it again
+  pipelib clean --stage baselines     delete what was measured of the baselines; the next evaluation measures again
 
 "frees" is what deletion gives back now. Bytes that are hard-linked elsewhere (in the workspace, in DVC's cache) stay
 until those links go too: dvc gc -w. The runs' records and the vocabulary are never deleted.
@@ -36,11 +37,11 @@ Inode = tuple[int, int]
 
 @dataclass(frozen=True)
 class Kept:
-    """One state folder, STAGE/FINGERPRINT; the files of one revision of a repository, hub/OWNER--NAME/REVISION; or the
-    units of one state of the code, units/CODE."""
+    """One state folder, STAGE/FINGERPRINT; the files of one revision of a repository, hub/OWNER--NAME/REVISION; the units
+    of one state of the code, units/CODE; or a baseline's result, baselines/KEY."""
 
     stage: str
-    """The stage it belongs to, or `hub` or `units`."""
+    """The stage it belongs to, or `hub`, `units` or `baselines`."""
     folder: Path
     finished: bool
     locked: bool
@@ -58,7 +59,7 @@ class Kept:
         """In a word or two."""
         if self.locked:
             return "in use"
-        return "stored" if self.stage in (HUB, UNITS) else "finished" if self.finished else "unfinished"
+        return "stored" if self.stage in (HUB, UNITS, BASELINES) else "finished" if self.finished else "unfinished"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -72,7 +73,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--stage", choices=(*STAGES, HUB, UNITS), help="only this; default: all")
+    parser.add_argument("--stage", choices=(*STAGES, HUB, UNITS, BASELINES), help="only this; default: all")
     parser.add_argument(
         "--older-than", type=float, default=0.0, metavar="DAYS", help="only what no run used for so long"
     )
@@ -107,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def find_state(root: Path) -> list[Kept]:
     """The state folders of all stages, by stage, the last used first, then the hub's. What has a lock is one of them."""
-    places = {**dict.fromkeys(STAGES, "*/lock"), HUB: "*/*/lock", UNITS: "*/lock*"}
+    places = {**dict.fromkeys(STAGES, "*/lock"), HUB: "*/*/lock", UNITS: "*/lock*", BASELINES: "*/lock"}
     found = [
         _look_at(stage, folder)
         for stage, pattern in places.items()

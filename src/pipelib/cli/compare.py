@@ -21,8 +21,8 @@ EXAMPLES = """examples:
 SEEDS = 3
 """So many seeds say something about the noise of training."""
 SEED = "train.seed"
-_PARTS = ("low", "high", "items", "version", "examples")
-"""Keys of metrics that describe another one."""
+_PARTS = ("low", "high", "items", "version", "examples", "examples_in_all")
+"""Keys of metrics that describe another one, beside standard errors."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -76,16 +76,21 @@ def _metrics(runs: Sequence["Run"]) -> Iterator[list[str]]:
     for stage in ("train", "evaluate"):
         for key in dict.fromkeys(key for run in runs for key in run.metrics[stage]):
             values = [_number(run.metrics[stage].get(key)) for run in runs]
-            if key.rpartition(".")[2] in _PARTS or (stage == "train" and len(set(values)) == 1) or not any(values):
-                continue
             name = measure_of(key) if stage == "evaluate" else ""
             shown.add(name)
+            if len(set(values)) == 1 or is_part(key):
+                continue
             yield [f"{stage} {key.removesuffix('.value')}", *_cells(values, name, scores)]
     from pipelib.cli.paired import mean, measures
 
     for name in dict.fromkeys(name for score in scores for name in measures(score)):
         if name not in shown:
             yield [f"items {name}", *_cells([mean(s, name) if name in s else None for s in scores], name, scores)]
+
+
+def is_part(key: str) -> bool:
+    """Whether a metric says something of another one, or of another model."""
+    return key.rpartition(".")[2] in _PARTS or key.endswith("_stderr") or key.startswith("baselines.")
 
 
 def measure_of(key: str) -> str:
@@ -131,7 +136,10 @@ def _notes(runs: Sequence["Run"]) -> Iterator[str]:
     from pipelib.cli.paired import measures, paired_difference
     from pipelib.cli.runs import changed_code
 
-    yield "Differences are from the first run; in brackets the 95 % interval over texts, the same ones for both models."
+    yield (
+        "Metrics that are equal in all runs are left out. Differences are from the first run; in brackets the 95 % interval over "
+        "texts, the same ones for both models."
+    )
     first = runs[0]
     for other in runs[1:]:
         if changed := changed_code(first, other):
@@ -166,7 +174,7 @@ def _noise(runs: Sequence["Run"]) -> Iterator[str]:
         for key in dict.fromkeys(key for run in seeds.values() for key in run.metrics["evaluate"]):
             values = [_number(run.metrics["evaluate"].get(key)) for run in seeds.values()]
             numbers = [value for value in values if value is not None]
-            if key.rpartition(".")[2] not in _PARTS and len(numbers) == len(seeds) and len(set(numbers)) > 1:
+            if not is_part(key) and len(numbers) == len(seeds) and len(set(numbers)) > 1:
                 yield (
                     f"{names}: {key.removesuffix('.value')} over {len(seeds)} seeds: mean {_plain(statistics.mean(numbers))}, "
                     f"standard deviation {_plain(statistics.stdev(numbers))}."

@@ -1,53 +1,48 @@
 """The evaluate stage: everything that is said about a trained model, measured on the exported folder."""
 
-import math
-import time
+import csv
+import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from pipelib.errors import UserError
-from pipelib.evaluation.harness import run_tasks
-from pipelib.evaluation.hellaswag import Accuracy, read_items, score, score_unigram
-from pipelib.evaluation.loss import summed_loss
+from pipelib.evaluation.baselines import Baseline, find_baselines, measure_once
+from pipelib.evaluation.hellaswag import read_items, score_unigram
+from pipelib.evaluation.items import write_items
+from pipelib.evaluation.measure import Data, Measured, accuracy_json, measure
 from pipelib.evaluation.model_card import write_model_card
-from pipelib.evaluation.params import TASKS, EvaluateParams
-from pipelib.evaluation.report import accuracy_json, verdict, write_report
+from pipelib.evaluation.params import TASKS, EvaluateParams, benchmark_of
+from pipelib.evaluation.report import Subject, completions_of, verdict, write_report
 from pipelib.evaluation.samples import write_samples
-from pipelib.files import files_under, remove, sha256_file
+from pipelib.files import files_under, sha256_file, sha256_json
 from pipelib.model.device import pick_device
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import CONFIG, import_model
-from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
+from pipelib.model.params import ModelParams
+from pipelib.provenance import import_closure
 from pipelib.stage import Build
 from pipelib.tokens.encoding import tiktoken_encoding
-from pipelib.tokens.loader import validation_batches
-from pipelib.tokens.shards import (
-    UNIGRAM_COUNTS,
-    VALIDATION_SHARD,
-    Manifest,
-    Tokens,
-    count_tokens,
-    open_shard,
-    read_manifest,
-    shard_problems,
-)  # fmt: skip
+from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, Manifest, read_manifest, shard_problems
 
-COMPLETIONS = ("completion", "hellaswag")
+CHECKOUT = Path(__file__).absolute().parents[3]
+MEASURE = Path("src/pipelib/evaluation/measure.py")
 
 
 def evaluation_inputs(
     params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path
 ) -> dict[str, object]:
-    """Everything that decides an evaluation: the parameters, and the hash of every file it reads.
+    """Everything that decides an evaluation: the parameters, the hash of every file it reads, and of the baselines' weights.
 
     Raises:
-        UserError: there is no model or no data.
+        UserError: there is no model, no data, no data of a task, or no such baseline.
     """
+    require_data(params, benchmarks)
     files = [
         *files_under(models), *files_under(benchmarks), *files_under(curves),
         tokens / VALIDATION_SHARD, tokens / UNIGRAM_COUNTS, tokens / "manifest.json",
@@ -56,8 +51,27 @@ def evaluation_inputs(
         if not path.is_file():
             raise UserError(f"{path} does not exist, so there is nothing to evaluate; run dvc repro.")
     hashes = {path.as_posix(): sha256_file(path) for path in files}
-    hashes |= {f"task {task}": sha256_file(TASKS / f"{task}.yaml") for task in params.tasks}
-    return {"evaluate": asdict(params), "files": hashes}
+    baselines = {baseline.name: baseline.sha256 for baseline in find_baselines(params.baselines)}
+    return {"evaluate": asdict(params), "files": hashes | _task_hashes(params), "baselines": baselines}
+
+
+def _task_hashes(params: EvaluateParams) -> dict[str, str]:
+    return {f"task {task}": sha256_file(TASKS / f"{task}.yaml") for task in params.tasks}
+
+
+def require_data(params: EvaluateParams, benchmarks: Path) -> None:
+    """Refuse tasks whose data is not there, before anything is computed.
+
+    Raises:
+        UserError: with all of them, and what to run.
+    """
+    missing = [task for task in params.tasks if not (benchmarks / f"{task}.jsonl").is_file()]
+    if missing:
+        wanted = ", ".join(sorted({benchmark_of(task) for task in missing}))
+        raise UserError(
+            f"{benchmarks} has no data for {', '.join(missing)}, so nothing could be scored; name {wanted} in "
+            "download.benchmarks and run dvc repro, or drop the task."
+        )
 
 
 def evaluate(
@@ -65,91 +79,100 @@ def evaluate(
 ) -> tuple[Mapping[str, object], Mapping[str, object]]:
     """Evaluate the model in `models` and build `reports/`; the stage's result and speed."""
     device = pick_device()
-    model = import_model(models).to(device)
     manifest = read_manifest(tokens)
     problems = [problem for shard in manifest.split("val") for problem in shard_problems(tokens, shard)]
     if problems:
         raise UserError("\n".join(problems))
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
+    data = Data(tokens, benchmarks)
+    model = import_model(models).to(device)
+    measured = measure(models.name, model, params, data, build.work / "harness")
+    result, seconds = dict(measured.result), dict(measured.seconds)
+    for name, path in data.completions.items():
+        unigram = score_unigram(np.load(tokens / UNIGRAM_COUNTS), read_items(path, tiktoken_encoding()))
+        result[name] |= {"unigram": {"acc": accuracy_json(unigram.acc), "acc_norm": accuracy_json(unigram.acc_norm)}}
+    for name in completions_of(result):
+        print(f"evaluate: {verdict(name, result[name]['acc_norm'], result[name]['unigram']['acc_norm'])}", flush=True)
 
-    rows = max(1, params.batch_tokens // model.params.context_length)
-    loss = summed_loss(
-        model, validation_batches(tokens / VALIDATION_SHARD, model.params.context_length, rows, None), params.precision
-    )
-    if not math.isfinite(loss.nats):
-        raise UserError(
-            f"{models} gives a loss of {loss.mean}: its weights are lost, and nothing about it can be measured; train anew."
-        )
-    text_bytes = count_text_bytes(open_shard(tokens / VALIDATION_SHARD)[1:])
-    seconds["loss_seconds"], clock = _lap(clock)
-    print(
-        f"evaluate: validation loss {loss.mean:.4f} on {loss.tokens:,} tokens, perplexity {loss.perplexity:,.1f}",
-        flush=True,
-    )
-
-    completions = {
-        name: score_completion(model, benchmarks / f"{name}.jsonl", params, np.load(tokens / UNIGRAM_COUNTS))
-        for name in COMPLETIONS
-        if (benchmarks / f"{name}.jsonl").exists()
-    }
-    seconds["completion_seconds"], clock = _lap(clock)
-    for name, (_, acc_norm, _, unigram_norm) in completions.items():
-        print(f"evaluate: {verdict(name, acc_norm, unigram_norm)}", flush=True)
-
-    harness = run_tasks(model, params, build.work / "harness")
-    remove(build.work / "harness")
-    seconds["harness_seconds"], clock = _lap(clock)
+    others = measure_baselines(params, data, build.code, device, build.work / "harness")
+    seconds |= {f"{name}_seconds": sum(other.seconds.values()) for name, other in others.items()}
+    baselines = {name: other.result for name, other in others.items()}
+    if baselines:
+        result["baselines"] = baselines
 
     samples = write_samples(model, params.sample_prompts, params.precision, seed=0)
-    facts = _facts(manifest, model)
-    write_report(build.outs / "reports", loss, text_bytes, completions, harness, samples, facts, curves)
+    subject = Subject(
+        result, baselines, model.params.parameters, manifest.source, facts(model, manifest, build.code, curves), samples, curves
+    )  # fmt: skip
+    write_report(build.outs / "reports", subject)
+    write_items(build.outs / "reports" / "items.npz", measured.items)
+    write_model_card(build.outs / "reports" / "model_card.md", models, curves, manifest, result)
     build.run.log_text("samples.txt", "\n\n".join(prompt + text for prompt, text in samples))
-    result = {
-        "val_loss": round(loss.mean, 6),
-        "perplexity": round(loss.perplexity, 4),
-        "bits_per_byte": round(loss.bits_per_byte(text_bytes), 6),
-        "val_tokens": loss.tokens,
-        **{
-            name: {
-                "acc": accuracy_json(acc),
-                "acc_norm": accuracy_json(acc_norm),
-                "unigram": {"acc": accuracy_json(unigram), "acc_norm": accuracy_json(unigram_norm)},
-            }
-            for name, (acc, acc_norm, unigram, unigram_norm) in completions.items()
-        },
-        "lm_eval": {
-            task: {name: _rounded(value) for name, value in scores.items()} for task, scores in harness.items()
-        },
-    }
-    write_model_card(build.outs / "reports/model_card.md", models, curves, manifest, result)
     return result, {name: round(value, 2) for name, value in seconds.items()} | {"device": device.type}
 
 
-def score_completion(
-    model: GPT, path: Path, params: EvaluateParams, counts: npt.NDArray[np.int64]
-) -> tuple[Accuracy, Accuracy, Accuracy, Accuracy]:
-    """acc and acc_norm of the model, and of a unigram model, on a file of items."""
-    items = read_items(path, tiktoken_encoding())
-    scores, unigram = score(model, items, params.batch_tokens, params.precision), score_unigram(counts, items)
-    return scores.acc, scores.acc_norm, unigram.acc, unigram.acc_norm
+def measure_baselines(
+    params: EvaluateParams, data: Data, code: Mapping[str, str], device: torch.device, scratch: Path
+) -> dict[str, Measured]:
+    """What is measured of each baseline, now or earlier, by its name.
 
+    Args:
+        code: SHA-256 of the files that make the evaluation, and versions of packages; those that measuring does not need do
+            not count.
+    """
+    measuring = {path.as_posix() for path in import_closure(MEASURE, CHECKOUT)}
+    names = sorted({*data.completions, *params.tasks})
+    decides: dict[str, object] = {
+        "params": asdict(replace(params, baselines=(), sample_prompts=())),
+        "validation": sha256_file(data.tokens / VALIDATION_SHARD) if data.tokens else None,
+        "benchmarks": {name: sha256_file(data.benchmarks / f"{name}.jsonl") for name in names},
+        "tasks": _task_hashes(params),
+        "code": {name: value for name, value in code.items() if name.startswith("package ") or name in measuring},
+    }
 
-def count_text_bytes(tokens: Tokens) -> int:
-    """Bytes of the text that tokens stand for; `<|endoftext|>` stands for none."""
-    encoding = tiktoken_encoding()
-    lengths = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(VOCAB_SIZE)])
-    lengths[EOT_TOKEN_ID] = 0
-    return int(count_tokens([tokens]) @ lengths)
+    def measure_baseline(baseline: Baseline) -> Measured:
+        return measure(baseline.name, import_model(baseline.folder).to(device), params, data, scratch)
 
-
-def _facts(manifest: Manifest, model: GPT) -> dict[str, object]:
     return {
-        "parameters": f"{model.params.parameters:,}",
-        "training tokens in the data": f"{manifest.tokens('train'):,}",
+        baseline.name: measure_once(baseline, decides, partial(measure_baseline, baseline))
+        for baseline in find_baselines(params.baselines)
+    }
+
+
+def facts(model: GPT, manifest: Manifest, code: Mapping[str, str], curves: Path) -> dict[str, str]:
+    """What the numbers belong to. Nothing that differs between two runs of the same code on one machine: no date, no
+    duration, no commit, since other commits have the same code."""
+    seen = tokens_seen(curves / "train.csv")
+    return {
+        **describe_model(model.params),
+        "tokens trained on": f"{seen:,} of {manifest.tokens('train'):,} in the data",
+        "training compute": f"{seen * model.params.flops_per_token(model.params.context_length) / 1e15:,.3f} PFLOP, by the "
+        "formula of `ModelParams.flops_per_token`; hours of the training stand in `metrics/speed/train.json`",
         "data fingerprint": f"`{manifest.fingerprint[:16]}`",
         "data source": describe_source(manifest.source),
+        "code of this stage": f"`{sha256_json(dict(code))[:16]}`; the commit and all hashes stand in the run's record and MLflow",
+        **describe_environment(model, code),
     }
+
+
+def describe_model(params: ModelParams) -> dict[str, str]:
+    """The size of a model."""
+    shape = f"{params.n_layer} layers, {params.n_head} heads, {params.n_embd} wide, context {params.context_length:,}"
+    return {"parameters": f"{params.parameters:,}", "shape": shape}
+
+
+def describe_environment(model: GPT, code: Mapping[str, str]) -> dict[str, str]:
+    """What computed the numbers: the device and the versions."""
+    device = model.wte.weight.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    packages = {name.removeprefix("package "): value for name, value in code.items() if name.startswith("package ")}
+    versions = ", ".join(f"{package} {version}" for package, version in sorted(packages.items()))
+    return {"environment": ", ".join(filter(None, (name, f"Python {platform.python_version()}", versions)))}
+
+
+def tokens_seen(curve: Path) -> int:
+    """The tokens that a training had seen at its end; 0 where its curve is empty."""
+    with curve.open(newline="", encoding="utf-8") as file:
+        return max((int(float(row["tokens"])) for row in csv.DictReader(file)), default=0)
 
 
 def describe_source(source: Mapping[str, Any]) -> str:
@@ -162,12 +185,3 @@ def describe_source(source: Mapping[str, Any]) -> str:
 
     rest = "; ".join(f"{key} {words(value)}" for key, value in source.items() if key != "kind")
     return f"{source.get('kind', 'unknown')}: {rest}"
-
-
-def _lap(start: float) -> tuple[float, float]:
-    now = time.perf_counter()
-    return now - start, now
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 6) if isinstance(value, float) else value

@@ -1,74 +1,143 @@
 """The lm-eval harness on our model in memory, without network.
 
 https://github.com/EleutherAI/lm-evaluation-harness. Scores equal those of its own `hf` model on the exported folder; a
-test compares.
+test compares. Two things are ours: the standard errors, since the harness draws bootstrap samples in processes of its own for
+some and has none for others, and that equal contexts are computed once.
 """
 
 import io
+import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipelib.errors import UserError
-from pipelib.evaluation.hellaswag import batches_of, ending_losses
+from pipelib.evaluation.endings import Question, Tokens, score_endings
+from pipelib.evaluation.items import ItemScores, Numbers, item_ids
 from pipelib.evaluation.params import TASKS, EvaluateParams
 from pipelib.model.generate import generate
 from pipelib.model.gpt import GPT
 from pipelib.model.vocabulary import EOT_TOKEN_ID
+from pipelib.progress import Progress
 
 
-def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, Any]:
-    """Run `params.tasks` and return the harness's results: per task its metrics, version and number of examples.
+@dataclass(frozen=True)
+class TaskResult:
+    """What the harness found out in one task."""
+
+    scores: dict[str, float | int | None]
+    """Every metric and its `_stderr`; the task's `version`; `examples` scored, of `examples_in_all`, and the `limit` if any."""
+    items: ItemScores
+    """Every example's."""
+
+
+def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, TaskResult]:
+    """Run `params.tasks`.
 
     Args:
         scratch: a folder for the harness's copies of the data.
 
     Raises:
-        UserError: a task's data is not there.
+        UserError: a task's data is not there, or the model's logits are not numbers.
     """
     if not params.tasks:
         return {}
+    print(f"lm-eval: loading {', '.join(params.tasks)}", file=sys.stderr, flush=True)
     # Read at import: no look at the hub, and no copies in the user's home.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(scratch))
     import datasets
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
+    shown = sys.stderr
     try:
         with redirect_stderr(io.StringIO()):  # bars that the harness shows whatever one asks; errors are raised
-            outcome = simple_evaluate(
-                model=language_model(model, params),
-                tasks=list(params.tasks),
-                task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+            loaded = TaskManager(include_path=str(TASKS), include_defaults=False).load(list(params.tasks))
+            for task in loaded["tasks"].values():
+                task.set_config(key="num_fewshot", value=0)
+            outcome = evaluate(
+                language_model(model, params, lambda: redirect_stderr(shown)),
+                loaded,
                 limit=params.task_limit,
                 bootstrap_iters=0,
-                log_samples=False,
+                log_samples=True,
             )
     except FileNotFoundError as error:
         raise UserError(
             f"a task's data is missing ({error}); name its benchmark in download.benchmarks and run dvc repro."
         ) from None
     assert outcome is not None
-    return {
-        task: {
-            **{name.removesuffix(",none"): value for name, value in scores.items() if _is_metric(name, value)},
-            "version": outcome["versions"][task],
-            "examples": outcome["n-samples"][task]["effective"],
-        }
-        for task, scores in outcome["results"].items()
-    }
+    return {task: _result_of(task, outcome, params.task_limit) for task in params.tasks}
 
 
-def _is_metric(name: str, value: object) -> bool:
-    """Whether an entry of the harness's results is a number that a task measured; some are notes, or "N/A"."""
-    return name.endswith(",none") and isinstance(value, int | float)
+def _result_of(task: str, outcome: Mapping[str, Any], limit: int | None) -> TaskResult:
+    """A task's part of what the harness returns."""
+    samples = outcome["samples"][task]
+    values: dict[str, Numbers] = {}
+    weights: dict[str, Numbers] = {}
+    scores: dict[str, float | int | None] = {}
+    for name, value in outcome["results"][task].items():
+        metric = name.removesuffix(",none")
+        if not name.endswith(",none") or not isinstance(value, int | float):  # a note, or "N/A"
+            continue
+        values[metric], of_metric = _per_example(metric, [sample[metric] for sample in samples])
+        if of_metric is not None:
+            weights[metric] = of_metric
+        scores[metric] = float(value)
+        scores[f"{metric}_stderr"] = standard_error(metric, values[metric], of_metric)
+    scores |= {"version": outcome["versions"][task], "examples": outcome["n-samples"][task]["effective"]}
+    scores |= {"examples_in_all": outcome["n-samples"][task]["original"]} | ({"limit": limit} if limit else {})
+    documents = [sample["doc"].get("document") for sample in samples]
+    ids = item_ids(sample["doc_hash"].encode("ascii") for sample in samples)
+    own = [number if document is None else document for number, document in enumerate(documents)]
+    return TaskResult(scores, ItemScores(ids, np.array(own, np.int64), values, weights))
 
 
-def language_model(model: GPT, params: EvaluateParams) -> Any:
-    """Our model as the harness sees one; made in a function because the base class is imported only when used."""
+def _per_example(metric: str, found: Sequence[Any]) -> tuple[Numbers, Numbers | None]:
+    """The numbers whose mean a metric is a function of, and their weights where they do not count alike.
+
+    Of a perplexity and of bits per byte they are losses in nats: per word or byte where the harness gives a text's
+    log-likelihood together with how many words or bytes it has.
+    """
+    if isinstance(found[0], tuple | list):
+        log_likelihoods, weights = np.array(found, np.float64).T
+        return -log_likelihoods / weights, weights.astype(np.int64)
+    if metric == "perplexity":
+        return -np.array(found, np.float64), None
+    values = np.array(found, np.float64)
+    return (values.astype(np.bool_) if np.isin(values, (0.0, 1.0)).all() else values), None
+
+
+def standard_error(metric: str, values: Numbers, weights: Numbers | None) -> float | None:
+    """The standard error of a metric, from the spread of its examples; None for a single one.
+
+    Of a mean, that of the mean, as the harness has it. Of a weighted mean, that of a ratio of sums (Cochran, Sampling
+    Techniques, 1977, chapter 6); of a function of either, times the function's slope.
+    """
+    if len(values) < 2:
+        return None
+    counts = np.ones(len(values)) if weights is None else weights.astype(np.float64)
+    mean = float(values @ counts / counts.sum())
+    residuals = counts * (values - mean)
+    error = math.sqrt(float(residuals @ residuals) * len(values) / (len(values) - 1)) / float(counts.sum())
+    if metric.endswith("perplexity"):
+        return error * math.exp(mean)
+    return error / math.log(2) if metric == "bits_per_byte" else error
+
+
+def language_model(model: GPT, params: EvaluateParams, showing: Callable[[], Any]) -> Any:
+    """Our model as the harness sees one; made in a function because the base class is imported only when used.
+
+    Args:
+        showing: a context in which progress may be printed.
+    """
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -76,6 +145,13 @@ def language_model(model: GPT, params: EvaluateParams) -> Any:
 
     encoding = tiktoken_encoding()
     limit = model.params.context_length
+
+    def log_likelihoods(what: str, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
+        with showing():
+            progress = Progress(f"lm-eval: {what}", sum(len(continuation) for _, continuation in pairs), "tokens")
+            found = score_pairs(model, pairs, params, progress.add)
+            progress.close()
+        return found
 
     class InMemory(TemplateLM):  # type: ignore[misc]
         """Tokens in, log-likelihoods out."""
@@ -90,7 +166,7 @@ def language_model(model: GPT, params: EvaluateParams) -> Any:
         def _loglikelihood_tokens(
             self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
-            return log_likelihoods(model, [(context, ending) for _, context, ending in requests], params)
+            return log_likelihoods("answers", [(context, ending) for _, context, ending in requests])
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
             windows = [
@@ -98,38 +174,81 @@ def language_model(model: GPT, params: EvaluateParams) -> Any:
                 for tokens in (self.tok_encode(request.args[0]) for request in requests)
             ]
             flat = [window for of_text in windows for window in of_text]
-            scores = iter(log_likelihoods(model, flat, params))
+            scores = iter(log_likelihoods("whole texts", flat))
             return [sum(next(scores)[0] for _ in of_text) for of_text in windows]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
-            return [self._continue(request.args[0], request.args[1]) for request in requests]
-
-        def _continue(self, prompt: str, options: dict[str, Any]) -> str:
-            wanted = int(options.get("max_gen_toks", 256))
-            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-            token_ids = self.tok_encode(prompt) or [EOT_TOKEN_ID]
-            prompts = [token_ids[-max(1, limit - wanted) :]]
-            (new,) = generate(model, prompts, wanted, temperature=temperature, stop_token_id=EOT_TOKEN_ID)
-            text: str = encoding.decode(new)
-            for stop in options.get("until", []):
-                text = text.split(stop)[0] if stop else text
-            return text
+            prompts = [(self.tok_encode(request.args[0]) or [EOT_TOKEN_ID], request.args[1]) for request in requests]
+            with showing():
+                progress = Progress("lm-eval: generated texts", len(prompts), "texts")
+                texts = continue_prompts(model, prompts, encoding.decode, progress.add)
+                progress.close()
+            return texts
 
     return InMemory()
 
 
-def log_likelihoods(
-    model: GPT, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], params: EvaluateParams
+def score_pairs(
+    model: GPT,
+    pairs: Sequence[tuple[Tokens, Tokens]],
+    params: EvaluateParams,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[float, bool]]:
-    """For each (context, continuation): the continuation's log-likelihood in nats, and whether greedy decoding gives it."""
-    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
-    limit = model.params.context_length
+    """For each (context, continuation): the continuation's log-likelihood in nats, and whether greedy decoding gives it.
+
+    Continuations of one context, such as the answers to a question, are scored together.
+    """
+    of_context: dict[tuple[int, ...], list[int]] = {}
+    for number, (context, _) in enumerate(pairs):
+        of_context.setdefault(tuple(context), []).append(number)
+    questions: list[Question] = [
+        (context, [pairs[number][1] for number in numbers]) for context, numbers in of_context.items()
+    ]
+    found = score_endings(model, questions, params.batch_tokens, params.precision, advance)
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    for batch in batches_of(order, lambda i: min(limit, len(pairs[i][0]) + len(pairs[i][1]) - 1), params.batch_tokens):
-        for index, (losses, greedy) in zip(
-            batch,
-            ending_losses(model, [pairs[index] for index in batch], params.precision, with_greedy=True),
-            strict=True,
-        ):
-            results[index] = -float(losses.sum()), greedy
+    for numbers, scores in zip(of_context.values(), found, strict=True):
+        for number, score in zip(numbers, scores, strict=True):
+            results[number] = -float(score.losses.sum()), score.greedy
     return results
+
+
+def continue_prompts(
+    model: GPT,
+    prompts: Sequence[tuple[Tokens, Mapping[str, Any]]],
+    decode: Callable[[Sequence[int]], str],
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[str]:
+    """The text after each prompt, up to the first of its stop strings; prompts with the same options go together.
+
+    Args:
+        prompts: token ids, and the harness's options: `max_gen_toks` (256), `until`, `do_sample`, `temperature`. A prompt that
+            leaves no room for the new tokens loses its start.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, (_, options) in enumerate(prompts):
+        groups.setdefault(repr(sorted(options.items())), []).append(number)
+    texts = [""] * len(prompts)
+    for numbers in groups.values():
+        options = prompts[numbers[0]][1]
+        wanted = int(options.get("max_gen_toks", 256))
+        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+        room = max(1, model.params.context_length - wanted)
+        numbers.sort(key=lambda number: len(prompts[number][0]))  # texts of about the same length share a batch
+        written = generate(
+            model,
+            [prompts[number][0][-room:] for number in numbers],
+            wanted,
+            temperature=temperature,
+            stop_token_id=EOT_TOKEN_ID,
+        )
+        for number, new in zip(numbers, written, strict=True):
+            texts[number] = _before(decode(new), options.get("until", []))
+        advance(len(numbers))
+    return texts
+
+
+def _before(text: str, stops: str | Iterable[str]) -> str:
+    """A text up to the first place where any of the stop strings begins."""
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.split(stop)[0] if stop else text
+    return text

@@ -8,18 +8,16 @@ these.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 
 from pipelib.errors import UserError, how_to_repair
-from pipelib.model.device import autocast
+from pipelib.evaluation.endings import score_endings
 from pipelib.model.gpt import GPT
 from pipelib.model.vocabulary import EOT_TOKEN_ID
 
@@ -113,7 +111,7 @@ def read_items(path: Path, encoding: Any) -> list[Item]:
                 raise UserError(
                     f"{path}, line {number} is not an item ({error!r}); {how_to_repair('data/benchmarks')}."
                 ) from None
-            if len(endings) != ENDINGS or not all(endings) or label not in range(ENDINGS):
+            if len(endings) != ENDINGS or not all(map(str.strip, endings)) or label not in range(ENDINGS):
                 raise UserError(
                     f"{path}, line {number} has {len(endings)} endings and the label {label}, where {ENDINGS} endings that are "
                     f"not empty and a label from 0 to 3 are needed; {how_to_repair('data/benchmarks')}."
@@ -124,74 +122,18 @@ def read_items(path: Path, encoding: Any) -> list[Item]:
     return items
 
 
-def score(model: GPT, items: Sequence[Item], batch_tokens: int, precision: str) -> Scores:
-    """The model's loss on every ending.
-
-    Rows of about equal length share a forward pass of at most `batch_tokens` tokens, and the output layer, which is most
-    of the work of a small model, sees the endings alone.
-    """
-    limit = model.params.context_length
-    rows = [
-        (index, ending, item.context, tokens)
-        for index, item in enumerate(items)
-        for ending, tokens in enumerate(item.endings)
-    ]
-    rows.sort(key=lambda row: len(row[2]) + len(row[3]))
-    sums = np.zeros((len(items), ENDINGS))
-    means = np.zeros((len(items), ENDINGS))
-    for batch in batches_of(rows, lambda row: min(limit, len(row[2]) + len(row[3]) - 1), batch_tokens):
-        losses = ending_losses(model, [(context, ending) for _, _, context, ending in batch], precision)
-        for (index, ending, _, _), (values, _) in zip(batch, losses, strict=True):
-            sums[index, ending], means[index, ending] = values.sum(), values.mean()
-    if not np.isfinite(sums).all():
-        raise UserError(
-            "the model gives losses that are not finite, so it has no accuracy; its weights are lost: train anew."
-        )
+def score(
+    model: GPT,
+    items: Sequence[Item],
+    batch_tokens: int,
+    precision: str,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Scores:
+    """The model's loss on every ending; see `score_endings` for the arguments."""
+    found = score_endings(model, [(item.context, item.endings) for item in items], batch_tokens, precision, advance)
+    sums = np.array([[ending.losses.sum() for ending in endings] for endings in found]).reshape(-1, ENDINGS)
+    means = np.array([[ending.losses.mean() for ending in endings] for endings in found]).reshape(-1, ENDINGS)
     return Scores(sums, means, items)
-
-
-def batches_of(rows: Sequence[Any], length: Any, batch_tokens: int) -> Iterator[Sequence[Any]]:
-    """Runs of rows, sorted by length, that padded to the longest make at most `batch_tokens` tokens."""
-    start = 0
-    for end in range(1, len(rows) + 1):
-        if end == len(rows) or (end + 1 - start) * length(rows[end]) > batch_tokens:
-            yield rows[start:end]
-            start = end
-
-
-@torch.no_grad()
-def ending_losses(
-    model: GPT, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], precision: str, *, with_greedy: bool = False
-) -> list[tuple[npt.NDArray[np.float64], bool]]:
-    """For each (context, ending), in one forward pass: the loss in nats of every token of the ending, and, where
-    `with_greedy` asks for it, whether each of them is the model's first choice.
-
-    Contexts too long for the model lose their start, never their end. Padding stands on the right, where no position
-    that counts can see it.
-    """
-    device = model.wte.weight.device
-    rows = [(*context, *ending)[-model.params.context_length - 1 :] for context, ending in pairs]
-    lengths = [min(len(ending), len(row) - 1) for row, (_, ending) in zip(rows, pairs, strict=True)]
-    width = max(map(len, rows)) - 1
-    inputs = torch.zeros(len(rows), width, dtype=torch.long)
-    for line, row in zip(inputs, rows, strict=True):
-        line[: len(row) - 1] = torch.tensor(row[:-1])
-    targets = torch.tensor(
-        [token for row, length in zip(rows, lengths, strict=True) for token in row[-length:]], device=device
-    )
-    with autocast(device, precision):
-        hidden = model.hidden(inputs.to(device))
-        counted = torch.cat(
-            [
-                line[len(row) - 1 - length : len(row) - 1]
-                for line, row, length in zip(hidden, rows, lengths, strict=True)
-            ]
-        )
-        logits = model.logits(counted).float()
-    losses = F.cross_entropy(logits, targets, reduction="none").double().cpu()
-    greedy = (logits.argmax(dim=-1) == targets if with_greedy else torch.zeros_like(targets, dtype=torch.bool)).cpu()
-    pieces = zip(torch.split(losses, lengths), torch.split(greedy, lengths), strict=True)
-    return [(values.numpy(), bool(hits.all())) for values, hits in pieces]
 
 
 def score_unigram(counts: npt.NDArray[np.int64], items: Sequence[Item]) -> Scores:

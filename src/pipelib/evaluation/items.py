@@ -68,11 +68,11 @@ def read_scores(path: Path) -> dict[str, Numbers]:
         UserError: the file is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist, so there are no items to compare; run dvc repro.") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is no file of item scores ({error}), so it cannot be trusted; {how_to_repair('reports')}."
         ) from None

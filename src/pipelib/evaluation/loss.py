@@ -1,9 +1,11 @@
 """Validation loss: the mean cross-entropy over tokens the model was not trained on."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipelib.model.device import autocast
@@ -36,12 +38,26 @@ class Loss:
 @torch.no_grad()
 def summed_loss(model: GPT, batches: Iterable[Batch], precision: str) -> Loss:
     """The loss over all targets of `batches`, each token's loss added in 64 bits."""
+    nats, tokens = losses_of_rows(model, batches, precision)
+    return Loss(float(nats.sum()), int(tokens.sum()))
+
+
+@torch.no_grad()
+def losses_of_rows(
+    model: GPT, batches: Iterable[Batch], precision: str, advance: Callable[[int], object] = lambda _: None
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """The summed loss in nats of every row of `batches`, and its tokens, each (rows,).
+
+    Args:
+        advance: is told how many more tokens are done.
+    """
     device = model.wte.weight.device
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = 0
+    nats: list[torch.Tensor] = []
+    tokens: list[int] = []
     for inputs, targets in batches:
         with autocast(device, precision):
             losses = model.token_losses(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
-        nats += losses.double().sum()
-        tokens += targets.size
-    return Loss(float(nats), tokens)
+        nats.append(losses.double().sum(dim=1))
+        tokens += [targets.shape[1]] * len(targets)
+        advance(targets.size)
+    return torch.cat(nats or [torch.zeros(0, dtype=torch.float64)]).cpu().numpy(), np.array(tokens, np.int64)

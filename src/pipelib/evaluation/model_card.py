@@ -94,10 +94,10 @@ def licence(source: Mapping[str, Any]) -> str:
     return LICENCES.get(repo, f"That of https://huggingface.co/datasets/{repo}, which its card states.")
 
 
-def evaluation_rows(result: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def evaluation_rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(what, value, of what) for every number of metrics/evaluate.json, however deep it lies."""
     about = [f"version {result['version']}"] if "version" in result else []
-    about += [f"{result['examples']:,} examples"] if isinstance(result.get("examples"), int) else []
+    about += [f"{result['examples']:,} examples"] if "examples" in result else []
     for key, value in result.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and "value" in value:
@@ -105,8 +105,14 @@ def evaluation_rows(result: Mapping[str, object], prefix: str = "") -> Iterator[
             yield name, f"{value['value']:.4f}{interval}", f"{value['items']:,} items" if "items" in value else ""
         elif isinstance(value, Mapping):
             yield from evaluation_rows(value, f"{name}.")
-        elif key not in ("version", "examples") and isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}", ", ".join(about)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and not _describes_another(key):
+            error = result.get(f"{key}_stderr")
+            text = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+            yield name, text if error is None else f"{text} ± {error:.4f}", ", ".join(about)
+
+
+def _describes_another(key: str) -> bool:
+    return key.startswith(("version", "examples")) or key.endswith("_stderr")
 
 
 def table(header: tuple[str, ...], rows: Any) -> str:

@@ -10,6 +10,8 @@ from pipelib.config import PositiveInt
 
 TASKS = Path(__file__).parent / "tasks"
 """The tasks of the lm-eval harness that need no network, one YAML file each."""
+BASELINES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+"""OpenAI's models, by their names in `download.models`."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,42 @@ class EvaluateParams:
     """Tasks of the lm-eval harness to run."""
     task_limit: PositiveInt | None
     """Examples of each of these tasks, from its start; null for all."""
+    baselines: tuple[str, ...]
+    """Models to measure beside ours: names among `download.models`, or Hugging Face folders, which have a slash in them."""
     sample_prompts: tuple[str, ...]
     """What the report's samples go on from."""
 
     def problems(self) -> Iterator[str]:
-        """Tasks that nobody knows."""
-        known = sorted(path.stem for path in TASKS.glob("*.yaml"))
+        """Tasks and baselines that nobody knows."""
         for task in self.tasks:
-            if task not in known:
-                near = difflib.get_close_matches(task, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+            if task not in known_tasks():
+                hint = suggest(task, known_tasks())
                 yield f"tasks: {task!r} is not a task that runs offline, so it could not be scored; {hint}"
+        for name in self.baselines:
+            if not is_folder(name) and name not in BASELINES:
+                hint = suggest(name, BASELINES)
+                yield f"baselines: {name!r} is neither a published model nor a folder (./{name}); {hint}"
+        for key, names in (("tasks", self.tasks), ("baselines", self.baselines)):
+            if len(set(names)) < len(names):
+                yield f"{key}: {list(names)} names one twice; name each once."
+
+
+def known_tasks() -> list[str]:
+    """The names of the tasks."""
+    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+def benchmark_of(task: str) -> str:
+    """The set of `download.benchmarks` that a task's data comes with."""
+    return "completion" if task == "heldout" else task
+
+
+def is_folder(name: str) -> bool:
+    """Whether a baseline is a folder; the others are published models."""
+    return "/" in name
+
+
+def suggest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """What may have been meant."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."

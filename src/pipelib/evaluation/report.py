@@ -1,102 +1,173 @@
-"""The evaluation as a person reads it: reports/evaluation.md and its picture, a function of the stage's inputs."""
+"""The evaluation as a person reads it: evaluation.md and evaluation.html, a function of the stage's inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelib.evaluation.hellaswag import Accuracy
-from pipelib.evaluation.loss import Loss
-from pipelib.evaluation.pictures import CHANCE, draw_pictures
+from pipelib.evaluation.document import Block, Heading, Paragraph, Picture, Table, Text, to_html, to_markdown
+from pipelib.evaluation.pictures import Line, draw_column, draw_hellaswag, draw_loss, has_rows
+from pipelib.evaluation.published import Published, published_beside
+from pipelib.files import write_text
+
+CHANCE = 0.25
+LOSSES = {
+    "val_loss": "validation loss, nats per token",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+}
+OURS = "**this model**"
+Accuracy = Mapping[str, float]
+"""As `accuracy_json` gives it: value, low, high, items."""
 
 
-def accuracy_json(accuracy: Accuracy) -> dict[str, float | int]:
-    """An accuracy as it stands in metrics/evaluate.json."""
-    return {
-        "value": round(accuracy.value, 4),
-        "low": round(accuracy.low, 4),
-        "high": round(accuracy.high, 4),
-        "items": accuracy.items,
-    }
+@dataclass(frozen=True)
+class Subject:
+    """What the report is about."""
+
+    result: Mapping[str, Any]
+    """As it stands in metrics/evaluate.json."""
+    baselines: Mapping[str, Mapping[str, Any]]
+    """The same of other models, by their names."""
+    parameters: int
+    source: Mapping[str, Any]
+    """Where the corpus comes from; empty where nobody knows."""
+    facts: Mapping[str, str]
+    """What the numbers belong to: fingerprints, sizes, versions."""
+    samples: Sequence[tuple[str, str]]
+    """(prompt, continuation)."""
+    curves: Path | None
+    """The folder of the training's curves, if there is one."""
 
 
 def interval(accuracy: Accuracy) -> str:
     """An accuracy with its interval, for people."""
-    return f"{accuracy.value:.4f} ({accuracy.low:.4f} to {accuracy.high:.4f})"
+    return f"{accuracy['value']:.4f} ({accuracy['low']:.4f} to {accuracy['high']:.4f})"
 
 
 def verdict(name: str, accuracy: Accuracy, unigram: Accuracy | None) -> str:
     """What an accuracy says, in a sentence."""
-    if not accuracy.excludes(CHANCE):
+    if accuracy["low"] <= CHANCE <= accuracy["high"]:
         words = "its 95 % interval includes 0.25: nothing shows that the model knows more than chance"
-    elif accuracy.value < CHANCE:
+    elif accuracy["value"] < CHANCE:
         words = "its 95 % interval lies below 0.25: the model prefers wrong endings"
     else:
         words = "its 95 % interval lies above 0.25, which is chance"
     beside = f"; a unigram model scores {interval(unigram)}" if unigram else ""
-    return f"{name}: acc_norm {interval(accuracy)} on {accuracy.items:,} items, {words}{beside}."
+    return f"{name}: acc_norm {interval(accuracy)} on {accuracy['items']:,} items, {words}{beside}."
 
 
-def write_report(
-    folder: Path,
-    loss: Loss,
-    text_bytes: int,
-    completions: Mapping[str, tuple[Accuracy, Accuracy, Accuracy, Accuracy]],
-    harness: Mapping[str, Mapping[str, Any]],
-    samples: Sequence[tuple[str, str]],
-    facts: Mapping[str, object],
-    curves: Path,
-) -> None:
-    """Write evaluation.md and the pictures of the curves.
-
-    Args:
-        completions: for each benchmark: acc and acc_norm of the model, acc and acc_norm of the unigram model.
-        harness: what `run_tasks` returned.
-        samples: (prompt, continuation).
-        facts: what the numbers belong to: fingerprints, sizes.
-        curves: the folder of train.csv and validation.csv.
-    """
+def write_report(folder: Path, subject: Subject) -> None:
+    """Write evaluation.md, evaluation.html, and the pictures that the former shows."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw_pictures(curves, folder)
-    lines = ["# Evaluation", ""]
-    lines += ["| what | value |", "|---|---|"]
-    lines += [
-        f"| validation loss | {loss.mean:.4f} nats per token |",
-        f"| perplexity | {loss.perplexity:,.1f} |",
-        f"| bits per byte | {loss.bits_per_byte(text_bytes):.4f} |",
-        f"| tokens scored | {loss.tokens:,}, every token of the validation shard but the first |",
-    ]
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    lines += ["", "![Loss of training and validation](loss.png)", "", "## Completion", ""]
-    for name, (_, acc_norm, _, unigram_norm) in completions.items():
-        lines += [verdict(name, acc_norm, unigram_norm), ""]
-    if completions:
-        lines += ["| benchmark | scorer | model (95 % interval) | unigram model |", "|---|---|---|---|"]
-        for name, (acc, acc_norm, unigram, unigram_norm) in completions.items():
-            lines += [
-                f"| {name} | acc: smallest summed loss | {interval(acc)} | {interval(unigram)} |",
-                f"| {name} | acc_norm: smallest mean loss per token | {interval(acc_norm)} | {interval(unigram_norm)} |",
-            ]
-        lines += [
-            "",
-            "Four endings, so chance is 0.25. Intervals treat the texts as independent, not the items made from one text.",
-        ]
-    if harness:
-        lines += [
-            "",
-            "## lm-eval harness",
-            "",
-            "| task | version | examples | metric | value |",
-            "|---|---|---|---|---|",
-        ]
-        for task, scores in harness.items():
-            for metric, value in scores.items():
-                if metric not in ("version", "examples"):
-                    lines.append(f"| {task} | {scores['version']} | {scores['examples']} | {metric} | {value:.4f} |")
-        lines += [
-            "",
-            "The harness scores completion by other rules than the section above (per character, not per token).",
-        ]
-    lines += ["", "## Samples", ""]
-    for prompt, text in samples:
-        lines += ["````text", prompt + text, "````", ""]
-    (folder / "evaluation.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    blocks = list(_blocks(folder, subject))
+    write_text(folder / "evaluation.md", to_markdown(blocks))
+    write_text(folder / "evaluation.html", to_html("Evaluation", blocks))
+
+
+def _blocks(folder: Path, subject: Subject) -> Iterator[Block]:
+    yield Heading("Evaluation", 1)
+    yield Table(("measure", "model", "value", "on", "from"), list(rows_of(subject)))
+    for name in completions_of(subject.result):
+        found = subject.result[name]
+        yield Paragraph(verdict(name, found["acc_norm"], found.get("unigram", {}).get("acc_norm")))
+    yield Paragraph(
+        "In brackets the 95 % interval, after ± one standard error. `completion` and `hellaswag` are in completion style: four "
+        "endings, chance 0.25, `acc` takes the smallest summed loss and `acc_norm` the smallest mean loss per token; intervals "
+        "treat texts as independent, not the items made from one text. `lm_eval` is the lm-eval harness, with its own scorers. "
+        "A validation loss is over every token of the validation shard but the first, in rows of the model's own context. "
+        "Published figures were not measured here. `items.npz` beside this file has every single item and row; "
+        "`pipelib.evaluation.items` reads it."
+    )
+    yield from _pictures(folder, subject)
+    yield Heading("What was measured")
+    yield Table(("what", "value"), list(subject.facts.items()))
+    yield Heading("Samples")
+    for prompt, text in subject.samples:
+        yield Text(prompt + text)
+
+
+def completions_of(result: Mapping[str, Any]) -> list[str]:
+    """The benchmarks in completion style of a result."""
+    return [name for name, value in result.items() if isinstance(value, Mapping) and "acc_norm" in value]
+
+
+def rows_of(subject: Subject) -> Iterator[Sequence[str]]:
+    """A line for each measure and model: ours, the baselines, a unigram model, then what was published."""
+    everybody = {OURS: subject.result, **subject.baselines}
+    for measure, name in LOSSES.items():
+        for model, result in everybody.items():
+            if measure in result:
+                yield (
+                    name,
+                    model,
+                    _number(measure, result[measure]),
+                    f"{result['val_tokens']:,} tokens",
+                    "measured here",
+                )
+        yield from _published(measure, name, subject)
+    for benchmark in completions_of(subject.result):
+        for metric in ("acc", "acc_norm"):
+            measure = f"{benchmark}.{metric}"
+            for model, result in everybody.items():
+                yield _accuracy(measure, model, result[benchmark][metric])
+            if "unigram" in subject.result[benchmark]:
+                yield _accuracy(measure, "unigram model", subject.result[benchmark]["unigram"][metric])
+            yield from _published(measure, measure, subject)
+    for task, scores in subject.result.get("lm_eval", {}).items():
+        for metric in (name.removesuffix("_stderr") for name in scores if name.endswith("_stderr")):
+            measure = f"lm_eval.{task}.{metric}"
+            for model, result in everybody.items():
+                yield _task_score(measure, model, metric, result["lm_eval"][task], result["lm_eval_version"])
+            yield from _published(measure, measure, subject)
+
+
+def _accuracy(measure: str, model: str, accuracy: Accuracy) -> Sequence[str]:
+    return measure, model, interval(accuracy), f"{accuracy['items']:,} items", "measured here"
+
+
+def _task_score(measure: str, model: str, metric: str, scores: Mapping[str, Any], harness: str) -> Sequence[str]:
+    stderr = scores[f"{metric}_stderr"]
+    value = _number(metric, scores[metric]) + ("" if stderr is None else f" ± {_number(metric, stderr)}")
+    number = f"{scores['examples']:,} of {scores['examples_in_all']:,} examples"
+    return measure, model, value, number, f"measured here, task version {scores['version']:g}, lm-eval {harness}"
+
+
+def _published(measure: str, name: str, subject: Subject) -> Iterator[Sequence[str]]:
+    for figure in published_beside(measure, subject.parameters, subject.source):
+        yield name, figure.model, f"{figure.value:.4f}", "", f"published: {figure.source}"
+
+
+def _number(measure: str, value: float) -> str:
+    return f"{value:,.2f}" if measure.endswith("perplexity") else f"{value:.4f}"
+
+
+def _pictures(folder: Path, subject: Subject) -> Iterator[Block]:
+    """The curves of the training, where there are any, against the lines of other models."""
+    if subject.curves is None:
+        return
+    yield Heading("Training")
+    draw_loss(subject.curves, folder / "loss.png", _levels("val_loss", subject))
+    yield Picture(folder / "loss.png", "Loss of training and validation")
+    if has_rows(subject.curves / "hellaswag.csv"):
+        draw_hellaswag(subject.curves, folder / "hellaswag.png", _levels("hellaswag.acc_norm", subject))
+        yield Picture(folder / "hellaswag.png", "HellaSwag during training")
+    for name, column, title in (
+        ("learning_rate.png", "lr", "learning rate"),
+        ("grad_norm.png", "grad_norm", "gradient norm before clipping"),
+    ):
+        draw_column(subject.curves, column, folder / name, title)
+        yield Picture(folder / name, title.capitalize())
+
+
+def _levels(measure: str, subject: Subject) -> list[Line]:
+    """Baselines as they were measured; what was published only where none was."""
+    name, _, metric = measure.partition(".")
+    found = {model: result[name] for model, result in subject.baselines.items() if name in result}
+    if found:
+        return [(f"{model}, measured", value[metric]["value"] if metric else value) for model, value in found.items()]
+    return [_level(figure) for figure in published_beside(measure, subject.parameters, subject.source)]
+
+
+def _level(figure: Published) -> Line:
+    return f"{figure.model}, published", figure.value

@@ -1,0 +1,133 @@
+"""`pipelib evaluate`: what a GPT-2 in a Hugging Face folder is worth, without the pipeline."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelib.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelib.evaluation.measure import Data
+    from pipelib.evaluation.params import EvaluateParams
+
+EXAMPLES = """examples:
+  pipelib evaluate --model models
+  pipelib evaluate --model ../gpt2 --tasks hellaswag piqa --limit 200
+  pipelib evaluate --model data/models/gpt2 --out gpt2-report         the report, the numbers and every item
+  pipelib evaluate --model ./mine --baselines ./yours                 two models in one table
+"""
+TOKENS, BENCHMARKS = Path("data/tokens"), Path("data/benchmarks")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `evaluate` to the command."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure any GPT-2 in a Hugging Face folder",
+        description="Measure what the stage evaluate measures: the loss on data/tokens' validation shard, the four-way "
+        "benchmarks and the lm-eval tasks whose data is in data/benchmarks. What is not given comes from section evaluate of "
+        "params.yaml. The pipeline's outs and metrics stay as they are.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face folder")
+    parser.add_argument("--tasks", nargs="*", metavar="NAME", help="tasks of the lm-eval harness")
+    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task, from its start")
+    parser.add_argument(
+        "--baselines", nargs="*", default=[], metavar="NAME", help="gpt2, ..., or folders; default: none"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="arithmetic of matrix products")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write evaluation.md, .html, .json and items.npz there")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print a table, and write what --out asks for."""
+    from pipelib.evaluation.measure import Data
+    from pipelib.tokens.shards import VALIDATION_SHARD
+
+    params = _params(arguments)
+    data = Data(TOKENS if (TOKENS / VALIDATION_SHARD).is_file() else None, BENCHMARKS)
+    _evaluate(arguments.model, params, data, arguments.out)
+    return 0
+
+
+def _params(arguments: argparse.Namespace) -> "EvaluateParams":
+    """Section evaluate of params.yaml, with what the command line says.
+
+    Raises:
+        UserError: a task or baseline that nobody knows, or a limit below 1.
+    """
+    from pipelib.params import load_params
+
+    params = replace(load_params().evaluate, baselines=tuple(arguments.baselines))
+    if arguments.tasks is not None:
+        params = replace(params, tasks=tuple(arguments.tasks))
+    if arguments.limit is not None:
+        if arguments.limit < 1:
+            raise UserError(f"--limit {arguments.limit} would score nothing; give 1 or more.")
+        params = replace(params, task_limit=arguments.limit)
+    if arguments.precision is not None:
+        params = replace(params, precision=arguments.precision)
+    if problems := list(params.problems()):
+        raise UserError("\n".join(f"--{problem}" for problem in problems))
+    return params
+
+
+def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | None) -> None:
+    import tempfile
+
+    from pipelib.evaluation.evaluate import (
+        CHECKOUT,
+        describe_environment,
+        describe_model,
+        measure_baselines,
+        require_data,
+    )
+    from pipelib.evaluation.items import write_items
+    from pipelib.evaluation.measure import measure
+    from pipelib.evaluation.report import Subject, rows_of, write_report
+    from pipelib.evaluation.samples import write_samples
+    from pipelib.files import sha256_file, write_json
+    from pipelib.model.device import pick_device
+    from pipelib.model.huggingface import WEIGHTS, import_model
+    from pipelib.provenance import code_hashes
+
+    require_data(params, data.benchmarks)
+    if not (data.tokens or data.completions or params.tasks):
+        raise UserError(
+            f"there is no validation shard in {TOKENS}, no benchmark in {BENCHMARKS} and no task, so there is nothing to "
+            "measure; run dvc repro tokenize."
+        )
+    device = pick_device()
+    model = import_model(folder).to(device)
+    code = code_hashes(Path("stages/evaluate.py"), CHECKOUT)
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = measure(str(folder), model, params, data, Path(scratch) / "harness")
+        others = measure_baselines(params, data, code, device, Path(scratch) / "harness")
+    baselines = {name: other.result for name, other in others.items()}
+    samples = write_samples(model, params.sample_prompts, params.precision, seed=0) if out else []
+    facts = {
+        "model": f"`{folder}`",
+        "weights": f"SHA-256 `{sha256_file(folder / WEIGHTS)}`",
+        **describe_model(model.params),
+        **describe_environment(model, code),
+    }
+    subject = Subject(measured.result, baselines, model.params.parameters, {}, facts, samples, None)
+    print(table([row[:4] for row in rows_of(subject)]))
+    if out:
+        write_report(out, subject)
+        write_items(out / "items.npz", measured.items)
+        write_json(out / "evaluation.json", measured.result | ({"baselines": baselines} if baselines else {}))
+        print(f"\nwritten: {out}/evaluation.md, evaluation.html, evaluation.json, items.npz")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned text."""
+    plain = [[cell.replace("*", "") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in plain
+    )

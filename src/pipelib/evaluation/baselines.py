@@ -1,0 +1,119 @@
+"""Baselines: models that ours is compared with, measured by the same code on the same data, once.
+
+What was measured is kept in `STATE/baselines/KEY/`, where KEY stands for the weights, the data, the parameters and the code
+that measures. So another experiment, and another model of ours, finds it there, without the weights.
+
+    lock          held while the baseline is measured here
+    result.json   what was measured, and the SHA-256 of items.npz; written last
+    items.npz     the same item by item
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelib.errors import UserError, how_to_repair
+from pipelib.evaluation.items import read_items_file, write_items
+from pipelib.evaluation.measure import Measured
+from pipelib.evaluation.params import is_folder
+from pipelib.files import read_json, sha256_file, sha256_json, write_json
+from pipelib.model.huggingface import CONFIG, WEIGHTS
+from pipelib.state import lock_folder, state_root
+
+MODELS = Path("data/models")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A model to compare with, looked at but not loaded."""
+
+    name: str
+    """As `evaluate.baselines` has it."""
+    folder: Path
+    """A Hugging Face folder; of a published model it may be missing where its result is kept."""
+    sha256: str
+    """Of its weights."""
+
+    def require_weights(self) -> None:
+        """Refuse weights that are not there or not those that were named.
+
+        Raises:
+            UserError: saying how to get them.
+        """
+        path = self.folder / WEIGHTS
+        remedy = (
+            "give a Hugging Face folder" if is_folder(self.name) else f"run `dvc pull {MODELS}`, or dvc repro download"
+        )
+        if not (path.is_file() and (self.folder / CONFIG).is_file()):
+            raise UserError(
+                f"evaluate.baselines: {self.name}: {path} or its {CONFIG} is missing, so it cannot be measured; {remedy}."
+            )
+        if sha256_file(path) != self.sha256:
+            raise UserError(
+                f"{path} is not the file that {MODELS}/manifest.json names, so its weights cannot be trusted; "
+                f"{how_to_repair(str(MODELS))}."
+            )
+
+
+def find_baselines(names: Sequence[str]) -> list[Baseline]:
+    """The models that `evaluate.baselines` names.
+
+    Raises:
+        UserError: one is not there.
+    """
+    found = []
+    for name in names:
+        if is_folder(name):
+            path = Path(name) / WEIGHTS
+            if not path.is_file():
+                raise UserError(
+                    f"evaluate.baselines: {name}: {path} is missing, so there is nothing to compare with; give a Hugging Face "
+                    "folder."
+                )
+            found.append(Baseline(name, Path(name), sha256_file(path)))
+        else:
+            sha256 = read_json(MODELS / "manifest.json").get(name, {}).get("sha256")
+            if sha256 is None:
+                raise UserError(
+                    f"evaluate.baselines: {name} is not in {MODELS}/manifest.json, so there are no weights of it; name it in "
+                    "download.models and run dvc repro."
+                )
+            found.append(Baseline(name, MODELS / name, sha256))
+    return found
+
+
+def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: Callable[[], Measured]) -> Measured:
+    """What was measured of a baseline earlier with the same inputs, else what `measure` finds now, which is kept.
+
+    Args:
+        decides: everything that decides the result besides the weights: parameters, hashes of data and code.
+    """
+    inputs: dict[str, Any] = {"weights": baseline.sha256, **decides}
+    folder = state_root() / "baselines" / sha256_json(inputs)[:16]
+    lock = lock_folder(folder, wait=True)  # of two experiments at once, the second finds what the first measured
+    try:
+        kept = _read(folder, inputs)
+        if kept is not None:
+            print(f"evaluate: {baseline.name} was measured earlier on the same data", flush=True)
+            return kept
+        baseline.require_weights()
+        measured = measure()
+        write_items(folder / "items.npz", measured.items)
+        sha256 = sha256_file(folder / "items.npz")
+        write_json(folder / "result.json", {"inputs": inputs, "items": sha256, "result": measured.result})
+        return measured
+    finally:
+        os.close(lock)
+
+
+def _read(folder: Path, inputs: Mapping[str, object]) -> Measured | None:
+    """What is kept, where it is whole."""
+    result, items = folder / "result.json", folder / "items.npz"
+    if not (result.is_file() and items.is_file()):
+        return None
+    kept = read_json(result)
+    if sha256_json(kept["inputs"]) != sha256_json(inputs) or kept["items"] != sha256_file(items):
+        return None
+    return Measured(kept["result"], read_items_file(items), {})

@@ -1,0 +1,110 @@
+"""A document of headings, paragraphs, tables, pictures and texts, as Markdown and as one HTML file without a network."""
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FENCE = "````"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A title of a section."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A few sentences; `code` and **bold** as in Markdown."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a header; cells as paragraphs."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that lies beside the document."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as it is."""
+
+    text: str
+
+
+Block = Heading | Paragraph | Table | Picture | Text
+
+
+def to_markdown(blocks: Sequence[Block]) -> str:
+    """The document as Markdown; pictures are named relative to it."""
+    return "\n\n".join(map(_markdown, blocks)) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {text}"
+        case Paragraph(text):
+            return text
+        case Table(header, rows):
+            lines = [header, ["---"] * len(header), *rows]
+            return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        case Picture(path, caption):
+            return f"![{caption}]({path.name})"
+        case Text(text):
+            return f"{FENCE}text\n{text}\n{FENCE}"
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """The document as HTML that holds everything it shows, pictures included."""
+    body = "\n".join(map(_html, blocks))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left}"
+    "th{background:#f4f4f4}img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow-x:auto;white-space:pre-wrap}"
+)
+
+
+def _html(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{_inline(text)}</h{level}>"
+        case Paragraph(text):
+            return f"<p>{_inline(text)}</p>"
+        case Table(header, rows):
+            head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
+            lines = "\n".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows)
+            return f"<table>\n<tr>{head}</tr>\n{lines}\n</table>"
+        case Picture(path, caption):
+            data = base64.b64encode(path.read_bytes()).decode("ascii")
+            return f'<p><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"></p>'
+        case Text(text):
+            return f"<pre>{html.escape(text)}</pre>"
+
+
+def _inline(text: str) -> str:
+    escaped = html.escape(text, quote=False)
+    escaped = re.sub(r"`([^`]*)`", r"<code>\1</code>", escaped)
+    return re.sub(r"\*\*([^*]*)\*\*", r"<strong>\1</strong>", escaped)

@@ -1,0 +1,178 @@
+"""Everything that is measured of one model, with the same code on the same data whether it is ours or a baseline."""
+
+import importlib.metadata
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelib.errors import UserError
+from pipelib.evaluation.harness import run_tasks
+from pipelib.evaluation.hellaswag import Accuracy, Item, Scores, read_items, score
+from pipelib.evaluation.items import ItemScores, item_ids
+from pipelib.evaluation.loss import Loss, losses_of_rows
+from pipelib.evaluation.params import EvaluateParams
+from pipelib.files import remove
+from pipelib.model.gpt import GPT
+from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
+from pipelib.progress import Progress
+from pipelib.tokens.encoding import tiktoken_encoding
+from pipelib.tokens.loader import Batch, validation_batches
+from pipelib.tokens.shards import VALIDATION_SHARD, Tokens, count_tokens, open_shard
+
+COMPLETIONS = ("completion", "hellaswag")
+"""Benchmarks of four endings, scored in the completion style."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What models are measured on."""
+
+    tokens: Path | None
+    """The folder of shards; None where there is none: then there is no validation loss."""
+    benchmarks: Path
+    """The folder of the benchmarks' JSON lines."""
+
+    @property
+    def completions(self) -> dict[str, Path]:
+        """The four-way benchmarks that are there."""
+        paths = {name: self.benchmarks / f"{name}.jsonl" for name in COMPLETIONS}
+        return {name: path for name, path in paths.items() if path.exists()}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model is worth."""
+
+    result: dict[str, Any]
+    """As it stands in metrics/evaluate.json: losses, accuracies with intervals, the harness's scores."""
+    items: dict[str, ItemScores]
+    """The same item by item, by the data scored; see items.py."""
+    seconds: dict[str, float]
+    """What each part took."""
+
+
+def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
+    """Measure a model on everything that is there.
+
+    Args:
+        name: the model's, for the lines of progress.
+        scratch: a folder for copies of the harness, removed at the end.
+
+    Raises:
+        UserError: the model's weights are lost, data is damaged, or a task's data is missing.
+    """
+    result: dict[str, Any] = {}
+    items: dict[str, ItemScores] = {}
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(part: str) -> None:
+        nonlocal clock
+        seconds[part], clock = time.perf_counter() - clock, time.perf_counter()
+
+    if data.tokens is not None:
+        loss, items["validation"] = measure_loss(name, model, params, data.tokens / VALIDATION_SHARD)
+        text_bytes = count_text_bytes(open_shard(data.tokens / VALIDATION_SHARD)[1:])
+        result |= {
+            "val_loss": round(loss.mean, 6),
+            "perplexity": round(loss.perplexity, 4),
+            "bits_per_byte": round(loss.bits_per_byte(text_bytes), 6),
+            "val_tokens": loss.tokens,
+        }
+        lap("loss_seconds")
+    for benchmark, path in data.completions.items():
+        scores = measure_completion(f"{name}: {benchmark}", model, params, read_items(path, tiktoken_encoding()))
+        items[benchmark] = completion_items(scores)
+        result[benchmark] = {
+            "acc": accuracy_json(scores.acc),
+            "acc_norm": accuracy_json(scores.acc_norm),
+            "contexts_cut": contexts_cut(scores.items, model.params.context_length),
+        }
+    lap("completion_seconds")
+    if params.tasks:
+        tasks = run_tasks(model, params, scratch)
+        remove(scratch)
+        items |= {f"lm_eval/{task}": found.items for task, found in tasks.items()}
+        result["lm_eval"] = {
+            task: {key: _rounded(value) for key, value in tasks[task].scores.items()} for task in tasks
+        }
+        result["lm_eval_version"] = importlib.metadata.version("lm-eval")
+    lap("harness_seconds")
+    return Measured(result, items, seconds)
+
+
+def measure_loss(name: str, model: GPT, params: EvaluateParams, shard: Path) -> tuple[Loss, ItemScores]:
+    """The loss over every token of a shard but the first, in rows of the model's context, and that of each row.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    length = model.params.context_length
+    rows = max(1, params.batch_tokens // length)
+    contents: list[bytes] = []
+
+    def batches() -> Iterator[Batch]:
+        for inputs, targets in validation_batches(shard, length, rows, None):
+            whole = np.concatenate([inputs, targets[:, -1:]], axis=1).astype("<u2")
+            contents.extend(row.tobytes() for row in whole)
+            yield inputs, targets
+
+    progress = Progress(f"{name}: validation loss", len(open_shard(shard)) - 1, "tokens")
+    nats, tokens = losses_of_rows(model, batches(), params.precision, progress.add)
+    loss = Loss(float(nats.sum()), int(tokens.sum()))
+    if not math.isfinite(loss.nats):
+        raise UserError(
+            f"{name} gives a loss of {loss.mean}: its weights are lost, and nothing about it can be measured; train anew."
+        )
+    progress.close(f"{loss.mean:.4f} on {loss.tokens:,} tokens, perplexity {loss.perplexity:,.1f}")
+    return loss, ItemScores(item_ids(contents), np.arange(len(nats)), {"loss": nats / tokens}, {"loss": tokens})
+
+
+def measure_completion(what: str, model: GPT, params: EvaluateParams, items: list[Item]) -> Scores:
+    """The scores of a four-way benchmark, with a line of progress."""
+    progress = Progress(what, sum(len(ending) for item in items for ending in item.endings), "tokens of endings")
+    scores = score(model, items, params.batch_tokens, params.precision, progress.add)
+    progress.close(f"acc {scores.acc.value:.4f}, acc_norm {scores.acc_norm.value:.4f} on {len(items):,} items")
+    return scores
+
+
+def completion_items(scores: Scores) -> ItemScores:
+    """Which items a model gets right."""
+    labels = np.array([item.label for item in scores.items])
+    return ItemScores(
+        item_ids(repr((item.context, item.endings, item.label)).encode("ascii") for item in scores.items),
+        np.array([item.document for item in scores.items], np.int64),
+        {"acc": scores.sums.argmin(axis=1) == labels, "acc_norm": scores.means.argmin(axis=1) == labels},
+    )
+
+
+def contexts_cut(items: list[Item] | Any, context_length: int) -> int:
+    """Items of which some ending does not fit the model's context together with what comes before it."""
+    return sum(len(item.context) + max(len(ending) for ending in item.endings) - 1 > context_length for item in items)
+
+
+def accuracy_json(accuracy: Accuracy) -> dict[str, float | int]:
+    """An accuracy as it stands in metrics/evaluate.json."""
+    return {
+        "value": round(accuracy.value, 4),
+        "low": round(accuracy.low, 4),
+        "high": round(accuracy.high, 4),
+        "items": accuracy.items,
+    }
+
+
+def count_text_bytes(tokens: Tokens) -> int:
+    """Bytes of the text that tokens stand for; `<|endoftext|>` stands for none."""
+    encoding = tiktoken_encoding()
+    lengths = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(VOCAB_SIZE)])
+    lengths[EOT_TOKEN_ID] = 0
+    return int(count_tokens([tokens]) @ lengths)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value

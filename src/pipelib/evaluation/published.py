@@ -1,0 +1,63 @@
+"""Figures that others published, for the table of the report: never measured here, and marked so.
+
+A figure stands beside the measure that it is closest to; how exactly it was computed, only its source knows. For HellaSwag and
+one and the same GPT-2 124M others quote 0.2859, 0.2892, 0.2945, 0.2955 and 0.3114, which differ by scorer: hence the names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+BUILD_NANOGPT = "build-nanogpt, play.ipynb (https://github.com/karpathy/build-nanogpt)"
+LLM_C = "llm.c, dev/data/hellaswag.py (https://github.com/karpathy/llm.c)"
+LLM_C_HARNESS = f"lm-eval harness, as quoted by {LLM_C}"
+GPT3 = "Brown et al. 2020, table H.1, zero-shot, a scorer of their own (https://arxiv.org/abs/2005.14165)"
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+
+PARAMETERS = {
+    "GPT-2 124M": 124_439_808, "GPT-2 350M": 354_823_168, "GPT-2 774M": 774_030_080, "GPT-2 1558M": 1_557_611_200,
+    "GPT-3 125M": 125_000_000, "GPT-3 350M": 350_000_000, "GPT-3 760M": 760_000_000, "GPT-3 1.3B": 1_300_000_000,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure with its source."""
+
+    measure: str
+    """The measure it stands beside: `hellaswag.acc_norm`."""
+    model: str
+    value: float
+    source: str
+
+
+FIGURES = (
+    Published("val_loss", "GPT-2 124M", 3.2924, f"{BUILD_NANOGPT}: the first shard of sample-10BT"),
+    Published("hellaswag.acc", "GPT-2 124M", 0.2859, LLM_C),
+    Published("hellaswag.acc_norm", "GPT-2 124M", 0.2955, LLM_C),
+    Published("hellaswag.acc_norm", "GPT-2 124M", 0.294463, BUILD_NANOGPT),
+    Published("hellaswag.acc_norm", "GPT-2 350M", 0.375224, BUILD_NANOGPT),
+    Published("hellaswag.acc_norm", "GPT-2 774M", 0.431986, BUILD_NANOGPT),
+    Published("hellaswag.acc", "GPT-2 1558M", 0.3842, LLM_C),
+    Published("hellaswag.acc_norm", "GPT-2 1558M", 0.4893, LLM_C),
+    Published("hellaswag.acc_norm", "GPT-3 125M", 0.337, GPT3),
+    Published("hellaswag.acc_norm", "GPT-3 350M", 0.436, GPT3),
+    Published("hellaswag.acc_norm", "GPT-3 760M", 0.510, GPT3),
+    Published("hellaswag.acc_norm", "GPT-3 1.3B", 0.547, GPT3),
+    Published("lm_eval.hellaswag.acc", "GPT-2 124M", 0.2892, LLM_C_HARNESS),
+    Published("lm_eval.hellaswag.acc_norm", "GPT-2 124M", 0.3114, LLM_C_HARNESS),
+    Published("lm_eval.hellaswag.acc", "GPT-2 1558M", 0.4004, LLM_C_HARNESS),
+    Published("lm_eval.hellaswag.acc_norm", "GPT-2 1558M", 0.5089, LLM_C_HARNESS),
+)
+
+
+def published_beside(measure: str, parameters: int, source: Mapping[str, object]) -> list[Published]:
+    """The figures that belong beside a measure of a model of that size: of models half to twice as large, else of the smallest.
+
+    Args:
+        source: where the corpus comes from; a published loss counts only where it is FineWeb-Edu, since a loss is that of a text.
+    """
+    if measure == "val_loss" and source.get("repo") != FINEWEB_EDU:
+        return []
+    figures = [figure for figure in FIGURES if figure.measure == measure]
+    near = [figure for figure in figures if 0.5 <= PARAMETERS[figure.model] / parameters <= 2]
+    return near or [figure for figure in figures if figure.model == "GPT-2 124M"]

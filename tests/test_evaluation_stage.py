@@ -1,0 +1,296 @@
+"""The evaluate stage: its report, the baselines beside the model, and nothing written where something is wrong."""
+
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_evaluation import (
+    PARAMS,
+    completion_rows,
+    state,  # noqa: F401 (a fixture)
+    write_lines,
+)
+from small_run import (
+    model_params,
+    one_thread,  # noqa: F401 (a fixture)
+    random_model,
+    train_params,
+    train_small,
+    write_tokens,
+)
+
+from pipelib.errors import UserError
+from pipelib.evaluation import baselines
+from pipelib.evaluation.evaluate import evaluate, evaluation_inputs, require_data
+from pipelib.evaluation.items import read_items_file
+from pipelib.evaluation.params import EvaluateParams
+from pipelib.evaluation.published import FIGURES, PARAMETERS, published_beside
+from pipelib.evaluation.report import Subject, write_report
+from pipelib.files import files_under, sha256_file, write_json
+from pipelib.model.gpt import GPT
+from pipelib.model.huggingface import export_model
+from pipelib.stage import Build
+from pipelib.tracking import NullRun
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that the stage reads, after a short training."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_tokens(folder / "tokens", 2048)
+    model = train_small(folder, train_params(max_tokens=640))
+    export_model(model, folder / "models", "")
+    (folder / "curves").mkdir()
+    for name in ("train.csv", "validation.csv", "samples.csv"):
+        shutil.copy(folder / "work" / name, folder / "curves")
+    write_lines(folder / "benchmarks/completion.jsonl", completion_rows(9))
+    return folder
+
+
+def folders(root: Path) -> tuple[Path, Path, Path, Path]:
+    return root / "models", root / "tokens", root / "benchmarks", root / "curves"
+
+
+def run_evaluation(folder: Path, outs: Path, params: EvaluateParams = PARAMS) -> tuple[Any, Any]:
+    """Build `outs/reports`."""
+    outs.mkdir()
+    code = {"package torch": "2", "src/pipelib/evaluation/endings.py": "a", "src/pipelib/evaluation/report.py": "b"}
+    build = Build(outs, outs.parent / "scratch", NullRun(), code, resumed_with_other_code=False)
+    return evaluate(build, params, *folders(folder))
+
+
+# ---- The report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_was_measured_and_is_the_same_each_time(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, speed = run_evaluation(trained, tmp_path / "first")
+    shown = capsys.readouterr().err
+    assert "models: validation loss: 0 of 511 tokens" in shown
+    assert "models: completion: 0 of " in shown
+    again, _ = run_evaluation(trained, tmp_path / "second")
+    assert result == again
+    reports = [
+        {path.name: path.read_bytes() for path in files_under(tmp_path / name / "reports")}
+        for name in ("first", "second")
+    ]
+    assert reports[0] == reports[1]
+    assert reports[0].keys() == {
+        "evaluation.md", "evaluation.html", "loss.png", "learning_rate.png", "grad_norm.png", "items.npz", "model_card.md"
+    }  # fmt: skip
+    text = reports[0]["evaluation.md"].decode()
+    row = "| validation loss, nats per token | **this model** |"
+    assert f"{row} {result['val_loss']:.4f} | 511 tokens | measured here |" in text
+    acc_norm = result["completion"]["acc_norm"]
+    assert f"| completion.acc_norm | **this model** | {acc_norm['value']:.4f} ({acc_norm['low']:.4f} to" in text
+    assert "| completion.acc_norm | unigram model |" in text
+    assert "| tokens trained on | 640 of 1,536 in the data |" in text
+    assert "torch 2" in text
+    assert "````text\nThe" in text
+    with Image.open(tmp_path / "first/reports/loss.png") as picture:
+        picture.load()
+        assert picture.size == (960, 540)
+    assert result["val_tokens"] == 511
+    assert acc_norm["items"] == 9
+    assert result["completion"]["contexts_cut"] > 0
+    assert "baselines" not in result
+    assert speed["loss_seconds"] >= 0
+
+
+def test_the_web_page_needs_no_network(trained: Path, tmp_path: Path) -> None:
+    result, _ = run_evaluation(trained, tmp_path / "outs")
+    page = (tmp_path / "outs/reports/evaluation.html").read_text(encoding="utf-8")
+    assert f"<td>{result['val_loss']:.4f}</td>" in page
+    assert "<strong>this model</strong>" in page
+    loads = re.findall(r'(?:src|href)="([^"]{0,22})', page) + re.findall(r"url\(|@import|<script|<link", page)
+    assert loads == ["data:image/png;base64,"] * 3
+
+
+def test_every_item_is_kept(trained: Path, tmp_path: Path) -> None:
+    result, _ = run_evaluation(trained, tmp_path / "outs")
+    items = read_items_file(tmp_path / "outs/reports/items.npz")
+    assert items.keys() == {"validation", "completion"}
+    losses, tokens = items["validation"].values["loss"], items["validation"].weights["loss"]
+    assert tokens.sum() == 511
+    assert np.average(losses, weights=tokens) == pytest.approx(result["val_loss"], abs=1e-6)
+    for metric in ("acc", "acc_norm"):
+        assert items["completion"].values[metric].mean() == pytest.approx(
+            result["completion"][metric]["value"], abs=1e-4
+        )
+    assert items["completion"].documents.tolist() == [number // 3 for number in range(9)]
+
+
+def test_a_curve_of_hellaswag_is_drawn(trained: Path, tmp_path: Path) -> None:
+    curves = tmp_path / "curves"
+    shutil.copytree(trained / "curves", curves)
+    (curves / "hellaswag.csv").write_text(
+        "step,tokens,acc,acc_norm,low,high\n5,320,0.25,0.26,0.2,0.3\n10,640,0.26,0.28,0.22,0.32\n"
+    )
+    accuracy = {"value": 0.28, "low": 0.2, "high": 0.3, "items": 10}
+    result = {"hellaswag": {"acc": accuracy, "acc_norm": accuracy, "contexts_cut": 0}}
+    write_report(tmp_path / "reports", Subject(result, {}, 124_000_000, {}, {}, [], curves))
+    text = (tmp_path / "reports/evaluation.md").read_text(encoding="utf-8")
+    assert "![HellaSwag during training](hellaswag.png)" in text
+    assert "| hellaswag.acc_norm | GPT-2 124M | 0.2955 |  | published: llm.c" in text
+    assert "| hellaswag.acc_norm | GPT-3 125M | 0.3370 |  | published: Brown et al." in text
+    with Image.open(tmp_path / "reports/hellaswag.png") as picture:
+        assert picture.size == (960, 540)
+
+
+def test_published_figures_stand_beside_models_of_their_size_and_text() -> None:
+    edu = {"kind": "hub", "repo": "HuggingFaceFW/fineweb-edu"}
+    assert all(figure.source and figure.model in PARAMETERS for figure in FIGURES)
+    assert [figure.value for figure in published_beside("val_loss", 124_000_000, edu)] == [3.2924]
+    assert published_beside("val_loss", 124_000_000, {"kind": "docs"}) == []
+    assert published_beside("completion.acc_norm", 124_000_000, edu) == []
+    assert {figure.model for figure in published_beside("hellaswag.acc_norm", 1_500_000_000, edu)} == {
+        "GPT-2 774M", "GPT-2 1558M", "GPT-3 1.3B", "GPT-3 760M",
+    }  # fmt: skip
+    assert {figure.model for figure in published_beside("hellaswag.acc_norm", 7_000_000, edu)} == {"GPT-2 124M"}
+
+
+# ---- Baselines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateParams:
+    """A published model as download leaves it, and a folder of the user's; the state is empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
+    export_model(random_model(model_params(), 2), Path("data/models/gpt2"), "")
+    export_model(random_model(model_params(n_embd=32, context_length=24), 3), Path("other"), "")
+    write_json(
+        Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
+    )
+    return replace(PARAMS, baselines=("gpt2", "./other"))
+
+
+def test_baselines_are_measured_once_and_stand_beside_the_model(
+    trained: Path, tmp_path: Path, with_baselines: EvaluateParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, speed = run_evaluation(trained, tmp_path / "first", with_baselines)
+    assert result["baselines"].keys() == {"gpt2", "./other"}
+    assert result["baselines"]["gpt2"]["val_tokens"] == 511
+    assert result["baselines"]["gpt2"]["val_loss"] != result["val_loss"]
+    assert speed["gpt2_seconds"] > 0
+    text = (tmp_path / "first/reports/evaluation.md").read_text(encoding="utf-8")
+    for name in ("gpt2", "./other"):
+        value = result["baselines"][name]["val_loss"]
+        assert f"| validation loss, nats per token | {name} | {value:.4f} | 511 tokens | measured here |" in text
+        assert f"| completion.acc | {name} |" in text
+
+    shutil.rmtree("data/models/gpt2")  # the result is kept by its hash, so the weights are needed no more
+    monkeypatch.setattr("pipelib.evaluation.evaluate.import_model", only_once())
+    again, speed = run_evaluation(trained, tmp_path / "second", with_baselines)
+    assert again == result
+    assert speed["gpt2_seconds"] == 0
+    assert (tmp_path / "first/reports/evaluation.md").read_text(encoding="utf-8") == text
+
+    (kept, other) = sorted((tmp_path / "state/baselines").glob("*/items.npz"))
+    for path in (kept, other):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"gpt2: .* is missing, so it cannot be measured; run `dvc pull data/models`"):
+        run_evaluation(trained, tmp_path / "third", with_baselines)
+    assert files_under(tmp_path / "third") == []
+
+
+def only_once() -> Any:
+    """`import_model` of the model that is evaluated, and of no other."""
+    from pipelib.model.huggingface import import_model
+
+    def load(folder: Path) -> GPT:
+        assert folder.name == "models", f"{folder} was loaded again"
+        return import_model(folder)
+
+    return load
+
+
+def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
+    trained: Path, tmp_path: Path, with_baselines: EvaluateParams
+) -> None:
+    params = replace(with_baselines, baselines=("gpt2",))
+    folder = tmp_path / "data of this test"
+    shutil.copytree(trained, folder)
+    run_evaluation(folder, tmp_path / "first", params)
+    run_evaluation(folder, tmp_path / "samples", replace(params, sample_prompts=("Other",)))
+    assert len(list((tmp_path / "state/baselines").iterdir())) == 1
+    write_lines(folder / "benchmarks/completion.jsonl", completion_rows(6))
+    run_evaluation(folder, tmp_path / "items", params)
+    run_evaluation(folder, tmp_path / "batch", replace(params, batch_tokens=64))
+    export_model(random_model(model_params(), 5), Path("data/models/gpt2"), "")
+    write_json(
+        Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
+    )
+    run_evaluation(folder, tmp_path / "weights", params)
+    assert len(list((tmp_path / "state/baselines").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "gpt2-xl",
+            "gpt2-xl is not in data/models/manifest.json, so there are no weights of it; name it in download.models",
+        ),
+        ("./nowhere", "nowhere/model.safetensors is missing, so there is nothing to compare with"),
+    ],
+)
+@pytest.mark.usefixtures("with_baselines")
+def test_a_baseline_that_is_not_there_is_refused(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        baselines.find_baselines([name])
+
+
+def test_weights_that_are_not_those_of_the_manifest_are_refused(
+    trained: Path, tmp_path: Path, with_baselines: EvaluateParams
+) -> None:
+    export_model(random_model(model_params(), 9), Path("data/models/gpt2"), "")
+    with pytest.raises(UserError, match="cannot be trusted"):
+        run_evaluation(trained, tmp_path / "outs", with_baselines)
+    assert files_under(tmp_path / "outs") == []
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("benchmarks", [True, False])
+def test_weights_that_are_lost_are_an_error_and_no_score(trained: Path, tmp_path: Path, benchmarks: bool) -> None:
+    folder = tmp_path / "lost"
+    shutil.copytree(trained, folder, ignore=None if benchmarks else shutil.ignore_patterns("completion.jsonl"))
+    model = GPT(model_params())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    export_model(model, folder / "models", "")
+    with pytest.raises(UserError, match="weights are lost"):
+        run_evaluation(folder, tmp_path / "outs")
+    assert files_under(tmp_path / "outs") == []
+
+
+def test_missing_data_of_a_task_is_said_before_anything_is_computed(trained: Path) -> None:
+    params = replace(PARAMS, tasks=("completion", "heldout", "piqa"))
+    with pytest.raises(UserError, match=r"no data for heldout, piqa, .*name completion, piqa in download.benchmarks"):
+        evaluation_inputs(params, *folders(trained))
+    require_data(replace(PARAMS, tasks=("completion",)), trained / "benchmarks")
+
+
+def test_every_file_that_is_read_decides_the_evaluation(trained: Path, with_baselines: EvaluateParams) -> None:
+    before = evaluation_inputs(PARAMS, *folders(trained))
+    assert evaluation_inputs(replace(PARAMS, batch_tokens=64), *folders(trained)) != before
+    for name in ("models/README.md", "benchmarks/completion.jsonl", "curves/train.csv", "tokens/unigram_counts.npy"):
+        kept = (trained / name).read_bytes()
+        (trained / name).write_bytes(kept + b"\n")
+        assert evaluation_inputs(PARAMS, *folders(trained)) != before, name
+        (trained / name).write_bytes(kept)
+    assert evaluation_inputs(PARAMS, *folders(trained)) == before
+    of_baselines = evaluation_inputs(with_baselines, *folders(trained))
+    export_model(random_model(model_params(), 7), Path("other"), "")
+    assert evaluation_inputs(with_baselines, *folders(trained)) != of_baselines
