@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= 200
+REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu remote ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -17,6 +18,7 @@ setup: .venv/ready  ## install the pinned dependencies into .venv
 	@touch $@
 
 repro: setup     ## run the whole pipeline, or what of it is not up to date
+	@$(BIN)/pipelib plan --check
 	$(BIN)/dvc repro
 	@$(BIN)/pipelib summary
 
@@ -52,6 +54,10 @@ bench-harness: setup  ## time the lm-eval harness on our model against its own o
 
 bench-gpu: setup ## on a GPU: check that the training is right there, then time it
 	$(BIN)/python bench/gpu.py $(ARGS)
+
+remote: setup    ## keep all outs in a second place, REMOTE (../pipelib-remote), for other clones and machines
+	$(BIN)/dvc remote add --local --default --force store $(REMOTE)
+	$(BIN)/dvc push --run-cache
 
 ui: setup        ## compare runs in the browser
 	$(BIN)/mlflow ui

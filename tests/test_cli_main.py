@@ -1,18 +1,21 @@
 """The command itself: help without waiting, errors without tracebacks, quiet ends."""
 
+import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_project import CHECKOUT
 
 from pipelib.cli import verify
 from pipelib.cli.main import main
-from pipelib.errors import UserError
+from pipelib.errors import UserError, as_typed
 from pipelib.state import State
 
-COMMANDS = ("plan", "doctor", "verify", "sample", "clean")
+COMMANDS = ("plan", "doctor", "compare", "verify", "sample", "publish", "clean")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -49,6 +52,44 @@ def test_user_errors_are_one_message(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(verify, "run", fail)
     assert main(["verify"]) == 1
     assert capsys.readouterr().err == "pipelib: 3 is odd, so nothing would fit; use 4.\n"
+
+
+def test_commands_in_messages_are_as_they_must_be_typed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    message = (
+        "run `pipelib verify --repair`, then dvc repro; .venv/bin/dvc repro is dvc repro, and dvc.lock is no command."
+    )
+    assert as_typed(message) == message, "no environment is here"
+    (here / ".venv/bin").mkdir(parents=True)
+    (here / ".venv/bin/pipelib").touch()
+    assert as_typed(message) == (
+        "run `.venv/bin/pipelib verify --repair`, then .venv/bin/dvc repro; .venv/bin/dvc repro is .venv/bin/dvc repro, and "
+        "dvc.lock is no command."
+    )
+    monkeypatch.setenv("VIRTUAL_ENV", str(here / ".venv"))
+    assert as_typed(message) == message, "it is activated"
+
+
+def test_the_summary_fits_on_a_screen(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the committed baseline, with a sample longer than what is shown of it."""
+    shutil.copytree(CHECKOUT / "metrics", here / "metrics")
+    (here / "reports").mkdir()
+    (here / "reports/evaluation.md").write_text("````text\n" + "line\n" * 100 + "````\n")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["summary"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 120
+    starts = {word: number for number, line in enumerate(lines) for word in line.split()[:1]}
+    assert starts["Then"] - starts["Try"] == 3, "three commands to try"
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"pipelib {importlib.metadata.version('pipelib')}\n"
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

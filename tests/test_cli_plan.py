@@ -1,6 +1,8 @@
 """The plan's numbers against published ones, and against what torch really saves."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,31 @@ def test_a_params_file_is_read_strictly(capsys: pytest.CaptureFixture[str]) -> N
     assert "train.max_step is not a parameter" in capsys.readouterr().err
     assert main(["plan", "--params", "nowhere.yaml"]) == 1
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+def test_a_check_says_the_disk_that_is_needed_and_refuses_too_small_a_one(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(GPT2)
+    free = 10**12
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    (line,) = plan(capsys, "--check").splitlines()
+    assert line.startswith("params.yaml: the stages take at most 68.9 GB of disk; 0 B are in use by earlier runs")
+    free = 10**10
+    assert main(["plan", "--check"]) == 1
+    assert "58.9 GB too little" in capsys.readouterr().err
+    for name in ("data/raw/a.parquet", ".pipelib/download/x/final/data/raw/a.parquet"):
+        (workspace / name).parent.mkdir(parents=True)
+    with (workspace / "data/raw/a.parquet").open("wb") as file:
+        file.truncate(60 * 10**9)  # a hole, which takes no space here
+    (workspace / ".pipelib/download/x/final/data/raw/a.parquet").hardlink_to(workspace / "data/raw/a.parquet")
+    assert "60.0 GB are in use by earlier runs" in plan(capsys, "--check"), "two names of one file are one file"
+
+
+def test_a_check_finds_wrong_parameters_before_a_stage_does(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params({"train.max_lr": -1})
+    assert main(["plan", "--check"]) == 1
+    assert "train.max_lr: -1 must be greater than 0" in capsys.readouterr().err
 
 
 def test_data_that_is_there_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,17 @@ class Clone:
         self.git("config", "user.email", "someone@example.org")
         self.commit("the clone")
 
+    @classmethod
+    def of(cls, other: "Clone") -> "Clone":
+        """A git clone of it in which nothing has run, with its remote of DVC."""
+        new = cls.__new__(cls)
+        new.root, new.environment = other.root.with_name("clone-of-it"), other.environment
+        other.git("clone", "--quiet", ".", str(new.root))
+        (new.root / ".venv").symlink_to(sys.prefix)
+        (new.root / ".git/info/exclude").write_text("/.venv\n")
+        (new.root / ".dvc/config.local").write_bytes((other.root / ".dvc/config.local").read_bytes())
+        return new
+
     def run(self, command: Sequence[str]) -> str:
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -197,15 +208,39 @@ def test_diffs_say_what_changed(clone: Clone) -> None:
     assert "val_loss" in table
 
 
+def test_what_differs_in_every_run_does_not_bury_what_changed(clone: Clone) -> None:
+    changed = clone.json("metrics", "diff", "--json")
+    assert not [name for name in changed if "speed" in name]
+    assert (clone.root / "metrics/speed/train.csv").read_text().startswith("step,tokens_per_second,")
+
+
+def test_compare_reads_both_from_git_and_the_cache(clone: Clone) -> None:
+    said = clone.run([".venv/bin/pipelib", "compare", "main", "small-rate", "--md"])
+    assert f"| train.max_lr | {PARAMS['train']['max_lr']} | 6e-05 |" in said
+    (loss,) = (line for line in said.splitlines() if line.startswith("| evaluate val_loss |"))
+    assert " to " in loss, "both evaluated the same items, so there is an interval"
+
+
 def test_plots_show_the_curves_of_both(clone: Clone) -> None:
-    shown = clone.json("plots", "show", "--json", "--out", "plots")["data"]
-    assert {name.split(":")[-1] for name in shown} == {"loss", "learning_rate", "grad_norm", "hellaswag"}
+    shown = clone.json("plots", "show", "--json", "--out", "../plots")["data"]
+    assert {name.split(":")[-1] for name in shown} == {
+        "loss", "hellaswag", "learning_rate", "grad_norm", "throughput"
+    }  # fmt: skip
     (loss,) = (value for name, value in shown.items() if name.endswith("loss"))
     points = json.loads(loss[0]["content"]) if isinstance(loss[0]["content"], str) else loss[0]["content"]
     assert points
-    diff = clone.json("plots", "diff", "HEAD", "workspace", "--json", "--out", "plots")["data"]
+    diff = clone.json("plots", "diff", "HEAD", "workspace", "--json", "--out", "../plots")["data"]
     revisions = {revision for entries in diff.values() for entry in entries for revision in entry["revisions"]}
     assert revisions == {"HEAD", "workspace"}
+
+
+def test_the_page_of_the_plots_loads_nothing(clone: Clone) -> None:
+    clone.dvc("plots", "diff", "HEAD", "workspace", "--out", "../plots")
+    page = clone.text("../plots/index.html")
+    assert page.count("vegaEmbed('#") == 5, "one of them has no data, and the page leaves it out"
+    assert "vegaEmbed = (where, spec)" in page
+    assert "<script src" not in page
+    assert "dots: validation" in page, "our template of the loss"
 
 
 def test_exp_show_has_a_row_for_the_baseline_and_the_experiment(clone: Clone) -> None:
@@ -245,8 +280,8 @@ def test_a_damaged_shard_is_made_again_without_tokenizing_anything(clone: Clone)
     clone.git("checkout", "--quiet", "dvc.lock", "metrics")
 
 
-def test_a_queued_experiment_runs_the_code_it_was_queued_with(clone: Clone) -> None:
-    clone.dvc("exp", "run", "--queue", "--name", "queued", "--set-param", "evaluate.batch_tokens=1024")
+def test_a_queued_sweep_runs_the_code_it_was_queued_with(clone: Clone) -> None:
+    clone.dvc("exp", "run", "--queue", "--set-param", "evaluate.batch_tokens=choice(1024,2048)")
     clone.edit("src/pipelib/evaluation/report.py", '"# Evaluation"', '"# Edited after queueing"')
     clone.activate()  # `dvc queue start` starts its worker as `dvc`, by that name
     clone.dvc("queue", "start")
@@ -254,10 +289,56 @@ def test_a_queued_experiment_runs_the_code_it_was_queued_with(clone: Clone) -> N
         status = clone.dvc("queue", "status")
         if "Queued" not in status and "Running" not in status:
             break
-    assert "Success" in status, status
-    changed = clone.json("params", "diff", "main", "queued", "--json")["params.yaml"]
+    assert status.count("Success") == 2, status
+    rows = list(csv.DictReader(io.StringIO(clone.dvc("exp", "show", "--csv"))))
+    swept = {row["Experiment"]: int(float(row["evaluate.batch_tokens"])) for row in rows if row["Experiment"]}
+    swept = {name: tokens for name, tokens in swept.items() if tokens != PARAMS["evaluate"]["batch_tokens"]}
+    assert sorted(swept.values()) == [1024, 2048]
+    name = next(name for name, tokens in swept.items() if tokens == 1024)
+    changed = clone.json("params", "diff", "main", name, "--json")["params.yaml"]
     assert changed == {"evaluate.batch_tokens": {"old": 512, "new": 1024, "diff": 512}}
     report = clone.root.parent / "queued.md"
-    clone.dvc("get", ".", "reports/evaluation.md", "--rev", "queued", "--out", str(report))
+    clone.dvc("get", ".", "reports/evaluation.md", "--rev", name, "--out", str(report))
     assert report.read_text(encoding="utf-8").startswith("# Evaluation\n")
     clone.git("checkout", "--quiet", "src")
+
+
+def test_an_experiment_in_a_copy_leaves_the_workspace_alone_and_can_be_applied_and_branched(clone: Clone) -> None:
+    output = clone.dvc("exp", "run", "--temp", "--name", "apart", "--set-param", "evaluate.batch_tokens=256")
+    assert ran(output) == ["evaluate"]
+    assert clone.git("status", "--porcelain") == ""
+    clone.dvc("exp", "branch", "apart", "kept")
+    assert "batch_tokens: 256" in clone.git("show", "kept:params.yaml")
+    clone.dvc("exp", "apply", "apart")
+    assert "batch_tokens: 256" in clone.text("params.yaml")
+    assert clone.changed_stages() == set(), "the reports came with it"
+    clone.git("reset", "--quiet", "--hard")
+    clone.dvc("checkout", "--quiet")
+
+
+def test_the_graph_can_be_drawn_by_github(clone: Clone) -> None:
+    graph = clone.dvc("dag", "--mermaid")
+    assert graph.startswith("flowchart TD")
+    assert {f'["{name}"]' for name in STAGES} <= {f"[{part.split(']')[0]}]" for part in graph.split("[")[1:]}
+
+
+# ---- A remote --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_clone_with_a_remote_needs_no_data_and_evaluates_without_training_shards(clone: Clone) -> None:
+    recipe = clone.run(["make", "--dry-run", "--old-file=.venv/ready", "remote", "REMOTE=../remote"])
+    for line in recipe.splitlines():
+        if line.startswith(".venv/bin/dvc"):  # not what would set up an environment
+            clone.run(line.split())
+    there = Clone.of(clone)
+    assert not (there.root / "data").exists()
+    output = there.dvc("repro", "--pull", "--allow-missing")
+    assert ran(output) == []
+    assert not (there.root / "models").exists(), "nothing was needed, so nothing was fetched"
+    assert there.git("status", "--porcelain") == ""
+    there.edit("params.yaml", "batch_tokens: 512", "batch_tokens: 640")
+    assert ran(there.dvc("repro", "--pull", "--allow-missing")) == ["evaluate"]
+    fetched = {path.name for path in (there.root / "data").rglob("*") if path.is_file()}
+    assert {"val_000000.bin", "unigram_counts.npy", "manifest.json", "completion.jsonl"} <= fetched
+    assert (there.root / "models/model.safetensors").exists()
+    assert not [name for name in fetched if name.startswith("train_") or name.endswith(".parquet")]

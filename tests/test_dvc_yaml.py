@@ -1,6 +1,9 @@
 """dvc.yaml says what the code says: dependencies are the import closure, outs are ignored by git, metrics are not."""
 
 import ast
+import hashlib
+import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -122,7 +125,10 @@ def test_nothing_switches_the_run_cache_off() -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_metrics_are_those_that_the_stage_writes(name: str) -> None:
-    assert set(metrics_of(name)) == {RESULT.format(name), SPEED.format(name)}
+    """Speed is an out and no metric: it changes with every run, and would bury what changed in `dvc metrics diff`."""
+    assert set(metrics_of(name)) == {RESULT.format(name)}
+    curve = {"metrics/speed/train.csv"} if name == "train" else set()
+    assert {path for path in stage_of(name)["outs"] if path.startswith("metrics/")} == {SPEED.format(name), *curve}
 
 
 def is_ignored(path: str) -> bool:
@@ -142,17 +148,51 @@ def test_git_ignores_every_cached_out_and_no_metric() -> None:
     assert is_ignored("mlflow.db")
 
 
+def plots() -> dict[str, Any]:
+    return {name: options for plot in dvc_yaml()["plots"] for name, options in plot.items()}
+
+
 def test_plots_show_columns_of_files_that_train_makes() -> None:
     from pipelib.training import recorder
 
     written = Path(recorder.__file__).read_text(encoding="utf-8")
-    files = {path for plot in dvc_yaml()["plots"] for options in plot.values() for path in options["y"]}
-    assert files == {"curves/train.csv", "curves/validation.csv", "curves/hellaswag.csv"}
-    assert all(path.split("/")[0] in stage_of("train")["outs"] for path in files)
-    for plot in dvc_yaml()["plots"]:
-        for options in plot.values():
-            for column in {options["x"], *options["y"].values()}:
+    files = {path for options in plots().values() for path in options["y"]}
+    assert files == {
+        "curves/train.csv", "curves/validation.csv", "curves/hellaswag.csv", "metrics/speed/train.csv"
+    }  # fmt: skip
+    outs = stage_of("train")["outs"]
+    assert all(path in outs or path.split("/")[0] in outs for path in files)
+    for name, options in plots().items():
+        for column in {options["x"], *options["y"].values()}:
+            if name != "hellaswag":  # written where training measures it
                 assert f'"{column}"' in written, f"nothing writes the column {column}"
+
+
+def test_each_plot_has_a_template_that_uses_what_the_plot_says() -> None:
+    for options in plots().values():
+        text = (ROOT / f".dvc/plots/{options['template']}.json").read_text(encoding="utf-8")
+        json.loads(text)
+        for anchor in ("DATA", "TITLE", "X_LABEL", "Y_LABEL", "COLOR"):
+            assert f'"<DVC_METRIC_{anchor}>"' in text
+
+
+PUBLISHED = {
+    "vega": "575de88557ddaab0e2a3a55ff7e3685ef4b0d10b2c2194191caba7f080d595b1",
+    "vega-lite": "1f3780f0579a094c345ef2cefd8d8e0bf87a29c70e99e7d2c9b8a62973a1e35c",
+    "vega-embed": "350511128fdd864c0f4cd72922e9bb32e8f30ccf7992be1ef851660501b1449a",
+}
+"""SHA-256 of build/NAME.min.js of the npm packages, less the line that names a source map."""
+
+
+def test_the_page_of_the_plots_has_published_scripts_and_needs_no_server() -> None:
+    page = (ROOT / ".dvc/plots/page.html").read_text(encoding="utf-8")
+    scripts = dict(re.findall(r'<script id="([a-z-]+)">\n(.*?)</script>', page, re.DOTALL))
+    assert {name: hashlib.sha256(text.encode()).hexdigest() for name, text in scripts.items()} == PUBLISHED
+    rest = re.sub(r"<script id=.*?</script>", "", page, flags=re.DOTALL)
+    assert "src=" not in rest
+    assert "{scripts}" not in rest, "DVC would put its links to a server there"
+    assert rest.count("{plot_divs}") == 1
+    assert rest.count("Redistribution and use in source and binary forms") == len(PUBLISHED), "their licence goes along"
 
 
 # ---- Imports point one way -------------------------------------------------------------------------------------------

@@ -83,7 +83,9 @@ def test_the_report_says_what_was_measured_and_is_the_same_each_time(
         for name in ("first", "second")
     ]
     assert reports[0] == reports[1]
-    assert reports[0].keys() == {"evaluation.md", "evaluation.html", "loss.png", "items.npz"}
+    assert reports[0].keys() == {
+        "evaluation.md", "evaluation.html", "loss.png", "learning_rate.png", "grad_norm.png", "items.npz", "model_card.md"
+    }  # fmt: skip
     text = reports[0]["evaluation.md"].decode()
     row = "| validation loss, nats per token | **this model** |"
     assert f"{row} {result['val_loss']:.4f} | 511 tokens | measured here |" in text
@@ -109,7 +111,7 @@ def test_the_web_page_needs_no_network(trained: Path, tmp_path: Path) -> None:
     assert f"<td>{result['val_loss']:.4f}</td>" in page
     assert "<strong>this model</strong>" in page
     loads = re.findall(r'(?:src|href)="([^"]{0,22})', page) + re.findall(r"url\(|@import|<script|<link", page)
-    assert loads == ["data:image/png;base64,"]
+    assert loads == ["data:image/png;base64,"] * 3
 
 
 def test_every_item_is_kept(trained: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The line of progress, as people read it."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,3 +46,10 @@ def test_a_terminal_gets_one_line_that_is_rewritten(
     assert capfd.readouterr().err == (
         "\r\x1b[Kdocs: 0 of 10 files\r\x1b[Kdocs: 4 of 10 files, 4/s, 1.5 s left\r\x1b[Kdocs: 4 files in 1.0 s\n"
     )
+
+
+def test_nothing_is_coloured_so_no_color_has_nothing_to_switch_off() -> None:
+    """A terminal's line is rewritten (\\r, erase to its end); colours (SGR sequences, which end in m) are not used."""
+    for path in (Path(__file__).parents[1] / "src").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\\(?:x1b|033|u001b)\[[0-9;]*m", text), path

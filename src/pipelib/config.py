@@ -110,15 +110,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is not YAML, or holds something other than a mapping.
     """
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _Yaml12Loader)
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist, so nothing says what to run; copy one from presets/.") from None
+    return parse_yaml(content, str(path))
+
+
+def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
+    """The mapping that YAML 1.2 text holds; `name` is what it is called in messages.
+
+    Raises:
+        UserError: it is not YAML, or holds something other than a mapping.
+    """
+    try:
+        value = yaml.load(content.decode("utf-8"), _Yaml12Loader)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}), so it cannot be read; save it as UTF-8.") from None
+        raise UserError(f"{name} is not UTF-8 ({error}), so it cannot be read; save it as UTF-8.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML, so nothing was run: {error}") from None
+        raise UserError(f"{name} is not valid YAML, so nothing was run: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {_kind(value)}, not sections of parameters; copy a file from presets/.")
+        raise UserError(f"{name} holds {_kind(value)}, not sections of parameters; copy a file from presets/.")
     return value
 
 

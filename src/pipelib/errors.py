@@ -1,6 +1,14 @@
 """The one exception for what the user can mend: its message says the value, the consequence and the remedy."""
 
 import errno
+import os
+import re
+from pathlib import Path
+
+_COMMANDS = re.compile(
+    r"(?<![\w./-])(?:pipelib (?:clean|compare|doctor|plan|publish|sample|summary|verify)|mlflow ui"
+    r"|dvc (?:checkout|commit|exp|fetch|gc|pull|push|queue|repro))\b"
+)
 
 
 class UserError(ValueError):
@@ -27,6 +35,14 @@ def user_message(error: BaseException) -> str | None:
             "evaluate.batch_tokens in the evaluate stage. `pipelib plan` says what needs how much."
         )
     return None
+
+
+def as_typed(message: str) -> str:
+    """A message with its commands as they must be typed: `.venv/bin/dvc` where no environment is activated."""
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    if "VIRTUAL_ENV" in os.environ or not (root / ".venv/bin/pipelib").exists():
+        return message
+    return _COMMANDS.sub(r".venv/bin/\g<0>", message)
 
 
 def how_to_repair(folder: str = "") -> str:

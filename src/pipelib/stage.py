@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pipelib.errors import user_message
+from pipelib.errors import as_typed, user_message
 from pipelib.files import write_json
 from pipelib.provenance import code_hashes
 from pipelib.state import State
@@ -55,7 +55,7 @@ def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
         message = user_message(error)
         if message is None:
             raise
-        sys.exit(f"{name}: {message}")
+        sys.exit(f"{name}: {as_typed(message)}")
     sys.exit(0)
 
 

@@ -83,9 +83,9 @@ class Run:
             for path in files_under(final):
                 name = path.relative_to(final)
                 sha256 = hashes.get(name.as_posix()) or sha256_file(path)
-                if name.parts[0] == "metrics":
+                if name.parts[0] == "metrics" and name.suffix == ".json":
                     self._record.append_metrics(_numbers(path, ".".join(name.with_suffix("").parts[1:])), None)
-                elif name.parts[0] in ("curves", "reports"):
+                elif name.parts[0] in ("metrics", "curves", "reports"):
                     if path.stat().st_size <= ARTIFACT_BYTES:
                         self._record.append("file", name=name.as_posix(), path=str(path.absolute()), sha256=sha256)
                 else:

@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 
-from pipelib.cli import clean, doctor, evaluate, export_tokens, plan, sample, summary, verify
-from pipelib.errors import UserError
+from pipelib.cli import clean, compare, doctor, evaluate, export_tokens, plan, publish, sample, summary, verify
+from pipelib.errors import UserError, as_typed
+from pipelib.provenance import versions
 
 EXAMPLES = """examples:
   pipelib plan                        what params.yaml would cost, before it costs it
@@ -30,8 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {versions('pipelib')['pipelib']}")
     subparsers = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for module in (plan, summary, doctor, verify, export_tokens, sample, evaluate, clean):
+    for module in (plan, summary, compare, doctor, verify, export_tokens, sample, evaluate, publish, clean):
         module.add_parser(subparsers)
     return parser
 
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"pipelib: {error}", file=sys.stderr)
+        print(f"pipelib: {as_typed(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit

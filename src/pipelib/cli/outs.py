@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pipelib.config import read_yaml
@@ -112,13 +113,18 @@ def _outs_near(start: Path) -> dict[Path, Out]:
         return {}
     stages = (read_yaml(root / "dvc.lock").get("stages") or {}).values()
     listed = [out for stage in stages for out in stage.get("outs", ()) if str(out.get("md5", "")).endswith(".dir")]
-    cache = _cache_folder(root) / "files" / "md5" if listed else Path()
+    cache = cache_folder(root) / "files" / "md5" if listed else Path()
     folders = [(_from_here(root / out["path"]), str(out["md5"])) for out in listed]
     return {folder: Out(folder, md5, cache) for folder, md5 in folders}
 
 
-def _cache_folder(root: Path) -> Path:
-    """Where the DVC of this environment keeps its cache."""
+@cache
+def cache_folder(root: Path) -> Path:
+    """Where the DVC of this environment keeps its cache; asked once, since DVC takes its time.
+
+    Args:
+        root: the repository, as an absolute path.
+    """
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,12 +1,15 @@
 """`pipelib plan`: what a parameter file would cost, without doing any of it."""
 
 import argparse
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
+from pipelib.errors import UserError
 from pipelib.files import format_bytes
 from pipelib.progress import format_seconds
 from pipelib.state import state_root
@@ -20,6 +23,7 @@ EXAMPLES = """examples:
   pipelib plan
   pipelib plan --params presets/gpt2-124m.yaml
   PIPELIB_NPROC=8 pipelib plan --no-measure      for eight ranks, by arithmetic alone
+  pipelib plan --check                           are the parameters right and the disk large enough? as make repro asks
 """
 
 
@@ -36,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="default: params.yaml")
     parser.add_argument("--no-measure", action="store_true", help="run nothing: leave the time out")
+    parser.add_argument("--check", action="store_true", help="check the parameters and the disk alone, in a line")
     parser.set_defaults(run=run)
 
 
@@ -47,12 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from pipelib.cli.estimates import corpus_of
     from pipelib.params import load_params
+
+    params = load_params(arguments.params)
+    corpus = corpus_of(params, Path.cwd())
+    if arguments.check:
+        print(check_disk(arguments.params, params, corpus), flush=True)
+        return 0
     from pipelib.training.machines import find_machines
 
     machines = find_machines()
     ranks = machines.world_size
-    params = _with_micro_batch(load_params(arguments.params), machines)
-    corpus = corpus_of(params, Path.cwd())
+    params = _with_micro_batch(params, machines)
     where = "this machine" if machines.count == 1 else f"{machines.count} machines"
     print(f"{arguments.params}, with {_count(ranks, 'rank')} on {where}\n")
     for lines in (
@@ -144,6 +154,43 @@ def _disk(params: "Params", corpus: "Corpus | None") -> Iterator[tuple[str, str]
     yield "", f"train     models       {size(disk.model)}; while it runs {size(disk.checkpoints)} of checkpoints"
     free = shutil.disk_usage(nearest_folder(state_root())).free
     yield "", f"together at most {size(disk.total)}, where hard links work; {size(free)} are free"
+
+
+def check_disk(file: Path, params: "Params", corpus: "Corpus | None") -> str:
+    """A line that says how much space the stages will take, what of it is taken already, and what is free.
+
+    Raises:
+        UserError: it is clearly not enough. What earlier runs left counts as space that this one has already.
+    """
+    from pipelib.cli.estimates import disk_of
+
+    need, folder = disk_of(params, corpus).total, nearest_folder(state_root())
+    have, free = used_bytes([Path("data"), Path("models"), state_root()]), shutil.disk_usage(folder).free
+    known = "" if corpus else " and the text, whose size only tokenize will know"
+    said = f"{file}: the stages take at most {format_bytes(need)} of disk{known}; {format_bytes(have)} are in use"
+    if need - have > free:
+        raise UserError(
+            f"{said}, and {folder} has {format_bytes(free)} free: {format_bytes(need - have - free)} too little, so a stage "
+            "would stop half-way; free some space (`pipelib clean` lists old state, `dvc gc -w` old cache), set "
+            "PIPELIB_STATE_DIR to a larger disk, or lower download.max_tokens."
+        )
+    return f"{said} by earlier runs, {format_bytes(free)} are free."
+
+
+def used_bytes(folders: Iterable[Path]) -> int:
+    """What the files in folders take on disk; several names of one file count once."""
+    files = {(stat.st_dev, stat.st_ino): stat.st_size for folder in folders for stat in _stats(folder)}
+    return sum(files.values())
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    for path in folder.rglob("*"):
+        try:
+            stat = path.stat()
+        except OSError:  # gone, or a link to nothing
+            continue
+        if S_ISREG(stat.st_mode):
+            yield stat
 
 
 def nearest_folder(path: Path) -> Path:

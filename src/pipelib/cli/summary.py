@@ -10,7 +10,7 @@ EXAMPLES = """example:
   pipelib summary
 """
 METRICS = Path("metrics")
-SAMPLE_LINES = 8
+SAMPLE_LINES = 5
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,7 +28,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(_: argparse.Namespace) -> int:
     """Print the summary of the metrics and the report in the workspace."""
     tokens, train, evaluate = (read_json(METRICS / f"{stage}.json") for stage in ("tokenize", "train", "evaluate"))
-    speed = read_json(METRICS / "speed" / "train.json")
+    speed_file = METRICS / "speed" / "train.json"
+    speed = read_json(speed_file) if speed_file.exists() else {}  # git does not have it, so a fresh clone may lack it
     print(f"\n{title(train, tokens)}\n")
     for name, value in rows(train, evaluate, speed):
         print(f"  {name:<22}{value}")
@@ -41,11 +42,14 @@ def run(_: argparse.Namespace) -> int:
 
 
 NEXT = """
-Look at   reports/evaluation.md            everything that was measured, with a picture of the loss
+Look at   reports/evaluation.md            everything that was measured, with pictures
+          reports/model_card.md            the model, its data and its recipe, as others will read it
+          .venv/bin/dvc plots show         the curves, in a page that needs no network
           .venv/bin/mlflow ui              all runs, side by side, in the browser
 Try       .venv/bin/pipelib sample --prompt "Returns the"
           .venv/bin/dvc exp run -S train.max_lr=1.8e-3
-          .venv/bin/pipelib plan --params presets/gpt2-124m.yaml
+          .venv/bin/pipelib compare HEAD workspace
+Then      docs/tutorial.md                 from here to GPT-2 124M
 """
 
 
@@ -69,8 +73,9 @@ def rows(train: dict[str, Any], evaluate: dict[str, Any], speed: dict[str, Any])
             lines += [
                 (f"{name} acc_norm", _accuracy(evaluate[name]["acc_norm"], evaluate[name]["unigram"]["acc_norm"]))
             ]
-    mfu = f", {speed['mfu']:.0%} of the peak" if speed["tokens_per_second"] else ""
-    lines += [("speed of training", f"{speed['tokens_per_second']:,} tokens/s on {speed['device']}{mfu}")]
+    if speed:
+        mfu = f", {speed['mfu']:.0%} of the peak" if speed["tokens_per_second"] else ""
+        lines += [("speed of training", f"{speed['tokens_per_second']:,} tokens/s on {speed['device']}{mfu}")]
     lines += [("loss at the last step", f"{train['train_loss']:.4f} on its batch")]
     return lines
 

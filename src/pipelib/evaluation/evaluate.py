@@ -16,6 +16,7 @@ from pipelib.evaluation.baselines import Baseline, find_baselines, measure_once
 from pipelib.evaluation.hellaswag import holds_items, read_items, score_unigram
 from pipelib.evaluation.items import write_items
 from pipelib.evaluation.measure import Data, Measured, accuracy_json, measure
+from pipelib.evaluation.model_card import write_model_card
 from pipelib.evaluation.params import TASKS, EvaluateParams, benchmark_of
 from pipelib.evaluation.report import Subject, completions_of, verdict, write_report
 from pipelib.evaluation.samples import write_samples
@@ -104,6 +105,7 @@ def evaluate(
     )  # fmt: skip
     write_report(build.outs / "reports", subject)
     write_items(build.outs / "reports" / "items.npz", measured.items)
+    write_model_card(build.outs / "reports" / "model_card.md", models, curves, manifest, result)
     build.run.log_text("samples.txt", "\n\n".join(prompt + text for prompt, text in samples))
     return result, {name: round(value, 2) for name, value in seconds.items()} | {"device": device.type}
 

@@ -1,4 +1,8 @@
-"""Pictures of a training's curves, the same bytes for the same curves."""
+"""Pictures of a training's curves, the same bytes for the same curves: for the report, the README and MLflow.
+
+`dvc plots show` draws the same columns (dvc.yaml, .dvc/plots), for several runs and with values under the pointer.
+Throughput is not among these pictures, since reports/ reproduces and throughput does not; it is in `dvc plots show`.
+"""
 
 import csv
 import math
@@ -52,26 +56,39 @@ def draw_hellaswag(curves: Path, path: Path, levels: Sequence[Line] = ()) -> Non
         _draw_levels(axes, levels)
 
 
+def draw_column(curves: Path, column: str, path: Path, y_label: str) -> None:
+    """A column of train.csv over the steps."""
+    train = read_columns(curves / "train.csv")
+    with _axes(path, y_label, "step", height=3.0) as axes:
+        axes.plot(train["step"], train[column], color="#08519c", linewidth=0.9)
+
+
+def has_rows(curve: Path) -> bool:
+    """Whether a curve is there and anything was measured."""
+    return curve.exists() and any(read_columns(curve).values())
+
+
 def _draw_levels(axes: Any, levels: Sequence[Line]) -> None:
     for (label, value), color in zip(levels, ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#666666"), strict=False):
         axes.axhline(value, color=color, linestyle="--", linewidth=1, label=label)
 
 
 @contextmanager
-def _axes(path: Path, y_label: str) -> Iterator[Any]:
-    """A pair of axes over the tokens, which are drawn into `path` at the end."""
+def _axes(path: Path, y_label: str, x_label: str = "tokens trained on", height: float = 4.5) -> Iterator[Any]:
+    """A pair of axes, which are drawn into `path` at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    figure, axes = pyplot.subplots(figsize=(8, height), dpi=120)
     yield axes
-    axes.set_xlabel("tokens trained on")
+    axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()

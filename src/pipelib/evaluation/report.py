@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelib.evaluation.document import Block, Heading, Paragraph, Picture, Table, Text, to_html, to_markdown
-from pipelib.evaluation.pictures import Line, draw_hellaswag, draw_loss
+from pipelib.evaluation.pictures import Line, draw_column, draw_hellaswag, draw_loss, has_rows
 from pipelib.evaluation.published import Published, published_beside
 from pipelib.files import write_text
 
@@ -149,9 +149,15 @@ def _pictures(folder: Path, subject: Subject) -> Iterator[Block]:
     yield Heading("Training")
     draw_loss(subject.curves, folder / "loss.png", _levels("val_loss", subject))
     yield Picture(folder / "loss.png", "Loss of training and validation")
-    if (subject.curves / "hellaswag.csv").exists():
+    if has_rows(subject.curves / "hellaswag.csv"):
         draw_hellaswag(subject.curves, folder / "hellaswag.png", _levels("hellaswag.acc_norm", subject))
         yield Picture(folder / "hellaswag.png", "HellaSwag during training")
+    for name, column, title in (
+        ("learning_rate.png", "lr", "learning rate"),
+        ("grad_norm.png", "grad_norm", "gradient norm before clipping"),
+    ):
+        draw_column(subject.curves, column, folder / name, title)
+        yield Picture(folder / name, title.capitalize())
 
 
 def _levels(measure: str, subject: Subject) -> list[Line]:

@@ -152,7 +152,8 @@ def complete_units(raw: Path, units: Sequence[Unit], store: Path, workers: Worke
     workers.each("verify", _require_file, [file for file in read_manifest(raw).files if file.name in names], raw)
     if missing:
         load_engine(workers.engine)  # proves it here, where an error is one message, and not in every worker
-    progress = Progress(f"encoding with {workers.engine}, {workers.count} workers", _text_bytes(missing), "bytes")
+    by = f"{workers.count} worker{'' if workers.count == 1 else 's'}"
+    progress = Progress(f"encoding with {workers.engine}, {by}", _text_bytes(missing), "bytes")
     done = workers.each("units", _encode_unit, missing, store, done=lambda unit: progress.add(unit.text_bytes))
     there = f", {len(units) - len(missing)} of {len(units)} units were there" if len(missing) < len(units) else ""
     progress.close(f"{sum(unit.counts.tokens for unit in done):,} tokens{there}")

@@ -79,7 +79,7 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
 
 
 def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: Path) -> None:
-    """Write models/ and curves/."""
+    """Write models/, curves/, and the speed of each logged run of steps."""
     recipe = {
         "data fingerprint": manifest.fingerprint,
         "data source": manifest.source,
@@ -92,8 +92,9 @@ def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: P
     if job.resumed_with_other_code:
         recipe["resumed with other code"] = True
     export_model(model, outs / "models", readme(job.model, recipe))
-    for curve in (*recorder.curves, *((recorder.spikes,) if job.train.spike else ())):
+    for curve in recorder.curves:
         write_text(outs / "curves" / curve.path.name, curve.path.read_text(encoding="utf-8"))
+    write_text(outs / "metrics/speed/train.csv", recorder.speed.path.read_text(encoding="utf-8"))
 
 
 def _result(job: Job, recorder: Recorder) -> dict[str, object]:

@@ -83,6 +83,7 @@ class Recorder:
         self.samples = Curve(folder / "samples.csv", ("step", "prompt", "text"))
         self.hellaswag = Curve(folder / "hellaswag.csv", ("step", "tokens", "acc_norm", "low", "high", "acc"))
         self.spikes = Curve(folder / "spikes.csv", ("step", "loss", "limit", "batches"))
+        self.speed = Curve(folder / "speed.csv", ("step", "tokens_per_second", "mfu", "data_wait_ms"))
         self._waiting: list[tuple[int, int, float, Tensor, Tensor]] = []
         self._line = StatusLine()
         self._mark = time.perf_counter()
@@ -94,9 +95,16 @@ class Recorder:
         self._window_wait, self._data_wait, self._steps = 0.0, 0.0, 0  # waits for data, in the same windows
 
     @property
-    def curves(self) -> tuple[Curve, ...]:
-        """All that are cut back with the steps. HellaSwag's has no rows where it was not asked for: DVC plots need the file."""
-        return (self.train, self.validation, self.samples, self.hellaswag)
+    def curves(self) -> list[Curve]:
+        """What is a function of the data and parameters, without those that the parameters do not ask for."""
+        asked = {self.hellaswag: self._params.hellaswag_every, self.spikes: self._params.spike}
+        every = (self.train, self.validation, self.samples, self.hellaswag, self.spikes)
+        return [curve for curve in every if asked.get(curve, True) is not None]
+
+    @property
+    def _all_curves(self) -> tuple[Curve, ...]:
+        """All that are cut back with the steps."""
+        return (self.train, self.validation, self.samples, self.hellaswag, self.speed)
 
     def begin(self, step: int, micro_batch_size: int, spikes: Spikes) -> None:
         """Go on after `step` finished steps.
@@ -106,7 +114,7 @@ class Recorder:
             spikes: what was left out until now.
         """
         self.micro_batch_size = micro_batch_size
-        for curve in self.curves:
+        for curve in self._all_curves:
             curve.resume(step)
         self._list(spikes)
         self._mark = time.perf_counter()
@@ -114,7 +122,7 @@ class Recorder:
     def went_back(self, step: int, spikes: Spikes) -> None:
         """Forget what came after `step` finished steps: the last of `spikes` undid it."""
         self._waiting.clear()
-        for curve in self.curves:
+        for curve in self._all_curves:
             curve.cut(step)
         self._list(spikes)
         self._mark = time.perf_counter()
@@ -164,10 +172,12 @@ class Recorder:
             self.trained_tokens += window_tokens
             self._data_wait += self._window_wait
             self._steps += len(rows)
-        self._first_window = False
         rate = window_tokens / seconds
         self.peak = self.peak or self._measure_peak()
         mfu = rate * self._flops_per_token / self.peak.flops
+        if not self._first_window:
+            self.speed.append([(step, round(rate), round(mfu, 4), round(1000 * self._window_wait / len(rows), 3))])
+        self._first_window = False
         left = (self._params.max_tokens - tokens) / rate
         memory = most_gpu_memory()
         self._line.show(
@@ -199,7 +209,7 @@ class Recorder:
 
     def sync(self) -> None:
         """Have everything noted so far survive a power cut; comes before a checkpoint that relies on it."""
-        for curve in self.curves:
+        for curve in self._all_curves:
             curve.sync()
 
     def say(self, text: str) -> None:

@@ -1,0 +1,227 @@
+"""`pipelib compare`: what differs between runs, what it did, and how sure that is, in one table."""
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelib.progress import format_seconds
+
+if TYPE_CHECKING:
+    from pipelib.cli.paired import Scores
+    from pipelib.cli.runs import Run
+
+EXAMPLES = """examples:
+  pipelib compare HEAD workspace             the last commit, and what lies here
+  pipelib compare main small-rate            a branch, and an experiment of DVC
+  pipelib compare . ../other-clone --md      two checkouts, as Markdown
+"""
+SEEDS = 3
+"""So many seeds say something about the noise of training."""
+SEED = "train.seed"
+_PARTS = ("low", "high", "items", "version", "examples", "examples_in_all")
+"""Keys of metrics that describe another one, beside standard errors."""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add this command to the command line."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="what differs between runs, and how sure that is",
+        description="Print one table of runs: the parameters that differ, the metrics with their difference from the first "
+        "and, where both were measured on the same items, its paired bootstrap 95 %% interval; tokens, time, data, code. A RUN "
+        "is `workspace`, the folder of a checkout, a git revision, or an experiment of DVC.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="all are compared with the first; one alone with HEAD")
+    parser.add_argument("--md", action="store_true", help="as a table in Markdown")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the comparison.
+
+    Raises:
+        UserError: a run was not found.
+    """
+    from pipelib.cli.runs import find_run
+
+    names = arguments.runs if len(arguments.runs) > 1 else ["HEAD", *arguments.runs]
+    runs = [find_run(name) for name in names]
+    rows = [*_params(runs), *_metrics(runs), *_circumstances(runs)]
+    header = ["", *(run.name for run in runs)]
+    print("\n".join((markdown if arguments.md else aligned)([header, *rows])))
+    notes = [*_notes(runs), *_noise(runs)]
+    print("\n" + "\n".join(f"- {note}" if arguments.md else note for note in notes))
+    return 0
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def _params(runs: Sequence["Run"]) -> Iterator[list[str]]:
+    from pipelib.cli.runs import differing_params
+
+    for key, values in differing_params(runs):
+        yield [key, *("" if value is None else str(value) for value in values)]
+
+
+def _metrics(runs: Sequence["Run"]) -> Iterator[list[str]]:
+    """Numbers of train and evaluate, and what was measured on items and has no number of its own there."""
+    scores = [_scores(run) for run in runs]
+    shown = set()
+    for stage in ("train", "evaluate"):
+        for key in dict.fromkeys(key for run in runs for key in run.metrics[stage]):
+            values = [_number(run.metrics[stage].get(key)) for run in runs]
+            name = measure_of(key) if stage == "evaluate" else ""
+            shown.add(name)
+            if len(set(values)) == 1 or is_part(key):
+                continue
+            yield [f"{stage} {key.removesuffix('.value')}", *_cells(values, name, scores)]
+    from pipelib.cli.paired import mean, measures
+
+    for name in dict.fromkeys(name for score in scores for name in measures(score)):
+        if name not in shown:
+            yield [f"items {name}", *_cells([mean(s, name) if name in s else None for s in scores], name, scores)]
+
+
+def is_part(key: str) -> bool:
+    """Whether a metric says something of another one, or of another model."""
+    return key.rpartition(".")[2] in _PARTS or key.endswith("_stderr") or key.startswith("baselines.")
+
+
+def measure_of(key: str) -> str:
+    """What the items of a metric are called: `completion.acc.value` -> `completion/acc`, `val_loss` -> `validation/loss`."""
+    return "validation/loss" if key == "val_loss" else key.removesuffix(".value").replace(".", "/")
+
+
+def _cells(values: Sequence[float | None], name: str, scores: Sequence["Scores"]) -> Iterator[str]:
+    """The value of each run, after the first with the difference from it."""
+    from pipelib.cli.paired import paired_difference
+
+    for number, value in enumerate(values):
+        first = values[0]
+        if value is None:
+            yield ""
+        elif number == 0 or first is None:
+            yield _plain(value)
+        else:
+            found = paired_difference(scores[0], scores[number], name)
+            # where the metric is not the mean of its items, as a perplexity, the interval is not its own
+            if found and abs(found.value - (value - first)) < 1e-3:
+                yield f"{_plain(value)}  {found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+            else:
+                yield f"{_plain(value)}  {_plain(value - first, sign='+')}"
+
+
+def _circumstances(runs: Sequence["Run"]) -> Iterator[list[str]]:
+    yield ["tokens trained on", *(_count(run.metrics["train"].get("tokens")) for run in runs)]
+    yield [
+        "time, all stages",
+        *(_time(sum(_number(s.get("seconds")) or 0 for s in run.speed.values())) for run in runs),
+    ]
+    yield ["time, train", *(_time(_number(run.speed["train"].get("seconds")) or 0) for run in runs)]
+    yield ["tokens/s", *(_count(run.speed["train"].get("tokens_per_second")) for run in runs)]
+    for out in ("data/tokens", "models"):
+        yield [f"md5 of {out}", *(run.md5(out)[:8] for run in runs)]
+
+
+# ---- What the numbers do not say -------------------------------------------------------------------------------------
+
+
+def _notes(runs: Sequence["Run"]) -> Iterator[str]:
+    from pipelib.cli.paired import measures, paired_difference
+    from pipelib.cli.runs import changed_code
+
+    yield (
+        "Metrics that are equal in all runs are left out. Differences are from the first run; in brackets the 95 % interval over "
+        "texts, the same ones for both models."
+    )
+    first = runs[0]
+    for other in runs[1:]:
+        if changed := changed_code(first, other):
+            yield f"{other.name} ran other code than {first.name}: {', '.join(changed)}."
+        for run in (first, other):
+            if not _scores(run):
+                yield (
+                    f"{run.name} has no scores of single items here (reports/items.npz), so its differences have no interval; "
+                    "`dvc fetch` brings them, or dvc repro makes them."
+                )
+        unpaired = [
+            name
+            for name in measures(_scores(first))
+            if name in _scores(other) and not paired_difference(_scores(first), _scores(other), name)
+        ]
+        if unpaired:
+            yield f"{other.name} was measured on other items than {first.name} in {', '.join(unpaired)}: no interval."
+
+
+def _noise(runs: Sequence["Run"]) -> Iterator[str]:
+    """What runs that differ in their seed alone say of the noise of training."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(repr(sorted((k, str(v)) for k, v in run.params.items() if k != SEED)), []).append(run)
+    for group in groups.values():
+        seeds = {str(run.params.get(SEED)): run for run in group}
+        names = ", ".join(run.name for run in group)
+        if len(seeds) < SEEDS:
+            words = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+            yield f"{names}: {words}: training noise unknown; {SEEDS} runs with other values of {SEED} would show it."
+            continue
+        for key in dict.fromkeys(key for run in seeds.values() for key in run.metrics["evaluate"]):
+            values = [_number(run.metrics["evaluate"].get(key)) for run in seeds.values()]
+            numbers = [value for value in values if value is not None]
+            if not is_part(key) and len(numbers) == len(seeds) and len(set(numbers)) > 1:
+                yield (
+                    f"{names}: {key.removesuffix('.value')} over {len(seeds)} seeds: mean {_plain(statistics.mean(numbers))}, "
+                    f"standard deviation {_plain(statistics.stdev(numbers))}."
+                )
+
+
+@cache
+def _scores_of(path: Path) -> "Scores":
+    from pipelib.evaluation.items import read_scores
+
+    return read_scores(path)
+
+
+def _scores(run: "Run") -> "Scores":
+    return _scores_of(run.items.absolute()) if run.items else {}
+
+
+# ---- Form ------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _plain(value: float, sign: str = "") -> str:
+    return format(value, f"{sign},.0f" if value == round(value) and abs(value) >= 10 else f"{sign},.4f")
+
+
+def _count(value: object) -> str:
+    number = _number(value)
+    return "" if number is None else f"{number:,.0f}"
+
+
+def _time(seconds: float) -> str:
+    return format_seconds(seconds) if seconds else ""
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows in columns, for a terminal."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows as a table in Markdown."""
+    for number, row in enumerate(rows):
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+        if number == 0:
+            yield "|" + "---|" * len(row)

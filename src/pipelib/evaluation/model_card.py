@@ -1,0 +1,168 @@
+"""reports/model_card.md: what a stranger must know of the model, as a page that the Hugging Face hub understands.
+
+It is a function of what evaluate reads, so that equal inputs give equal bytes: the commit, which changes while the content
+does not, is added by `pipelib publish`.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelib.files import sha256_file, write_text
+from pipelib.tokens.shards import Manifest
+
+REPRODUCE = "## Reproduce it"
+"""The heading under which `pipelib publish` puts the commit."""
+LOAD_FROM = '"models"'
+"""What the card loads from; `pipelib publish` puts the repository's name there."""
+LICENCES = {
+    "docs": "Docstrings of open-source packages, each under its package's licence: BSD-3-Clause for numpy, scipy, scikit-learn, "
+    "pandas, networkx and sympy, a licence in the style of BSD for torch.",
+    "local": "The files of whoever trained the model. Their licence is for that person to state; nothing here knows it.",
+    "HuggingFaceFW/fineweb-edu": "ODC-By 1.0 (https://opendatacommons.org/licenses/by/1-0/). The text comes from Common Crawl, "
+    "whose terms of use hold too (https://commoncrawl.org/terms-of-use).",
+}
+"""The licence of each kind of data, or of a repository of the hub."""
+
+
+def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest, result: Mapping[str, object]) -> None:
+    """Write the card.
+
+    Args:
+        models: the folder of the model, whose README has everything that decided its weights.
+        curves: the folder of train.csv and validation.csv.
+        manifest: of the data.
+        result: what evaluate measured, as metrics/evaluate.json has it.
+    """
+    recipe = read_recipe(models / "README.md")
+    rows = [(key, _value(value)) for key, value in recipe.items() if not key.startswith("data ")]
+    source = manifest.source
+    repo = source.get("repo") if source.get("kind") == "hub" else None
+    parts = [
+        _front_matter(repo),
+        f"# GPT-2, {_parameters(models):,} parameters",
+        "Pretrained with pipelib, a pipeline whose every step can be repeated. Each figure below was measured by it.",
+        "## Load it",
+        f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({LOAD_FROM})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({LOAD_FROM})\n```",
+        "It continues text. It was not taught to follow instructions or to be safe, it states false things fluently, and it has "
+        "seen nothing but the data below.",
+        "## Evaluation",
+        table(("what", "value", "of"), evaluation_rows(result)),
+        "Brackets hold 95 % intervals. Scores of other code can follow other rules: compare like with like.",
+        "## Losses",
+        table(("what", "value", "after"), _losses(curves)),
+        "![Loss of training and validation](loss.png)",
+        "## Data",
+        table(("what", "value"), _data(manifest)),
+        f"**Licence of the data.** {licence(source)}",
+        *_initial_weights(recipe),
+        "## Recipe",
+        table(("what", "value"), rows) if rows else "Unknown: the model's README does not say it.",
+        REPRODUCE,
+        "```console\n$ make setup\n$ .venv/bin/dvc repro\n```",
+        "Before `dvc repro`, put the recipe's values into `params.yaml`, where they are not there already. On the same processor "
+        "with the same number of threads a CPU gives these very bytes:",
+        table(
+            ("file", "SHA-256"),
+            ((f"`{file.name}`", f"`{sha256_file(file)}`") for file in [models / "model.safetensors"]),
+        ),
+    ]
+    write_text(path, "\n\n".join(parts) + "\n")
+
+
+def read_recipe(readme: Path) -> dict[str, Any]:
+    """Everything that decided the weights, from the table that train wrote into the model's README; empty without one."""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    rows = re.findall(r"^\| ([^|\n]+) \| (.+) \|$", text, re.MULTILINE)
+    try:
+        return {name: json.loads(value) for name, value in rows if name != "what"}
+    except json.JSONDecodeError:
+        return {}
+
+
+def licence(source: Mapping[str, Any]) -> str:
+    """What is known of the licence of a corpus, as its manifest names the source."""
+    kind = str(source.get("kind", ""))
+    if kind != "hub":
+        return LICENCES.get(kind, LICENCES["local"])
+    repo = str(source.get("repo", ""))
+    return LICENCES.get(repo, f"That of https://huggingface.co/datasets/{repo}, which its card states.")
+
+
+def evaluation_rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(what, value, of what) for every number of metrics/evaluate.json, however deep it lies."""
+    about = [f"version {result['version']}"] if "version" in result else []
+    about += [f"{result['examples']:,} examples"] if "examples" in result else []
+    for key, value in result.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and "value" in value:
+            interval = f" ({value['low']:.4f} to {value['high']:.4f})" if {"low", "high"} <= value.keys() else ""
+            yield name, f"{value['value']:.4f}{interval}", f"{value['items']:,} items" if "items" in value else ""
+        elif isinstance(value, Mapping):
+            yield from evaluation_rows(value, f"{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and not _describes_another(key):
+            error = result.get(f"{key}_stderr")
+            text = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+            yield name, text if error is None else f"{text} ± {error:.4f}", ", ".join(about)
+
+
+def _describes_another(key: str) -> bool:
+    return key.startswith(("version", "examples")) or key.endswith("_stderr")
+
+
+def table(header: tuple[str, ...], rows: Any) -> str:
+    """A table in Markdown."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _front_matter(repo: str | None) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, pipelib]"]
+    lines += [f"datasets: [{repo}]"] if repo else []
+    return "\n".join(["---", *lines, "---"])
+
+
+def _parameters(models: Path) -> int:
+    from pipelib.model.huggingface import read_params
+
+    return read_params(models).parameters
+
+
+def _losses(curves: Path) -> Iterator[tuple[str, str, str]]:
+    for name, what in (("train.csv", "training, its last batch"), ("validation.csv", "validation while training")):
+        with (curves / name).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if rows:
+            last = rows[-1]
+            yield what, f"{float(last['loss']):.4f}", f"step {int(last['step']):,}, {int(last['tokens']):,} tokens"
+
+
+def _data(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    source = manifest.source
+    yield (
+        "source",
+        f"`{json.dumps({key: value for key, value in source.items() if key != 'files'}, ensure_ascii=False)}`",
+    )
+    if "files" in source:
+        yield "files", f"{len(source['files']):,}, with their SHA-256 in the manifest"
+    yield "fingerprint", f"`{manifest.fingerprint}` (SHA-256 of `data/tokens/manifest.json`)"
+    for split in ("train", "val"):
+        yield f"tokens, {split}", f"{manifest.tokens(split):,}"
+
+
+def _initial_weights(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence where the training did not start from random weights."""
+    if "initial weights, sha256" in recipe:
+        name = recipe.get("model.init_from", "")
+        theirs = "." if "/" in name else " (OpenAI's, under their modified MIT licence)."
+        yield f"**Initial weights.** Training went on from `{name}`{theirs}"
+
+
+def _value(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.replace("|", "\\|")
