@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= 200
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-tracking ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ bench-loader: setup  ## time batches out of 2 GB of shards
 
 bench-train: setup  ## time one optimizer step, ours against a plain loop
 	$(BIN)/python bench/train_step.py $(ARGS)
+
+bench-tracking: setup  ## time what MLflow costs a stage when it is away, silent, broken, slow or well
+	$(BIN)/python bench/tracking.py $(ARGS)
 
 ui: setup        ## compare runs in the browser
 	$(BIN)/mlflow ui

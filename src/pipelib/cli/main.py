@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from pipelib.cli import clean, doctor, export_tokens, plan, sample, summary, verify
+from pipelib.cli import clean, doctor, export_tokens, plan, sample, summary, track, verify
 from pipelib.errors import UserError
 
 EXAMPLES = """examples:
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for module in (plan, summary, doctor, verify, export_tokens, sample, clean):
+    for module in (plan, summary, doctor, verify, export_tokens, sample, track, clean):
         module.add_parser(subparsers)
     return parser
 
