@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= 200
 REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu remote ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-tracking remote ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ bench-gpu: setup ## on a GPU: check that the training is right there, then time 
 remote: setup    ## keep all outs in a second place, REMOTE (../pipelib-remote), for other clones and machines
 	$(BIN)/dvc remote add --local --default --force store $(REMOTE)
 	$(BIN)/dvc push --run-cache
+
+bench-tracking: setup  ## time what MLflow costs a stage when it is away, silent, broken, slow or well
+	$(BIN)/python bench/tracking.py $(ARGS)
 
 ui: setup        ## compare runs in the browser
 	$(BIN)/mlflow ui
