@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= 200
 REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness remote ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-gpu bench-tokenize bench-loader bench-hellaswag bench-harness remote ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ bench-loader: setup  ## time batches out of 2 GB of shards
 
 bench-train: setup  ## time one optimizer step, ours against a plain loop
 	$(BIN)/python bench/train_step.py $(ARGS)
+
+bench-gpu: setup ## on a GPU: check that the training is right there, then time it
+	$(BIN)/python bench/gpu.py $(ARGS)
 
 bench-hellaswag: setup  ## time HellaSwag against one example per forward pass
 	$(BIN)/python bench/hellaswag.py $(ARGS)

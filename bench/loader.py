@@ -87,7 +87,7 @@ def measure(paths: list[Path], make_plan: type[BatchPlan], cache: str, steps: in
         os.close(descriptor)
     rows = Rows(TokenStream(paths), LENGTH)
     plan = make_plan("0" * 64, 1, len(rows), STEP_ROWS)
-    loader = Loader(rows, plan, MICRO_ROWS, 0, 1)
+    loader = Loader(rows, plan, MICRO_ROWS, 0, 1, tuple)
     began = time.perf_counter()
     seen = 0
     for step in range(start, start + steps):

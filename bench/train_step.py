@@ -2,19 +2,21 @@
 
     make bench-train                                    params.yaml
     make bench-train ARGS="--params presets/gpt2-124m.yaml --rows 2 --length 512"
+    make bench-train ARGS="--ladder"                    build-nanogpt's ladder one rung at a time, then ours
 
-Needs torch, numpy and PyYAML only. The two run in processes of their own, since settings of the memory allocator hold for
-a process, and take turns, so that a noisy machine disturbs both alike.
+Needs torch, numpy and PyYAML only. Each runs in a process of its own, since settings of the memory allocator hold for a
+process, and they take turns, so that a noisy machine disturbs all alike. `--ranks 2` gives ours two.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,38 +25,45 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from pipelib.model.device import autocast, pick_device
-from pipelib.model.gpt import GPT, initialise
+from steps import LADDER, NEEDS_CUDA, Ours, Step, plain, rung
+
+from pipelib.model.device import pick_device
 from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.params import Params, load_params
-from pipelib.processes import available_cores
-from pipelib.tokens.loader import Batch
-from pipelib.training.distributed import World
+from pipelib.tokens.shards import Manifest, write_shard
+from pipelib.training.distributed import join_world
 from pipelib.training.hardware import peak_of
-from pipelib.training.loop import take_step
-from pipelib.training.optim import make_optimizer
 
-ROUNDS, WARMUP = 3, 3
-Step = Callable[[], float]
-"""Runs one optimizer step and returns its loss, which waits for the device."""
+WARMUP, STEPS_OF_DATA = 3, 8
+PARTS = ("data", "forward", "backward", "optimizer", "communication")
+Result = dict[str, list[float]]
+"""`seconds` of the steps, the peak `memory` in GB, and of ours the seconds of every part."""
 
 
 def main() -> None:
-    """Measure and print, or, as a process of one of the two, measure and hand over."""
+    """Measure and print, or, as the process of one of them, measure and hand over."""
     arguments = parse_arguments()
     params = load_params(arguments.params)
     params = replace(params, train=replace(params.train, precision=arguments.precision or params.train.precision))
-    rows = arguments.rows or params.train.micro_batch_size
+    automatic = params.train.micro_batch_size == "auto"
+    rows = arguments.rows or (8 if automatic else params.train.micro_batch_rows(1))
     length = arguments.length or params.train.sequence_length
     if arguments.only:
-        print(json.dumps(measure(arguments.only, params, rows, length, arguments.steps)))
+        measure(arguments.only, params, rows, length, arguments)
         return
-    results: dict[str, list[dict[str, list[float]]]] = {"plain": [], "ours": []}
-    for _ in range(ROUNDS):
-        for what, rounds in results.items():
-            command = [sys.executable, __file__, "--only", what, *sys.argv[1:]]
-            rounds.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    report(params, rows, length, results)
+    names = [*LADDER, "ours"] if arguments.ladder else ["ours"] if arguments.ranks > 1 else ["plain", "ours"]
+    if not arguments.ladder and params.train.deterministic is False:
+        names.append("deterministic")
+    skipped = {name: NEEDS_CUDA[name] for name in names if name in NEEDS_CUDA and not torch.cuda.is_available()}
+    results: dict[str, list[Result]] = {name: [] for name in names if name not in skipped}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder), STEPS_OF_DATA * arguments.ranks * rows * length + 1)
+        for _ in range(arguments.rounds):
+            for name, rounds in results.items():
+                rounds.append(run_alone(name, Path(folder), arguments.ranks))
+    report(params, rows, length, arguments.ranks, results)
+    for name, reason in skipped.items():
+        print(f"{name:<18} skipped: {reason}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,17 +72,63 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--rows", type=int, help="rows of the one micro-batch; default: train.micro_batch_size")
     parser.add_argument("--length", type=int, help="tokens in a row; default: train.sequence_length")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: train.precision")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="default: train.precision; the ladder has its own"
+    )
     parser.add_argument("--steps", type=int, default=8, help="measured steps in each of the rounds")
-    parser.add_argument("--only", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each, in turn")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of ours; without the plain loop")
+    parser.add_argument(
+        "--ladder", action="store_true", help="fp32, TF32, ..., each with everything before it, then ours"
+    )
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def measure(what: str, params: Params, rows: int, length: int, count: int) -> dict[str, list[float]]:
+def write_tokens(folder: Path, count: int) -> None:
+    """Shards of random tokens for the loader."""
+    folder.mkdir(exist_ok=True)
+    chance = np.random.default_rng(0)
+    shards = [
+        write_shard(folder / f"{split}_00000{number}.bin", count, [chance.integers(0, VOCAB_SIZE, count, np.uint16)])[0]
+        for number, split in enumerate(("val", "train"))
+    ]
+    Manifest({"name": "gpt2"}, {"kind": "random"}, tuple(shards)).write(folder)
+
+
+def run_alone(name: str, tokens: Path, ranks: int) -> Result:
+    """Measure one of them in processes of its own; no seconds where memory runs out."""
+    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *runner, __file__, *sys.argv[1:], "--only", name, "--tokens", str(tokens)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ} if ranks > 1 else os.environ  # ranks set their own
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if "OutOfMemoryError" in done.stderr:
+        return {"seconds": [], "memory": []}
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr}")
+    result: Result = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(name: str, params: Params, rows: int, length: int, arguments: argparse.Namespace) -> None:
+    """Print, as JSON, the seconds of steps after warming up, the peak memory and the parts."""
+    if name not in ("ours", "deterministic"):
+        step = plain(params, rows, length) if name == "plain" else rung(params, rows, length, name)
+        print(json.dumps(timed(step, arguments.steps)))
+        return
+    if name == "deterministic":
+        params = replace(params, train=replace(params.train, deterministic=True))
+    with join_world() as world:
+        ours = Ours(params, rows, length, arguments.tokens, world)
+        result = timed(ours.step, arguments.steps)
+        parts = ours.parts(arguments.steps)
+        if world.is_main:
+            print(json.dumps({**result, **{part: [parts.get(part, 0.0)] for part in PARTS}}))
+
+
+def timed(step: Step, count: int) -> Result:
     """Seconds of `count` steps after warming up, and the peak memory in GB."""
-    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (rows, length + 1))
-    batch = tokens[:, :-1], tokens[:, 1:]
-    step = (ours if what == "ours" else plain)(params, batch)
     seconds = []
     for number in range(WARMUP + count):
         started = time.perf_counter()
@@ -85,65 +140,41 @@ def measure(what: str, params: Params, rows: int, length: int, count: int) -> di
     return {"seconds": seconds, "memory": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]}
 
 
-def ours(params: Params, batch: Batch) -> Step:
-    """The trainer's own step."""
-    device = pick_device()
-    model = GPT(params.model)
-    initialise(model, 0)
-    model.activation_checkpointing = params.train.activation_checkpointing
-    model.to(device)
-    network = torch.compile(model) if params.train.compile else model
-    optimizer = make_optimizer(model, params.train)
-
-    def step() -> float:
-        result = take_step(network, optimizer, [batch], 1e-4, params.train, World(0, 1, device))  # type: ignore[arg-type]
-        return float(result.loss + result.grad_norm)
-
-    return step
-
-
-def plain(params: Params, batch: Batch) -> Step:
-    """What one writes first: the same model in a loop, torch's default AdamW, nothing compiled."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(available_cores())
-    model = GPT(params.model)
-    initialise(model, 0)
-    model.activation_checkpointing = params.train.activation_checkpointing
-    model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    inputs, targets = (torch.from_numpy(array.copy()).to(device) for array in batch)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        with autocast(device, params.train.precision):
-            loss = model(inputs, targets)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return float(loss.detach() + norm)
-
-    return step
-
-
-def report(params: Params, rows: int, length: int, results: dict[str, list[dict[str, list[float]]]]) -> None:
+def report(params: Params, rows: int, length: int, ranks: int, results: dict[str, list[Result]]) -> None:
     """Print what was measured."""
-    device = pick_device()
-    peak = peak_of(device, params.train.precision)
+    device, model = pick_device(), params.model
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{params.model.parameters:,} parameters, {rows} x {length} tokens, {params.train.precision}, {name}")
-    print(f"torch {torch.__version__}, peak {peak.flops / 1e12:.3f} TFLOP/s ({peak.source})")
-    medians = {}
+    peak = peak_of(device, params.train.precision).times(ranks)
+    palm, nanogpt = model.flops_per_token(length), model.nanogpt_flops_per_token(length)
+    print(f"{model.parameters:,} parameters, {rows} x {length} tokens a rank, {ranks} rank(s), {name}")
+    print(f"torch {torch.__version__}, compile: {params.train.compile}, {params.train.precision}")
+    print(f"peak {peak.flops / 1e12:.3f} TFLOP/s ({peak.source}), also for rungs of other precision")
+    print(
+        f"MFU: PaLM counts {palm / 1e6:.1f} MFLOP a token (6 a weight of a matrix product, 12·L·H·Q·T for attention), "
+        f"nanoGPT {nanogpt / 1e6:.1f} (6 a parameter but the positions', the same for attention)"
+    )
+    medians: dict[str, float] = {}
     for what, rounds in results.items():
         seconds = [value for one in rounds for value in one["seconds"]]
-        memory = max(value for one in rounds for value in one["memory"])
-        medians[what] = statistics.median(seconds)
-        rate = rows * length / medians[what]
-        mfu = rate * params.model.flops_per_token(length) / peak.flops
+        if not seconds:
+            print(f"{what:<18} out of memory")
+            continue
+        before, medians[what] = next(reversed(medians.values()), None), statistics.median(seconds)
+        rate = ranks * rows * length / medians[what]
         print(
-            f"{what:<6}{medians[what] * 1e3:9.1f} ms a step ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}), "
-            f"{rate:,.0f} tokens/s, MFU {mfu:.1%}, peak memory {memory:.2f} GB"
+            f"{what:<18}{medians[what] * 1e3:9.1f} ms a step ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}), "
+            f"{rate:,.0f} tokens/s, MFU {rate * palm / peak.flops:.1%} PaLM, {rate * nanogpt / peak.flops:.1%} nanoGPT, "
+            f"peak memory {max(value for one in rounds for value in one['memory']):.2f} GB"
+            + (f", {before / medians[what]:.2f} times the line above" if before else "")
         )
-    print(f"ours is {medians['plain'] / medians['ours']:.2f} times as fast as the plain loop")
+        if "forward" in rounds[0]:
+            parts = {part: statistics.median(one[part][0] for one in rounds) for part in PARTS}
+            whole = sum(parts.values())
+            print(" " * 18 + ", ".join(f"{part} {value / whole:.1%}" for part, value in parts.items()))
+    if medians.keys() >= {"plain", "ours"}:
+        print(f"ours is {medians['plain'] / medians['ours']:.2f} times as fast as the plain loop")
+    if medians.keys() >= {"deterministic", "ours"}:
+        print(f"train.deterministic costs {medians['deterministic'] / medians['ours'] - 1:.1%} of the time")
 
 
 if __name__ == "__main__":

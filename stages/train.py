@@ -1,4 +1,7 @@
-"""train: data/tokens -> models/ (a Hugging Face folder) and curves/ (losses of every step, samples)."""
+"""train: data/tokens -> models/ (a Hugging Face folder) and curves/ (losses of every step, samples).
+
+`--join` runs further ranks of a training that another machine has started: see docs/several-machines.md.
+"""
 
 if not __package__:
     raise SystemExit(
@@ -6,33 +9,51 @@ if not __package__:
         "later on; run it as a module from the root of the checkout: python -m stages.train"
     )
 
+import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from pipelib.params import load_params
+from pipelib.params import Params, load_params
+from pipelib.provenance import code_hashes
 from pipelib.stage import build_outs, run_stage
+from pipelib.state import State
 from pipelib.tokens.shards import read_manifest
-from pipelib.training.initial_weights import find_initial_weights
-from pipelib.training.launch import launch
+from pipelib.training.initial_weights import InitialWeights, find_initial_weights
+from pipelib.training.launch import join, launch
 from pipelib.training.loop import Cadence
+from pipelib.training.validation import require_hellaswag
 
 TOKENS = Path("data/tokens")
 
 
 def main() -> None:
     """Train, or go on training, or link the model trained earlier from the same data with the same parameters."""
-    params = load_params()
+    parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
+    parser.add_argument("--join", action="store_true", help="be a further machine of a training on several")
+    arguments, params = parser.parse_args(), load_params()
+    if arguments.join:
+        code = code_hashes(Path("stages/train.py"), Path.cwd())
+        join(lambda: State("train", inputs(params, find_initial_weights(params.model)), code))
+        return
     cadence = Cadence(params.logging.log_every, params.logging.checkpoint_every)
     initial = find_initial_weights(params.model)
-    inputs = {
+    build_outs(
+        "train",
+        params,
+        inputs(params, initial),
+        lambda build: launch(build, params.model, params.train, cadence, TOKENS, initial),
+    )
+
+
+def inputs(params: Params, initial: InitialWeights) -> dict[str, object]:
+    """Everything that decides the result."""
+    return {
         "model": asdict(params.model),
         "train": asdict(params.train),
         "initial weights": initial.sha256,
         "data": read_manifest(TOKENS).fingerprint,
+        **require_hellaswag(params.train),
     }
-    build_outs(
-        "train", params, inputs, lambda build: launch(build, params.model, params.train, cadence, TOKENS, initial)
-    )
 
 
 if __name__ == "__main__":

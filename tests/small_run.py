@@ -41,7 +41,7 @@ TRAIN = {
     "seed": 7, "max_tokens": 2560, "max_epochs": 1e6, "global_batch_tokens": 64, "sequence_length": 16,
     "micro_batch_size": 2, "max_lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "weight_decay": 0.1, "beta1": 0.9,
     "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False, "deterministic": True,
-    "activation_checkpointing": False,
+    "activation_checkpointing": False, "spike": None, "hellaswag_every": None,
     "validate_every": 10, "validate_tokens": 64, "sample_every": 20, "sample_prompts": ["The"],
 }  # fmt: skip
 """40 steps of 4 rows of 16 tokens, in 2 micro-steps."""
@@ -206,10 +206,12 @@ class SmallProject:
         for name in ("state", "models", "curves", "metrics", ".models.new", ".curves.new"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def start(self, ranks: int = 1, command: list[str] | None = None, **environment: str) -> Training:
+    def start(
+        self, ranks: int = 1, command: list[str] | None = None, log: str = "log.txt", **environment: str
+    ) -> Training:
         """Start `python -m stages.train`, or another command that ends up there."""
         tag = uuid.uuid4().hex
-        log = self.folder / "log.txt"
+        said = self.folder / log
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -219,13 +221,13 @@ class SmallProject:
             **kept, "PIPELIB_STATE_DIR": str(self.state), "PIPELIB_THREADS": "1", "PIPELIB_NPROC": str(ranks),
             "CUDA_VISIBLE_DEVICES": "", "SMALL_RUN": tag, **environment,
         }  # fmt: skip
-        with log.open("wb") as file:
+        with said.open("wb") as file:
             process = subprocess.Popen(
                 command or [sys.executable, "-m", "stages.train"],
                 cwd=self.folder, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-        return Training(tag, process, log)
+        return Training(tag, process, said)
 
     def run(self, ranks: int = 1, **environment: str) -> dict[str, bytes]:
         """Run it to its end, which must be a success; the outs."""

@@ -12,13 +12,15 @@ import yaml
 from small_corpus import write_shards
 
 from pipelib.cli import measure
-from pipelib.cli.estimates import disk_of, memory_of, padded_parameters
+from pipelib.cli.estimates import disk_of
 from pipelib.cli.main import main
 from pipelib.config import read_yaml
 from pipelib.model.device import autocast
 from pipelib.model.gpt import GPT
 from pipelib.params import Params, load_params
 from pipelib.tokens.shards import Manifest
+from pipelib.training import memory
+from pipelib.training.memory import memory_of, padded_parameters
 
 GPT2 = {
     "download.source": "hub", "download.repo": "HuggingFaceFW/fineweb-edu", "download.folder": "sample/10BT",
@@ -181,9 +183,9 @@ def test_parameters_disk_and_fixed_memory() -> None:
     count = sum(parameter.numel() for parameter in GPT(load_params(write_params({})).model).parameters())
     assert padded_parameters(load_params(write_params({})).model) == count
     padded = 124_439_808 + 47 * 768
-    memory = memory_of(params.model, params.train, 64, 1024)
-    assert (memory.weights, memory.gradients, memory.moments) == (4 * padded, 4 * padded, 8 * padded)
-    assert memory.logits == 64 * 1024 * 50304 * 12
+    need = memory_of(params.model, params.train, 64, 1024)
+    assert (need.weights, need.gradients, need.moments) == (4 * padded, 4 * padded, 8 * padded)
+    assert need.logits == 64 * 1024 * 50304 * 12
     disk = disk_of(params, None)
     assert (disk.raw, disk.tokens, disk.checkpoints, disk.model) == (None, None, 36 * padded, 4 * 124_439_808)
 
@@ -204,6 +206,21 @@ def test_a_model_that_does_not_fit_is_guessed(
     assert "a guess: one short step would not fit in the memory that is free" in plan(capsys)
     monkeypatch.setattr(measure, "MICRO_STEP_SECONDS", 0.0)
     assert "a guess: one short step would take too long" in plan(capsys)
+
+
+def test_an_automatic_micro_batch_and_the_copy_for_checkpoints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params({**GPT2, "train.micro_batch_size": "auto"})
+    params = load_params(Path("params.yaml"))
+    need = memory_of(params.model, params.train, 4, 1024).total
+    monkeypatch.setattr(memory, "free_memory", lambda _: int(need / 0.9) + 1 + 12 * padded_parameters(params.model))
+    said = plan(capsys, "--no-measure")
+    assert "128 micro-steps a rank, of 4 rows of 1,024 tokens" in said
+    assert "1.5 GB of main memory more on the first rank, while a checkpoint is written" in said
+    monkeypatch.setenv("PIPELIB_NNODES", "2")
+    monkeypatch.setenv("PIPELIB_RDZV_ENDPOINT", "node01:29500")
+    assert "with 2 ranks on 2 machines" in plan(capsys, "--no-measure")
 
 
 def test_a_prefix_of_the_corpus_takes_whole_files_of_the_hub(capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,7 @@ def test_outs_and_result(local: DownloadParams, tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path / "outs").as_posix() for path in files_under(tmp_path / "outs")] == [
         "data/benchmarks/completion.jsonl",
         "data/benchmarks/heldout.jsonl",
+        "data/benchmarks/hellaswag.jsonl",
         "data/benchmarks/manifest.json",
         "data/models/manifest.json",
         "data/raw/000_00000.parquet",

@@ -6,6 +6,7 @@ PIPELIB_TEST_RUNS says how many random kills there are, PIPELIB_TEST_SEED which 
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -232,6 +233,47 @@ def test_a_second_run_says_who_holds_the_lock(endless: SmallProject) -> None:
     assert "Traceback" not in second.stderr
     kill(first.process.pid)
     first.end()
+
+
+# ---- Started again, and on several machines --------------------------------------------------------------------------
+
+
+def test_ranks_are_started_again_after_one_was_killed(project: SmallProject) -> None:
+    expected = project.uninterrupted(2)
+    training = project.start(2, PIPELIB_MAX_RESTARTS="1")
+    assert training.wait_until(lambda: training.step() >= 12)
+    kill(next(pid for pid, role in training.processes().items() if role == "rank"))
+    assert training.end() == 0, training.output()
+    assert "training goes on after step 1" in training.output()
+    assert not same(project.outs(), expected)
+
+
+def test_two_machines_of_one_rank_train_as_one_of_two(project: SmallProject) -> None:
+    expected = project.uninterrupted(2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    several = {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": endpoint, "PET_LOCAL_ADDR": "127.0.0.1"}
+    join = [sys.executable, "-m", "stages.train", "--join"]
+    second = project.start(1, join, **several, log="second.txt")
+    assert second.wait_until(lambda: f"waiting for the training on {endpoint}" in second.output())
+    first = project.start(1, **several)
+    assert first.end() == 0, first.output() + second.output()
+    assert second.end() == 0, second.output()
+    assert "on each of 2 rank(s)" in first.output() + second.output()
+    assert "the first machine goes on from here" in second.output()
+    assert not same(project.outs(), expected)
+
+
+def test_a_machine_that_cannot_join_says_why(project: SmallProject, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        endpoint = f"127.0.0.1:{first.getsockname()[1]}"
+        join = [sys.executable, "-m", "stages.train", "--join"]
+        elsewhere = {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": endpoint, "PIPELIB_STATE_DIR": str(tmp_path)}
+        lonely = project.start(1, join, **elsewhere)
+        assert lonely.end() == 1
+    assert "so there is nothing to join; all machines need the same params.yaml" in lonely.output()
+    assert "Traceback" not in lonely.output()
 
 
 # ---- Asked to stop ---------------------------------------------------------------------------------------------------

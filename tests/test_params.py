@@ -93,6 +93,7 @@ def test_gpt3s_preset_is_the_published_shape_and_recipe() -> None:
         ([("download.benchmarks", []), ("download.benchmark_documents", 0)],
          ["evaluate.tasks: completion needs data", "evaluate.tasks: heldout needs data"]),
         ([("download.benchmarks", ["completion"] * 2)], ["names one twice"]),
+        ([("train.hellaswag_every", 10)], ["train.hellaswag_every: 10 needs items", "['completion'] does not name hellaswag"]),
         ([("download.models", ["gpt2"] * 2)], ["download.models: ['gpt2', 'gpt2'] names one twice"]),
         ([("download.models", ["gpt2-medum"])], ["did you mean gpt2-medium?"]),
         ([("download.max_tokens", 0)], ["download.max_tokens: 0 must be greater than 0"]),

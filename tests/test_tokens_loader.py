@@ -127,7 +127,9 @@ def plan(rows: Rows) -> BatchPlan:
 
 def global_batch(rows: Rows, plan: BatchPlan, step: int, micro_batch_size: int, world_size: int) -> np.ndarray:
     """The inputs of all ranks, micro-step by micro-step."""
-    ranks = [Loader(rows, plan, micro_batch_size, rank, world_size).micro_batches(step) for rank in range(world_size)]
+    ranks = [
+        Loader(rows, plan, micro_batch_size, rank, world_size, tuple).micro_batches(step) for rank in range(world_size)
+    ]
     assert {len(batches) for batches in ranks} == {ROWS_PER_STEP // micro_batch_size // world_size}
     return np.concatenate([inputs for batches in zip(*ranks, strict=True) for inputs, _ in batches])
 
@@ -166,7 +168,8 @@ def test_the_global_batch_has_one_hash_whatever_the_ranks(
     hashes = set()
     for world_size in (1, 2, 3, 4, 8):
         ranks = [
-            Loader(rows, plan, micro_batch_size, rank, world_size).micro_batches(step) for rank in range(world_size)
+            Loader(rows, plan, micro_batch_size, rank, world_size, tuple).micro_batches(step)
+            for rank in range(world_size)
         ]
         in_order = [batch for batches in zip(*ranks, strict=True) for batch in batches]
         digest = hashlib.sha256()
@@ -193,7 +196,7 @@ def test_the_loader_reads_shards_that_another_program_wrote(tmp_path: Path) -> N
         (tmp_path / name).write_bytes(header + struct.pack(f"<{len(part)}H", *part))
     rows = Rows(TokenStream([tmp_path / "a.bin", tmp_path / "b.bin"]), T)
     plan = BatchPlan(FINGERPRINT, 1, len(rows), len(rows))
-    ((inputs, targets),) = Loader(rows, plan, len(rows), 0, 1).micro_batches(0)
+    ((inputs, targets),) = Loader(rows, plan, len(rows), 0, 1, tuple).micro_batches(0)
     order = np.argsort(inputs[:, 0])
     assert inputs[order].flatten().tolist() == tokens[: len(rows) * T]
     assert targets[order].flatten().tolist() == tokens[1 : len(rows) * T + 1]
@@ -203,10 +206,10 @@ def test_what_was_read_ahead_is_what_would_have_been_read(rows: Rows, plan: Batc
     def inputs(loader: Loader, step: int) -> list[list[int]]:
         return np.concatenate([batch for batch, _ in loader.micro_batches(step)]).tolist()
 
-    loader = Loader(rows, plan, 4, 0, 1)
+    loader = Loader(rows, plan, 4, 0, 1, tuple)
     in_turn = [inputs(loader, step) for step in range(20)]
-    assert in_turn == [inputs(Loader(rows, plan, 4, 0, 1), step) for step in range(20)]
-    jumping = Loader(rows, plan, 4, 0, 1)
+    assert in_turn == [inputs(Loader(rows, plan, 4, 0, 1, tuple), step) for step in range(20)]
+    jumping = Loader(rows, plan, 4, 0, 1, tuple)
     for step in (5, 6, 6, 2, 3, 19, 0):
         assert inputs(jumping, step) == in_turn[step]
 

@@ -41,10 +41,11 @@ from pipelib.model.gpt import GPT, Block, initialise
 from pipelib.tokens.loader import Batch
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop
+from pipelib.training.batches import check_plan, make_loader
 from pipelib.training.checkpoint import Checkpoints, Counters, Stateful
 from pipelib.training.distributed import World
-from pipelib.training.launch import process_count
-from pipelib.training.loop import StepResult, check_plan, make_loader, take_step
+from pipelib.training.loop import StepResult, take_step
+from pipelib.training.machines import find_machines, process_count
 from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
 
@@ -493,7 +494,8 @@ def test_a_training_killed_before_its_first_checkpoint_leaves_no_row_twice(folde
 def test_the_checkpoint_holds_all_that_survives(folder: Path) -> None:
     train_small(folder, train_params())
     saved = torch.load(folder / "work/checkpoints/step_00000040/state.pt", weights_only=True)
-    assert saved.keys() == {"model", "optimizer", "train", "rng"}
+    assert saved.keys() == {"model", "optimizer", "train", "spikes", "rng"}
+    assert saved["spikes"] == {"found": [], "recent": []}
     assert saved["train"] == {"step": 40, "tokens": 2560}
     meta = read_json(folder / "work/checkpoints/step_00000040/meta.json")
     assert (meta["step"], meta["tokens"], meta["model"]) == (40, 2560, asdict(model_params()))
@@ -523,7 +525,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda folder: (folder / "state.pt").unlink(), "is incomplete"),
     "no meta.json": (lambda folder: (folder / "meta.json").unlink(), "is incomplete"),
     "meta.json torn": (lambda folder: (folder / "meta.json").write_text('{"version"'), "has an unreadable meta.json"),
-    "another run's": (change_meta(data="other"), "belongs to another run"),
+    "other data's": (change_meta(data="other"), "belongs to another run, with another data"),
+    "another model's": (change_meta(model={"n_layer": 9}), "belongs to another run, with another model"),
     "another version": (change_meta(version=99), "has format 99 and this code reads 1"),
 }
 
@@ -534,7 +537,8 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
 ) -> None:
     spoil, reason = DAMAGE[case]
     model, counters = nn.Linear(3, 3), Counters()
-    checkpoints = Checkpoints(tmp_path, {"data": "mine"})
+    identity = {"model": {"n_layer": 1}, "data": "mine"}
+    checkpoints = Checkpoints(tmp_path, identity)
     weights = {}
     for counters.step in (10, 20):
         nn.init.normal_(model.weight)
@@ -544,7 +548,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
     spoil(tmp_path / "step_00000020")
 
     fresh, counted = nn.Linear(3, 3), Counters()
-    assert Checkpoints(tmp_path, {"data": "mine"}).load_latest({"model": fresh, "train": counted}) == 10
+    assert Checkpoints(tmp_path, identity).load_latest({"model": fresh, "train": counted}) == 10
     assert counted.step == 10
     assert torch.equal(fresh.weight, weights[10])
     assert f"step_00000020 {reason}" in capsys.readouterr().out
@@ -582,6 +586,18 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     metas = {path.name: read_json(path / "meta.json") for path in tmp_path.iterdir()}
     assert {meta["best"] for meta in metas.values()} == {"step_00000015"}
     assert [metas[name]["val_loss"] for name in sorted(metas)] == [2.0, 2.5, None]
+
+
+def test_one_that_a_spike_may_go_back_to_is_kept(tmp_path: Path) -> None:
+    counters = Counters()
+    with Checkpoints(tmp_path, {}, reach=12) as checkpoints:
+        for counters.step in (0, 5, 10, 15, 20, 25):
+            checkpoints.save(counters.step, {"train": counters}, {})
+        checkpoints.wait()
+        assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step_000000{n}" for n in (10, 15, 20, 25)]
+        assert checkpoints.load_latest({"train": counters}, at_most=26 - 12) == counters.step == 10
+        checkpoints.drop_after(10)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
 
 
 def test_another_runs_checkpoint_is_never_the_best(tmp_path: Path) -> None:
@@ -734,6 +750,33 @@ def test_a_number_of_ranks_that_is_none_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PIPELIB_NPROC", wish)
     with pytest.raises(UserError, match=f"PIPELIB_NPROC={wish} is not a"):
         process_count()
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert process_count() == 2
+    monkeypatch.setenv("PIPELIB_NPROC", "3")
+    with pytest.raises(UserError, match=r"PIPELIB_NPROC=3 is more than the 2 GPU\(s\) here"):
+        process_count()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"PIPELIB_NNODES": "2"}, r"PIPELIB_NNODES=2 machines need a place to meet, .*=\(not set\) is none"),
+        ({"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": "node01"}, r"ENDPOINT=node01 is none; give HOST:PORT"),
+        ({"PIPELIB_NNODES": "0"}, r"PIPELIB_NNODES=0 is not a whole number from 1 on"),
+        ({"PIPELIB_MAX_RESTARTS": "-1"}, r"PIPELIB_MAX_RESTARTS=-1 is not a whole number from 0 on"),
+    ],
+)
+def test_settings_of_machines_that_are_none_are_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], message: str
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        find_machines()
 
 
 def test_loss_of_the_model_is_torchs_cross_entropy() -> None:

@@ -182,8 +182,7 @@ def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in inner:
             return None
-        (kind,) = (option for option in inner if option is not NoneType)
-        return _convert(kind, value, key, problems)
+        return _convert_choice([option for option in inner if option is not NoneType], value, key, problems)
     if origin is Literal:
         if value in inner and type(value) in {type(option) for option in inner}:
             return value
@@ -197,6 +196,18 @@ def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
             return ()
         return tuple(_convert(inner[0], item, f"{key}[{index}]", problems) for index, item in enumerate(value))
     return _convert_scalar(kind, value, key, problems)
+
+
+def _convert_choice(kinds: list[Any], value: Any, key: str, problems: list[str]) -> Any:
+    """`value` as one of several types: as the words it may be, if it is one of them, else as the first type."""
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if value in words:
+        return value
+    found: list[str] = []
+    converted = _convert(kinds[0], value, key, found)
+    instead = f" or {', '.join(words)}" if words and len(kinds) > 1 and isinstance(value, str) else ""
+    problems += [line.removesuffix(".") + instead + "." if instead else line for line in found]
+    return converted
 
 
 def _convert_scalar(kind: type, value: Any, key: str, problems: list[str]) -> Any:

@@ -67,6 +67,12 @@ class Params:
                     f"evaluate.baselines: {name} is not in download.models, so there would be no weights to measure; add it "
                     "there, or drop it here."
                 )
+        if self.train.hellaswag_every is not None and "hellaswag" not in self.download.benchmarks:
+            yield (
+                f"train.hellaswag_every: {self.train.hellaswag_every} needs items that download fetches, and "
+                f"download.benchmarks = {list(self.download.benchmarks)} does not name hellaswag; add it there, or set this to "
+                "null."
+            )
         if self.evaluate.batch_tokens < self.model.context_length:
             yield (
                 f"evaluate.batch_tokens: {self.evaluate.batch_tokens} is less than one context of "

@@ -29,6 +29,20 @@ def positive_setting(name: str) -> int | None:
     return int(wish) if wish else None
 
 
+def natural_setting(name: str) -> int:
+    """A number from 0 on that the user may set in the environment; 0 where it is not set.
+
+    Raises:
+        UserError: it is not a whole number.
+    """
+    wish = os.environ.get(name, "") or "0"
+    if not wish.isdecimal():
+        raise UserError(
+            f"{name}={wish} is not a whole number from 0 on, so it cannot be followed; give one, or unset it."
+        )
+    return int(wish)
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -102,6 +102,25 @@ class State:
                 with write_atomic(Path(name)) as file:  # git tracks it, so it must not share bytes with the state
                     file.write((self.final / name).read_bytes())
 
+    def require_same_code(self) -> None:
+        """Refuse to work beside the process that holds the lock, on another machine, unless it has this very code.
+
+        Raises:
+            UserError: there is no such work, or it is other code's.
+        """
+        code = self._read_meta().get("code")
+        if code is None:
+            raise UserError(
+                f"there is no {self._meta.absolute()}, so there is nothing to join; all machines need the same "
+                "params.yaml, and the same checkout and state folder (PIPELIB_STATE_DIR) on a file system that they share."
+            )
+        if code != self.code:
+            names = sorted(name for name in code.keys() | self.code.keys() if code.get(name) != self.code.get(name))
+            raise UserError(
+                f"{self.folder} is worked in by a machine with other code: {', '.join(names)} differ, so the two would not "
+                "compute the same; give both the same checkout and the same packages."
+            )
+
     def _read_meta(self) -> dict[str, dict[str, str]]:
         """SHA-256 by path: `code`, `mixed` (other code that also worked here), `final` once finished; `inputs` for people."""
         return dict(read_json(self._meta)) if self._meta.exists() else {}

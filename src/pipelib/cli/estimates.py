@@ -1,15 +1,13 @@
-"""What a parameter file amounts to, by arithmetic: data, disk, memory. Nothing is run and torch is not imported."""
+"""What a parameter file amounts to, by arithmetic: data and disk. Nothing is run."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelib.errors import UserError
-from pipelib.model.params import ModelParams
-from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
 from pipelib.params import Params
 from pipelib.tokens.shards import HEADER_BYTES, Manifest, Shard, read_manifest
-from pipelib.training.params import TrainParams
+from pipelib.training.memory import checkpoint_copy
 
 CHECKPOINTS = 3
 """Two that are kept and one that is being written (training/checkpoint.py)."""
@@ -91,11 +89,6 @@ def manifest_of(corpus: Corpus, shard_tokens: int) -> Manifest:
     return Manifest({}, {}, shards)
 
 
-def padded_parameters(model: ModelParams) -> int:
-    """Trainable numbers in memory and checkpoints: with the vocabulary's padding."""
-    return model.parameters + (PADDED_VOCAB_SIZE - VOCAB_SIZE) * model.n_embd
-
-
 @dataclass(frozen=True)
 class Disk:
     """Bytes that the stages write, by what; hard links count once."""
@@ -118,54 +111,9 @@ def disk_of(params: Params, corpus: Corpus | None) -> Disk:
     """Two bytes a token and a header a shard; 12 bytes a parameter in each checkpoint (fp32 weight and AdamW's two
     moments); 4 in models/.
     """
-    checkpoints = CHECKPOINTS * 12 * padded_parameters(params.model)
+    checkpoints = CHECKPOINTS * checkpoint_copy(params.model)
     model = 4 * params.model.parameters
     if corpus is None:
         return Disk(None, None, None, checkpoints, model)
     shards = -(-corpus.tokens // params.tokenize.shard_tokens)
     return Disk(corpus.raw_bytes, 2 * corpus.tokens + HEADER_BYTES * shards, 2 * corpus.tokens, checkpoints, model)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that one rank needs, in a GPU or, without one, in main memory."""
-
-    weights: int
-    gradients: int
-    moments: int
-    """AdamW's two."""
-    copies: int
-    """bf16 copies of the matrices, kept by autocast until the backward pass is through."""
-    activations: int
-    """What the blocks save for the backward pass."""
-    logits: int
-    """The output layer at its peak."""
-
-    @property
-    def total(self) -> int:
-        """All of it; the allocator and kernels want some 10 % on top."""
-        return self.weights + self.gradients + self.moments + self.copies + self.activations + self.logits
-
-
-def memory_of(model: ModelParams, train: TrainParams, rows: int, length: int) -> Memory:
-    """What `rows` rows of `length` tokens need at a time, without torch.compile, which saves less.
-
-    fp32: weights, gradients 4 bytes a parameter, moments 8. Each block saves, in units of n_embd numbers a token: the
-    inputs of two LayerNorms (2), their outputs (2), query, key and value (3), attention's output (1), the MLP before and
-    after GELU (8): 16 in all. In fp32 that is 64 bytes; in bf16 the LayerNorms' inputs stay fp32 and the rest has 2 bytes:
-    36. With `activation_checkpointing` a block saves its input in fp32, 4 bytes, and one block at a time the rest. The output
-    layer peaks in the backward pass, with the log-probabilities, their gradient and the logits' gradient
-    alive at once: 3 fp32 numbers for each of 50,304 logits a token.
-    """
-    tokens, parameters, bf16 = rows * length, padded_parameters(model), train.precision == "bf16"
-    of_block = 36 if bf16 else 64
-    of_blocks = 4 * model.n_layer + of_block if train.activation_checkpointing else of_block * model.n_layer
-    matrices = 12 * model.n_layer * model.n_embd**2 + PADDED_VOCAB_SIZE * model.n_embd
-    return Memory(
-        weights=4 * parameters,
-        gradients=4 * parameters,
-        moments=8 * parameters,
-        copies=2 * matrices if bf16 else 0,
-        activations=tokens * model.n_embd * of_blocks,
-        logits=tokens * PADDED_VOCAB_SIZE * 12,
-    )

@@ -1,22 +1,20 @@
-"""How fast this machine trains a model, from a few seconds of real optimizer steps, and how much memory it has."""
+"""How fast this machine trains a model, from a few seconds of real optimizer steps."""
 
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipelib.cli.estimates import memory_of
-from pipelib.model.device import pick_device
+from pipelib.model.device import free_memory, pick_device
 from pipelib.model.gpt import GPT, initialise
 from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.params import Params
-from pipelib.tokens.loader import Batch
+from pipelib.training.batches import TensorBatch, tensors
 from pipelib.training.distributed import World
 from pipelib.training.hardware import peak_of
 from pipelib.training.loop import take_step
+from pipelib.training.memory import memory_of
 from pipelib.training.optim import make_optimizer
 
 SECONDS = 2.0
@@ -63,7 +61,7 @@ def _trial_size(params: Params, tokens_per_second: float) -> tuple[int, int]:
     """Rows and tokens a row for a micro-step that is not too long; never more than the real one."""
     budget = int(tokens_per_second * MICRO_STEP_SECONDS)
     length = min(params.train.sequence_length, budget)
-    rows = max(1, min(params.train.micro_batch_size, budget // max(1, length)))
+    rows = max(1, min(params.train.micro_batch_rows(1), budget // max(1, length)))
     return rows, length
 
 
@@ -76,7 +74,7 @@ def _measure(params: Params, device: torch.device, rows: int, length: int) -> tu
     optimizer = make_optimizer(network, params.train)
 
     def seconds(micro_steps: int) -> float:
-        batches = _random_batches(micro_steps, rows, length)
+        batches = _random_batches(micro_steps, rows, length, device)
         started = time.perf_counter()
         loss = take_step(network, optimizer, batches, 0.0, params.train, World(0, 1, device)).loss
         loss.item()  # waits for the device
@@ -91,33 +89,6 @@ def _measure(params: Params, device: torch.device, rows: int, length: int) -> tu
     return micro_step, max(0.0, one - micro_step)
 
 
-def _random_batches(count: int, rows: int, length: int) -> list[Batch]:
+def _random_batches(count: int, rows: int, length: int, device: torch.device) -> list[TensorBatch]:
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (count, rows, length + 1))
-    return [(batch[:, :-1], batch[:, 1:]) for batch in tokens]
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a GPU; on a CPU what the system and this process's control group leave."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = _meminfo("MemAvailable")
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, int(most) - int(used.read_text()))
-    return free
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of memory a device has."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _meminfo(key: str) -> int:
-    """A line of Linux's /proc/meminfo in bytes; half of all memory on another system."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines[key].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return [tensors((batch[:, :-1], batch[:, 1:]), device) for batch in tokens]

@@ -4,7 +4,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from pipelib.state import state_root
 if TYPE_CHECKING:
     from pipelib.cli.estimates import Corpus
     from pipelib.params import Params
+    from pipelib.training.machines import Machines
 
 EXAMPLES = """examples:
   pipelib plan
@@ -57,21 +58,39 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.check:
         print(check_disk(arguments.params, params, corpus), flush=True)
         return 0
-    from pipelib.training.launch import process_count
+    from pipelib.training.machines import find_machines
 
-    ranks = process_count()
-    print(f"{arguments.params}, with {_count(ranks, 'rank')} on this machine\n")
+    machines = find_machines()
+    ranks = machines.world_size
+    params = _with_micro_batch(params, machines)
+    where = "this machine" if machines.count == 1 else f"{machines.count} machines"
+    print(f"{arguments.params}, with {_count(ranks, 'rank')} on {where}\n")
     for lines in (
         _model_and_steps(params, ranks),
         _data(params, corpus),
         _disk(params, corpus),
-        _memory(params, ranks),
+        _memory(params, machines),
     ):
         _print(lines)
     _check(params, corpus, ranks)
     if not arguments.no_measure:
         _print(_time(params, ranks))
     return 0
+
+
+def _with_micro_batch(params: "Params", machines: "Machines") -> "Params":
+    """The parameters with a number for `micro_batch_size: auto`, by the memory that is free here and now."""
+    from pipelib.model.device import pick_device
+    from pipelib.training.batches import check_shares
+    from pipelib.training.memory import memory_of_a_rank, rows_that_fit
+
+    if params.train.micro_batch_size != "auto":
+        return params
+    check_shares(params.train, machines.world_size)
+    device = pick_device(local_world_size=machines.local_ranks)
+    free = memory_of_a_rank(params.model, device, machines.local_ranks)
+    rows = rows_that_fit(params.model, params.train, machines.world_size, free) or 1
+    return replace(params, train=replace(params.train, micro_batch_size=rows))
 
 
 def _print(lines: Iterable[tuple[str, str]]) -> None:
@@ -180,27 +199,31 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _memory(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
-    from pipelib.cli.estimates import memory_of
-    from pipelib.cli.measure import total_memory
-    from pipelib.model.device import pick_device
+def _memory(params: "Params", machines: "Machines") -> Iterator[tuple[str, str]]:
+    from pipelib.model.device import pick_device, total_memory
+    from pipelib.training.memory import USABLE, checkpoint_copy, memory_of
 
-    train, device = params.train, pick_device(local_world_size=ranks)
-    need = memory_of(params.model, train, train.micro_batch_rows(ranks), train.sequence_length)
+    train, ranks = params.train, machines.local_ranks
+    device = pick_device(local_world_size=ranks)
+    rows = train.micro_batch_rows(machines.world_size)
+    need = memory_of(params.model, train, rows, train.sequence_length)
     parts = (f"{name} {format_bytes(count)}" for name, count in asdict(need).items() if count)
     yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
-    here = total_memory(device) // (1 if device.type == "cuda" else ranks)
-    what = "a GPU here" if device.type == "cuda" else "a rank here, on the CPU,"
+    copy = checkpoint_copy(params.model)
+    yield "", f"{format_bytes(copy)} of main memory more on the first rank, while a checkpoint is written"
+    on_gpu = device.type == "cuda"
+    needed, here = (need.total, total_memory(device)) if on_gpu else (need.total + copy, total_memory(device) // ranks)
+    what = "a GPU here" if on_gpu else "a rank here, on the CPU,"
     checkpointing = "" if train.activation_checkpointing else ", or set train.activation_checkpointing: true"
-    verdict = "fits" if need.total < 0.9 * here else f"does not fit: lower train.micro_batch_size{checkpointing}"
+    verdict = "fits" if needed <= USABLE * here else f"does not fit: lower train.micro_batch_size{checkpointing}"
     yield "", f"{what} has {format_bytes(here)}: {verdict}"
 
 
 def _check(params: "Params", corpus: "Corpus | None", ranks: int) -> None:
     """Refuse what the train stage would refuse."""
     from pipelib.cli.estimates import manifest_of
+    from pipelib.training.batches import check_plan
     from pipelib.training.initial_weights import require_weights
-    from pipelib.training.loop import check_plan
 
     if "/" in params.model.init_from:
         require_weights(params.model, Path(params.model.init_from))

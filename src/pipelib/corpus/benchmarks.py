@@ -28,7 +28,7 @@ from pipelib.corpus.hub_transfer import HubRepo
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import iterate_raw
 from pipelib.errors import UserError
-from pipelib.files import sha256_file, write_atomic, write_json
+from pipelib.files import sha256_file, write_atomic, write_json, write_text
 
 CONTEXT_WORDS = (24, 48)
 """Fewest and most words of a context; the first endings of a document have the shorter ones."""
@@ -242,7 +242,7 @@ def write_benchmarks(
 
     Args:
         raw: the finished raw text.
-        folder: gets one `.jsonl` per set and `manifest.json`.
+        folder: gets one `.jsonl` per set, and `manifest.json`; `hellaswag.jsonl` always, empty where it is not named.
         fetch: gives a file of the hub, verified, while it is read.
 
     Returns:
@@ -276,6 +276,8 @@ def write_benchmarks(
                 rows = hellaswag_items(hub_rows(path)) if name == "hellaswag" else hub_rows(path)
                 made = f"{pin.path} of {pin.repo.name} at {pin.repo.revision}, SHA-256 {sha256_file(path)}"
                 add(f"{name}.jsonl", rows, 0, made)
+    if "hellaswag" not in params.benchmarks:
+        write_text(folder / "hellaswag.jsonl", "")  # train depends on this one file, so that no other set re-runs it
     write_json(folder / "manifest.json", manifest)
     return manifest
 

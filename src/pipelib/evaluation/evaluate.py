@@ -65,7 +65,10 @@ def require_data(params: EvaluateParams, benchmarks: Path) -> None:
     Raises:
         UserError: with all of them, and what to run.
     """
-    missing = [task for task in params.tasks if not (benchmarks / f"{task}.jsonl").is_file()]
+    paths = {task: benchmarks / f"{task}.jsonl" for task in params.tasks}
+    missing = [
+        task for task, path in paths.items() if not (path.is_file() and path.stat().st_size)
+    ]  # HellaSwag's may be empty
     if missing:
         wanted = ", ".join(sorted({benchmark_of(task) for task in missing}))
         raise UserError(

@@ -41,7 +41,9 @@ class Data:
     def completions(self) -> dict[str, Path]:
         """The four-way benchmarks that are there."""
         paths = {name: self.benchmarks / f"{name}.jsonl" for name in COMPLETIONS}
-        return {name: path for name, path in paths.items() if path.exists()}
+        return {
+            name: path for name, path in paths.items() if path.exists() and path.stat().st_size
+        }  # HellaSwag's may be empty
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,18 @@ index alone: nothing is kept, nothing is drawn in turn, and step 4,711 costs wha
 
 import bisect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelib.tokens.shards import Manifest, Tokens, open_shard
+
+T = TypeVar("T")
 
 Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """`inputs` and `targets`, each (rows, T)."""
@@ -132,21 +135,32 @@ class BatchPlan:
         return steps * self.rows_per_step / self.row_count
 
 
-class Loader:
-    """One rank's share of every global batch, the next step's read on a thread while this one trains.
+class Loader(Generic[T]):
+    """One rank's share of every global batch, the next step's read and prepared on a thread while this one trains.
 
     `BatchPlan.share` deals out the batch, which as a whole does not depend on the number of ranks.
+
+    Args:
+        prepare: makes of a micro-batch what `micro_batches` gives.
     """
 
-    def __init__(self, rows: Rows, plan: BatchPlan, micro_batch_size: int, rank: int, world_size: int) -> None:
-        self._rows, self._plan, self._size = rows, plan, micro_batch_size
+    def __init__(
+        self,
+        rows: Rows,
+        plan: BatchPlan,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        prepare: Callable[[Batch], T],
+    ) -> None:
+        self._rows, self._plan, self._size, self._prepare = rows, plan, micro_batch_size, prepare
         self._rank, self._world_size = rank, world_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._ahead: tuple[int, Future[list[T]]] | None = None
         self.wait = 0.0
         """Seconds that the last call of `micro_batches` took: next to nothing where reading keeps ahead of training."""
 
-    def micro_batches(self, step: int) -> list[Batch]:
+    def micro_batches(self, step: int) -> list[T]:
         """This rank's micro-batches of step `step`, in order."""
         started = time.perf_counter()
         due, future = self._ahead or (-1, None)
@@ -155,9 +169,9 @@ class Loader:
         self.wait = time.perf_counter() - started
         return batches
 
-    def _read(self, step: int) -> list[Batch]:
+    def _read(self, step: int) -> list[T]:
         micro_batches = self._plan.share(step, self._size, self._rank, self._world_size)
-        return [self._rows.batch(indices) for indices in micro_batches]
+        return [self._prepare(self._rows.batch(indices)) for indices in micro_batches]
 
 
 def training_rows(folder: Path, manifest: Manifest, sequence_length: int) -> Rows:

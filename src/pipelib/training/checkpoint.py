@@ -23,9 +23,6 @@ VERSION = 1
 KEPT = 2
 """The newest, and one to fall back on; the one with the least validation loss stays besides."""
 
-CHECKPOINT_BYTES = 12
-"""Of one parameter: itself and Adam's two moments, in fp32."""
-
 
 class Stateful(Protocol):
     """Anything that can be saved and restored: a module, an optimizer, counters."""
@@ -45,10 +42,11 @@ class Checkpoints:
     Args:
         folder: where they lie.
         identity: what they belong to (configuration, fingerprint of the data); one of another is never loaded.
+        reach: the steps that a training may go back from any step to come; one from before them stays.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, object]) -> None:
-        self.folder, self.identity = folder, dict(identity)
+    def __init__(self, folder: Path, identity: Mapping[str, object], reach: int = 0) -> None:
+        self.folder, self.identity, self._reach = folder, dict(identity), reach
         self.loaded: Mapping[str, object] = {}
         """The meta.json of the checkpoint that was restored."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -74,7 +72,7 @@ class Checkpoints:
     ) -> None:
         """Copy the states after `step` finished steps, and start to write them once the save before is done.
 
-        The oldest checkpoints beyond `KEPT` go, but never the best, the one with the least validation loss.
+        The oldest checkpoints beyond `KEPT` and beyond reach go, but never the best, the one with the least validation loss.
 
         Args:
             val_loss: after this very step, where it was measured.
@@ -125,14 +123,18 @@ class Checkpoints:
         remove(target)
         fresh.rename(target)
         sync_folder(self.folder)
-        for old in self._all()[:-KEPT]:
-            if old != best:
+        for old in self._all(step + 1 - self._reach)[:-1]:
+            if old != best and old not in self._all()[-KEPT:]:
                 shutil.rmtree(old)
 
-    def load_latest(self, states: Mapping[str, Stateful]) -> int:
-        """Restore the newest checkpoint that is whole and of this run, and return its step; 0 where there is none."""
+    def load_latest(self, states: Mapping[str, Stateful], at_most: int | None = None) -> int:
+        """Restore the newest checkpoint that is whole and of this run, and return its step; 0 where there is none.
+
+        Args:
+            at_most: the last step that is looked at.
+        """
         self.wait()
-        for path in reversed(self._all()):
+        for path in reversed(self._all(at_most)):
             problem = self._problem(path)
             if problem:
                 print(f"{path} {problem}, so it is not used", flush=True)
@@ -148,9 +150,15 @@ class Checkpoints:
         """The newest checkpoint."""
         return next(reversed(self._all()), None)
 
-    def _all(self) -> list[Path]:
-        """Every checkpoint, oldest first."""
-        return sorted(self.folder.glob("step_*"))
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the training took another way from `step` on."""
+        for path in reversed(self._all()[len(self._all(step)) :]):
+            shutil.rmtree(path)
+
+    def _all(self, at_most: int | None = None) -> list[Path]:
+        """Every checkpoint, or those up to a step, oldest first."""
+        paths = sorted(self.folder.glob("step_*"))
+        return [path for path in paths if at_most is None or int(path.name.removeprefix("step_")) <= at_most]
 
     def _val_losses(self) -> dict[Path, object]:
         """What each checkpoint of this run notes of its validation loss."""
@@ -160,12 +168,13 @@ class Checkpoints:
                 meta = read_json(path / "meta.json")
             except ValueError:
                 continue
-            if self._is_ours(meta):
+            if not self._foreign(meta):
                 losses[path] = meta.get("val_loss")
         return losses
 
-    def _is_ours(self, meta: Mapping[str, object]) -> bool:
-        return all(meta.get(key) == value for key, value in self.identity.items())
+    def _foreign(self, meta: Mapping[str, object]) -> list[str]:
+        """In what a checkpoint belongs to another run."""
+        return [key for key, value in self.identity.items() if meta.get(key) != value]
 
     def _problem(self, path: Path) -> str | None:
         """Why a checkpoint cannot be used, or None."""
@@ -177,8 +186,8 @@ class Checkpoints:
             return "has an unreadable meta.json"
         if meta.get("version") != VERSION:
             return f"has format {meta.get('version')} and this code reads {VERSION}"
-        if not self._is_ours(meta):
-            return "belongs to another run"
+        if foreign := self._foreign(meta):
+            return f"belongs to another run, with another {' and '.join(foreign)}"
         if sha256_file(path / "state.pt") != meta["sha256"]:
             return "is damaged: its bytes are not those that were saved"
         return None

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelib.model.device import autocast, pick_device
+
+T = TypeVar("T")
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class World:
     rank: int
     world_size: int
     device: torch.device
+    local_ranks: int = 1
+    """Ranks on this rank's machine."""
 
     @property
     def is_main(self) -> bool:
@@ -38,6 +44,10 @@ class World:
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A tensor in host memory as one on this rank's device; the host does not wait where it is pinned."""
+        return tensor.to(self.device, non_blocking=True)
+
     def settle(self, network: nn.Module, rows: int, sequence_length: int, precision: str) -> None:
         """Run one backward pass on nothing, so that gradients are summed in the same groups from the first step on.
 
@@ -48,10 +58,7 @@ class World:
             rows: of a micro-batch: torch.compile would compile once more for another shape.
         """
         if self.world_size > 1:
-            tokens = torch.zeros(rows, sequence_length, dtype=torch.long, device=self.device)
-            with autocast(self.device, precision):
-                loss = network(tokens, tokens)
-            loss.backward()
+            backward_on_nothing(network, rows, sequence_length, precision, self.device)
             network.zero_grad(set_to_none=True)
 
     def sync_when(self, wanted: bool, model: nn.Module) -> AbstractContextManager[object]:
@@ -63,8 +70,20 @@ class World:
         if self.world_size == 1:
             return value[None]
         rows = value.new_empty(self.world_size, *value.shape)
-        dist.all_gather_into_tensor(rows, value[None])
+        _all_gather(rows, value[None])
         return rows
+
+    def least(self, value: int) -> int:
+        """The least of all ranks' numbers, on every rank."""
+        return int(self.gather(torch.tensor(value, device=self.device)).min())
+
+    def share(self, value: T) -> T:
+        """The first rank's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -79,6 +98,16 @@ class World:
         return value
 
 
+def backward_on_nothing(
+    network: nn.Module, rows: int, sequence_length: int, precision: str, device: torch.device
+) -> None:
+    """A forward and a backward pass on `rows` rows of one token; they leave gradients, and change no weight."""
+    tokens = torch.zeros(rows, sequence_length, dtype=torch.long, device=device)
+    with autocast(device, precision):
+        loss = network(tokens, tokens)
+    loss.backward()
+
+
 @contextmanager
 def join_world() -> Iterator[World]:
     """Take this process's place: alone, or as the rank that torchrun's environment says.
@@ -86,12 +115,13 @@ def join_world() -> Iterator[World]:
     One rank a GPU over NCCL where there are GPUs, else ranks on the CPU over gloo, which share its cores equally.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")), local_ranks)
     if world_size == 1:
         yield World(0, 1, device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(rank, world_size, device)
+        yield World(rank, world_size, device, local_ranks)
     finally:
         dist.destroy_process_group()

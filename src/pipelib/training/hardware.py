@@ -1,4 +1,4 @@
-"""How fast the hardware could be: the peak that model FLOP utilisation is measured against."""
+"""The hardware: the peak that model FLOP utilisation is measured against, and the memory that was taken."""
 
 import re
 import time
@@ -38,6 +38,11 @@ def peak_of(device: torch.device, precision: str) -> Peak:
     return Peak(
         _measured_matmul(device, precision, size), f"measured: the best of 40 products of {size} x {size} matrices"
     )
+
+
+def most_gpu_memory() -> int:
+    """The most bytes that this process's tensors have taken on its GPU; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def _measured_matmul(device: torch.device, precision: str, size: int) -> float:

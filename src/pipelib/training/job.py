@@ -22,7 +22,7 @@ from pipelib.processes import tie_to_parent
 from pipelib.tokens.shards import Manifest, read_manifest
 from pipelib.tracking import NullRun, Run, attach_run
 from pipelib.training.distributed import World, join_world
-from pipelib.training.hardware import peak_of
+from pipelib.training.hardware import most_gpu_memory, peak_of
 from pipelib.training.initial_weights import InitialWeights
 from pipelib.training.loop import Cadence, train
 from pipelib.training.params import TrainParams
@@ -92,7 +92,7 @@ def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: P
     if job.resumed_with_other_code:
         recipe["resumed with other code"] = True
     export_model(model, outs / "models", readme(job.model, recipe))
-    for curve in (recorder.train, recorder.validation, recorder.samples):
+    for curve in (*recorder.curves, *((recorder.spikes,) if job.train.spike else ())):
         write_text(outs / "curves" / curve.path.name, curve.path.read_text(encoding="utf-8"))
     write_text(outs / "metrics/speed/train.csv", recorder.speed.path.read_text(encoding="utf-8"))
 
@@ -116,7 +116,9 @@ def _speed(recorder: Recorder, world: World) -> dict[str, object]:
         "peak_teraflops": round(recorder.peak.flops / 1e12, 3) if recorder.peak else 0.0,
         "peak_source": recorder.peak.source if recorder.peak else "no step was left to train",
         "world_size": world.world_size,
+        "micro_batch_size": recorder.micro_batch_size,
         "device": world.device.type,
+        **({"gpu_memory_gb": round(memory / 1e9, 2)} if (memory := most_gpu_memory()) else {}),
     }
 
 
@@ -128,17 +130,21 @@ def _run_of(job: Job, world: World) -> Run:
 def _rank_main(work: Path) -> None:
     """A rank under torchrun."""
     tie_to_parent(signal.SIGKILL)
-    job = Job.read(work)
     try:
-        with join_world() as world, _run_of(job, world) as run:
-            try:
-                run_job(job, work, world, run)
-            except Exception as error:
-                message = user_message(error)
-                if message is None:
-                    raise
-                write_text(work / ERROR, message)  # before leaving the group, which may wait for the other ranks
-                raise SystemExit(1) from None
+        with join_world() as world:
+            # The first rank reads for all: another machine may still see what lay there before.
+            job = world.share(Job.read(work) if world.is_main and not (work / ERROR).exists() else None)
+            if job is None:  # torchrun has started the ranks again, and trying again does not help
+                return
+            with _run_of(job, world) as run:
+                try:
+                    run_job(job, work, world, run)
+                except Exception as error:
+                    message = user_message(error)
+                    if message is None:
+                        raise
+                    write_text(work / ERROR, message)  # before leaving the group, which may wait for the other ranks
+                    raise SystemExit(1) from None
     except UserError as error:
         write_text(work / ERROR, str(error))
         sys.exit(1)

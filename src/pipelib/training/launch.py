@@ -1,46 +1,29 @@
-"""Start a training on this machine: in this process, or as one rank a GPU under torchrun.
-
-The number of ranks is no parameter, since results do not hang on it: it is the number of GPUs, or `PIPELIB_NPROC`,
-which also gives several ranks on a CPU.
-"""
+"""Start a training: in this process, or as one rank a GPU under torchrun, on this machine or on several."""
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipelib.errors import UserError
 from pipelib.files import read_json, remove, require_free_space, sha256_json
 from pipelib.model.params import InitialisedModelParams
-from pipelib.processes import positive_setting
 from pipelib.stage import Build
+from pipelib.state import State
 from pipelib.tokens.shards import read_manifest, require_sound
-from pipelib.training.checkpoint import CHECKPOINT_BYTES, KEPT
+from pipelib.training.batches import check_plan
+from pipelib.training.checkpoint import KEPT
 from pipelib.training.distributed import join_world
 from pipelib.training.initial_weights import InitialWeights
 from pipelib.training.job import ERROR, RESULT, Job, run_job
-from pipelib.training.loop import Cadence, check_plan
+from pipelib.training.loop import Cadence
+from pipelib.training.machines import Machines, find_machines, wait_until_seen
+from pipelib.training.memory import checkpoint_copy
 from pipelib.training.params import TrainParams
 from pipelib.training.stopping import STOP, ask_to_stop, on_first_signal
-
-
-def process_count() -> int:
-    """Ranks to start: `$PIPELIB_NPROC`, else one a GPU, else one.
-
-    Raises:
-        UserError: `PIPELIB_NPROC` is no number, or asks for more ranks than there are GPUs.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wish = positive_setting("PIPELIB_NPROC")
-    if wish is not None and gpus and wish > gpus:
-        raise UserError(
-            f"PIPELIB_NPROC={wish} is more than the {gpus} GPU(s) here, and ranks cannot share one; lower it, or unset it."
-        )
-    return wish or max(1, gpus)
 
 
 def launch(
@@ -56,11 +39,12 @@ def launch(
     Raises:
         UserError: the data and parameters do not go together, or the training said what went wrong.
     """
-    ranks = process_count()
+    machines = find_machines()
     manifest = read_manifest(tokens)
-    check_plan(train, manifest, ranks)
+    check_plan(train, manifest, machines.world_size)
     require_sound(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
-    require_free_space(build.work, CHECKPOINT_BYTES * (KEPT + 2) * model.parameters, "training, with its checkpoints,")
+    checkpoints = KEPT + 2 + (train.spike is not None)  # the best, the one being written, one to go back to
+    require_free_space(build.work, checkpoints * checkpoint_copy(model), "training, with its checkpoints,")
     job = Job(
         model,
         train,
@@ -73,20 +57,42 @@ def launch(
     )
     for leftover in (RESULT, ERROR, STOP):
         remove(build.work / leftover)
-    if ranks == 1:
+    if machines.world_size == 1 and not machines.restarts:
         with join_world() as world:
             run_job(job, build.work, world, build.run)
     else:
         job.write(build.work)
-        _run_ranks(build.work, ranks)
+        _run_ranks(build.work, machines, first=True)
     result = read_json(build.work / RESULT)
     return result["result"], result["speed"]
 
 
-def _run_ranks(work: Path, ranks: int) -> None:
+def join(find_state: Callable[[], State]) -> None:
+    """Run this machine's ranks of a training, once the first machine has started it, and wait for its end.
+
+    Args:
+        find_state: the training's state, which is known when its data are there; the first machine holds its lock.
+
+    Raises:
+        UserError: this machine is none of several, sees another state or code than the first one, or the training failed.
+    """
+    machines = find_machines()
+    if machines.count == 1:
+        raise UserError(
+            "--join is for a training on several machines, and PIPELIB_NNODES does not say that there are; set it, and "
+            "PIPELIB_RDZV_ENDPOINT, as on the first machine."
+        )
+    machines.wait_for_first()
+    state = find_state()
+    state.require_same_code()
+    _run_ranks(state.work, machines, first=False)
+    print("train: the first machine goes on from here", flush=True)
+
+
+def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
     """Run the job of `work` under torchrun and wait for it; a wish to stop reaches the ranks."""
     command = [
-        sys.executable, "-m", "pipelib.training.agent", "--standalone", f"--nproc-per-node={ranks}",
+        sys.executable, "-m", "pipelib.training.agent", *machines.arguments(work.parent.name, first=first),
         "-m", "pipelib.training.job", str(work),
     ]  # fmt: skip
     environment = {
@@ -94,6 +100,8 @@ def _run_ranks(work: Path, ranks: int) -> None:
         **os.environ,
         "PIPELIB_PARENT": str(os.getpid()),
     }
+    if machines.restarts:  # else ranks that start again find the addresses of those that died (torch 2.13)
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # In a group of its own, since Ctrl-C in a terminal signals the whole group, and this process passes it on.
     with subprocess.Popen(command, env=environment, process_group=0) as agent:
         try:
@@ -102,8 +110,10 @@ def _run_ranks(work: Path, ranks: int) -> None:
         except KeyboardInterrupt:  # the second
             agent.kill()
             raise
-    if status:
+    if status or (work / ERROR).exists():  # ranks that were started again leave it at what was said before
         raise UserError(_what_went_wrong(work / ERROR, status))
+    if first and machines.count > 1:
+        wait_until_seen(work / RESULT)
 
 
 def _what_went_wrong(said: Path, status: int) -> str:

@@ -1,11 +1,13 @@
 """The training of a GPT-2, from its first step, or from its last checkpoint, to its last.
 
 What a run is, besides its data and parameters, is in `states` below; nothing else survives a checkpoint. The batch of a
-step follows from the step, so a loader has no state.
+step follows from the step and from the batches that were left out, so a loader has no state.
 """
 
-import math
+import gc
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,20 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from pipelib.errors import UserError
-from pipelib.evaluation.loss import Loss, summed_loss
 from pipelib.evaluation.samples import write_samples
 from pipelib.model.device import autocast
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
-from pipelib.tokens.loader import Batch, BatchPlan, Loader, training_rows, validation_batches
-from pipelib.tokens.shards import VALIDATION_SHARD, Manifest
+from pipelib.tokens.loader import BatchPlan
+from pipelib.tokens.shards import Manifest
+from pipelib.training.batches import TensorBatch, make_loader
 from pipelib.training.checkpoint import Checkpoints, Counters, RandomState, Stateful
 from pipelib.training.distributed import World
 from pipelib.training.initial_weights import RANDOM_WEIGHTS, InitialWeights, initial_model
+from pipelib.training.memory import memory_of_a_rank, out_of_memory_named
+from pipelib.training.micro_batch import settle_micro_batch
 from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
+from pipelib.training.spikes import Spike, Spikes
 from pipelib.training.stopping import StopRequest, on_first_signal
+from pipelib.training.validation import HellaSwag, validation_loss
 from pipelib.training.watch import Watch
 
 
@@ -57,75 +63,148 @@ def train(
         initial: what the model starts from, where no checkpoint is found.
 
     Raises:
-        UserError: a value is infinite or not a number; the run was stopped by a signal, after a checkpoint.
+        UserError: a value is infinite or not a number; memory ran out; the run was stopped by a signal, after a checkpoint.
     """
-    set_determinism(params, world)
-    model = initial_model(model_params, params.seed, initial)
-    model.activation_checkpointing = params.activation_checkpointing
-    model.to(world.device)
-    network = world.wrap(torch.compile(model) if params.compile else model)  # type: ignore[arg-type]
-    world.settle(network, params.micro_batch_rows(world.world_size), params.sequence_length, params.precision)
-    optimizer = make_optimizer(model, params)
-    loader, plan = make_loader(params, tokens, manifest, world)
+    return Trainer(model_params, params, cadence, tokens, manifest, work, world, recorder, initial).run()
 
-    state = Counters()
-    states: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "train": state, "rng": RandomState()}
-    identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
-    checkpoints = Checkpoints(work / "checkpoints", identity)
-    checkpoints.load_latest(states)
-    recorder.resume(state.step)
-    announce(state, params, plan, world, checkpoints.loaded.get("world_size", world.world_size))
-    watch = Watch(params, plan, checkpoints, world)
-    stop = StopRequest(work if world.world_size > 1 else None)
 
-    with on_first_signal(stop.note), checkpoints:
-        if not state.step:
-            with recorder.pause():
-                recorder.validated(state, validation_loss(model, tokens, params, world))
-        for step in range(state.step, params.max_steps):
-            if step == plan.first_step(epoch=1):
-                recorder.say(
-                    f"step {step + 1:,}: epoch 2 of {plan.epochs(params.max_steps):.2f} begins, so rows repeat from here on; "
-                    f"train.max_epochs = {params.max_epochs:g} allows it"
-                )
-            learning_rate = learning_rate_at(step, params)
-            batches = loader.micro_batches(step)
-            result = take_step(network, optimizer, batches, learning_rate, params, world, stop.signal())
-            state.step, state.tokens = step + 1, state.tokens + params.global_batch_tokens
-            assert state.tokens == state.step * params.global_batch_tokens
-            recorder.step(state, result.loss, result.grad_norm, learning_rate, loader.wait)
-            watch.note(state.step, learning_rate, result.rank_losses, result.grad_norm, result.stop)
-            last = state.step == params.max_steps
-            logging = due(state.step, cadence.log_every, last)
-            validating = due(state.step, params.validate_every, last)
-            sampling = due(state.step, params.sample_every, last)
-            saving = due(state.step, cadence.checkpoint_every, last)
-            waiting = logging or validating or sampling or saving  # for the device
-            stopping = watch.look() if waiting or not world.runs_ahead else 0
-            if logging:
-                recorder.flush()
-                checkpoints.check()
-            val_loss = None
-            if validating:
-                with recorder.pause():
-                    val_loss = validation_loss(model, tokens, params, world)
-                    recorder.validated(state, val_loss)
-            if sampling and world.is_main:
-                with recorder.pause():
-                    recorder.sampled(state, write_samples(model, params.sample_prompts, params.precision, params.seed))
-            if saving or stopping:
-                with recorder.pause():
-                    if world.is_main:
-                        meta = {"tokens": state.tokens, "world_size": world.world_size}
-                        checkpoints.save(state.step, states, meta, val_loss.mean if val_loss else None, recorder.sync)
-            if stopping and not last:
-                checkpoints.wait()
-                world.barrier()  # the first rank that ends has torchrun end the others
-                raise UserError(
-                    f"stopped by {signal.Signals(stopping).name} after step {state.step:,}, which is saved; dvc repro goes on "
-                    "from there."
-                )
-    return model
+class Trainer:
+    """One rank's training: see `train`."""
+
+    def __init__(
+        self,
+        model_params: ModelParams,
+        params: TrainParams,
+        cadence: Cadence,
+        tokens: Path,
+        manifest: Manifest,
+        work: Path,
+        world: World,
+        recorder: Recorder,
+        initial: InitialWeights,
+    ) -> None:
+        set_determinism(params, world)
+        free = world.least(memory_of_a_rank(model_params, world.device, world.local_ranks))
+        self._model = initial_model(model_params, params.seed, initial)
+        self._model.activation_checkpointing = params.activation_checkpointing
+        self._model.to(world.device)
+        self._optimizer = make_optimizer(self._model, params)
+
+        self._state, self._spikes = Counters(), Spikes(params.spike)
+        self._states: dict[str, Stateful] = {
+            "model": self._model, "optimizer": self._optimizer, "train": self._state, "spikes": self._spikes,
+            "rng": RandomState(),
+        }  # fmt: skip
+        identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
+        self._checkpoints = Checkpoints(work / "checkpoints", identity, self._spikes.reach)
+        self._checkpoints.load_latest(self._states)
+
+        network: nn.Module = torch.compile(self._model) if params.compile else self._model  # type: ignore[assignment]
+        self._params = settle_micro_batch(model_params, params, network, world, free, self._checkpoints.loaded)
+        self._network = world.wrap(network)
+        self._loader, self._plan = make_loader(self._params, tokens, manifest, world)
+        self._cadence, self._tokens, self._world, self._recorder = cadence, tokens, world, recorder
+        self._watch = Watch(self._params, self._plan, self._spikes, self._checkpoints, world)
+        self._stop = StopRequest(work if world.world_size > 1 else None)
+        self._hellaswag = HellaSwag()
+        self._memory = out_of_memory_named(model_params, self._params, world.world_size, free)
+
+    def run(self) -> GPT:
+        """Take the steps that are left, and return the model."""
+        params, cadence, state, recorder = self._params, self._cadence, self._state, self._recorder
+        rows = params.micro_batch_rows(self._world.world_size)
+        recorder.begin(state.step, rows, self._spikes)
+        announce(state, params, self._plan, self._world, self._checkpoints.loaded.get("world_size"))
+        with self._memory, on_first_signal(self._stop.note), garbage_kept_for_pauses(), self._checkpoints:
+            self._world.settle(self._network, rows, params.sequence_length, params.precision)
+            if not state.step:
+                self._validate()
+                if params.spike:
+                    self._save(None)  # what a spike among the first steps goes back to
+            while state.step < params.max_steps:
+                self._take_step(state.step)
+                last = state.step == params.max_steps
+                logging = due(state.step, cadence.log_every, last)
+                validating = due(state.step, params.validate_every, last)
+                scoring = due(state.step, params.hellaswag_every, last)
+                sampling = due(state.step, params.sample_every, last)
+                saving = due(state.step, cadence.checkpoint_every, last)
+                waiting = logging or validating or scoring or sampling or saving  # for the device
+                stopping, spike = self._watch.look() if waiting or not self._world.runs_ahead else (0, None)
+                if spike:
+                    self._go_back(spike)
+                    continue
+                if logging:
+                    recorder.flush()
+                    self._checkpoints.check()
+                val_loss = self._validate() if validating else None
+                if scoring:
+                    with recorder.pause():
+                        recorder.scored(state, self._hellaswag.score(self._model, params, self._world))
+                if sampling and self._world.is_main:
+                    with recorder.pause():
+                        texts = write_samples(self._model, params.sample_prompts, params.precision, params.seed)
+                        recorder.sampled(state, texts)
+                if saving or stopping:
+                    self._save(val_loss)
+                if stopping and not last:
+                    self._checkpoints.wait()
+                    self._world.barrier()  # the first rank that ends has torchrun end the others
+                    raise UserError(
+                        f"stopped by {signal.Signals(stopping).name} after step {state.step:,}, which is saved; dvc repro "
+                        "goes on from there."
+                    )
+        return self._model
+
+    def _take_step(self, step: int) -> None:
+        params, state = self._params, self._state
+        batch = self._spikes.batch_of(step)
+        if step and self._spikes.batch_of(step - 1) < self._plan.first_step(epoch=1) <= batch:
+            self._recorder.say(
+                f"step {step + 1:,}: epoch 2 of {self._plan.epochs(params.max_steps):.2f} begins, so rows repeat from here "
+                f"on; train.max_epochs = {params.max_epochs:g} allows it"
+            )
+        rate = learning_rate_at(step, params)
+        batches = self._loader.micro_batches(batch)
+        result = take_step(self._network, self._optimizer, batches, rate, params, self._world, self._stop.signal())
+        state.step, state.tokens = step + 1, state.tokens + params.global_batch_tokens
+        assert state.tokens == state.step * params.global_batch_tokens
+        self._recorder.step(state, result.loss, result.grad_norm, rate, self._loader.wait)
+        self._watch.note(state.step, rate, result.rank_losses, result.grad_norm, result.stop)
+
+    def _validate(self) -> float:
+        with self._recorder.pause():
+            gc.collect()
+            loss = validation_loss(self._model, self._tokens, self._params, self._world)
+            self._recorder.validated(self._state, loss)
+        return loss.mean
+
+    def _save(self, val_loss: float | None) -> None:
+        with self._recorder.pause():
+            if self._world.is_main:
+                meta = {
+                    "tokens": self._state.tokens,
+                    "world_size": self._world.world_size,
+                    "micro_batch_size": self._params.micro_batch_size,
+                }
+                self._checkpoints.save(self._state.step, self._states, meta, val_loss, self._recorder.sync)
+
+    def _go_back(self, spike: Spike) -> None:
+        """Go on from a checkpoint before a spike, without the batches that led to it."""
+        found = [*self._spikes.found, spike]
+        self._checkpoints.wait()
+        self._world.barrier()  # what the main rank was writing is there for all
+        self._checkpoints.load_latest(self._states, max(0, spike.step - self._spikes.reach))
+        if self._state.step >= spike.step:
+            raise UserError(
+                f"step {spike.step} has loss {spike.loss}, where train.spike allows {spike.limit:.4f}, and there is no sound "
+                "checkpoint from before it to go back to, so the training stopped; start again with PIPELIB_RESUME=fresh."
+            )
+        self._spikes.found = found
+        self._world.barrier()
+        if self._world.is_main:
+            self._checkpoints.drop_after(self._state.step)
+        self._recorder.went_back(self._state.step, self._spikes)
 
 
 class StepResult(NamedTuple):
@@ -144,7 +223,7 @@ class StepResult(NamedTuple):
 def take_step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[Batch],
+    batches: Sequence[TensorBatch],
     learning_rate: float,
     params: TrainParams,
     world: World,
@@ -160,7 +239,7 @@ def take_step(
     losses = []
     for micro_step, (inputs, targets) in enumerate(batches, start=1):
         with world.sync_when(micro_step == len(batches), network), autocast(world.device, params.precision):
-            loss = network(_on(inputs, world.device), _on(targets, world.device)) / len(batches)
+            loss = network(world.fetch(inputs), world.fetch(targets)) / len(batches)
         loss.backward()
         losses.append(loss.detach())
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), params.grad_clip_norm)
@@ -173,54 +252,31 @@ def take_step(
     return StepResult(rank_losses.mean(), grad_norm, rank_losses, stops.max())
 
 
-def _on(array: object, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+@contextmanager
+def garbage_kept_for_pauses() -> Iterator[None]:
+    """Let no step wait for Python's search for cycles, which looks at every object that torch and the compiler made.
 
-
-def due(step: int, every: int, last: bool) -> bool:
-    """Whether something that happens every so many steps, and at the last one, happens after `step`."""
-    return last or step % every == 0
-
-
-def make_loader(params: TrainParams, tokens: Path, manifest: Manifest, world: World) -> tuple[Loader, BatchPlan]:
-    """This rank's loader, and the plan of the global batches that all ranks share."""
-    rows = training_rows(tokens, manifest, params.sequence_length)
-    plan = BatchPlan(manifest.fingerprint, params.seed, len(rows), params.rows_per_step)
-    return Loader(rows, plan, params.micro_batch_rows(world.world_size), world.rank, world.world_size), plan
-
-
-def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None:
-    """Refuse what cannot be trained, before anything starts.
-
-    Raises:
-        UserError: too few tokens for one batch or for `max_tokens`, or a batch that the ranks cannot share equally.
+    What is there is left out of later searches; validations search what came since, on all ranks at once.
     """
-    available = manifest.tokens("train")
-    row_count = (available - 1) // params.sequence_length
-    if row_count < params.rows_per_step:
-        raise UserError(
-            f"the training shards have {available:,} tokens, {row_count} rows of {params.sequence_length}, and one step needs "
-            f"{params.rows_per_step}; lower train.global_batch_tokens or add text."
-        )
-    epochs = params.max_steps * params.rows_per_step / row_count
-    if epochs > params.max_epochs:
-        raise UserError(
-            f"train.max_tokens = {params.max_tokens:,} is {epochs:.3f} passes over the {available:,} training tokens, so rows "
-            f"would repeat; allow it with train.max_epochs: {math.ceil(epochs * 1000) / 1000:g}, lower max_tokens, or add text."
-        )
-    if params.rows_per_step < world_size or params.rows_per_step % (params.micro_batch_rows(world_size) * world_size):
-        raise UserError(
-            f"{world_size} ranks with train.micro_batch_size = {params.micro_batch_size} cannot share the "
-            f"{params.rows_per_step} rows of a step equally, so some would wait or rows would be lost; lower "
-            "train.micro_batch_size, or start fewer ranks with PIPELIB_NPROC."
-        )
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def due(step: int, every: int | None, last: bool) -> bool:
+    """Whether what happens every so many steps, and at the last one, happens after `step`; what is None never does."""
+    return every is not None and (last or step % every == 0)
 
 
 def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World, earlier_ranks: object) -> None:
     """Say what is about to happen, and what it is not where other ranks than `earlier_ranks` go on."""
     if world.is_main:
-        if earlier_ranks != world.world_size:
+        if earlier_ranks not in (None, world.world_size):
             print(
                 f"the training had {earlier_ranks} rank(s) and goes on with {world.world_size}: each step has the same batch, "
                 "and its sums round otherwise, so from here on losses, gradient norms and weights equal those of an "
@@ -228,23 +284,14 @@ def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World
                 flush=True,
             )
         begin = f"goes on after step {state.step:,}" if state.step else "starts"
+        micro_steps = params.gradient_accumulation_steps(world.world_size)
         print(
             f"training {begin}: {params.max_steps:,} steps of {params.global_batch_tokens:,} tokens, "
-            f"{plan.epochs(params.max_steps):.2f} epochs, {params.gradient_accumulation_steps(world.world_size)} micro-steps on "
-            f"each of {world.world_size} rank(s), {world.device.type}, {params.precision}",
+            f"{plan.epochs(params.max_steps):.2f} epochs, {micro_steps} micro-steps of "
+            f"{params.micro_batch_rows(world.world_size)} rows on each of {world.world_size} rank(s), {world.device.type}, "
+            f"{params.precision}",
             flush=True,
         )
-
-
-def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World) -> Loss:
-    """The loss on the first `validate_tokens` tokens of the validation shard, shared among the ranks."""
-    batches = validation_batches(
-        tokens / VALIDATION_SHARD, params.sequence_length, params.micro_batch_size, params.validate_tokens
-    )
-    mine = (batch for number, batch in enumerate(batches) if number % world.world_size == world.rank)
-    share = summed_loss(model, mine, params.precision)
-    whole = world.sum(torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=world.device)).tolist()
-    return Loss(whole[0], int(whole[1]))
 
 
 def set_determinism(params: TrainParams, world: World) -> None:

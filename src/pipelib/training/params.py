@@ -10,6 +10,25 @@ Beta = Annotated[float, Bounds(least=0, most=0.9999999)]
 
 
 @dataclass(frozen=True)
+class SpikeParams:
+    """Section `train.spike` of params.yaml: when a step is undone, and what is left out then."""
+
+    window: PositiveInt
+    """Losses that a loss is compared with: those of so many steps before it; there is no spike before so many steps."""
+    deviations: PositiveFloat
+    """Their standard deviations by which a loss that is a spike exceeds their mean."""
+    batches: PositiveInt
+    """Batches that are left out: the spike's own and those before it."""
+    rollbacks: PositiveInt
+    """The most spikes that are undone."""
+
+    def problems(self) -> Iterator[str]:
+        """What does not go together."""
+        if self.window < 2:
+            yield f"window: {self.window} loss has no standard deviation, so every rise would be a spike; 100 is a good start."
+
+
+@dataclass(frozen=True)
 class TrainParams:
     """Section `train` of params.yaml."""
 
@@ -23,8 +42,8 @@ class TrainParams:
     """Tokens of one optimizer step, over all micro-steps and ranks."""
     sequence_length: PositiveInt
     """Tokens in one row of a batch."""
-    micro_batch_size: PositiveInt
-    """Rows that one rank runs at a time; fewer where its share of a step is smaller."""
+    micro_batch_size: PositiveInt | Literal["auto"]
+    """Rows that one rank runs at a time; fewer where its share of a step is smaller. `auto`: as many as its memory holds."""
     max_lr: PositiveFloat
     """Peak learning rate, reached after warmup."""
     min_lr: NaturalFloat
@@ -45,6 +64,8 @@ class TrainParams:
     """Arithmetic of matrix products; weights and optimizer state are always fp32."""
     compile: bool
     """Compile the model with torch.compile."""
+    spike: SpikeParams | None
+    """Undo a step whose loss jumps or is not finite, and leave its batch out; null: never."""
     activation_checkpointing: bool
     """Keep each block's input only and compute the block again in the backward pass: the same result with less memory."""
     deterministic: bool
@@ -53,6 +74,8 @@ class TrainParams:
     """Steps between validation losses; the last step always has one."""
     validate_tokens: PositiveInt
     """Tokens of the validation shard that each of them uses; the evaluate stage uses all."""
+    hellaswag_every: PositiveInt | None
+    """Steps between scores on HellaSwag; the last step always has one; null: none at all."""
     sample_every: PositiveInt
     """Steps between samples of the model's text; the last step always has them."""
     sample_prompts: tuple[str, ...]
@@ -60,11 +83,12 @@ class TrainParams:
 
     def problems(self) -> Iterator[str]:
         """What does not go together."""
-        micro_batch_tokens = self.sequence_length * self.micro_batch_size
+        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+        micro_batch_tokens = self.sequence_length * rows
         if self.global_batch_tokens % micro_batch_tokens:
             fits = max(1, round(self.global_batch_tokens / micro_batch_tokens)) * micro_batch_tokens
             yield (
-                f"micro_batch_size: {self.micro_batch_size} rows of {self.sequence_length} tokens do not divide "
+                f"micro_batch_size: {rows} rows of {self.sequence_length} tokens do not divide "
                 f"global_batch_tokens = {self.global_batch_tokens}, so a step would be cut short; change one of them "
                 f"(global_batch_tokens: {fits} would fit)."
             )
@@ -95,12 +119,21 @@ class TrainParams:
         return self.max_tokens // self.global_batch_tokens
 
     @property
+    def max_batches(self) -> int:
+        """The most batches that a run may look at: one a step, and those that `spike` may leave out."""
+        return self.max_steps + (self.spike.batches * self.spike.rollbacks if self.spike else 0)
+
+    @property
     def rows_per_step(self) -> int:
         """Sequences in one global batch."""
         return self.global_batch_tokens // self.sequence_length
 
     def micro_batch_rows(self, world_size: int) -> int:
-        """Rows that one of so many ranks runs at a time: `micro_batch_size`, but no more than its share of a step."""
+        """Rows that one of so many ranks runs at a time: `micro_batch_size`, but no more than its share of a step.
+
+        `auto` has to be a number by then (`memory.choose_rows`).
+        """
+        assert self.micro_batch_size != "auto"
         return min(self.micro_batch_size, self.rows_per_step // world_size)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:

@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipelib.evaluation.hellaswag import Scores
 from pipelib.evaluation.loss import Loss
-from pipelib.files import write_text
+from pipelib.files import format_bytes, write_text
 from pipelib.progress import StatusLine, format_seconds
 from pipelib.tracking import Run
 from pipelib.training.checkpoint import Counters
-from pipelib.training.hardware import Peak
+from pipelib.training.hardware import Peak, most_gpu_memory
 from pipelib.training.params import TrainParams
+from pipelib.training.spikes import Spikes
 
 
 class Curve:
@@ -34,8 +36,12 @@ class Curve:
 
     def resume(self, step: int) -> None:
         """Keep what was written up to `step`, and go on after it; before the first step, begin anew. A torn line goes."""
+        self.cut(step or -1)
+
+    def cut(self, step: int) -> None:
+        """Keep the rows up to `step` alone."""
         rows = [",".join(self.columns)]
-        if step and self.path.exists():
+        if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").split("\n")
             rows += [line for line in lines[1:-1] if int(line.split(",", 1)[0]) <= step]
         write_text(self.path, "\n".join(rows) + "\n")
@@ -75,21 +81,61 @@ class Recorder:
         self.train = Curve(folder / "train.csv", ("step", "tokens", "loss", "lr", "grad_norm"))
         self.validation = Curve(folder / "validation.csv", ("step", "tokens", "loss"))
         self.samples = Curve(folder / "samples.csv", ("step", "prompt", "text"))
+        self.hellaswag = Curve(folder / "hellaswag.csv", ("step", "tokens", "acc_norm", "low", "high", "acc"))
+        self.spikes = Curve(folder / "spikes.csv", ("step", "loss", "limit", "batches"))
         self.speed = Curve(folder / "speed.csv", ("step", "tokens_per_second", "mfu", "data_wait_ms"))
-        self._curves = (self.train, self.validation, self.samples, self.speed)
         self._waiting: list[tuple[int, int, float, Tensor, Tensor]] = []
         self._line = StatusLine()
         self._mark = time.perf_counter()
         self._first_window = True
+        self.micro_batch_size = 0
+        """Rows that each rank runs at a time."""
         self.train_seconds, self.trained_tokens = 0.0, 0
         """Time and tokens of training alone: without evaluation, checkpoints, and the first window, which compiles."""
         self._window_wait, self._data_wait, self._steps = 0.0, 0.0, 0  # waits for data, in the same windows
 
-    def resume(self, step: int) -> None:
-        """Go on after `step` finished steps."""
-        for curve in self._curves:
+    @property
+    def curves(self) -> tuple[Curve, ...]:
+        """All that are cut back with the steps. HellaSwag's has no rows where it was not asked for: DVC plots need the file."""
+        return (self.train, self.validation, self.samples, self.hellaswag)
+
+    def begin(self, step: int, micro_batch_size: int, spikes: Spikes) -> None:
+        """Go on after `step` finished steps.
+
+        Args:
+            micro_batch_size: the rows that each rank runs at a time.
+            spikes: what was left out until now.
+        """
+        self.micro_batch_size = micro_batch_size
+        for curve in (*self.curves, self.speed):
             curve.resume(step)
+        self._list(spikes)
         self._mark = time.perf_counter()
+
+    def went_back(self, step: int, spikes: Spikes) -> None:
+        """Forget what came after `step` finished steps: the last of `spikes` undid it."""
+        self._waiting.clear()
+        for curve in (*self.curves, self.speed):
+            curve.cut(step)
+        self._list(spikes)
+        self._mark = time.perf_counter()
+        spike = spikes.found[-1]
+        text = (
+            f"step {spike.step:,} has loss {spike.loss:.4f}, where train.spike allows {spike.limit:.4f}: the training goes "
+            f"back to step {step:,} and leaves out batch {', '.join(map(str, spike.batches))} ({len(spikes.found)} of at "
+            f"most {self._params.spike and self._params.spike.rollbacks})"
+        )
+        self._run.log_text(f"spikes/step_{spike.step:08d}.txt", text)
+        self.say(text)
+
+    def _list(self, spikes: Spikes) -> None:
+        """Write all that was left out: not appended, since it is not cut back with the steps."""
+        if self._params.spike is None:
+            return
+        self.spikes.cut(-1)
+        self.spikes.append(
+            [(spike.step, spike.loss, spike.limit, " ".join(map(str, spike.batches))) for spike in spikes.found]
+        )
 
     def step(self, counters: Counters, loss: Tensor, grad_norm: Tensor, learning_rate: float, data_wait: float) -> None:
         """Note a finished step, and the seconds it waited for its batch, without waiting for the device."""
@@ -126,9 +172,11 @@ class Recorder:
             self.speed.append([(step, round(rate), round(mfu, 4), round(1000 * self._window_wait / len(rows), 3))])
         self._first_window = False
         left = (self._params.max_tokens - tokens) / rate
+        memory = most_gpu_memory()
         self._line.show(
             f"step {step:,}/{self._params.max_steps:,} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.3f} | "
             f"{rate:,.0f} tokens/s | MFU {mfu:.1%} | {format_seconds(left)} left"
+            + (f" | {format_bytes(memory)} of GPU memory" if memory else "")
         )
         self._run.log(
             {
@@ -139,6 +187,7 @@ class Recorder:
                 "speed/tokens_per_second": rate,
                 "speed/mfu": mfu,
                 "speed/data_wait_ms": 1000 * self._window_wait / len(rows),
+                **({"speed/gpu_memory_gb": memory / 1e9} if memory else {}),
             },
             step,
         )
@@ -153,7 +202,7 @@ class Recorder:
 
     def sync(self) -> None:
         """Have everything noted so far survive a power cut; comes before a checkpoint that relies on it."""
-        for curve in self._curves:
+        for curve in (*self.curves, self.speed):
             curve.sync()
 
     def say(self, text: str) -> None:
@@ -165,6 +214,15 @@ class Recorder:
         self.validation.append([(counters.step, counters.tokens, loss.mean)])
         self._run.log({"val/loss": loss.mean, "val/perplexity": loss.perplexity}, counters.step)
         self._line.print(f"step {counters.step:,}: validation loss {loss.mean:.4f}, perplexity {loss.perplexity:,.1f}")
+
+    def scored(self, counters: Counters, scores: Scores) -> None:
+        """Note scores on HellaSwag."""
+        norm, acc = scores.acc_norm, scores.acc
+        self.hellaswag.append([(counters.step, counters.tokens, norm.value, norm.low, norm.high, acc.value)])
+        self._run.log({"hellaswag/acc_norm": norm.value, "hellaswag/acc": acc.value}, counters.step)
+        self._line.print(
+            f"step {counters.step:,}: HellaSwag acc_norm {norm.value:.4f} ({norm.low:.4f} to {norm.high:.4f})"
+        )
 
     def sampled(self, counters: Counters, texts: Sequence[tuple[str, str]]) -> None:
         """Note samples, as (prompt, continuation)."""
@@ -198,8 +256,11 @@ class NullRecorder(Recorder):
     def __init__(self) -> None:
         pass
 
-    def resume(self, step: int) -> None:
-        """Nothing to resume."""
+    def begin(self, step: int, micro_batch_size: int, spikes: Spikes) -> None:
+        """Nothing to go on with."""
+
+    def went_back(self, step: int, spikes: Spikes) -> None:
+        """Nothing to forget."""
 
     def step(self, counters: Counters, loss: Tensor, grad_norm: Tensor, learning_rate: float, data_wait: float) -> None:
         """Not kept."""
@@ -211,6 +272,9 @@ class NullRecorder(Recorder):
         """Not printed."""
 
     def validated(self, counters: Counters, loss: Loss) -> None:
+        """Not kept."""
+
+    def scored(self, counters: Counters, scores: Scores) -> None:
         """Not kept."""
 
     def sampled(self, counters: Counters, texts: Sequence[tuple[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""What all ranks look at together, and so at the same step: whether a value is not finite, and whether one is to stop."""
+"""What all ranks look at together, and so at the same step: values that are not finite, spikes, a wish to stop."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from pipelib.tokens.loader import BatchPlan
 from pipelib.training.checkpoint import Checkpoints
 from pipelib.training.distributed import World
 from pipelib.training.params import TrainParams
+from pipelib.training.spikes import Spike, Spikes
 
 ROWS_NAMED = 64
 """The most rows that a message lists."""
@@ -21,8 +22,11 @@ ROWS_NAMED = 64
 class Watch:
     """The values of the steps since the last look, on the device until then."""
 
-    def __init__(self, params: TrainParams, plan: BatchPlan, checkpoints: Checkpoints, world: World) -> None:
-        self._params, self._plan, self._checkpoints, self._world = params, plan, checkpoints, world
+    def __init__(
+        self, params: TrainParams, plan: BatchPlan, spikes: Spikes, checkpoints: Checkpoints, world: World
+    ) -> None:
+        self._params, self._plan, self._spikes = params, plan, spikes
+        self._checkpoints, self._world = checkpoints, world
         self._waiting: list[tuple[int, float, Tensor]] = []
 
     def note(self, step: int, learning_rate: float, rank_losses: Tensor, grad_norm: Tensor, stop: Tensor) -> None:
@@ -30,29 +34,33 @@ class Watch:
         values = torch.cat((rank_losses, torch.stack((grad_norm, stop))))  # (world_size + 2,)
         self._waiting.append((step, learning_rate, values))
 
-    def look(self) -> int:
-        """Wait for the noted steps; the signal that asked any rank to stop, 0 where none did.
+    def look(self) -> tuple[int, Spike | None]:
+        """Wait for the noted steps; the signal that asked any rank to stop, 0 where none did, and the first spike.
 
         Raises:
-            UserError: a loss or gradient norm is not finite; `take_step` has left the weights as they were.
+            UserError: a loss or gradient norm is not finite, and no rule undoes the step; `take_step` has left the weights
+                as they were.
         """
-        stop = 0.0
+        stop, spike = 0.0, None
         for (step, learning_rate, _), (*losses, norm, signal) in zip(
             self._waiting, torch.stack([values for *_, values in self._waiting]).tolist(), strict=True
         ):
-            if not all(map(math.isfinite, (*losses, norm))):
-                raise UserError(self._not_finite(step, learning_rate, losses, norm))
             stop = max(stop, signal)
+            finite = all(map(math.isfinite, (*losses, norm)))
+            spike = spike or self._spikes.judge(step, sum(losses) / len(losses), finite)
+            if not (finite or spike):
+                raise UserError(self._not_finite(step, learning_rate, losses, norm))
         self._waiting.clear()
-        return int(stop)
+        return int(stop), spike
 
     def _not_finite(self, step: int, learning_rate: float, losses: Sequence[float], norm: float) -> str:
         """What to say about the finished step `step`."""
+        batch = self._spikes.batch_of(step - 1)
         size = self._params.micro_batch_rows(self._world.world_size)
         guilty = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         found = [f"loss {losses[rank]} on rank {rank}" for rank in guilty]
         rows = [
-            f"rows {_listed(self._plan.share(step - 1, size, rank, self._world.world_size))} on rank {rank}"
+            f"rows {_listed(self._plan.share(batch, size, rank, self._world.world_size))} on rank {rank}"
             for rank in guilty or range(self._world.world_size)
         ]
         self._checkpoints.wait()

@@ -1,0 +1,223 @@
+"""Everything that only a GPU can show: that the training is right there, then how fast it is.
+
+    make bench-gpu                     checks, then figures for docs/log.md and the README
+    make bench-gpu ARGS=--checks       checks alone, a minute or two
+    python bench/gpu.py --rehearse     on a CPU: those checks that mean something there
+
+Needs torch, numpy and PyYAML only. The exit status is 1 where a check failed.
+"""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from steps import Ours
+from train_step import write_tokens
+
+from pipelib.errors import UserError
+from pipelib.model.device import autocast, pick_device
+from pipelib.model.gpt import GPT
+from pipelib.model.params import ModelParams
+from pipelib.params import Params, load_params
+from pipelib.tokens.shards import read_manifest
+from pipelib.tracking import NullRun
+from pipelib.training.checkpoint import Checkpoints
+from pipelib.training.distributed import World, join_world
+from pipelib.training.hardware import Peak
+from pipelib.training.loop import Cadence, take_step, train
+from pipelib.training.optim import make_optimizer
+from pipelib.training.params import TrainParams
+from pipelib.training.recorder import Recorder
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESET = ROOT / "presets/gpt2-124m.yaml"
+BENCHES = (
+    ["--params", "presets/gpt2-124m.yaml", "--ladder", "--rounds", "1"],
+    ["--params", "presets/gpt2-124m.yaml"],
+    ["--params", "presets/gpt3-125m.yaml"],
+    ["--params", "presets/gpt2-350m.yaml"],
+    ["--params", "presets/gpt2-774m.yaml"],
+    ["--params", "presets/gpt2-1558m.yaml"],
+)
+SHAPE = ModelParams(n_layer=4, n_head=4, n_embd=256, context_length=256)
+
+
+def main() -> None:
+    """Check, measure, and say what failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checks", action="store_true", help="no figures")
+    parser.add_argument("--rehearse", action="store_true", help="check what a CPU can show, and measure nothing")
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.train:
+        train_in(arguments.train, training())
+        return
+    if not torch.cuda.is_available() and not arguments.rehearse:
+        sys.exit("there is no GPU here, so nothing was checked or measured; --rehearse tries what a CPU can show.")
+    checks = [resume_is_exact, not_finite_changes_nothing, too_large_a_micro_batch_is_named]
+    if not arguments.rehearse:
+        checks += [attention_is_fused, steps_do_not_wait, a_micro_batch_is_found, checkpoints_stay_out_of_the_way]
+    failed = [check.__name__ for check in checks if not passes(check)]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+    if not (arguments.checks or arguments.rehearse):
+        for options in BENCHES:
+            print(f"\n$ python bench/train_step.py {' '.join(options)}", flush=True)
+            subprocess.run([sys.executable, "bench/train_step.py", *options], cwd=ROOT, check=False)
+
+
+def passes(check: Callable[[Path], str]) -> bool:
+    """Run a check in a folder with tokens, and say how it went."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder) / "tokens", 200_000)
+        try:
+            said = check(Path(folder))
+        except Exception:
+            traceback.print_exc()
+            print(f"FAILED  {check.__name__}", flush=True)
+            return False
+    print(f"ok      {check.__name__.replace('_', ' ')}: {said}", flush=True)
+    return True
+
+
+def training(**changes: object) -> TrainParams:
+    """Twenty steps of the preset's training, small, compiled and deterministic."""
+    small = {
+        "max_tokens": 20 * 4096, "global_batch_tokens": 4096, "sequence_length": 256, "micro_batch_size": 8,
+        "warmup_steps": 4, "max_epochs": 10.0, "deterministic": True, "validate_every": 10, "validate_tokens": 4096,
+        "hellaswag_every": None, "sample_prompts": (),
+    }  # fmt: skip
+    return replace(load_params(PRESET).train, **{**small, **changes})  # type: ignore[arg-type]
+
+
+def train_in(folder: Path, params: TrainParams) -> GPT:
+    """Train on `folder/tokens`, with a checkpoint every ten steps."""
+    with join_world() as world:
+        recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, ""))
+        tokens = folder / "tokens"
+        return train(SHAPE, params, Cadence(5, 10), tokens, read_manifest(tokens), folder, world, recorder)
+
+
+def resume_is_exact(folder: Path) -> str:
+    """Twenty steps, and the last ten of them again by a process of its own, end with the same bits."""
+    last, states = folder / "checkpoints/step_00000020", []
+    for _ in range(2):
+        subprocess.run([sys.executable, __file__, "--train", str(folder)], check=True, capture_output=True)
+        states.append(torch.load(last / "state.pt", weights_only=True)["model"])
+        shutil.rmtree(last)
+    differing = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert not differing, f"other bits in {differing}"
+    return f"{len(states[0])} tensors after 10 steps, compiled and deterministic"
+
+
+def not_finite_changes_nothing(folder: Path) -> str:
+    """A step whose loss is not a number leaves weights and moments as they are."""
+    ours = ours_in(folder)
+    ours.step()
+    before = [tensor.clone() for tensor in ours.network.state_dict().values()]
+    poisoned = ours.loader.micro_batches(9)
+    forward = GPT.forward
+    GPT.forward = lambda self, *batch: forward(self, *batch) * float("nan")  # type: ignore[method-assign]
+    try:
+        torch._dynamo.reset()
+        take_step(ours.network, ours.optimizer, poisoned, 1e-2, ours.params, ours.world)
+    finally:
+        GPT.forward = forward  # type: ignore[method-assign]
+        torch._dynamo.reset()
+    after = ours.network.state_dict().values()
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    return f"{len(before)} tensors"
+
+
+def too_large_a_micro_batch_is_named(folder: Path) -> str:
+    """Running out of memory says which micro-batch would fit."""
+    hidden = GPT.hidden
+
+    def too_much(self: GPT, inputs: torch.Tensor) -> torch.Tensor:
+        torch.empty(2**50, device=inputs.device)
+        return hidden(self, inputs)
+
+    GPT.hidden = too_much  # type: ignore[method-assign]
+    said = "no error"
+    try:
+        train_in(folder, training(compile=False))
+    except UserError as error:
+        said = str(error)
+    finally:
+        GPT.hidden = hidden  # type: ignore[method-assign]
+    assert "train.micro_batch_size: 4 would fit" in said, said
+    return said
+
+
+def attention_is_fused(_: Path) -> str:
+    """Attention runs in a kernel that keeps no matrix of scores."""
+    device = pick_device()
+    model, tokens = GPT(SHAPE).to(device), torch.zeros(8, 256, dtype=torch.long, device=device)
+    with torch.profiler.profile() as profile, autocast(device, "bf16"):
+        model(tokens, tokens).backward()
+    used = {event.key for event in profile.key_averages() if event.key.startswith("aten::_scaled_dot_product")}
+    assert any("flash" in name or "cudnn" in name for name in used), used
+    return ", ".join(sorted(used))
+
+
+def steps_do_not_wait(folder: Path) -> str:
+    """A step makes no call that waits for the device; torch raises where one does."""
+    ours = ours_in(folder)
+    for _ in range(3):
+        ours.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3, 8):
+            batches = ours.loader.micro_batches(number)
+            result = take_step(ours.network, ours.optimizer, batches, 1e-4, ours.params, ours.world)
+            torch.cat((result.rank_losses, torch.stack((result.grad_norm, result.stop))))  # as Watch.note does
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "5 steps"
+
+
+def a_micro_batch_is_found(folder: Path) -> str:
+    """`micro_batch_size: auto` trains with as many rows as there are."""
+    train_in(folder, training(micro_batch_size="auto"))
+    return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB taken"
+
+
+def checkpoints_stay_out_of_the_way(folder: Path) -> str:
+    """What a checkpoint of the 124M model costs the training, once its host memory is there."""
+    model = GPT(load_params(PRESET).model).to(pick_device())
+    optimizer = make_optimizer(model, training())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    seconds = []
+    with Checkpoints(folder / "stall", {}) as checkpoints:
+        for step in range(1, 5):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            checkpoints.save(step, {"model": model, "optimizer": optimizer}, {})
+            seconds.append(time.perf_counter() - started)
+            checkpoints.wait()
+    return f"{seconds[0] * 1e3:.0f} ms the first time, then {statistics.median(seconds[1:]) * 1e3:.0f} ms (goal: 50)"
+
+
+def ours_in(folder: Path) -> Ours:
+    """The trainer's step on the small model."""
+    params: Params = load_params(PRESET)
+    params = replace(params, model=replace(params.model, **vars(SHAPE)), train=training())
+    return Ours(params, 8, 256, folder / "tokens", World(0, 1, pick_device()))
+
+
+if __name__ == "__main__":
+    main()

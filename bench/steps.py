@@ -1,0 +1,219 @@
+"""What `train_step.py` times: a plain loop, the reference's ladder one rung at a time, and the trainer's own step."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from pipelib.model.device import autocast
+from pipelib.model.gpt import GPT, CausalSelfAttention, initialise
+from pipelib.model.vocabulary import VOCAB_SIZE
+from pipelib.params import Params
+from pipelib.processes import available_cores
+from pipelib.tokens.shards import read_manifest
+from pipelib.training.batches import make_loader
+from pipelib.training.distributed import World
+from pipelib.training.loop import set_determinism, take_step
+from pipelib.training.optim import make_optimizer
+
+Step = Callable[[], float]
+"""Runs one optimizer step and returns its loss, which waits for the device."""
+
+LADDER = ("fp32", "TF32", "bf16", "compile", "flash attention", "padded vocabulary", "fused AdamW")
+"""build-nanogpt's, each with everything before it."""
+NEEDS_CUDA = {"TF32": "a format of NVIDIA's GPUs", "deterministic": "on a CPU every kernel is deterministic already"}
+
+
+def plain(params: Params, rows: int, length: int) -> Step:
+    """What one writes first: the same model in a loop, torch's default AdamW, nothing compiled."""
+    on = {"bf16"} if params.train.precision == "bf16" else set()
+    return loop_step(params, rows, length, {"flash attention", "padded vocabulary", *on})
+
+
+def rung(params: Params, rows: int, length: int, name: str) -> Step:
+    """A rung of the ladder."""
+    return loop_step(params, rows, length, set(LADDER[: LADDER.index(name) + 1]))
+
+
+class NaiveAttention(CausalSelfAttention):
+    """Attention with its matrix of scores written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        query, key, value = self.split_heads(x)
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, n_head, T, T)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        return self.merge_heads(scores.masked_fill(future, -math.inf).softmax(dim=-1) @ value)
+
+
+def loop_step(params: Params, rows: int, length: int, on: set[str]) -> Step:
+    """A step of a plain loop with what `on` names, on one batch over and over."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(available_cores())
+    torch.set_float32_matmul_precision("high" if "TF32" in on else "highest")
+    model = GPT(params.model)
+    initialise(model, 0)
+    model.activation_checkpointing = params.train.activation_checkpointing
+    if "flash attention" not in on:
+        for block in model.h:
+            block.attn.__class__ = NaiveAttention
+    if "padded vocabulary" not in on:
+        model.wte = nn.Embedding(VOCAB_SIZE, params.model.n_embd)
+        nn.init.normal_(model.wte.weight, std=0.02)
+    model.to(device)
+    network = torch.compile(model) if "compile" in on else model
+    fused = True if "fused AdamW" in on else None  # torch's default
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    tokens = torch.randint(VOCAB_SIZE, (rows, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with autocast(device, "bf16" if "bf16" in on else "fp32"):
+            loss = network(inputs, targets)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach() + norm)
+
+    return step
+
+
+@dataclass
+class Clock:
+    """When the parts of a step end: by events on a GPU, whose own time counts, and by the clock on a CPU."""
+
+    device: torch.device
+    marks: list[tuple[str, Any]] = field(default_factory=list)
+
+    def end_of(self, part: str) -> None:
+        """A part ends here, which began where the one before ended."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((part, event))
+        else:
+            self.marks.append((part, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every part since the first mark, and begin anew."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        for (_, start), (part, end) in zip(self.marks, self.marks[1:], strict=False):
+            taken = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+            found[part] = found.get(part, 0.0) + taken
+        self.marks.clear()
+        return found
+
+
+@dataclass(frozen=True)
+class TimedWorld(World):
+    """A world that notes the exchange of losses, and can leave the exchange of gradients out."""
+
+    clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
+    exchanging: bool = True
+
+    def gather(self, value: Tensor) -> Tensor:
+        """See `World`."""
+        self.clock.end_of("optimizer")
+        gathered = super().gather(value)
+        self.clock.end_of("communication")
+        return gathered
+
+    def sync_when(self, wanted: bool, model: nn.Module) -> AbstractContextManager[object]:
+        """See `World`."""
+        return super().sync_when(wanted and self.exchanging, getattr(model, "network", model))
+
+
+class Timed(nn.Module):
+    """A network that notes its forward pass; what was before it was data."""
+
+    def __init__(self, network: nn.Module, clock: Clock) -> None:
+        super().__init__()
+        self.network, self.clock = network, clock
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """See `GPT`."""
+        self.clock.end_of("data")
+        loss: Tensor = self.network(inputs, targets)
+        self.clock.end_of("forward")
+        return loss
+
+
+class Ours:
+    """The trainer's own step, with its loader, on this rank."""
+
+    def __init__(self, params: Params, rows: int, length: int, tokens: Path, world: World) -> None:
+        step_tokens = rows * length * world.world_size
+        self.params = replace(
+            params.train, micro_batch_size=rows, sequence_length=length, global_batch_tokens=step_tokens
+        )
+        self.world = world
+        set_determinism(self.params, world)
+        model = GPT(params.model)
+        initialise(model, 0)
+        model.activation_checkpointing = params.train.activation_checkpointing
+        model.to(world.device)
+        self.network = world.wrap(torch.compile(model) if params.train.compile else model)  # type: ignore[arg-type]
+        self.optimizer = make_optimizer(model, self.params)
+        self.loader, _ = make_loader(self.params, tokens, read_manifest(tokens), world)
+        self.number = -1
+
+    def step(self) -> float:
+        """One step."""
+        self.number += 1
+        batches = self.loader.micro_batches(self.number)
+        result = take_step(self.network, self.optimizer, batches, 1e-4, self.params, self.world)
+        return float(result.loss + result.grad_norm)
+
+    def parts(self, count: int) -> dict[str, float]:
+        """Seconds of each part of a step, on average over `count` of them.
+
+        Communication is what it adds to a step: the exchange of losses, and of the gradients' as much as the backward pass
+        does not hide.
+        """
+        found = self._parts(count, exchanging=True)
+        if self.world.world_size > 1:
+            alone = self._parts(count, exchanging=False)["backward"]
+            found["communication"] += max(0.0, found["backward"] - alone)
+            found["backward"] = min(found["backward"], alone)
+        return found
+
+    def _parts(self, count: int, *, exchanging: bool) -> dict[str, float]:
+        clock, world = Clock(self.world.device), self.world
+        timed_world = TimedWorld(
+            world.rank, world.world_size, world.device, world.local_ranks, clock=clock, exchanging=exchanging
+        )
+        network = Timed(self.network, clock)
+        total: dict[str, float] = {}
+        with _backward_ends_at_clipping(clock):
+            for _ in range(count):
+                self.number += 1
+                clock.end_of("start")
+                batches = self.loader.micro_batches(self.number)
+                take_step(network, self.optimizer, batches, 1e-4, self.params, timed_world)
+                clock.end_of("optimizer")
+                for part, seconds in clock.seconds().items():
+                    total[part] = total.get(part, 0.0) + seconds / count
+        return total
+
+
+@contextmanager
+def _backward_ends_at_clipping(clock: Clock) -> Iterator[None]:
+    """Note the end of the backward pass where `take_step` begins to clip."""
+    clip = nn.utils.clip_grad_norm_
+
+    def clipping(*arguments: object, **options: object) -> Tensor:
+        clock.end_of("backward")
+        return clip(*arguments, **options)  # type: ignore[arg-type]
+
+    with mock.patch.object(nn.utils, "clip_grad_norm_", clipping):
+        yield

@@ -1,0 +1,75 @@
+"""The batches of a training: whether data, parameters and ranks go together, and this rank's share of every step."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelib.errors import UserError
+from pipelib.tokens.loader import Batch, BatchPlan, Loader, training_rows
+from pipelib.tokens.shards import Manifest
+from pipelib.training.distributed import World
+from pipelib.training.params import TrainParams
+
+TensorBatch = tuple[Tensor, Tensor]
+"""`inputs` and `targets`, each (rows, T), int64 in host memory."""
+
+
+def make_loader(
+    params: TrainParams, tokens: Path, manifest: Manifest, world: World
+) -> tuple[Loader[TensorBatch], BatchPlan]:
+    """This rank's loader, and the plan of the global batches that all ranks share."""
+    rows = training_rows(tokens, manifest, params.sequence_length)
+    plan = BatchPlan(manifest.fingerprint, params.seed, len(rows), params.rows_per_step)
+    size = params.micro_batch_rows(world.world_size)
+    return Loader(rows, plan, size, world.rank, world.world_size, lambda batch: tensors(batch, world.device)), plan
+
+
+def tensors(batch: Batch, device: torch.device) -> TensorBatch:
+    """A batch that `device` can fetch while the host goes on: pinned where it is a GPU. It is the loader's thread that pins."""
+    inputs, targets = map(torch.from_numpy, batch)
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # else a thread pins, and makes a context, on the first GPU
+            return inputs.pin_memory(), targets.pin_memory()
+    return inputs, targets
+
+
+def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None:
+    """Refuse what cannot be trained, before anything starts.
+
+    Raises:
+        UserError: too few tokens for one batch or for `max_tokens`, or a batch that the ranks cannot share equally.
+    """
+    available = manifest.tokens("train")
+    row_count = (available - 1) // params.sequence_length
+    if row_count < params.rows_per_step:
+        raise UserError(
+            f"the training shards have {available:,} tokens, {row_count} rows of {params.sequence_length}, and one step needs "
+            f"{params.rows_per_step}; lower train.global_batch_tokens or add text."
+        )
+    epochs = params.max_batches * params.rows_per_step / row_count
+    if epochs > params.max_epochs:
+        left_out = params.max_batches - params.max_steps
+        extra = f", with {left_out} batches more that train.spike may leave out," if left_out else ""
+        raise UserError(
+            f"train.max_tokens = {params.max_tokens:,}{extra} is {epochs:.3f} passes over the {available:,} training tokens, so "
+            f"rows would repeat; allow it with train.max_epochs: {math.ceil(epochs * 1000) / 1000:g}, lower max_tokens, or "
+            "add text."
+        )
+    check_shares(params, world_size)
+
+
+def check_shares(params: TrainParams, world_size: int) -> None:
+    """Refuse a number of ranks that cannot share a step equally.
+
+    Raises:
+        UserError: saying so.
+    """
+    rows, auto = params.rows_per_step, params.micro_batch_size == "auto"
+    if rows < world_size or rows % (world_size * (1 if auto else params.micro_batch_rows(world_size))):
+        raise UserError(
+            f"{world_size} ranks with train.micro_batch_size = {params.micro_batch_size} cannot share the {rows} rows of a step "
+            f"equally, so some would wait or rows would be lost; {'' if auto else 'lower train.micro_batch_size, or '}start "
+            "fewer ranks with PIPELIB_NPROC."
+        )

@@ -1,0 +1,48 @@
+"""`train.micro_batch_size: auto`: as many rows at a time as the memory of every rank holds."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from pipelib.model.params import ModelParams
+from pipelib.training.distributed import World, backward_on_nothing
+from pipelib.training.memory import divisors, padded_parameters, rows_that_fit
+from pipelib.training.params import TrainParams
+
+
+def settle_micro_batch(
+    model: ModelParams, params: TrainParams, network: nn.Module, world: World, free: int, earlier: Mapping[str, object]
+) -> TrainParams:
+    """The parameters with a number for `micro_batch_size: auto`, the same on every rank; as they are where it is a number.
+
+    The arithmetic of `memory_of` decides. A GPU then tries it, and takes the next smaller one as long as it does not fit.
+
+    Args:
+        network: not yet wrapped for several ranks.
+        free: bytes of each rank, before it held anything.
+        earlier: meta.json of the checkpoint that goes on, whose number stays, since other rows round otherwise.
+    """
+    if params.micro_batch_size != "auto":
+        return params
+    share = params.rows_per_step // world.world_size
+    kept = earlier.get("micro_batch_size")
+    if isinstance(kept, int):
+        return replace(params, micro_batch_size=divisors(share, kept + 1)[0])
+    rows = rows_that_fit(model, params, world.world_size, free) or 1
+    while world.runs_ahead and rows > 1 and not world.least(_fits(model, params, network, world, rows)):
+        rows = divisors(share, rows)[0]
+    return replace(params, micro_batch_size=rows)
+
+
+def _fits(model: ModelParams, params: TrainParams, network: nn.Module, world: World, rows: int) -> bool:
+    """Whether a forward and a backward pass run, with the memory taken that AdamW's moments will need."""
+    try:
+        _moments = torch.empty(8 * padded_parameters(model), dtype=torch.uint8, device=world.device)
+        backward_on_nothing(network, rows, params.sequence_length, params.precision, world.device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        network.zero_grad(set_to_none=True)
+    return True

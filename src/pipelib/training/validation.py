@@ -1,0 +1,65 @@
+"""What the ranks measure together while a training goes on."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelib.errors import UserError
+from pipelib.evaluation.hellaswag import Item, Scores, read_items, score
+from pipelib.evaluation.loss import Loss, summed_loss
+from pipelib.files import sha256_file
+from pipelib.model.gpt import GPT
+from pipelib.tokens.encoding import tiktoken_encoding
+from pipelib.tokens.loader import validation_batches
+from pipelib.tokens.shards import VALIDATION_SHARD
+from pipelib.training.distributed import World
+from pipelib.training.params import TrainParams
+
+HELLASWAG = Path("data/benchmarks/hellaswag.jsonl")
+
+
+def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World) -> Loss:
+    """The loss on the first `validate_tokens` tokens of the validation shard, shared among the ranks."""
+    rows = params.micro_batch_rows(1)
+    batches = validation_batches(tokens / VALIDATION_SHARD, params.sequence_length, rows, params.validate_tokens)
+    mine = (batch for number, batch in enumerate(batches) if number % world.world_size == world.rank)
+    share = summed_loss(model, mine, params.precision)
+    whole = world.sum(torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=world.device)).tolist()
+    return Loss(whole[0], int(whole[1]))
+
+
+class HellaSwag:
+    """The items of data/benchmarks/hellaswag.jsonl, read when they are first needed."""
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        return read_items(HELLASWAG, tiktoken_encoding())
+
+    def score(self, model: GPT, params: TrainParams, world: World) -> Scores:
+        """The model's losses on all items, shared among the ranks; the same on every rank."""
+        mine = slice(world.rank, None, world.world_size)
+        losses = np.zeros((2, len(self._items), len(self._items[0].endings)))
+        if share := self._items[mine]:
+            batch_tokens = params.micro_batch_rows(world.world_size) * params.sequence_length
+            scores = score(model, share, max(batch_tokens, model.params.context_length), params.precision)
+            losses[:, mine] = scores.sums, scores.means
+        whole = world.sum(torch.from_numpy(losses).to(world.device)).cpu().numpy()
+        return Scores(whole[0], whole[1], self._items)
+
+
+def require_hellaswag(params: TrainParams) -> dict[str, object]:
+    """What `hellaswag_every` adds to what decides a training: the hash of the items; nothing where it is null.
+
+    Raises:
+        UserError: there are no items.
+    """
+    if params.hellaswag_every is None:
+        return {}
+    if not HELLASWAG.is_file() or not HELLASWAG.stat().st_size:
+        raise UserError(
+            f"train.hellaswag_every: {params.hellaswag_every} needs the items of {HELLASWAG}, and there are none; name "
+            "hellaswag in download.benchmarks and run dvc repro, or set it to null."
+        )
+    return {"hellaswag": sha256_file(HELLASWAG)}

@@ -1,0 +1,146 @@
+"""`micro_batch_size: auto`, and what is said where memory runs out."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import (
+    curve,
+    model_params,
+    one_thread,  # noqa: F401 (a fixture)
+    train_params,
+    train_small,
+    write_tokens,
+)
+from torch import Tensor
+
+from pipelib.config import parse
+from pipelib.errors import UserError
+from pipelib.model.gpt import GPT
+from pipelib.tokens.shards import read_manifest
+from pipelib.training import loop
+from pipelib.training.batches import check_plan
+from pipelib.training.memory import USABLE, memory_of, rows_that_fit
+from pipelib.training.params import TrainParams
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a small training finds its tokens."""
+    write_tokens(tmp_path / "tokens")
+    return tmp_path
+
+
+def params(**changes: Any) -> TrainParams:
+    return train_params(**{"max_tokens": 64 * 4, "warmup_steps": 1, "micro_batch_size": "auto", **changes})
+
+
+def room_for(rows: int) -> int:
+    """Bytes that hold a micro-batch of so many rows, and not one more."""
+    return int(memory_of(model_params(), params(), rows, 16).total / USABLE) + 1
+
+
+@pytest.mark.parametrize(("rows", "chosen"), [(1, 1), (2, 2), (3, 3), (5, 4), (11, 6), (12, 12), (99, 12)])
+def test_the_largest_divisor_that_fits(rows: int, chosen: int) -> None:
+    wide = params(global_batch_tokens=12 * 16)
+    assert rows_that_fit(model_params(), wide, 1, room_for(rows)) == chosen
+    assert rows_that_fit(model_params(), wide, 2, room_for(rows)) == min(chosen, {4: 3, 5: 3}.get(chosen, chosen), 6)
+    assert rows_that_fit(model_params(), wide, 1, room_for(1) // 2) == 0
+
+
+def free(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Have this machine hold so many rows."""
+    monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: room_for(rows))
+
+
+def test_it_is_chosen_said_and_kept_by_the_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free(monkeypatch, 2)
+    train_small(folder, params(micro_batch_size=2), checkpoint_every=2)
+    fixed = (folder / "work/train.csv").read_bytes()
+    shutil.rmtree(folder / "work")
+    capsys.readouterr()
+
+    train_small(folder, params(), checkpoint_every=2)
+    assert "2 micro-steps of 2 rows on each of 1 rank(s)" in capsys.readouterr().out
+    assert (folder / "work/train.csv").read_bytes() == fixed
+    last = folder / "work/checkpoints/step_00000004"
+    assert json.loads((last / "meta.json").read_text())["micro_batch_size"] == 2
+
+    shutil.rmtree(last)
+    free(monkeypatch, 4)  # more memory is no reason to go on otherwise
+    train_small(folder, params(), checkpoint_every=2)
+    assert "2 micro-steps of 2 rows" in capsys.readouterr().out
+    assert (folder / "work/train.csv").read_bytes() == fixed
+    shutil.rmtree(folder / "work")
+    train_small(folder, params())
+    assert "1 micro-steps of 4 rows" in capsys.readouterr().out
+
+
+def out_of_memory(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    """Have the forward pass ask for more than there is."""
+    hidden = GPT.hidden
+
+    def too_much(self: GPT, inputs: Tensor) -> Tensor:
+        if inputs.shape[0] > 1 and torch.is_grad_enabled():
+            if error == "torch, on a CPU":
+                torch.empty(2**55)
+            raise torch.OutOfMemoryError("CUDA out of memory") if error == "torch, on a GPU" else MemoryError
+        return hidden(self, inputs)
+
+    monkeypatch.setattr(GPT, "hidden", too_much)
+
+
+@pytest.mark.parametrize("error", ["torch, on a CPU", "torch, on a GPU", "Python"])
+def test_running_out_of_memory_names_what_would_fit(folder: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    out_of_memory(monkeypatch, error)
+    with pytest.raises(UserError) as caught:
+        train_small(folder, params(micro_batch_size=4))
+    assert "a micro-batch of 4 rows of 16 tokens needs about" in str(caught.value)
+    assert "train.micro_batch_size: 2 would fit, with about" in str(caught.value)
+    assert "train.activation_checkpointing: true needs less too" in str(caught.value)
+    assert not curve(folder)
+
+    free(monkeypatch, 1)
+    with pytest.raises(UserError, match=r"train\.micro_batch_size: 1 would fit"):
+        train_small(folder, params(micro_batch_size=4))
+    monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: 1000)
+    with pytest.raises(UserError, match="no smaller micro-batch would fit"):
+        train_small(folder, params(micro_batch_size=4))
+
+
+def test_other_errors_stay_what_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("the shapes do not fit")
+
+    monkeypatch.setattr(GPT, "hidden", broken)
+    with pytest.raises(RuntimeError, match="the shapes do not fit"):
+        train_small(folder, params())
+
+
+def test_ranks_that_cannot_share_a_step_are_refused_without_a_number_too(folder: Path) -> None:
+    manifest = read_manifest(folder / "tokens")
+    check_plan(params(), manifest, 4)
+    with pytest.raises(UserError, match=r"3 ranks .* cannot share the 4 rows of a step equally, .* lost; start fewer"):
+        check_plan(params(), manifest, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("autp", "it must be a whole number or auto."),
+        (0, "must be greater than 0."),
+        (1.5, "it must be a whole number."),
+    ],
+)
+def test_only_a_number_or_auto(value: object, problem: str) -> None:
+    values = {**vars(params()), "sample_prompts": [], "micro_batch_size": value}
+    problems: list[str] = []
+    parse(TrainParams, values, "train", problems)
+    assert len(problems) == 1
+    assert problems[0].startswith(f"train.micro_batch_size: {value!r}")
+    assert problems[0].endswith(problem)
