@@ -2,8 +2,8 @@
 
 A question is a context and one or more endings. Its context is computed once: context and endings lie in one row, where
 each ending looks at the context and at itself alone, and takes the positions that follow the context's. The output layer sees
-what predicts a token of an ending and nothing else. For HellaSwag that is 81 positions instead of 179 an item, 56 of them with
-logits; see docs/log.md for the time.
+what predicts a token of an ending and nothing else. For the first 1,000 items of HellaSwag's validation set that
+is 77 positions an item instead of 153, 53 of them with logits: 2.2 times fewer operations at 124M (docs/log.md has the time).
 """
 
 from collections.abc import Callable, Iterator, Sequence
