@@ -23,8 +23,9 @@ repro: setup     ## run the whole pipeline, or what of it is not up to date
 test: setup      ## the tests
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-long: setup ## the tests that kill at random, RUNS times (200)
+test-long: setup ## the tests that kill at random, RUNS times (200), and MLflow in a browser
 	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest tests/test_kill.py tests/test_tokens_encode_corpus.py -k kill -s
+	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest tests/test_browser.py -s
 
 check: setup     ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ def plain_environment() -> Iterator[None]:
     """No variable of this shell that changes what the pipeline does, except what sets the size of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith(("PIPELIB_", "DVC_", "MLFLOW_")) and name != "PIPELIB_TEST_RUNS":
+            if name.startswith(("PIPELIB_", "DVC_", "MLFLOW_")) and not name.startswith("PIPELIB_TEST_"):
                 patch.delenv(name)
         yield
 
