@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= 200
 REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-long check format bench-train bench-gpu bench-tokenize bench-loader bench-hellaswag bench-harness remote ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-gpu bench-tokenize bench-loader bench-hellaswag bench-harness bench-tracking remote ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,8 +25,9 @@ repro: setup     ## run the whole pipeline, or what of it is not up to date
 test: setup      ## the tests
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-long: setup ## the tests that kill at random, RUNS times (200)
+test-long: setup ## the tests that kill at random, RUNS times (200), and MLflow in a browser
 	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest tests/test_kill.py tests/test_tokens_encode_corpus.py -k kill -s
+	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest tests/test_browser.py -s
 
 check: setup     ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -59,7 +60,11 @@ remote: setup    ## keep all outs in a second place, REMOTE (../pipelib-remote),
 	$(BIN)/dvc remote add --local --default --force store $(REMOTE)
 	$(BIN)/dvc push --run-cache
 
+bench-tracking: setup  ## time what MLflow costs a stage when it is away, silent, broken, slow or well
+	$(BIN)/python bench/tracking.py $(ARGS)
+
 ui: setup        ## compare runs in the browser
+	@echo 'The runs are at http://127.0.0.1:5000/#/experiments/1/runs (MLflow begins with its view for chats).'
 	$(BIN)/mlflow ui
 
 clean: setup     ## list the stages' state and free it

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ("small_tracking",)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def plain_environment() -> Iterator[None]:

@@ -3,98 +3,37 @@
 import inspect
 import json
 import os
-import re
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_tracking import (
+    CODE,
+    FINGERPRINT,
+    SEARCHED,
+    FakeParams,
+    Logging,
+    points,
+    record_path,
+    runs,
+    start,
+    steps,
+    write,
+)
 
-from pipelib import mlflow_mirror
+from pipelib import mlflow_store, system_metrics
+from pipelib.mlflow_run import MlflowRun
 from pipelib.record import Record, read_events, redact
+from pipelib.run_page import reproduce
 from pipelib.tracking import NullRun, Run, attach_run, open_run
 
 # MLflow 3.17 with SQLAlchemy 2.1 warns once, when it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-
-CODE = {"stages/train.py": "aa"}
-FINGERPRINT = "f" * 64
-SEARCHED = os.pathsep.join(str(Path(folder).absolute()) for folder in sys.path)
-"""PYTHONPATH for other processes; taken before any test changes the folder."""
-
-
-@dataclass(frozen=True)
-class Logging:
-    log_every: int = 10
-    mlflow: bool = True
-
-
-@dataclass(frozen=True)
-class FakeParams:
-    download: dict[str, Any] = field(default_factory=lambda: {"source": "docs"})
-    tokenize: dict[str, Any] = field(default_factory=lambda: {"shard_tokens": 4096, "dedup": "none"})
-    model: dict[str, Any] = field(default_factory=lambda: {"n_layer": 2})
-    train: dict[str, Any] = field(default_factory=lambda: {"max_lr": 0.0018, "compile": False})
-    evaluate: dict[str, Any] = field(default_factory=lambda: {"tasks": ("a", "b")})
-    logging: Logging = Logging()
-
-
-def start(stage: str = "train", *, mlflow: bool = True, code: dict[str, str] = CODE, **options: Any) -> Run:
-    return open_run(stage, FakeParams(logging=Logging(mlflow=mlflow)), FINGERPRINT, code, **options)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where mlflow.db lies; shared, because making one takes seconds. Each test has its own key in it."""
-    return tmp_path_factory.mktemp("workspace")
-
-
-@pytest.fixture(autouse=True)
-def workspace(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "PIPELIB_RESUME", "PIPELIB_TRACKING_WAIT", "DVC_EXP_BASELINE_REV"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("MAX_RETRIES", "TIMEOUT"):
-        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
-    monkeypatch.setenv("DVC_ROOT", str(root))
-    monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setenv("DVC_EXP_NAME", re.sub(r"\W", "_", request.node.name))
-    return tmp_path
-
-
-@pytest.fixture
-def client(root: Path) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(f"sqlite:///{root}/mlflow.db")
-
-
-def record_path(stage: str = "train") -> Path:
-    return Path("state/records") / os.environ["DVC_EXP_NAME"] / f"{stage}-{FINGERPRINT[:16]}.jsonl"
-
-
-def points(path: Path) -> list[tuple[str, int | None]]:
-    return [(key, e["step"]) for e in read_events(path)[0] if e["event"] == "metrics" for key in e["metrics"]]
-
-
-def runs(client: Any, stage: str) -> list[Any]:
-    experiment = client.get_experiment_by_name("pipelib").experiment_id
-    key = os.environ["DVC_EXP_NAME"]
-    (parent,) = client.search_runs([experiment], f"tags.`pipelib.key` = '{key}' and tags.`pipelib.stage` = 'pipeline'")
-    if stage == "pipeline":
-        return [parent]
-    family = f"tags.mlflow.parentRunId = '{parent.info.run_id}' and tags.`pipelib.stage` = '{stage}'"
-    return list(client.search_runs([experiment], family))
-
-
-def steps(client: Any, run: Any, key: str) -> list[int]:
-    return [point.step for point in client.get_metric_history(run.info.run_id, key)]
-
+pytestmark = [
+    pytest.mark.usefixtures("workspace"),
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+]
 
 # ---- The record ------------------------------------------------------------------------------------------------------
 
@@ -190,6 +129,29 @@ def test_a_record_that_cannot_be_written_stops_nothing(capsys: pytest.CaptureFix
     assert "this run is not recorded; the stage goes on" in capsys.readouterr().err
 
 
+def test_a_dvc_lock_that_nobody_can_read_costs_its_digests(capsys: pytest.CaptureFixture[str]) -> None:
+    write("dvc.lock", "<<<<<<< HEAD")
+    with start("evaluate", mlflow=False) as run:
+        run.log({"a": 1.0}, 1)
+    assert "so DVC's digests are not recorded; the stage goes on" in capsys.readouterr().err
+    assert [event["event"] for event in read_events(record_path("evaluate"))[0]] == [
+        "open",
+        "metrics",
+        "summary",
+        "end",
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_state_of_the_machine_is_recorded_beside_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics, "SAMPLE_SECONDS", 0.01)
+    with start(mlflow=False):
+        while ("system/system_memory_usage_percentage", 2) not in points(record_path()):
+            pass
+    names = [name for name, _ in points(record_path())]
+    assert "system/cpu_utilization_percentage" in names
+
+
 def test_null_run_has_every_method_of_run_and_writes_nothing(workspace: Path) -> None:
     for name, method in inspect.getmembers(Run, inspect.isfunction):
         if not name.startswith("_"):
@@ -211,12 +173,6 @@ def test_the_module_needs_neither_torch_nor_mlflow() -> None:
 
 
 # ---- MLflow ----------------------------------------------------------------------------------------------------------
-
-
-def write(name: str, content: object) -> None:
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 def test_a_whole_pipeline_in_mlflow(client: Any, root: Path) -> None:
@@ -306,12 +262,12 @@ def test_what_mlflow_has_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> N
         run.log({"train/loss": 4.0}, 1)
         run.log_text("samples/1.txt", "one")
     sent: list[object] = []
-    log, file = mlflow_mirror.MlflowRun._log, mlflow_mirror.MlflowRun._send_file
+    log, file = MlflowRun._log, MlflowRun._accepted
+    monkeypatch.setattr(MlflowRun, "_log", lambda *a, **k: (sent.extend(k.get("points") or ()), log(*a, **k)))
     monkeypatch.setattr(
-        mlflow_mirror.MlflowRun, "_log", lambda *a, **k: (sent.extend(k.get("points") or ()), log(*a, **k))
-    )
-    monkeypatch.setattr(
-        mlflow_mirror.MlflowRun, "_send_file", lambda view, event: (sent.append(event), file(view, event))
+        MlflowRun,
+        "_accepted",
+        lambda *a, **k: (sent.extend(a[3:] if a[2].__name__ == "log_text" else ()), file(*a, **k)),
     )
     with start():
         pass
@@ -371,16 +327,16 @@ def test_a_database_appears_whole_or_not_at_all() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mlflow_mirror._make_whole(database, killed)
+        mlflow_store._make_whole(database, killed)
     assert not database.exists()
-    mlflow_mirror._make_whole(database, lambda fresh: fresh.open("x").close())  # meets nothing of the half-made one
+    mlflow_store._make_whole(database, lambda fresh: fresh.open("x").close())  # meets nothing of the half-made one
     assert [path.name for path in Path().iterdir()] == ["mlflow.db"]
 
 
 def test_processes_that_find_no_database_make_one_together(tmp_path: Path) -> None:
     Path(".mlflow.db.tmp").write_text("left by a kill")
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_tracking as t\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import small_tracking as t\n"
         "with t.start(sys.argv[2]) as run: run.log({'x': 1.0}, 1)"
     )
     environment = {**os.environ, "DVC_ROOT": str(tmp_path), "PYTHONPATH": SEARCHED}
@@ -396,77 +352,6 @@ def test_processes_that_find_no_database_make_one_together(tmp_path: Path) -> No
 
     made = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     assert len(runs(made, "download")) == len(runs(made, "tokenize")) == 1
-
-
-# ---- Servers that fail -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def silent_server() -> Iterator[str]:
-    """Takes connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"127.0.0.1:{server.getsockname()[1]}"
-
-
-def test_a_dead_server_costs_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:canary-pw@127.0.0.1:{port}")
-    monkeypatch.setenv("PIPELIB_TRACKING_WAIT", "600")  # refused at once: the wait ends with the mirror's only try
-    with start() as run:
-        run.log({"train/loss": 1.0}, 1)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"MLflow at http://***@127.0.0.1:{port} failed" in line
-    assert "PIPELIB_TRACKING_WAIT=60 dvc repro -fs train" in line
-    assert points(record_path()) == [("train/loss", 1)]
-
-
-def test_a_server_that_never_answers_is_left_at_the_deadline(
-    silent_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{silent_server}")
-    monkeypatch.setenv("PIPELIB_TRACKING_WAIT", "0.01")
-    with start() as run:
-        run.log({"train/loss": 1.0}, 1)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "did not take all of this run within 0.01 s" in line
-
-
-def test_the_deadline_is_short_for_a_server_and_long_for_a_file(
-    silent_server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mlflow_mirror.Mirror, "_work", lambda _: None)
-    mirror = mlflow_mirror.Mirror(Path("record"), 0, Path("mlflow.db"))
-    assert mirror._wait == mlflow_mirror.LOCAL_WAIT_SECONDS
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{silent_server}")
-    assert mlflow_mirror.Mirror(Path("record"), 0, Path("mlflow.db"))._wait == mlflow_mirror.REMOTE_WAIT_SECONDS == 1.0
-
-
-def test_a_server_that_comes_back_gets_what_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    got: list[str] = []
-    back = threading.Event()
-
-    class View:
-        def send(self, events: list[dict[str, Any]], replay: bool) -> None:
-            assert not (replay and events)
-            got.extend(event["event"] for event in events)
-            if "metrics" in got:
-                back.set()
-
-    tries: list[object] = []
-
-    def connect(mirror: object) -> View:
-        tries.append(mirror)
-        if len(tries) == 1:
-            raise ConnectionError("away")
-        return View()
-
-    monkeypatch.setattr(mlflow_mirror, "COOLDOWN_SECONDS", 0.001)
-    monkeypatch.setattr(mlflow_mirror.Mirror, "_connect", connect)
-    with start() as run:
-        run.log({"train/loss": 1.0}, 1)
-        assert back.wait(60)
-    assert got == ["open", "metrics", "end"]
 
 
 # ---- Secrets ---------------------------------------------------------------------------------------------------------
@@ -502,6 +387,81 @@ def test_secrets_reach_neither_record_nor_mlflow(
     assert train.data.params["url"] == "https://***@host.example/x?access_token=***"
 
 
+def test_credentials_of_git_and_dvc_reach_nothing(
+    client: Any, root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In URLs of remotes, in DVC's settings, in a file that is not committed, in the address of MLflow."""
+
+    def git(*arguments: str) -> None:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+
+    git("init", "--quiet")
+    write(".gitignore", "/state/\n")
+    write(".dvc/config", "[core]\n")
+    write("notes.txt", "one\n")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    git("remote", "add", "origin", "https://someone:canary-git@host.example/x.git")
+    write(
+        ".dvc/config",
+        "['remote \"r\"']\n    url = https://someone:canary-dvc@host.example\n    password = canary-word\n",
+    )
+    write("notes.txt", "one\nsee https://someone:canary-url@host.example and password: canary-assigned\n")
+    write("dvc.lock", {"stages": {"train": {"outs": [{"path": "models", "md5": "22.dir"}]}}})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    for stage in ("train", "evaluate"):
+        with start(stage) as run:
+            run.log_outs(Path("none"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:canary-pw@127.0.0.1:1")
+    with start():
+        pass
+    said = capfd.readouterr()
+    assert "http://***@127.0.0.1:1 failed" in said.err
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (train,), (parent,) = runs(client, "train"), runs(client, "pipeline")
+    assert train.data.tags["git.dirty"] == "true"
+    diff = Path(client.download_artifacts(train.info.run_id, "uncommitted.diff")).read_text()
+    assert "+see https://***@host.example and password: ***" in diff
+    assert "DVC md5 `22.dir`" in parent.data.tags["mlflow.note.content"]
+    searched = [path.read_bytes() for folder in (root, Path("state")) for path in folder.rglob("*") if path.is_file()]
+    assert len(searched) > 5
+    for text in (*searched, (said.out + said.err).encode()):
+        assert b"canary-" not in text
+
+
+def test_a_page_says_how_to_get_at_changes_that_are_in_no_commit() -> None:
+    lineage = {"git.commit": "abc", "git.dirty": "true", "dvc.exp_name": "", "dvc.exp_baseline_rev": ""}
+    page = reproduce(lineage)
+    assert "    git checkout abc\n    dvc repro\n" in page
+    assert "apply the artifact `uncommitted.diff`" in page
+    in_experiment = reproduce({**lineage, "dvc.exp_name": "brave-lynx", "dvc.exp_baseline_rev": "def"})
+    assert "    git checkout def\n    dvc exp apply brave-lynx\n    dvc repro\n" in in_experiment
+    assert "uncommitted" not in in_experiment
+
+
+def test_what_stages_write_makes_no_run_dirty() -> None:
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    write("dvc.lock", {})
+    write("metrics/train.json", "{}")
+    write(".gitignore", "/state/\n")
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "first"]):
+        subprocess.run([*command, *arguments], check=True, capture_output=True)
+    write("dvc.lock", {"stages": {}})
+    write("metrics/train.json", '{"val_loss": 1}')
+    with start(mlflow=False):
+        pass
+    (opened,) = [event for event in read_events(record_path())[0] if event["event"] == "open"]
+    assert opened["tags"]["git.dirty"] == "false"
+    write("new.py", "")
+    with start(mlflow=False):
+        pass
+    events = read_events(record_path())[0]
+    assert [event["tags"]["git.dirty"] for event in events if event["event"] == "open"] == ["false", "true"]
+    (diff,) = [event["text"] for event in events if event["event"] == "text"]
+    assert diff == "# new, and not in this diff: new.py\n"
+
+
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
@@ -510,6 +470,8 @@ def test_secrets_reach_neither_record_nor_mlflow(
         ("mail someone@host.example", "mail someone@host.example"),
         ("?X-Amz-Signature=abc&x=1", "?X-Amz-Signature=***&x=1"),
         ("tokenize.shard_tokens=100", "tokenize.shard_tokens=100"),
+        ("secret_access_key = abc", "secret_access_key = ***"),
+        ('"password": "a b", 1', '"password": ***, 1'),
     ],
 )
 def test_redact(text: str, clean: str) -> None:
@@ -519,3 +481,11 @@ def test_redact(text: str, clean: str) -> None:
 def test_redact_knows_the_decoded_password_of_the_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:can%2Fary-pw@host")
     assert redact("login with can/ary-pw or can%2Fary-pw refused") == "login with *** or *** refused"
+
+
+@pytest.mark.parametrize("uri", ["http://[half", "http://user:canary/pw@host", "http://user:c/p@host"])
+def test_redact_knows_addresses_that_are_none(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    clean = redact(f"cannot open {uri}")
+    assert "/p" not in clean
+    assert "canary" not in clean

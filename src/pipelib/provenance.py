@@ -86,17 +86,43 @@ def code_hashes(start: Path, root: Path) -> dict[str, str]:
     return files | {f"package {name}": version for name, version in packages.items()}
 
 
+WRITTEN_BY_STAGES = (":(exclude)dvc.lock", ":(exclude)metrics")
+"""What every run changes and git tracks, as git's pathspecs."""
+
+
 def git_state(root: Path) -> dict[str, str]:
-    """`commit` (empty where there is none) and `dirty` ("true" or "false") of a checkout."""
+    """`commit` (empty where there is none) and `dirty` of a checkout: "true" where anything but what stages write differs
+    from the commit, else "false"."""
+    commit = _git(root, "rev-parse", "HEAD").strip()
+    return {
+        "commit": commit,
+        "dirty": str(bool(_git(root, "status", "--porcelain", "--", ".", *WRITTEN_BY_STAGES))).lower(),
+    }
 
-    def git(*arguments: str) -> str:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-        return done.stdout.strip()
 
-    return {"commit": git("rev-parse", "HEAD"), "dirty": str(bool(git("status", "--porcelain"))).lower()}
+def uncommitted_changes(root: Path, limit: int) -> str:
+    """The diff of a checkout to its commit, and the names of new files; cut at `limit` bytes.
+
+    Without what stages write, and without `.dvc`, where remotes and their passwords are set up.
+    """
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "--", ".", *WRITTEN_BY_STAGES).splitlines()
+    diff = _git(root, "diff", "HEAD", "--", ".", *WRITTEN_BY_STAGES, ":(exclude).dvc")
+    if len(diff.encode()) > limit:
+        diff = (
+            f"{diff.encode()[:limit].decode(errors='ignore')}\n# cut here: {limit:,} bytes of {len(diff.encode()):,}\n"
+        )
+    return diff + "".join(f"# new, and not in this diff: {name}\n" for name in new)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What a git command prints; nothing where it fails."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, errors="replace", check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout
 
 
 def versions(*packages: str) -> dict[str, str]:

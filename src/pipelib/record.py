@@ -10,20 +10,32 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from pipelib.files import write_text
 
 _SECRET_NAMES = re.compile(r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
+_LOGIN = re.compile(r"[^:]*://(?P<login>[^:@]*:(?P<password>.*)@)")
+"""User and password of a URL, up to the last @: of one that is no valid URL, too, since the password was not encoded."""
 _SECRET_SHAPES = (
     (re.compile(r"(?<=://)[^/\s]*@"), "***@"),  # user:password@ of a URL, up to the last @ before a slash
     (re.compile(r"([?&][^=&\s]*(?:token|secret|password|signature|key)[^=&\s]*=)[^&\s\"']+", re.IGNORECASE), r"\1***"),
+    # password = ... in a configuration, or "secret_key": "..."
+    (
+        re.compile(
+            r"\b([\w-]*(?:password|passwd|passphrase|secret_key|access_key|account_key|api_key|connection_string)[\"']?\s*[=:]\s*)"
+            r"""("[^"]*"|'[^']*'|[^\s"']+)""",
+            re.IGNORECASE,
+        ),
+        r"\1***",
+    ),
     (re.compile(r"\b(?:hf_|ghp_|github_pat_|glpat-)\w{16,}"), "***"),
 )
 
@@ -31,7 +43,10 @@ _SECRET_SHAPES = (
 def redact(text: str) -> str:
     """`text` without secrets: values of environment variables named like one, credentials in URLs, known tokens."""
     secrets = {value for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
-    password = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).password or ""
+    login = _LOGIN.match(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    password = ""
+    if login:
+        text, password = text.replace(login["login"], "***@"), login["password"]
     for secret in sorted(secrets | {password, unquote(password)}, key=len, reverse=True):
         if len(secret) >= 6:  # "true" or "1" under such a name is no secret, and is part of many words
             text = text.replace(secret, "***")
@@ -56,8 +71,11 @@ def say(text: str) -> None:
 
 
 def brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    """An error in a line: the beginning and the end of a long one, where libraries put the cause."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    if len(line) > 200:
+        line = f"{line[:100]} ... {line[-100:]}"
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 @contextmanager
@@ -81,6 +99,7 @@ class Record:
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # torn by a kill; the next line stays whole
             os.write(self._descriptor, b"\n")
         self._torn = False
+        self._turn = threading.Lock()
         self.id = uuid.uuid4().hex
         self._points: dict[tuple[str, int | None], float] = {}
         for event in read_events(path)[0]:
@@ -91,9 +110,10 @@ class Record:
     def append(self, event: str, **values: object) -> None:
         """Write one event; the system has it when this returns."""
         line = json.dumps(_redacted({"time": time.time(), "event": event, **values}), ensure_ascii=False)
-        data = b"\n" * self._torn + line.encode("utf-8", "replace") + b"\n"  # a line cut short stays alone
-        self._torn = True
-        self._torn = os.write(self._descriptor, data) < len(data)
+        with self._turn:
+            data = b"\n" * self._torn + line.encode("utf-8", "replace") + b"\n"  # a line cut short stays alone
+            self._torn = True
+            self._torn = os.write(self._descriptor, data) < len(data)
 
     def append_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
         """Write those numbers that are new: no (key, step) twice, and without a step only what changed."""
@@ -106,6 +126,10 @@ class Record:
         if new:
             self.append("metrics", step=step, metrics=new)
             known |= {(name, step): value for name, value in new.items()}
+
+    def last_step(self, name: str) -> int:
+        """The last step that a number has been recorded at; 0 where there is none."""
+        return max((step for known, step in self._points if known == name and step is not None), default=0)
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -12,23 +12,34 @@ from typing import Any, Self
 
 from pipelib.config import flatten, read_yaml
 from pipelib.files import files_under, read_json, sha256_file, sha256_json
-from pipelib.mlflow_mirror import LAST, SECTIONS, Mirror
-from pipelib.provenance import code_hashes, git_state
+from pipelib.mlflow_mirror import Mirror
+from pipelib.mlflow_run import LAST, SECTIONS
+from pipelib.mlflow_store import Place
+from pipelib.provenance import code_hashes, git_state, uncommitted_changes
 from pipelib.record import Record, harmless, settle_record
+from pipelib.run_page import model_reference, pipeline_page, stage_page
 from pipelib.state import state_root
+from pipelib.system_metrics import CPU, Sampler
 
 ARTIFACT_BYTES = 5_000_000
 """Larger files are not copied to MLflow."""
+RAW, TOKENS = Path("data/raw/manifest.json"), Path("data/tokens/manifest.json")
+DIFF_BYTES = 1_000_000
+"""Of the changes that are in no commit so much is recorded."""
 
 
 class Run:
     """The record of one stage's run; leaving the `with` block records how it ended."""
 
-    def __init__(self, stage: str, record: Record, mirror: Mirror | None, main: bool) -> None:
+    def __init__(self, stage: str, record: Record, mirror: Mirror | None, opened: Mapping[str, Any] | None) -> None:
         """Args:
-        main: this handle decides when the run has ended; others only add to it.
+        opened: what the run is, for the handle that decides when it has ended; others only add to it.
         """
-        self.stage, self._record, self._mirror, self._main = stage, record, mirror, main
+        self.stage, self._record, self._mirror, self._opened = stage, record, mirror, opened
+        self._sampler = None
+        if opened:
+            with harmless("the state of the machine is"):
+                self._sampler = Sampler(self.log, record.last_step(CPU) + 1)
 
     @property
     def path(self) -> Path | None:
@@ -41,14 +52,14 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._main:
+        if self._sampler:
+            self._sampler.close()
+        if self._opened:
             killed = isinstance(error, KeyboardInterrupt | SystemExit)
             status = "finished" if error is None else "killed" if killed else "failed"
             if status == "finished" and self.stage == LAST:
                 with harmless("the parent run's summary is"):
-                    md5 = _out_md5s(["train"]).get("models")
-                    model = {"dvc.md5.models": md5} if md5 else {}
-                    self._record.append("summary", metrics={stage: _finals(stage) for stage in SECTIONS}, model=model)
+                    self._record.append("summary", **_summary(self._opened))
             with harmless("the end of this run is"):
                 self._record.append("end", status=status)
         if self._mirror:
@@ -146,16 +157,21 @@ def open_run(stage: str, params: object, fingerprint: str, code: Mapping[str, st
         settle_record(path, digest)
         record, start = Record(path), path.stat().st_size
         tags = _lineage(stage) | {name: value for name, value in flat.items() if name.startswith("logging.")}
-        record.append(
-            "open", record=record.id, key=key, inputs=inputs, stage=stage, fingerprint=fingerprint, code=digest,
-            params=decisive, tags=tags,
-        )  # fmt: skip
-        if "data.fingerprint" in tags:
-            record.append("input", name="data/tokens", digest=tags["data.fingerprint"])
+        opened = {
+            "record": record.id, "key": key, "inputs": inputs, "stage": stage, "fingerprint": fingerprint,
+            "code": digest, "params": decisive, "tags": tags,
+        }  # fmt: skip
+        record.append("open", **opened)
+        for name, manifest_sha256 in _inputs(stage).items():
+            record.append("input", name=name, digest=manifest_sha256)
+        if tags.get("git.dirty") == "true":
+            record.append("text", name="uncommitted.diff", text=uncommitted_changes(Path.cwd(), DIFF_BYTES))
         mirror = None
         if flat["logging.mlflow"]:
-            mirror = Mirror(path, start, Path(os.environ.get("DVC_ROOT", ".")).absolute() / "mlflow.db")
-        return Run(stage, record, mirror, main=True)
+            with harmless("MLflow's view of this run is"):
+                mirror = Mirror(path, start, Place.chosen())
+                mirror.start()
+        return Run(stage, record, mirror, opened)
     return NullRun()
 
 
@@ -166,35 +182,63 @@ def attach_run(stage: str, path: Path | None) -> Run:
     """
     if path is not None:
         with harmless("this rank's part of the run is"):
-            return Run(stage, Record(path), None, main=False)
+            return Run(stage, Record(path), None, None)
     return NullRun()
 
 
 def _lineage(stage: str) -> dict[str, Any]:
     """Tags that say where a run comes from: git, DVC's experiment, the digests of what the stages before it made."""
     git, before = git_state(Path.cwd()), [*SECTIONS][: [*SECTIONS].index(stage)]
-    name, baseline = os.environ.get("DVC_EXP_NAME", ""), os.environ.get("DVC_EXP_BASELINE_REV", "")
-    manifest = Path("data/tokens/manifest.json")
-    has_tokens = "tokenize" in before and manifest.exists()
-    commands = [f"git checkout {baseline or git['commit']}", f"dvc exp apply {name}" if name else "", "dvc repro"]
-    note = "Reproduce with\n\n" + "".join(f"    {command}\n" for command in commands if command)
-    if git["dirty"] == "true" and not name:
-        note += "\nThe working tree had changes that are in no commit."
+    origin = {
+        "git.commit": git["commit"], "git.dirty": git["dirty"], "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
+        "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
+    }  # fmt: skip
     tags = {
-        "git.commit": git["commit"], "git.dirty": git["dirty"], "mlflow.source.git.commit": git["commit"],
-        "dvc.exp_name": name, "dvc.exp_baseline_rev": baseline, "mlflow.note.content": note,
-        "data.fingerprint": sha256_file(manifest) if has_tokens else "",
+        **origin, "mlflow.source.git.commit": git["commit"], "mlflow.note.content": stage_page(stage, origin),
+        "data.fingerprint": _sha256_of(TOKENS) if "tokenize" in before else "",
         **{f"dvc.md5.{path}": md5 for path, md5 in _out_md5s(before).items()},
     }  # fmt: skip
     return {tag: value for tag, value in tags.items() if value}
 
 
+def _inputs(stage: str) -> dict[str, str]:
+    """The data that a stage reads, by its folder: the SHA-256 of the manifest, which names every file's."""
+    read = {"tokenize": RAW, "train": TOKENS, "evaluate": TOKENS}
+    manifest = read.get(stage)
+    digest = _sha256_of(manifest) if manifest else ""
+    return {manifest.parent.as_posix(): digest} if manifest and digest else {}
+
+
+def _sha256_of(path: Path) -> str:
+    return sha256_file(path) if path.exists() else ""
+
+
+def _summary(opened: Mapping[str, Any]) -> dict[str, Any]:
+    """What completes the parent: all stages' final metrics, the model's digest, the page, the model as a reference."""
+    tags: Mapping[str, str] = opened["tags"]
+    lineage = {name: tags.get(name, "") for name in ("git.commit", "git.dirty", "dvc.exp_name", "dvc.exp_baseline_rev")}
+    metrics = {stage: _finals(stage) for stage in SECTIONS}
+    md5 = _out_md5s(["train"]).get("models", "")
+    page = pipeline_page(
+        {name: value for finals in metrics.values() for name, value in finals.items()}, lineage, md5,
+        tags.get("data.fingerprint", ""), opened["params"],
+    )  # fmt: skip
+    return {
+        "metrics": metrics,
+        "model": {"dvc.md5.models": md5} if md5 else {},
+        "tags": {"mlflow.note.content": page},
+        "texts": {"model/reference.json": model_reference(md5, lineage)} if md5 else {},
+    }
+
+
 def _out_md5s(stages: Iterable[str]) -> dict[str, str]:
     """DVC's md5 of the outs of stages that have ended, by path; a running stage's entry is absent or stale."""
     lock = Path("dvc.lock")
-    entries = read_yaml(lock).get("stages", {}) if lock.exists() else {}
-    outs = [out for stage in stages for out in entries.get(stage, {}).get("outs", ())]
-    return {str(out["path"]): str(out["md5"]) for out in outs if "md5" in out}
+    with harmless("DVC's digests are"):
+        entries = read_yaml(lock).get("stages", {}) if lock.exists() else {}
+        outs = [out for stage in stages for out in entries.get(stage, {}).get("outs", ())]
+        return {str(out["path"]): str(out["md5"]) for out in outs if "md5" in out}
+    return {}
 
 
 def _numbers(path: Path, prefix: str) -> dict[str, float]:

@@ -1,0 +1,174 @@
+"""`pipelib track`: the runs' own records, what of them MLflow has, and sending it what it missed."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelib.errors import UserError
+from pipelib.mlflow_replay import (
+    ALL,
+    BUSY,
+    DELETED,
+    Replayed,
+    had_of,
+    held,
+    opened,
+    replay_record,
+    settle_parents,
+)
+from pipelib.mlflow_run import DeletedRun
+from pipelib.mlflow_store import Place, Store, failure
+from pipelib.record import read_events, redact
+from pipelib.state import state_root
+
+EXAMPLES = """examples:
+  pipelib track                       every run's record, and what of it has arrived in MLflow
+  pipelib track --replay              send what has not arrived; twice does nothing more
+  pipelib track --replay brave-lynx   send one run, also when it was deleted in MLflow
+"""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A record on disk."""
+
+    path: Path
+    key: str
+    """The run of the pipeline: DVC's experiment, or a hash of parameters and code."""
+    stage: str
+    begun: float
+    """In seconds since 1970."""
+    ended: str
+    """finished, failed, killed; nothing where it did not say."""
+    points: int
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `track` to the command."""
+    parser = subparsers.add_parser(
+        "track",
+        help="list the runs' records and what of them MLflow has; --replay sends the rest",
+        description="Every stage keeps a record of its run on disk, whether MLflow is there or not. List the records and what of "
+        "each has arrived in MLflow (mlflow.db here, or MLFLOW_TRACKING_URI), or send what has not.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="only these, by the first column; default: all")
+    parser.add_argument("--replay", action="store_true", help="send to MLflow what it has not")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List, or send."""
+    root = state_root().absolute() / "records"
+    kept = find_records(root, arguments.runs)
+    if not kept:
+        print(f"no run has been recorded in {root}")
+        return 0
+    place = Place.chosen()
+    where = redact(place.uri)
+    try:
+        if not arguments.replay and place.database and not place.database.exists():
+            print(table(kept, ["nothing"] * len(kept)))
+            print(f"{where} is not there yet; `pipelib track --replay` makes it")
+            return 0
+        store = place.open()
+        if arguments.replay:
+            return replay(store, kept, bool(arguments.runs))
+        states = [_state(store, record) for record in kept]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"MLflow at {where} failed {redact(failure(error))}, so nothing more was sent; the records in {root} are complete: "
+            "run pipelib track --replay when it is back."
+        ) from None
+    print(table(kept, states))
+    missing = sum(state not in (ALL, DELETED, BUSY) for state in states)
+    print(
+        f"MLflow at {where} has not all of {missing} of {len(kept)}; `pipelib track --replay` sends the rest"
+        if missing
+        else f"MLflow at {where} has everything that was not deleted there"
+    )
+    return 0
+
+
+def find_records(root: Path, keys: Sequence[str]) -> list[Kept]:
+    """The records under a folder, the earliest first.
+
+    Raises:
+        UserError: one of `keys` has no record.
+    """
+    unknown = [key for key in keys if not (root / key).is_dir() or not key.strip("./")]
+    if unknown:
+        raise UserError(
+            f"{', '.join(unknown)}: no run of that name is recorded in {root}, so there is nothing to send; `pipelib track` "
+            "lists the names."
+        )
+    found = []
+    for path in root.glob("*/*.jsonl"):
+        if keys and path.parent.name not in keys:
+            continue
+        events, _ = read_events(path)
+        begun = opened(events)
+        if begun is None:
+            continue
+        last = events[-1]
+        points = sum(len(event["metrics"]) for event in events if event["event"] == "metrics")
+        ended = str(last["status"]) if last["event"] == "end" else ""
+        found.append(Kept(path, path.parent.name, str(begun["stage"]), begun["began"], ended, points))
+    return sorted(found, key=lambda record: record.begun)
+
+
+def _state(store: Store, record: Kept) -> str:
+    with held(record.path) as mine:
+        return had_of(store, record.path, read_events(record.path)[0]) if mine else BUSY
+
+
+def table(kept: Sequence[Kept], states: Sequence[str]) -> str:
+    """One line a record."""
+    rows = [("run", "stage", "begun", "ended", "points", "in MLflow")]
+    for record, state in zip(kept, states, strict=True):
+        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.begun))
+        rows.append((record.key, record.stage, begun, record.ended or "-", f"{record.points:,}", state))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def replay(store: Store, kept: Sequence[Kept], named: bool) -> int:
+    """Send what MLflow has not.
+
+    Args:
+        named: the user asked for these runs, so those that were deleted in MLflow come back.
+    """
+    done: list[Replayed] = []
+    for record in kept:
+        try:
+            result = replay_record(store, record.path, deleted_too=named)
+        except DeletedRun:
+            result = Replayed(DELETED)
+        done.append(result)
+        if result.had == BUSY:
+            print(f"{record.key} {record.stage}: not now, since the stage is running or another process sends it")
+        elif result.had != ALL and (named or result.had != DELETED):
+            print(
+                f"{record.key} {record.stage}: MLflow had {result.had}; {result.points:,} points and {result.files} files sent"
+            )
+        for name in result.gone:
+            print(f"{record.key} {record.stage}: {name} is no longer on this disk, so MLflow goes without it")
+    for folder in sorted({record.path.parent for record in kept}):
+        settle_parents(store, folder)
+    deleted = sorted({record.key for record, result in zip(kept, done, strict=True) if result.had == DELETED})
+    if deleted and not named:
+        print(
+            f"left alone, since they were deleted in MLflow; `pipelib track --replay {' '.join(deleted)}` sends them again"
+        )
+    left = "everything else" if not named and deleted else "everything"
+    busy = " but what is being sent" if any(result.had == BUSY for result in done) else ""
+    print(f"MLflow at {redact(store.place.uri)} has {left}{busy} now")
+    return 0

@@ -1,0 +1,108 @@
+"""Send to MLflow what it has not: the records of runs that ended while it was away, without anything twice."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelib.mlflow_run import SENT, DeletedRun, Event, MlflowRun, set_status
+from pipelib.mlflow_store import Store
+from pipelib.record import read_events
+
+ALL, PART, NOTHING, DELETED, BUSY = "all of it", "a part", "nothing", "deleted there", "being sent"
+"""What MLflow has of a record. BUSY: the stage is running, or another `pipelib track` sends it."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What became of one record."""
+
+    had: str
+    """What MLflow had of it before: ALL, PART, ..."""
+    points: int = 0
+    files: int = 0
+    gone: tuple[str, ...] = ()
+    """Files that can be sent no more."""
+
+
+@contextmanager
+def held(record: Path) -> Iterator[bool]:
+    """Be the only process that sends a record while the block lasts; False where another one does."""
+    descriptor = os.open(record, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def opened(events: Sequence[Event]) -> Event | None:
+    """What the run is: the last `open` event, with the time `began` of the first; None in a record that was only begun."""
+    found = [event for event in events if event["event"] == "open"]
+    return {**found[-1], "began": found[0]["time"]} if found else None
+
+
+def had_of(store: Store, record: Path, events: Sequence[Event]) -> str:
+    """What MLflow has of a record that nobody sends now."""
+    begun = opened(events)
+    if begun is None:
+        return ALL
+    run = store.find(pipelib__record=begun["record"])
+    if run is None:
+        return DELETED if store.find(deleted=True, pipelib__record=begun["record"]) else NOTHING
+    parent = run.data.tags.get("mlflow.parentRunId", "")
+    if store.client.get_run(parent).info.lifecycle_stage == "deleted":
+        return DELETED
+    return ALL if run.data.tags.get(SENT) == str(record.stat().st_size) else PART
+
+
+def replay_record(store: Store, record: Path, deleted_too: bool = False) -> Replayed:
+    """Send what of a record MLflow has not; what the user deleted there stays deleted, unless asked for."""
+    with held(record) as mine:
+        if not mine:
+            return Replayed(BUSY)
+        events, size = read_events(record)
+        had = had_of(store, record, events)
+        begun = opened(events)
+        if begun is None or had == ALL or (had == DELETED and not deleted_too):
+            return Replayed(had)
+        view = MlflowRun(store, begun)
+        view.complete(events)
+        view.mark_sent(record.stat().st_size if size == record.stat().st_size else size)
+        return Replayed(had, view.points_sent, view.files_sent, tuple(view.files_gone))
+
+
+def replay_others(store: Store, record: Path) -> None:
+    """Send what is missing of the other stages of a run: they may have been too short for MLflow, or it was away."""
+    for other in sorted(record.parent.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
+        if other != record:
+            try:
+                replay_record(store, other)
+            except DeletedRun:
+                continue
+
+
+def settle_parents(store: Store, folder: Path) -> None:
+    """Have the parents of a run's records show how the last of their stages ended; nothing while one is running."""
+    last: dict[str, tuple[Event, Event]] = {}
+    for record in folder.glob("*.jsonl"):
+        with held(record) as mine:
+            if not mine:
+                return
+        events, _ = read_events(record)
+        begun, ends = opened(events), [event for event in events if event["event"] == "end"]
+        if begun and ends:
+            inputs = str(begun["inputs"])
+            if inputs not in last or last[inputs][1]["time"] < ends[-1]["time"]:
+                last[inputs] = (begun, ends[-1])
+    for inputs, (begun, end) in last.items():
+        parent: Any = store.find(pipelib__key=begun["key"], pipelib__inputs=inputs, pipelib__stage="pipeline")
+        if parent:
+            set_status(store.client, str(parent.info.run_id), end)

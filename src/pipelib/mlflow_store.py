@@ -1,0 +1,221 @@
+"""Where MLflow keeps the runs: the database or server, opened without harm to others, and the experiment in it."""
+
+import fcntl
+import itertools
+import os
+import re
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelib.record import brief, say
+from pipelib.state import state_root
+
+EXPERIMENT = "pipelib"
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # else MLflow opens it with a page of chats, not of runs
+    "mlflow.note.content": "A run here is a pass through the pipeline: download, tokenize, train, evaluate, each a run below it. "
+    "Comparing the upper ones is enough.",
+}
+LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS = 10.0, 1.0
+"""The longest that the end of a stage waits for a database on this machine, or for a server."""
+
+LOCK_SECONDS = 5.0
+"""How long somebody else may write to a database before it counts as locked; MLflow itself would wait for 20 s."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A database or server, by its address; nothing is opened."""
+
+    uri: str
+    database: Path | None
+    """The SQLite file of this repository, where that is the place."""
+
+    @classmethod
+    def chosen(cls) -> "Place":
+        """`$MLFLOW_TRACKING_URI`, else mlflow.db in the workspace that started DVC."""
+        database = Path(os.environ.get("DVC_ROOT", ".")).absolute() / "mlflow.db"
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        return cls(uri, None) if uri else cls(f"sqlite:///{database}", database)
+
+    @property
+    def is_local(self) -> bool:
+        """A file on this machine, not a server."""
+        return self.uri.partition(":")[0].lower() in ("", "file", "sqlite")
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the end of a stage waits: `$PIPELIB_TRACKING_WAIT`, else what suits the place."""
+        default = LOCAL_WAIT_SECONDS if self.is_local else SERVER_WAIT_SECONDS
+        wish = os.environ.get("PIPELIB_TRACKING_WAIT", "")
+        if not wish:
+            return default
+        if re.fullmatch(r"\d+(\.\d*)?|\.\d+", wish):
+            return float(wish)
+        say(f"PIPELIB_TRACKING_WAIT={wish} is no number of seconds, so {default:g} s count; give one, or unset it.")
+        return default
+
+    def open(self) -> "Store":
+        """Connect; takes seconds, since MLflow is imported, and a new database made.
+
+        Raises:
+            Exception: whatever MLflow, the network or the file system raises; `advice` knows some of them.
+        """
+        prepare_mlflow()
+        _require_answer(self.uri)
+        _require_writable(self.uri)
+        from mlflow import MlflowClient
+
+        # Several processes that open a new database at once break each other.
+        with self.turn():
+            if self.database and not self.database.exists():
+                _make_whole(self.database, lambda fresh: MlflowClient(f"sqlite:///{fresh}"))
+            artifacts = str(self.database.with_name("mlartifacts")) if self.database else None
+            return Store(self, MlflowClient(self.uri), artifacts)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Nobody else of this workspace makes a database, an experiment or a run in this block."""
+        path = state_root().absolute() / "mlflow.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class Store:
+    """An open connection, and the experiment that runs go to: `pipelib`, or `pipelib-2` where the user deleted that one.
+
+    A deleted experiment keeps its name in MLflow and takes no run, so the next free name is used; restored, it is used
+    again.
+    """
+
+    def __init__(self, place: Place, client: Any, artifacts: str | None) -> None:
+        """Args:
+        client: an `MlflowClient`.
+        artifacts: where a new experiment keeps its files; None leaves it to the server.
+        """
+        self.place, self.client = place, client
+        self.experiments: list[str] = []
+        """All that ever took our runs, deleted ones too."""
+        for number in itertools.count(1):
+            name = EXPERIMENT if number == 1 else f"{EXPERIMENT}-{number}"
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                self.experiment = str(client.create_experiment(name, artifacts, EXPERIMENT_TAGS))
+                self.experiments.append(self.experiment)
+                if number > 1:
+                    say(
+                        f"the experiment {EXPERIMENT} was deleted in MLflow, so runs go to {name}; to have the old one back: "
+                        f"mlflow experiments restore --experiment-id {self.experiments[0]}"
+                    )
+                return
+            self.experiments.append(str(found.experiment_id))
+            if found.lifecycle_stage == "active":
+                self.experiment = str(found.experiment_id)
+                if "mlflow.experimentKind" not in found.tags:  # one of an earlier version
+                    for tag, text in EXPERIMENT_TAGS.items():
+                        client.set_experiment_tag(self.experiment, tag, text)
+                return
+
+    def find(self, deleted: bool = False, **tags: str) -> Any | None:
+        """The latest run with these tags, where `__` in a name stands for a dot; None where there is none.
+
+        Args:
+            deleted: look among the deleted runs instead.
+        """
+        from mlflow.entities import ViewType
+
+        where = " and ".join(f"tags.`{name.replace('__', '.')}` = '{value}'" for name, value in tags.items())
+        found = self.client.search_runs(
+            self.experiments, where, ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY,
+            max_results=1, order_by=["attributes.start_time DESC"],
+        )  # fmt: skip
+        return found[0] if found else None
+
+
+def advice(error: BaseException) -> str:
+    """What the user can do about a store that fails; empty where nobody knows."""
+    text = f"{type(error).__name__} {error}"
+    known = (
+        (
+            "database schema",
+            "another MLflow made it: `mlflow db upgrade URI` if that was an older one, else install it",
+        ),
+        ("Can't locate revision", "a newer MLflow made it: install that one, or move the file away"),
+        ("locked", "another program keeps it locked: end that, or wait"),
+        ("readonly", "it may not be written: give write permission, or set MLFLOW_TRACKING_URI"),
+        ("unable to open", "it cannot be opened: is there the folder, and the permission?"),
+        ("file is not a database", "it is no SQLite database: move it away"),
+        ("error code 401", "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say who asks"),
+        ("error code 403", "the user it is asked as may not do that"),
+    )
+    return next((remedy for words, remedy in known if words in text), "")
+
+
+def failure(error: BaseException) -> str:
+    """An error and what to do about it, in brackets."""
+    remedy = advice(error)
+    return f"({brief(error)}{'; ' if remedy else ''}{remedy})"
+
+
+def _require_answer(uri: str) -> None:
+    """OSError unless an HTTP server answers, and with no error of its own; nothing for other stores.
+
+    Costs no import of MLflow, so a server that is away costs a stage nothing but this one request, in a thread.
+    """
+    if not uri.lower().startswith(("http://", "https://")):
+        return
+    scheme, _, rest = uri.partition("://")
+    try:
+        timeout = float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+        urllib.request.urlopen(f"{scheme}://{rest.rpartition('@')[2]}", timeout=timeout).close()
+    except urllib.error.HTTPError as error:  # an answer, whatever it thinks of us
+        error.close()
+        if error.code >= 500:
+            raise
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # which certificates to trust is MLflow's own business
+            raise
+
+
+def _require_writable(uri: str) -> None:
+    """sqlite3.Error unless an SQLite file that is there can be written now; MLflow would try for minutes to open it."""
+    path = re.sub(r"^(sqlite:///)(file:)?|\?.*$", "", uri)
+    if not uri.lower().startswith("sqlite:") or not Path(path).exists():
+        return
+    import sqlite3  # where it is needed: not every Python has it
+
+    connection = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=rw", uri=True, timeout=LOCK_SECONDS)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.rollback()
+    finally:
+        connection.close()
+
+
+def _make_whole(database: Path, make: Callable[[Path], object]) -> None:
+    """Make a database under another name first: killed between two tables, MLflow would refuse it for ever."""
+    fresh = database.with_name(f".{database.name}.tmp")
+    for leftover in (fresh, fresh.with_name(f"{fresh.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    make(fresh)
+    fresh.replace(database)
+
+
+def prepare_mlflow() -> None:
+    """Settings that MLflow reads when imported; the user's own win. Unset, one call to a dead server takes minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what fails, our one line says; it would log tracebacks
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print the credentials in the URI

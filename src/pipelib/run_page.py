@@ -1,0 +1,94 @@
+"""What the page of a run says in MLflow: what it is, what came out, how to make it again, how to get its model."""
+
+import json
+from collections.abc import Mapping
+
+HEADLINES = (
+    ("evaluate.val_loss", "validation loss", ".4f"),
+    ("evaluate.perplexity", "perplexity", ",.1f"),
+    ("evaluate.bits_per_byte", "bits per byte", ".3f"),
+    ("evaluate.hellaswag.acc_norm.value", "HellaSwag acc_norm", ".4f"),
+    ("evaluate.completion.acc_norm.value", "completion acc_norm", ".4f"),
+    ("train.parameters", "parameters", ",.0f"),
+    ("train.tokens", "tokens trained on", ",.0f"),
+    ("train.steps", "steps", ",.0f"),
+    ("speed.train.tokens_per_second", "tokens/s", ",.0f"),
+    ("speed.train.seconds", "seconds of training", ",.0f"),
+)
+"""The metrics that stand on a parent's page: key, name, format."""
+DOES = {
+    "download": "The text, the benchmarks and the published models",
+    "tokenize": "Shards of tokens out of the text",
+    "train": "The model, and the curves of its training",
+    "evaluate": "The evaluation of the model",
+}
+
+
+def reproduce(lineage: Mapping[str, str]) -> str:
+    """The commands that make a run again.
+
+    Args:
+        lineage: `git.commit`, `git.dirty`, `dvc.exp_name` and `dvc.exp_baseline_rev`; empty texts where there is none.
+    """
+    name = lineage["dvc.exp_name"]
+    commit = lineage["dvc.exp_baseline_rev"] or lineage["git.commit"]
+    commands = [f"git checkout {commit}" if commit else "", f"dvc exp apply {name}" if name else "", "dvc repro"]
+    text = "Reproduce with\n\n" + "".join(f"    {command}\n" for command in commands if command)
+    if lineage["git.dirty"] == "true" and not name:
+        text += (
+            "\nThe working tree had changes that are in no commit: apply the artifact `uncommitted.diff` after the checkout "
+            "(`git apply`).\n"
+        )
+    return text
+
+
+def stage_page(stage: str, lineage: Mapping[str, str]) -> str:
+    """The page of a stage's run."""
+    return f"{DOES[stage]}.\n\n{reproduce(lineage)}"
+
+
+def pipeline_page(
+    metrics: Mapping[str, float],
+    lineage: Mapping[str, str],
+    model_md5: str,
+    fingerprint: str,
+    params: Mapping[str, object],
+) -> str:
+    """The page of a whole pipeline's run, once it is evaluated.
+
+    Args:
+        metrics: of all stages.
+        model_md5: DVC's, of the folder `models`; empty where there is none.
+        fingerprint: of the tokens.
+        params: all of them, flat.
+    """
+    shape = ", ".join(
+        f"{name} {params[f'model.{name}']}" for name in ("n_layer", "n_head", "n_embd") if f"model.{name}" in params
+    )
+    rows = [f"| {name} | {metrics[key]:{form}} |" for key, name, form in HEADLINES if key in metrics]
+    parts = [f"A pass through the whole pipeline{f': GPT-2 with {shape}' if shape else ''}."]
+    if rows:
+        parts.append("\n".join(("| what | value |", "|---|---|", *rows)))
+    parts.append(
+        "The evaluation for people: `reports/evaluation.md` among the artifacts. The curves: in the run `train` below."
+    )
+    parts.append(reproduce(lineage).rstrip("\n"))
+    if model_md5:
+        parts.append(
+            f"Get the model (DVC md5 `{model_md5}`) with the same checkout and `dvc checkout models`, or `dvc pull models` where "
+            "a remote has it; `dvc repro` trains it again where nothing has it."
+        )
+    if fingerprint:
+        parts.append(f"Its data: fingerprint `{fingerprint}`, the SHA-256 of `data/tokens/manifest.json`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def model_reference(md5: str, lineage: Mapping[str, str]) -> str:
+    """The model as an artifact: not its bytes, which DVC keeps, but which ones they are, and how to get them (JSON)."""
+    commit, name = lineage["dvc.exp_baseline_rev"] or lineage["git.commit"], lineage["dvc.exp_name"]
+    commands = [
+        f"git checkout {commit}" if commit else "", f"dvc exp apply {name}" if name else "", "dvc checkout models",
+        "dvc pull models",
+    ]  # fmt: skip
+    reference = {"path": "models", "dvc_md5": md5, "get_it": [command for command in commands if command]}
+    return json.dumps(reference, indent=2) + "\n"

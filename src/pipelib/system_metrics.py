@@ -1,0 +1,130 @@
+"""How busy the machine is while a stage runs: CPU, memory, GPUs, under the names that MLflow's page of them knows.
+
+MLflow's own monitor sends from its own thread, past the record and past the deadline of a stage; this one writes to the
+record, which is mirrored like every other number.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+SAMPLE_SECONDS = 10.0
+"""Between two samples; a stage that ends before the first has none."""
+CPU = "system/cpu_utilization_percentage"
+
+Log = Callable[[Mapping[str, float], int], None]
+
+
+class Sampler:
+    """A daemon thread that logs the state of this machine, on Linux; elsewhere it logs what GPUs say."""
+
+    def __init__(self, log: Log, first: int) -> None:
+        """Args:
+        log: takes numbers and the number of the sample, in the place of a step.
+        first: the number of the first sample: those of a resumed run go on.
+        """
+        self._log, self._next = log, first
+        self._cpu, self._gpus = CpuTimes(), Gpus()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop; a sample that is being taken is left to itself."""
+        self._ending.set()
+
+    def _work(self) -> None:
+        while not self._ending.wait(SAMPLE_SECONDS):
+            numbers = {**self._cpu.since_last(), **memory(), **self._gpus.state()}
+            if numbers and not self._ending.is_set():
+                self._log(numbers, self._next)
+                self._next += 1
+
+
+class CpuTimes:
+    """The share of all cores' time that was spent on work."""
+
+    def __init__(self, source: Path = Path("/proc/stat")) -> None:
+        self._source = source
+        self._last = self._read()
+
+    def since_last(self) -> dict[str, float]:
+        """The percentage since the last call; nothing where the system does not tell."""
+        (idle, total), before = self._read(), self._last
+        self._last = idle, total
+        if total <= before[1]:
+            return {}
+        return {CPU: round(100 * (1 - (idle - before[0]) / (total - before[1])), 1)}
+
+    def _read(self) -> tuple[int, int]:
+        """Ticks that all cores spent idle, and all of them."""
+        try:
+            ticks = [int(word) for word in self._source.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return 0, 0
+        return sum(ticks[3:5]), sum(ticks)  # user nice system IDLE IOWAIT irq softirq steal
+
+
+def memory(source: Path = Path("/proc/meminfo")) -> dict[str, float]:
+    """The machine's memory in use; nothing where the system does not tell."""
+    try:
+        lines = (line.split() for line in source.read_text(encoding="ascii").splitlines())
+        kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
+        used = kib["MemTotal"] - kib["MemAvailable"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return {}
+    return {
+        "system/system_memory_usage_megabytes": round(used * 1024 / 1e6, 1),
+        "system/system_memory_usage_percentage": round(100 * used / kib["MemTotal"], 1),
+    }
+
+
+class _Memory(ctypes.Structure):
+    """nvmlMemory_t, in bytes."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+class _Utilization(ctypes.Structure):
+    """nvmlUtilization_t, in per cent of the time."""
+
+    _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
+
+
+class Gpus:
+    """NVIDIA's GPUs, asked through the library that comes with their driver (NVML); none where it is not there."""
+
+    def __init__(self, library: Any = None) -> None:
+        """Args:
+        library: NVML, if it is loaded already.
+        """
+        self._handles: list[ctypes.c_void_p] = []
+        try:
+            self._nvml = library or ctypes.CDLL("libnvidia-ml.so.1")
+            count = ctypes.c_uint()
+            if self._nvml.nvmlInit_v2() == 0 and self._nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0:
+                self._handles = list(self._devices(count.value))
+        except (OSError, AttributeError):  # no driver, or one that is older than these names
+            return
+
+    def _devices(self, count: int) -> Iterator[ctypes.c_void_p]:
+        for index in range(count):
+            handle = ctypes.c_void_p()
+            if self._nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) == 0:
+                yield handle
+
+    def state(self) -> dict[str, float]:
+        """Per GPU its use, memory and power, as far as it tells."""
+        found: dict[str, float] = {}
+        for index, handle in enumerate(self._handles):
+            used, busy, milliwatts = _Memory(), _Utilization(), ctypes.c_uint()
+            if self._nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(used)) == 0 and used.total:
+                found[f"system/gpu_{index}_memory_usage_megabytes"] = round(used.used / 1e6, 1)
+                found[f"system/gpu_{index}_memory_usage_percentage"] = round(100 * used.used / used.total, 1)
+            if self._nvml.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(busy)) == 0:
+                found[f"system/gpu_{index}_utilization_percentage"] = busy.gpu
+            if self._nvml.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts)) == 0:
+                found[f"system/gpu_{index}_power_usage_watts"] = milliwatts.value / 1000
+        return found

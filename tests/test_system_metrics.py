@@ -1,0 +1,114 @@
+"""The state of the machine, as it is recorded beside a stage."""
+
+import ctypes
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipelib import system_metrics
+from pipelib.record import Record, read_events
+from pipelib.system_metrics import CPU, CpuTimes, Gpus, Sampler, memory
+
+
+def test_cpu_is_the_share_of_ticks_that_were_work(tmp_path: Path) -> None:
+    source = tmp_path / "stat"
+    source.write_text("cpu  100 0 100 700 100 0 0 0 50 0\ncpu0 1 1 1 1\n")
+    times = CpuTimes(source)
+    source.write_text("cpu  160 0 110 720 110 0 0 0 99 0\n")  # 100 ticks more, 30 of them idle or waiting for a disk
+    assert times.since_last() == {CPU: 70.0}
+    assert times.since_last() == {}
+
+
+def test_memory_is_what_is_not_available(tmp_path: Path) -> None:
+    source = tmp_path / "meminfo"
+    source.write_text("MemTotal: 4000000 kB\nMemFree: 10 kB\nMemAvailable: 3000000 kB\n")
+    assert memory(source) == {
+        "system/system_memory_usage_megabytes": 1024.0,
+        "system/system_memory_usage_percentage": 25.0,
+    }
+
+
+def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
+    assert memory(tmp_path / "none") == {}
+    assert CpuTimes(tmp_path / "none").since_last() == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_this_machine_tells() -> None:
+    assert 0 < memory()["system/system_memory_usage_percentage"] < 100
+    times = CpuTimes()
+    while not (found := times.since_last()):
+        pass
+    assert 0 <= found[CPU] <= 100
+
+
+def nvml(**broken: Any) -> Any:
+    """Two GPUs behind NVML's functions, as nvml.h declares them; the second one tells no power."""
+
+    def count(out: Any) -> int:
+        out._obj.value = 2
+        return 0
+
+    def handle(index: int, out: Any) -> int:
+        out._obj.value = index + 1
+        return 0
+
+    def used(handle: ctypes.c_void_p, out: Any) -> int:
+        out._obj.total, out._obj.used = 80_000_000_000, 20_000_000_000 * (handle.value or 0)
+        return 0
+
+    def busy(handle: ctypes.c_void_p, out: Any) -> int:
+        out._obj.gpu = 90 + (handle.value or 0)
+        return 0
+
+    def power(handle: ctypes.c_void_p, out: Any) -> int:
+        out._obj.value = 650_500
+        return 0 if handle.value == 1 else 3  # NVML_ERROR_NOT_SUPPORTED
+
+    functions = {
+        "nvmlInit_v2": lambda: 0, "nvmlDeviceGetCount_v2": count, "nvmlDeviceGetHandleByIndex_v2": handle,
+        "nvmlDeviceGetMemoryInfo": used, "nvmlDeviceGetUtilizationRates": busy, "nvmlDeviceGetPowerUsage": power,
+    }  # fmt: skip
+    return SimpleNamespace(**{**functions, **broken})
+
+
+def test_gpus_tell_use_memory_and_power() -> None:
+    assert Gpus(nvml()).state() == {
+        "system/gpu_0_memory_usage_megabytes": 20000.0,
+        "system/gpu_0_memory_usage_percentage": 25.0,
+        "system/gpu_0_utilization_percentage": 91,
+        "system/gpu_0_power_usage_watts": 650.5,
+        "system/gpu_1_memory_usage_megabytes": 40000.0,
+        "system/gpu_1_memory_usage_percentage": 50.0,
+        "system/gpu_1_utilization_percentage": 92,
+    }
+
+
+def test_a_driver_that_does_not_start_or_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Gpus(nvml(nvmlInit_v2=lambda: 9)).state() == {}  # NVML_ERROR_DRIVER_NOT_LOADED
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(system_metrics.ctypes, "CDLL", missing)
+    assert Gpus().state() == {}
+
+
+def test_samples_go_on_after_a_resume_and_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics, "SAMPLE_SECONDS", 0.02)
+    path = tmp_path / "record.jsonl"
+    for least in (2, 4):
+        record = Record(path)
+        first = record.last_step(CPU) + 1
+        sampler = Sampler(lambda numbers, step, record=record: record.append_metrics(numbers, step), first)
+        while record.last_step(CPU) < least:
+            sum(range(1000))  # work, so that ticks pass
+        sampler.close()
+        sampler._thread.join()
+        record.close()
+    steps = [event["step"] for event in read_events(path)[0] if CPU in event["metrics"]]
+    assert steps == sorted(set(steps))
+    assert steps[0] == 1 or len(steps) >= 4
