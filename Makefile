@@ -63,6 +63,7 @@ bench-tracking: setup  ## time what MLflow costs a stage when it is away, silent
 	$(BIN)/python bench/tracking.py $(ARGS)
 
 ui: setup        ## compare runs in the browser
+	@echo 'The runs are at http://127.0.0.1:5000/#/experiments/1/runs (MLflow begins with its view for chats).'
 	$(BIN)/mlflow ui
 
 clean: setup     ## list the stages' state and free it

@@ -11,6 +11,7 @@ many positions as such a batch of its longest rows has. Loading data and models 
 import argparse
 import io
 import json
+import math
 import os
 import statistics
 import sys
@@ -75,6 +76,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def hugging_faces_model(folder: Path, batch_size: int, device: torch.device) -> Any:
     """The harness's own view of the folder."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
     # Imported by lm-eval's module and of no use to one process, the package accelerate need not be installed.
     for module, names in {
         "accelerate": ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"),
@@ -82,7 +85,6 @@ def hugging_faces_model(folder: Path, batch_size: int, device: torch.device) -> 
     }.items():
         sys.modules.setdefault(module, SimpleNamespace(**dict.fromkeys(names)))  # type: ignore[arg-type]
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer, GPT2LMHeadModel
 
     pretrained = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -140,9 +142,9 @@ def report(
         f"{task}.{metric}: {value} and {results['hf'][task][metric]}"
         for task, scores in results["ours"].items()
         for metric, value in scores.items()
-        if isinstance(value, float) and f"{value:.4f}" != f"{results['hf'][task][metric]:.4f}"
+        if isinstance(value, float) and not math.isclose(value, results["hf"][task][metric], rel_tol=1e-6)
     ]
-    print("the same scores to four digits" if not differ else f"scores differ: {'; '.join(differ)}")
+    print("the same scores to six digits" if not differ else f"scores differ: {'; '.join(differ)}")
     print(json.dumps({"seconds": medians, "ratio": medians["hf"] / medians["ours"]}))
 
 

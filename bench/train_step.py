@@ -142,7 +142,7 @@ def timed(step: Step, count: int) -> Result:
 
 def report(params: Params, rows: int, length: int, ranks: int, results: dict[str, list[Result]]) -> None:
     """Print what was measured."""
-    device, model = pick_device(), params.model
+    device, model = pick_device(0, ranks), params.model
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak = peak_of(device, params.train.precision).times(ranks)
     palm, nanogpt = model.flops_per_token(length), model.nanogpt_flops_per_token(length)

@@ -1,15 +1,27 @@
 """Chromium without a window, driven over the DevTools protocol through a pair of pipes: no other package is needed."""
 
 import base64
+import io
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Self
 
+from PIL import Image
+
 CHROMIUM = shutil.which("chromium")
+PIPES_FIRST = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 10) for pipe in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Chromium listens at file descriptor 3 and answers at 4."""
 
 
 class Browser:
@@ -27,16 +39,17 @@ class Browser:
             "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--force-color-profile=srgb",
             f"--window-size={width},{height}", f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank",
         )  # fmt: skip
-        command = ["sh", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', CHROMIUM, *options]
+        command = [sys.executable, "-c", PIPES_FIRST, str(to_browser), str(from_browser), CHROMIUM, *options]
         self._process = subprocess.Popen(
             command, pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         os.close(to_browser)
         os.close(from_browser)
         self._rest, self._number, self._session = b"", 0, ""
-        target = self._call("Target.createTarget", url="about:blank", width=width, height=height)["targetId"]
+        target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._call("Page.enable")
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def __enter__(self) -> Self:
         return self
@@ -109,9 +122,9 @@ class Browser:
             )  # fmt: skip
 
     def screenshot(self, path: Path) -> None:
-        """The page as a PNG."""
-        data = self._call("Page.captureScreenshot", format="png")["data"]
-        path.write_bytes(base64.b64decode(data))
+        """The page as a small PNG, of 64 colours."""
+        data = base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
+        Image.open(io.BytesIO(data)).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def element_with(text: str, tag: str = "*") -> str:

@@ -282,7 +282,7 @@ def test_a_damaged_shard_is_made_again_without_tokenizing_anything(clone: Clone)
 
 def test_a_queued_sweep_runs_the_code_it_was_queued_with(clone: Clone) -> None:
     clone.dvc("exp", "run", "--queue", "--set-param", "evaluate.batch_tokens=choice(1024,2048)")
-    clone.edit("src/pipelib/evaluation/report.py", '"# Evaluation"', '"# Edited after queueing"')
+    clone.edit("src/pipelib/evaluation/report.py", 'Heading("Evaluation", 1)', 'Heading("Edited after queueing", 1)')
     clone.activate()  # `dvc queue start` starts its worker as `dvc`, by that name
     clone.dvc("queue", "start")
     for _ in range(100):  # each look takes a second of its own

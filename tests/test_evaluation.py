@@ -157,9 +157,9 @@ def test_many_endings_share_their_context_without_seeing_each_other(model: GPT, 
     chance = np.random.default_rng(6)
     context = tuple(chance.integers(0, 500, 9).tolist())
     endings = [tuple(chance.integers(0, 500, count).tolist()) for count in (1, 3, 16, 2, 5, 1, 15)]
-    (together,) = score_endings(model, [(context, endings)], batch_tokens, "fp32")
+    (together,) = score_endings(model, [(context, endings)], batch_tokens, "fp32", with_greedy=True)
     for ending, found in zip(endings, together, strict=True):
-        ((alone,),) = score_endings(model, [(context, [ending])], batch_tokens, "fp32")
+        ((alone,),) = score_endings(model, [(context, [ending])], batch_tokens, "fp32", with_greedy=True)
         assert found.losses == pytest.approx(alone.losses, rel=1e-4)
         assert found.greedy == alone.greedy
 
@@ -171,9 +171,31 @@ def test_the_models_own_choices_are_greedy(model: GPT) -> None:
         with torch.no_grad():
             ending.append(int(model.logits(model.hidden(torch.tensor([[*context, *ending]])))[0, -1].argmax()))
     other = [*ending[:-1], ending[-1] + 1]
-    ((own, not_own),) = score_endings(model, [(context, [ending, other])], 100, "fp32")
+    ((own, not_own),) = score_endings(model, [(context, [ending, other])], 100, "fp32", with_greedy=True)
     assert own.greedy
     assert not not_own.greedy
+
+
+def small_items() -> list[Item]:
+    chance = np.random.default_rng(8)
+
+    def tokens(most: int) -> tuple[int, ...]:
+        return tuple(chance.integers(0, 500, chance.integers(1, most)).tolist())
+
+    return [Item(tokens(12), tuple(tokens(9) for _ in range(4)), 0, number) for number in range(9)]
+
+
+def test_the_shares_of_several_ranks_are_the_scores(model: GPT) -> None:
+    items = small_items()
+    whole = score(model, items, 100, "fp32")
+    for rank in (0, 1):
+        share = score(model, items[rank::2], 100, "fp32")
+        assert np.allclose(share.sums, whole.sums[rank::2], rtol=1e-5)
+
+
+def test_bf16_scores_are_about_those_of_fp32(model: GPT) -> None:
+    items = small_items()
+    assert np.allclose(score(model, items, 100, "bf16").means, score(model, items, 100, "fp32").means, rtol=0.02)
 
 
 def test_no_items_have_no_scores(model: GPT) -> None:

@@ -54,6 +54,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelib.evaluation.samples.SAMPLE_TOKENS", 8)
+
+
 def folders(root: Path) -> tuple[Path, Path, Path, Path]:
     return root / "models", root / "tokens", root / "benchmarks", root / "curves"
 

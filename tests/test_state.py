@@ -145,6 +145,15 @@ def test_unfinished_work_of_other_code_stops_with_the_files_and_both_remedies() 
     assert not is_locked(folder)
 
 
+def test_a_machine_with_other_code_may_not_join() -> None:
+    with pytest.raises(UserError, match=r"there is no .*meta\.json, so there is nothing to join"):
+        State("train", {}, {"a.py": "1"}).require_same_code()
+    with State("train", {}, {"a.py": "1", "b.py": "1"}):
+        State("train", {}, {"a.py": "1", "b.py": "1"}).require_same_code()
+        with pytest.raises(UserError, match=r"by a machine with other code: a\.py, c\.py differ"):
+            State("train", {}, {"a.py": "2", "b.py": "1", "c.py": "1"}).require_same_code()
+
+
 def test_it_is_continued_on_request_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_unfinished()
     monkeypatch.setenv("PIPELIB_RESUME", "continue")

@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -200,6 +201,12 @@ def test_the_loader_reads_shards_that_another_program_wrote(tmp_path: Path) -> N
     order = np.argsort(inputs[:, 0])
     assert inputs[order].flatten().tolist() == tokens[: len(rows) * T]
     assert targets[order].flatten().tolist() == tokens[1 : len(rows) * T + 1]
+
+
+def test_batches_ahead_are_prepared_on_the_loaders_thread(rows: Rows, plan: BatchPlan) -> None:
+    loader = Loader(rows, plan, 4, 0, 1, lambda _: threading.current_thread().name)
+    assert set(loader.micro_batches(3)) == {"MainThread"}
+    assert all(name.startswith("loader") for name in loader.micro_batches(4))
 
 
 def test_what_was_read_ahead_is_what_would_have_been_read(rows: Rows, plan: BatchPlan) -> None:

@@ -23,7 +23,7 @@ from small_tracking import (
     write,
 )
 
-from pipelib import mlflow_store
+from pipelib import mlflow_store, system_metrics
 from pipelib.mlflow_run import MlflowRun
 from pipelib.record import Record, read_events, redact
 from pipelib.run_page import reproduce
@@ -140,6 +140,16 @@ def test_a_dvc_lock_that_nobody_can_read_costs_its_digests(capsys: pytest.Captur
         "summary",
         "end",
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_state_of_the_machine_is_recorded_beside_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics, "SAMPLE_SECONDS", 0.01)
+    with start(mlflow=False):
+        while ("system/system_memory_usage_percentage", 2) not in points(record_path()):
+            pass
+    names = [name for name, _ in points(record_path())]
+    assert "system/cpu_utilization_percentage" in names
 
 
 def test_null_run_has_every_method_of_run_and_writes_nothing(workspace: Path) -> None:

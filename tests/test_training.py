@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gc
 import io
 import itertools
 import json
@@ -40,10 +41,11 @@ from pipelib.files import read_json, write_json
 from pipelib.model.gpt import GPT, Block, initialise
 from pipelib.tokens.loader import Batch
 from pipelib.tokens.shards import read_manifest
-from pipelib.training import loop
+from pipelib.training import loop, recorder
 from pipelib.training.batches import check_plan, make_loader
 from pipelib.training.checkpoint import Checkpoints, Counters, Stateful
 from pipelib.training.distributed import World
+from pipelib.training.launch import join
 from pipelib.training.loop import StepResult, take_step
 from pipelib.training.machines import find_machines, process_count
 from pipelib.training.optim import learning_rate_at, make_optimizer
@@ -298,6 +300,31 @@ def test_looking_at_a_training_does_not_change_it(folder: Path, change: dict[str
     changed = train_params(**{"max_tokens": 1280, **{name: change[name] for name in change if name not in cadence}})
     assert differing(train_small(folder, changed, **cadence), undisturbed) == []
     assert (folder / "work/train.csv").read_bytes() == losses
+
+
+def test_no_step_waits_for_pythons_garbage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collecting: list[bool] = []
+
+    def step(*arguments: Any) -> StepResult:
+        collecting.append(gc.isenabled())
+        return take_step(*arguments)
+
+    monkeypatch.setattr(loop, "take_step", step)
+    train_small(folder, train_params(max_tokens=128, warmup_steps=1))
+    assert collecting == [False, False]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_line_of_progress_says_what_gpu_memory_was_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for taken, end in ((0, " left"), (12_345_678_901, " left | 12.3 GB of GPU memory")):
+        monkeypatch.setattr(recorder, "most_gpu_memory", lambda taken=taken: taken)
+        train_small(folder, train_params(max_tokens=64, warmup_steps=0))
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("step 1/1"))
+        assert line.endswith(end)
+        shutil.rmtree(folder / "work")
 
 
 def test_activation_checkpointing_changes_no_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -774,6 +801,11 @@ def test_settings_of_machines_that_are_none_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         find_machines()
+
+
+def test_joining_a_training_on_one_machine_is_refused() -> None:
+    with pytest.raises(UserError, match="--join is for a training on several machines, and PIPELIB_NNODES does not"):
+        join(lambda: pytest.fail("there is nothing to look for"))
 
 
 def test_loss_of_the_model_is_torchs_cross_entropy() -> None:

@@ -111,7 +111,7 @@ class MlflowRun:
     def _find_parent(self) -> str:
         key, inputs = str(self.opened["key"]), str(self.opened["inputs"])
         found = self.store.find(pipelib__key=key, pipelib__inputs=inputs, pipelib__stage="pipeline")
-        tags = {"pipelib.key": key, "pipelib.inputs": inputs, "pipelib.stage": "pipeline"}
+        tags = {"pipelib.key": key, "pipelib.inputs": inputs, "pipelib.stage": "pipeline", **_source("dvc repro")}
         return str(found.info.run_id) if found else self._create(tags, key)
 
     def _find_child(self) -> tuple[str, bool, dict[str, float]]:
@@ -132,7 +132,7 @@ class MlflowRun:
                 self.client.set_tag(run, name, value)
             self.client.delete_tag(run, "dvc.cached")
             return run, False, dict(holder.data.metrics)
-        return self._create({**family, **own}, self.stage), True, {}
+        return self._create({**family, **own, **_source(f"stages/{self.stage}.py")}, self.stage), True, {}
 
     def _create(self, tags: Mapping[str, str], name: str) -> str:
         began = round(self.opened["began"] * 1000)
@@ -275,6 +275,11 @@ def set_status(client: Any, run: str, end: Event) -> None:
     info = client.get_run(run).info
     if (info.status, info.end_time) != (end["status"].upper(), at):
         client.set_terminated(run, end["status"].upper(), end_time=at)
+
+
+def _source(name: str) -> dict[str, str]:
+    """What MLflow shows as the source of a run."""
+    return {"mlflow.source.name": name, "mlflow.source.type": "LOCAL"}
 
 
 def _name(key: str) -> str:

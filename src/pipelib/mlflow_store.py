@@ -17,6 +17,11 @@ from pipelib.record import brief, say
 from pipelib.state import state_root
 
 EXPERIMENT = "pipelib"
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # else MLflow opens it with a page of chats, not of runs
+    "mlflow.note.content": "A run here is a pass through the pipeline: download, tokenize, train, evaluate, each a run below it. "
+    "Comparing the upper ones is enough.",
+}
 LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS = 10.0, 1.0
 """The longest that the end of a stage waits for a database on this machine, or for a server."""
 
@@ -106,7 +111,7 @@ class Store:
             name = EXPERIMENT if number == 1 else f"{EXPERIMENT}-{number}"
             found = client.get_experiment_by_name(name)
             if found is None:
-                self.experiment = str(client.create_experiment(name, artifact_location=artifacts))
+                self.experiment = str(client.create_experiment(name, artifacts, EXPERIMENT_TAGS))
                 self.experiments.append(self.experiment)
                 if number > 1:
                     say(
@@ -117,6 +122,9 @@ class Store:
             self.experiments.append(str(found.experiment_id))
             if found.lifecycle_stage == "active":
                 self.experiment = str(found.experiment_id)
+                if "mlflow.experimentKind" not in found.tags:  # one of an earlier version
+                    for tag, text in EXPERIMENT_TAGS.items():
+                        client.set_experiment_tag(self.experiment, tag, text)
                 return
 
     def find(self, deleted: bool = False, **tags: str) -> Any | None:

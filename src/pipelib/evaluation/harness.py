@@ -204,7 +204,7 @@ def score_pairs(
     questions: list[Question] = [
         (context, [pairs[number][1] for number in numbers]) for context, numbers in of_context.items()
     ]
-    found = score_endings(model, questions, params.batch_tokens, params.precision, advance)
+    found = score_endings(model, questions, params.batch_tokens, params.precision, advance, with_greedy=True)
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     for numbers, scores in zip(of_context.values(), found, strict=True):
         for number, score in zip(numbers, scores, strict=True):
