@@ -20,11 +20,14 @@ from torch import Tensor
 from pipelib.config import parse
 from pipelib.errors import UserError
 from pipelib.model.gpt import GPT
+from pipelib.model.params import InitialisedModelParams
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop
 from pipelib.training.batches import check_plan
+from pipelib.training.initial_weights import RANDOM_WEIGHTS
+from pipelib.training.job import Job
 from pipelib.training.memory import USABLE, memory_of, rows_that_fit
-from pipelib.training.params import TrainParams
+from pipelib.training.params import SpikeParams, TrainParams
 
 
 @pytest.fixture
@@ -111,6 +114,15 @@ def test_running_out_of_memory_names_what_would_fit(folder: Path, monkeypatch: p
     monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: 1000)
     with pytest.raises(UserError, match="no smaller micro-batch would fit"):
         train_small(folder, params(micro_batch_size=4))
+
+
+def test_ranks_read_the_job_that_the_launcher_wrote(tmp_path: Path) -> None:
+    model = InitialisedModelParams(**vars(model_params()), init_from="scratch")
+    rule = SpikeParams(window=4, deviations=6.0, batches=2, rollbacks=3)
+    for train in (params(), params(micro_batch_size=4, spike=rule, hellaswag_every=7)):
+        job = Job(model, train, loop.Cadence(1, 5), "data/tokens", "", "", False, RANDOM_WEIGHTS)
+        job.write(tmp_path)
+        assert Job.read(tmp_path) == job
 
 
 def test_other_errors_stay_what_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
