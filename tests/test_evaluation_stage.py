@@ -98,6 +98,7 @@ def test_the_report_says_what_was_measured_and_is_the_same_each_time(
     assert f"| completion.acc_norm | **this model** | {acc_norm['value']:.4f} ({acc_norm['low']:.4f} to" in text
     assert "| completion.acc_norm | unigram model |" in text
     assert "| tokens trained on | 640 of 1,536 in the data |" in text
+    assert f"| weights | SHA-256 `{sha256_file(trained / 'models/model.safetensors')}` |" in text
     assert "torch 2" in text
     assert "````text\nThe" in text
     with Image.open(tmp_path / "first/reports/loss.png") as picture:

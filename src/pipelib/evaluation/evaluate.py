@@ -23,7 +23,7 @@ from pipelib.evaluation.samples import write_samples
 from pipelib.files import files_under, sha256_file, sha256_json
 from pipelib.model.device import pick_device
 from pipelib.model.gpt import GPT
-from pipelib.model.huggingface import CONFIG, import_model
+from pipelib.model.huggingface import CONFIG, WEIGHTS, import_model
 from pipelib.model.params import ModelParams
 from pipelib.provenance import import_closure
 from pipelib.stage import Build
@@ -101,7 +101,8 @@ def evaluate(
 
     samples = write_samples(model, params.sample_prompts, params.precision, seed=0)
     subject = Subject(
-        result, baselines, model.params.parameters, manifest.source, facts(model, manifest, build.code, curves), samples, curves
+        result, baselines, model.params.parameters, manifest.source,
+        facts(models, model, manifest, build.code, curves), samples, curves,
     )  # fmt: skip
     write_report(build.outs / "reports", subject)
     write_items(build.outs / "reports" / "items.npz", measured.items)
@@ -138,12 +139,13 @@ def measure_baselines(
     }
 
 
-def facts(model: GPT, manifest: Manifest, code: Mapping[str, str], curves: Path) -> dict[str, str]:
+def facts(models: Path, model: GPT, manifest: Manifest, code: Mapping[str, str], curves: Path) -> dict[str, str]:
     """What the numbers belong to. Nothing that differs between two runs of the same code on one machine: no date, no
     duration, no commit, since other commits have the same code."""
     seen = tokens_seen(curves / "train.csv")
     return {
         **describe_model(model.params),
+        "weights": f"SHA-256 `{sha256_file(models / WEIGHTS)}`",
         "tokens trained on": f"{seen:,} of {manifest.tokens('train'):,} in the data",
         "training compute": f"{seen * model.params.flops_per_token(model.params.context_length) / 1e15:,.3f} PFLOP, by the "
         "formula of `ModelParams.flops_per_token`; hours of the training stand in `metrics/speed/train.json`",
