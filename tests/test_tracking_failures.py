@@ -8,6 +8,7 @@ import shutil
 import socket
 import sqlite3
 import threading
+import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ import pytest
 from small_tracking import points, record_path, runs, start, steps
 
 from pipelib import mlflow_mirror, mlflow_store
-from pipelib.mlflow_mirror import Mirror
+from pipelib.mlflow_mirror import Mirror, is_mirroring
 from pipelib.mlflow_store import LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS, Place
 from pipelib.record import read_events
+from pipelib.stage import run_stage
 
 pytestmark = [
     pytest.mark.usefixtures("workspace"),
@@ -32,9 +34,11 @@ Said = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """Takes connections and never answers."""
+    """Takes connections and never answers; at its end nobody waits for it any more."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
+    while is_mirroring():
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -222,18 +226,42 @@ def test_a_server_that_never_answers_is_left_at_the_deadline(
     assert "did not take all of this run within 0.01 s" in line
 
 
+def test_a_stage_ends_at_once_while_a_thread_is_stuck_in_mlflow(
+    silent_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    def exit_at_once(status: int) -> None:
+        ended.append(status)
+        raise SystemExit(status)
+
+    def main() -> None:
+        with start():
+            pass
+
+    monkeypatch.setattr(os, "_exit", exit_at_once)
+    with pytest.raises(SystemExit, match="0"):
+        run_stage("train", lambda: None)
+    assert ended == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{silent_server}")
+    monkeypatch.setenv("PIPELIB_TRACKING_WAIT", "0.01")
+    with pytest.raises(SystemExit):
+        run_stage("train", main)
+    assert ended == [0]
+
+
 def test_the_deadline_is_short_for_a_server_and_longer_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIPELIB_TRACKING_WAIT")
     assert Place.chosen().wait_seconds == LOCAL_WAIT_SECONDS
     for uri in ("http://host", "HTTPS://host", "postgresql://host/x", "databricks"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert Place.chosen().wait_seconds == SERVER_WAIT_SECONDS == 1.0
+        assert Place.chosen().wait_seconds == SERVER_WAIT_SECONDS < 1
 
 
 def test_a_deadline_that_is_no_number_is_said_and_passed_over(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
     monkeypatch.setenv("PIPELIB_TRACKING_WAIT", "soon")
     assert Place("http://host", None).wait_seconds == SERVER_WAIT_SECONDS
-    assert "PIPELIB_TRACKING_WAIT=soon is no number of seconds, so 1 s count" in said.readouterr().err
+    assert "PIPELIB_TRACKING_WAIT=soon is no number of seconds, so 0.8 s count" in said.readouterr().err
 
 
 def test_a_server_that_comes_back_gets_what_it_missed(monkeypatch: pytest.MonkeyPatch, client: Any, said: Said) -> None:

@@ -20,6 +20,13 @@ POLL_SECONDS = 1.0
 COOLDOWN_SECONDS = 60.0
 """The mirror leaves a server alone for so long after it failed."""
 
+THREAD = "mlflow-mirror"
+
+
+def is_mirroring() -> bool:
+    """Whether a thread of this process is busy with MLflow, wanted or not."""
+    return any(thread.name == THREAD for thread in threading.enumerate())
+
 
 class Mirror:
     """Keeps MLflow equal to a record, from a daemon thread.
@@ -37,7 +44,7 @@ class Mirror:
         self._wait = place.wait_seconds
         self._closing = threading.Event()
         self._said = False
-        self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
 
     def start(self) -> None:
         """Begin; returns at once."""

@@ -22,8 +22,8 @@ EXPERIMENT_TAGS = {
     "mlflow.note.content": "A run here is a pass through the pipeline: download, tokenize, train, evaluate, each a run below it. "
     "Comparing the upper ones is enough.",
 }
-LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS = 10.0, 1.0
-"""The longest that the end of a stage waits for a database on this machine, or for a server."""
+LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS = 10.0, 0.8
+"""The longest that the end of a stage waits for a database on this machine, or for a server, which may cost a second in all."""
 
 LOCK_SECONDS = 5.0
 """How long somebody else may write to a database before it counts as locked; MLflow itself would wait for 20 s."""

@@ -1,5 +1,6 @@
 """The frame of a stage: parameters checked, errors said plainly, progress in its state, outs published, run recorded."""
 
+import os
 import shutil
 import signal
 import sys
@@ -13,7 +14,7 @@ from pipelib.errors import as_typed, user_message
 from pipelib.files import write_json
 from pipelib.provenance import code_hashes
 from pipelib.state import State
-from pipelib.tracking import Run, open_run
+from pipelib.tracking import Run, is_mirroring, open_run
 
 RESULT = "metrics/{}.json"
 """Where a stage writes what it found out: a function of its inputs."""
@@ -50,13 +51,25 @@ def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
         main()
     except KeyboardInterrupt:
         print(f"{name}: stopped; `dvc repro` goes on from here", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _leave(128 + signal.SIGINT)
     except Exception as error:
         message = user_message(error)
         if message is None:
             raise
-        sys.exit(f"{name}: {as_typed(message)}")
-    sys.exit(0)
+        _leave(f"{name}: {as_typed(message)}")
+    _leave(0)
+
+
+def _leave(status: int | str) -> NoReturn:
+    """`sys.exit`; at once where a thread is still busy with MLflow, which the interpreter would take seconds to clear away."""
+    if is_mirroring():
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Work) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pipelib.config import flatten, read_yaml
 from pipelib.files import files_under, read_json, sha256_file, sha256_json
-from pipelib.mlflow_mirror import Mirror
+from pipelib.mlflow_mirror import Mirror, is_mirroring
 from pipelib.mlflow_run import LAST, SECTIONS
 from pipelib.mlflow_store import Place
 from pipelib.provenance import code_hashes, git_state, uncommitted_changes
@@ -26,6 +26,9 @@ ARTIFACT_BYTES = 5_000_000
 RAW, TOKENS = Path("data/raw/manifest.json"), Path("data/tokens/manifest.json")
 DIFF_BYTES = 1_000_000
 """Of the changes that are in no commit so much is recorded."""
+
+
+__all__ = ["NullRun", "Run", "attach_run", "is_mirroring", "open_run"]
 
 
 class Run:
