@@ -76,7 +76,7 @@ def test_the_summary_fits_on_a_screen(
     """Of the committed baseline, with a sample longer than what is shown of it."""
     shutil.copytree(CHECKOUT / "metrics", here / "metrics")
     (here / "reports").mkdir()
-    (here / "reports/evaluation.md").write_text("````text\n" + "line\n" * 100 + "````\n")
+    (here / "reports/evaluation.md").write_text("````text\n" + ("word " * 50 + "\n") * 100 + "````\n")
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(["summary"]) == 0
     lines = capsys.readouterr().out.splitlines()

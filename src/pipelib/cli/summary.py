@@ -10,7 +10,7 @@ EXAMPLES = """example:
   pipelib summary
 """
 METRICS = Path("metrics")
-SAMPLE_LINES = 5
+SAMPLE_LINES, LINE_LENGTH = 5, 100
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,7 +36,7 @@ def run(_: argparse.Namespace) -> int:
     sample = first_sample(Path("reports/evaluation.md"))
     if sample:
         print("\nIt writes:\n")
-        print("\n".join(f"  | {line}" for line in sample.splitlines()[:SAMPLE_LINES]))
+        print("\n".join(f"  | {shorten(line)}" for line in sample.splitlines()[:SAMPLE_LINES]))
     print(NEXT)
     return 0
 
@@ -85,6 +85,11 @@ def _accuracy(model: dict[str, float], unigram: dict[str, float]) -> str:
         f"{model['value']:.4f}, 95 % interval {model['low']:.4f} to {model['high']:.4f}, {model['items']:,} items; "
         f"unigram model {unigram['value']:.4f}, chance 0.25"
     )
+
+
+def shorten(line: str) -> str:
+    """A line that fits on a screen."""
+    return line if len(line) <= LINE_LENGTH else line[: LINE_LENGTH - 1] + "…"
 
 
 def first_sample(report: Path) -> str:
