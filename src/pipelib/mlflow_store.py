@@ -18,7 +18,7 @@ from pipelib.state import state_root
 
 EXPERIMENT = "pipelib"
 EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development",  # else MLflow opens it with a page of chats, not of runs
+    "mlflow.experimentKind": "custom_model_development",  # MLflow's word for training a model, as against chats
     "mlflow.note.content": "A run here is a pass through the pipeline: download, tokenize, train, evaluate, each a run below it. "
     "Comparing the upper ones is enough.",
 }
