@@ -1,6 +1,6 @@
 """train: data/tokens -> models/ (a Hugging Face folder) and curves/ (losses of every step, samples).
 
-`--join` runs further ranks of a training that another machine has started: see docs/several-machines.md.
+`--join` runs further ranks of a training that another machine has started: see docs/how-to/several-machines.md.
 """
 
 if not __package__:

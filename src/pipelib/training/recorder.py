@@ -96,10 +96,9 @@ class Recorder:
 
     @property
     def curves(self) -> list[Curve]:
-        """What is a function of the data and parameters, without those that the parameters do not ask for."""
-        asked = {self.hellaswag: self._params.hellaswag_every, self.spikes: self._params.spike}
-        every = (self.train, self.validation, self.samples, self.hellaswag, self.spikes)
-        return [curve for curve in every if asked.get(curve, True) is not None]
+        """What is a function of the data and parameters. HellaSwag's has no rows where nobody asked for it: DVC plots need it."""
+        every = [self.train, self.validation, self.samples, self.hellaswag]
+        return every if self._params.spike is None else [*every, self.spikes]
 
     @property
     def _all_curves(self) -> tuple[Curve, ...]:

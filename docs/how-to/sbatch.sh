@@ -1,6 +1,6 @@
 #!/bin/bash
-# GPT-2 on two machines of eight GPUs: sbatch docs/sbatch.sh, from the root of a checkout that all machines share.
-# docs/several-machines.md explains it.
+# GPT-2 on two machines of eight GPUs: sbatch docs/how-to/sbatch.sh, from the root of a checkout that all machines share.
+# docs/how-to/several-machines.md explains it.
 #SBATCH --job-name=pipelib
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
