@@ -159,7 +159,14 @@ PLACES_OF_TWO_RANKS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "places"), [(1, list(PLACES)), (2, PLACES_OF_TWO_RANKS)], ids=["1", "2"])
+@pytest.mark.parametrize(
+    ("ranks", "places"),
+    [
+        pytest.param(1, list(PLACES), id="1"),
+        pytest.param(2, PLACES_OF_TWO_RANKS[1:4:2], id="2"),
+        pytest.param(2, PLACES_OF_TWO_RANKS, id="2, everywhere", marks=pytest.mark.long),
+    ],
+)
 def test_killed_at_every_dangerous_place_it_ends_with_the_same_bytes(
     project: SmallProject, tmp_path: Path, ranks: int, places: list[str]
 ) -> None:
@@ -239,6 +246,7 @@ def test_a_second_run_says_who_holds_the_lock(endless: SmallProject) -> None:
 # ---- Started again, and on several machines --------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_ranks_are_started_again_after_one_was_killed(project: SmallProject) -> None:
     expected = project.uninterrupted(2)
     training = project.start(2, PIPELIB_MAX_RESTARTS="1")
@@ -295,7 +303,7 @@ def ask(training: Training, whom: str, number: signal.Signals) -> None:
     [
         (1, "group", signal.SIGTERM),
         pytest.param(1, "group", signal.SIGINT, marks=pytest.mark.long),
-        (2, "launcher", signal.SIGINT),
+        pytest.param(2, "launcher", signal.SIGINT, marks=pytest.mark.long),
         pytest.param(2, "agent", signal.SIGTERM, marks=pytest.mark.long),
         pytest.param(2, "rank", signal.SIGINT, marks=pytest.mark.long),
         (2, "all", signal.SIGTERM),  # as a scheduler does it

@@ -268,7 +268,7 @@ def test_losses_and_norms_depend_neither_on_the_ranks_nor_on_the_micro_batches(f
         assert np.allclose(other, tables[0], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(4, 2, marks=pytest.mark.long)])
 def test_another_number_of_ranks_goes_on_and_says_what_is_not_exact(folder: Path, before: int, after: int) -> None:
     assert "bit for bit" not in train_ranks(folder, before, max_tokens=1280)
     whole = table(folder)

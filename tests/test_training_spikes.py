@@ -56,7 +56,8 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch, folder: Path, *numbers: int, by
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "work").glob("*.csv")}
+    """The curves, but for the speed, which differs each time."""
+    return {path.name: path.read_bytes() for path in (folder / "work").glob("*.csv") if path.name != "speed.csv"}
 
 
 def test_nothing_is_left_out_where_nothing_jumps(folder: Path) -> None:

@@ -129,7 +129,8 @@ class Record:
 
     def last_step(self, name: str) -> int:
         """The last step that a number has been recorded at; 0 where there is none."""
-        return max((step for known, step in self._points if known == name and step is not None), default=0)
+        points = list(self._points)  # at once, since other threads record too
+        return max((step for known, step in points if known == name and step is not None), default=0)
 
     def close(self) -> None:
         os.close(self._descriptor)
