@@ -253,7 +253,7 @@ def test_ranks_are_started_again_after_one_was_killed(project: SmallProject) -> 
     assert training.wait_until(lambda: training.step() >= 12)
     kill(next(pid for pid, role in training.processes().items() if role == "rank"))
     assert training.end() == 0, training.output()
-    assert "training goes on after step 1" in training.output()
+    assert "training goes on after step " in training.output()
     assert not same(project.outs(), expected)
 
 
