@@ -36,7 +36,7 @@ from pipelib.tokens.encode_corpus import encode_corpus
 from pipelib.tokens.encoding import Texts, load_engine, tiktoken_encoding
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tokens.workers import Workers, worker_engine
-from pipelib.tracking import NullRun
+from pipelib.tracking.run import NullRun
 
 SHARD_TOKENS = 10_000_000
 WAIT = 1.0

@@ -32,11 +32,11 @@ from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
 from pipelib.params import Params, load_params
 from pipelib.tokens.shards import read_manifest
-from pipelib.tracking import NullRun
+from pipelib.tracking.run import NullRun
 from pipelib.training.checkpoint import Checkpoints
 from pipelib.training.distributed import World, join_world
 from pipelib.training.hardware import Peak
-from pipelib.training.loop import Cadence, take_step, train
+from pipelib.training.loop import Cadence, Trainer, take_step
 from pipelib.training.optim import make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
@@ -107,7 +107,7 @@ def train_in(folder: Path, params: TrainParams) -> GPT:
     with join_world() as world:
         recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, ""))
         tokens = folder / "tokens"
-        return train(SHAPE, params, Cadence(5, 10), tokens, read_manifest(tokens), folder, world, recorder)
+        return Trainer(SHAPE, params, Cadence(5, 10), tokens, read_manifest(tokens), folder, world, recorder).run()
 
 
 def resume_is_exact(folder: Path) -> str:

@@ -26,11 +26,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from pipelib.mlflow_store import SERVER_WAIT_SECONDS, Place
 from pipelib.params import load_params
 from pipelib.processes import available_cores
 from pipelib.stage import run_stage
-from pipelib.tracking import open_run
+from pipelib.tracking.mlflow_store import SERVER_WAIT_SECONDS, Place
+from pipelib.tracking.run import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGGED_PER_SECOND = 10

@@ -27,7 +27,7 @@ from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
 from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest
-from pipelib.tracking import NullRun
+from pipelib.tracking.run import NullRun
 from pipelib.training import loop
 from pipelib.training.distributed import World
 from pipelib.training.hardware import Peak

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from pipelib.mlflow_store import prepare_mlflow
-from pipelib.record import read_events
-from pipelib.tracking import Run, open_run
+from pipelib.tracking.mlflow_store import prepare_mlflow
+from pipelib.tracking.record import read_events
+from pipelib.tracking.run import Run, open_run
 
 CODE = {"stages/train.py": "aa"}
 FINGERPRINT = "f" * 64

@@ -20,7 +20,7 @@ import pytest
 from small_browser import CHROMIUM, Browser, element_with
 from small_tracking import CODE, FINGERPRINT, SEARCHED, FakeParams, runs, write
 
-from pipelib.tracking import open_run
+from pipelib.tracking.run import open_run
 
 pytestmark = [
     pytest.mark.usefixtures("workspace"),

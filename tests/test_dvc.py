@@ -154,7 +154,7 @@ def test_a_second_repro_runs_nothing(clone: Clone) -> None:
     ("file", "stages"),
     [
         ("src/pipelib/progress.py", set()),
-        ("src/pipelib/tracking.py", set()),
+        ("src/pipelib/tracking/run.py", set()),
         ("src/pipelib/training/params.py", {"train"}),
         ("src/pipelib/evaluation/report.py", {"evaluate"}),
         ("src/pipelib/model/gpt.py", {"train", "evaluate"}),

@@ -95,7 +95,7 @@ def test_an_edit_reruns_no_more_than_it_must() -> None:
     assert rerun_by("corpus/docs.py") == {"download"}
     assert rerun_by("tokens/encode_corpus.py") == {"tokenize"}
     assert rerun_by("tokens/loader.py") == {"train", "evaluate"}
-    assert rerun_by("progress.py") == rerun_by("tracking.py") == set()
+    assert rerun_by("progress.py") == rerun_by("tracking/run.py") == set()
     assert rerun_by("config.py") == set(STAGES)
 
 

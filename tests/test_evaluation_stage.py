@@ -37,7 +37,7 @@ from pipelib.files import files_under, sha256_file, write_json
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
 from pipelib.stage import Build
-from pipelib.tracking import NullRun
+from pipelib.tracking.run import NullRun
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipelib import system_metrics
-from pipelib.record import Record, read_events
-from pipelib.system_metrics import CPU, CpuTimes, Gpus, Sampler, memory
+from pipelib.tracking.record import Record, read_events
+from pipelib.tracking.system_metrics import CPU, CpuTimes, Gpus, Sampler, memory
 
 
 def test_cpu_is_the_share_of_ticks_that_were_work(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from pipelib.tokens.params import TokenizeParams
 from pipelib.tokens.shards import UNIGRAM_COUNTS, read_manifest, shard_problems
 from pipelib.tokens.unit_store import Share
 from pipelib.tokens.units import Unit, encode_unit
-from pipelib.tracking import NullRun
+from pipelib.tracking.run import NullRun
 
 SHARD_TOKENS = 100_000
 RUNS = int(os.environ.get("PIPELIB_TEST_RUNS", "3"))
@@ -377,7 +377,7 @@ from pathlib import Path
 from pipelib.stage import Build
 from pipelib.tokens.encode_corpus import encode_corpus
 from pipelib.tokens.params import TokenizeParams
-from pipelib.tracking import NullRun
+from pipelib.tracking.run import NullRun
 
 if __name__ == "__main__":
     folder, raw = Path(sys.argv[1]), Path(sys.argv[2])

@@ -24,10 +24,10 @@ from small_tracking import (
 )
 
 from pipelib import mlflow_store, system_metrics
-from pipelib.mlflow_run import MlflowRun
-from pipelib.record import Record, read_events, redact
-from pipelib.run_page import reproduce
-from pipelib.tracking import NullRun, Run, attach_run, open_run
+from pipelib.tracking.mlflow_run import MlflowRun
+from pipelib.tracking.page import reproduce
+from pipelib.tracking.record import Record, read_events, redact
+from pipelib.tracking.run import NullRun, Run, attach_run, open_run
 
 # MLflow 3.17 with SQLAlchemy 2.1 warns once, when it is imported.
 pytestmark = [
@@ -166,7 +166,7 @@ def test_null_run_has_every_method_of_run_and_writes_nothing(workspace: Path) ->
 
 
 def test_the_module_needs_neither_torch_nor_mlflow() -> None:
-    check = "import sys, pipelib.tracking; print(*{'torch', 'mlflow', 'numpy', 'pandas'} & set(sys.modules))"
+    check = "import sys, pipelib.tracking.run; print(*{'torch', 'mlflow', 'numpy', 'pandas'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": SEARCHED}
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "\n"

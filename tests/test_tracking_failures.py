@@ -19,10 +19,10 @@ import pytest
 from small_tracking import points, record_path, runs, start, steps
 
 from pipelib import mlflow_mirror, mlflow_store
-from pipelib.mlflow_mirror import Mirror, is_mirroring
-from pipelib.mlflow_store import LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS, Place
-from pipelib.record import read_events
 from pipelib.stage import run_stage
+from pipelib.tracking.mirror import Mirror, is_mirroring
+from pipelib.tracking.mlflow_store import LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS, Place
+from pipelib.tracking.record import read_events
 
 pytestmark = [
     pytest.mark.usefixtures("workspace"),

@@ -9,11 +9,11 @@ import pytest
 from small_tracking import record_path, runs, start, write
 
 from pipelib.cli.main import main
-from pipelib.mlflow_mirror import Mirror
-from pipelib.mlflow_replay import held
-from pipelib.mlflow_run import MlflowRun
-from pipelib.mlflow_store import Place
-from pipelib.record import read_events
+from pipelib.tracking.mirror import Mirror
+from pipelib.tracking.mlflow_run import MlflowRun
+from pipelib.tracking.mlflow_store import Place
+from pipelib.tracking.record import read_events
+from pipelib.tracking.replay import held
 
 pytestmark = [
     pytest.mark.usefixtures("workspace"),

@@ -435,10 +435,10 @@ from small_run import model_params, train_params
 from pipelib.errors import UserError, user_message
 from pipelib.model.gpt import GPT
 from pipelib.tokens.shards import read_manifest
-from pipelib.tracking import NullRun
+from pipelib.tracking.run import NullRun
 from pipelib.training.distributed import World
 from pipelib.training.hardware import Peak
-from pipelib.training.loop import Cadence, train
+from pipelib.training.loop import Cadence, Trainer
 from pipelib.training.recorder import NullRecorder, Recorder
 
 folder, world_size, options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
@@ -460,7 +460,7 @@ def run(rank):
     if rank == poisoned_rank:
         GPT.forward = poison
     try:
-        train(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, recorder)
+        Trainer(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, recorder).run()
     except UserError as error:
         print(f"rank {rank}: {error}", flush=True)
     dist.destroy_process_group()

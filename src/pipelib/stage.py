@@ -14,7 +14,7 @@ from pipelib.errors import as_typed, user_message
 from pipelib.files import write_json
 from pipelib.provenance import code_hashes
 from pipelib.state import State
-from pipelib.tracking import Run, is_mirroring, open_run
+from pipelib.tracking.run import Run, is_mirroring, open_run
 
 RESULT = "metrics/{}.json"
 """Where a stage writes what it found out: a function of its inputs."""

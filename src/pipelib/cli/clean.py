@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelib.cli.table import aligned
 from pipelib.errors import UserError
 from pipelib.files import format_bytes, read_json, remove
 from pipelib.progress import format_seconds
@@ -156,10 +157,7 @@ def table(states: list[Kept]) -> str:
         total = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in kept.files}.values())
         age = format_seconds(max(0.0, time.time() - kept.used))
         rows.append((kept.stage, kept.name, kept.status, format_bytes(freed), format_bytes(total - freed), age))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows)
 
 
 def _agreed(count: int, freed: str) -> bool:

@@ -48,12 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: a run was not found.
     """
     from pipelib.cli.runs import find_run
+    from pipelib.cli.table import aligned
+    from pipelib.evaluation.document import Table, to_markdown
 
     names = arguments.runs if len(arguments.runs) > 1 else ["HEAD", *arguments.runs]
     runs = [find_run(name) for name in names]
     rows = [*_params(runs), *_metrics(runs), *_circumstances(runs)]
     header = ["", *(run.name for run in runs)]
-    print("\n".join((markdown if arguments.md else aligned)([header, *rows])))
+    print(to_markdown([Table(header, rows)]).rstrip() if arguments.md else aligned([header, *rows]))
     notes = [*_notes(runs), *_noise(runs)]
     print("\n" + "\n".join(f"- {note}" if arguments.md else note for note in notes))
     return 0
@@ -210,18 +212,3 @@ def _count(value: object) -> str:
 
 def _time(seconds: float) -> str:
     return format_seconds(seconds) if seconds else ""
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The rows in columns, for a terminal."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The rows as a table in Markdown."""
-    for number, row in enumerate(rows):
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
-        if number == 0:
-            yield "|" + "---|" * len(row)

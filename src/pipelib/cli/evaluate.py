@@ -1,7 +1,6 @@
 """`pipelib evaluate`: what a GPT-2 in a Hugging Face folder is worth, without the pipeline."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +78,7 @@ def _params(arguments: argparse.Namespace) -> "EvaluateParams":
 def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | None) -> None:
     import tempfile
 
+    from pipelib.cli.table import aligned
     from pipelib.evaluation.evaluate import (
         CHECKOUT,
         describe_environment,
@@ -116,18 +116,9 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
         **describe_environment(model, code),
     }
     subject = Subject(measured.result, baselines, model.params.parameters, {}, facts, samples, None)
-    print(table([row[:4] for row in rows_of(subject)]))
+    print(aligned([[cell.replace("*", "") for cell in row[:4]] for row in rows_of(subject)]))
     if out:
         write_report(out, subject)
         write_items(out / "items.npz", measured.items)
         write_json(out / "evaluation.json", measured.result | ({"baselines": baselines} if baselines else {}))
         print(f"\nwritten: {out}/evaluation.md, evaluation.html, evaluation.json, items.npz")
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned text."""
-    plain = [[cell.replace("*", "") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in plain
-    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipelib.errors import UserError
 from pipelib.files import files_under, link_or_copy, write_text
 from pipelib.provenance import git_state
-from pipelib.record import redact
+from pipelib.tracking.record import redact
 
 EXAMPLES = """examples:
   HF_TOKEN=... pipelib publish --repo NAME/gpt2-124m-fineweb-edu --private

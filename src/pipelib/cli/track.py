@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelib.cli.table import aligned
 from pipelib.errors import UserError
-from pipelib.mlflow_replay import (
+from pipelib.state import state_root
+from pipelib.tracking.mlflow_run import DeletedRun
+from pipelib.tracking.mlflow_store import Place, Store, failure
+from pipelib.tracking.record import read_events, redact
+from pipelib.tracking.replay import (
     ALL,
     BUSY,
     DELETED,
@@ -19,10 +24,6 @@ from pipelib.mlflow_replay import (
     replay_record,
     settle_parents,
 )
-from pipelib.mlflow_run import DeletedRun
-from pipelib.mlflow_store import Place, Store, failure
-from pipelib.record import read_events, redact
-from pipelib.state import state_root
 
 EXAMPLES = """examples:
   pipelib track                       every run's record, and what of it has arrived in MLflow
@@ -134,10 +135,7 @@ def table(kept: Sequence[Kept], states: Sequence[str]) -> str:
     for record, state in zip(kept, states, strict=True):
         begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.begun))
         rows.append((record.key, record.stage, begun, record.ended or "-", f"{record.points:,}", state))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows)
 
 
 def replay(store: Store, kept: Sequence[Kept], named: bool) -> int:

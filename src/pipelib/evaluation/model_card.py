@@ -7,10 +7,11 @@ does not, is added by `pipelib publish`.
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelib.evaluation.document import Table, to_markdown
 from pipelib.files import sha256_file, write_text
 from pipelib.tokens.shards import Manifest
 
@@ -52,22 +53,22 @@ def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest,
         "It continues text. It was not taught to follow instructions or to be safe, it states false things fluently, and it has "
         "seen nothing but the data below.",
         "## Evaluation",
-        table(("what", "value", "of"), evaluation_rows(result)),
+        _table(("what", "value", "of"), evaluation_rows(result)),
         "Brackets hold 95 % intervals. Scores of other code can follow other rules: compare like with like.",
         "## Losses",
-        table(("what", "value", "after"), _losses(curves)),
+        _table(("what", "value", "after"), _losses(curves)),
         "![Loss of training and validation](loss.png)",
         "## Data",
-        table(("what", "value"), _data(manifest)),
+        _table(("what", "value"), _data(manifest)),
         f"**Licence of the data.** {licence(source)}",
         *_initial_weights(recipe),
         "## Recipe",
-        table(("what", "value"), rows) if rows else "Unknown: the model's README does not say it.",
+        _table(("what", "value"), rows) if rows else "Unknown: the model's README does not say it.",
         REPRODUCE,
         "```console\n$ make setup\n$ .venv/bin/dvc repro\n```",
         "Before `dvc repro`, put the recipe's values into `params.yaml`, where they are not there already. On the same processor "
         "with the same number of threads a CPU gives these very bytes:",
-        table(
+        _table(
             ("file", "SHA-256"),
             ((f"`{file.name}`", f"`{sha256_file(file)}`") for file in [models / "model.safetensors"]),
         ),
@@ -115,10 +116,8 @@ def _describes_another(key: str) -> bool:
     return key.startswith(("version", "examples")) or key.endswith("_stderr")
 
 
-def table(header: tuple[str, ...], rows: Any) -> str:
-    """A table in Markdown."""
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def _table(header: tuple[str, ...], rows: Iterable[Sequence[str]]) -> str:
+    return to_markdown([Table(header, list(rows))]).rstrip("\n")
 
 
 def _front_matter(repo: str | None) -> str:
@@ -164,5 +163,4 @@ def _initial_weights(recipe: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _value(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text.replace("|", "\\|")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

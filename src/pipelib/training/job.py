@@ -20,11 +20,11 @@ from pipelib.model.huggingface import export_model, readme
 from pipelib.model.params import InitialisedModelParams
 from pipelib.processes import tie_to_parent
 from pipelib.tokens.shards import Manifest, read_manifest
-from pipelib.tracking import NullRun, Run, attach_run
+from pipelib.tracking.run import NullRun, Run, attach_run
 from pipelib.training.distributed import World, join_world
 from pipelib.training.hardware import most_gpu_memory, peak_of
 from pipelib.training.initial_weights import InitialWeights
-from pipelib.training.loop import Cadence, train
+from pipelib.training.loop import Cadence, Trainer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import NullRecorder, Recorder
 
@@ -72,7 +72,7 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
         recorder = Recorder(
             work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
         )
-    model = train(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial)
+    model = Trainer(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial).run()
     if world.is_main:
         export(job, manifest, model, recorder, work / "outs")
         write_json(work / RESULT, {"result": _result(job, recorder), "speed": _speed(recorder, world)})

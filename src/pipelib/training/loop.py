@@ -45,31 +45,8 @@ class Cadence:
     checkpoint_every: int
 
 
-def train(
-    model_params: ModelParams,
-    params: TrainParams,
-    cadence: Cadence,
-    tokens: Path,
-    manifest: Manifest,
-    work: Path,
-    world: World,
-    recorder: Recorder,
-    initial: InitialWeights = RANDOM_WEIGHTS,
-) -> GPT:
-    """Train on the shards in `tokens` and return the model after its last step, on this rank's device.
-
-    Args:
-        work: where checkpoints go, and are found again.
-        initial: what the model starts from, where no checkpoint is found.
-
-    Raises:
-        UserError: a value is infinite or not a number; memory ran out; the run was stopped by a signal, after a checkpoint.
-    """
-    return Trainer(model_params, params, cadence, tokens, manifest, work, world, recorder, initial).run()
-
-
 class Trainer:
-    """One rank's training: see `train`."""
+    """One rank's training on the shards of a folder."""
 
     def __init__(
         self,
@@ -81,8 +58,16 @@ class Trainer:
         work: Path,
         world: World,
         recorder: Recorder,
-        initial: InitialWeights,
+        initial: InitialWeights = RANDOM_WEIGHTS,
     ) -> None:
+        """Args:
+            tokens: the folder of shards that `manifest` describes.
+            work: where checkpoints go, and are found again.
+            initial: what the model starts from, where no checkpoint is found.
+
+        Raises:
+            UserError: no checkpoint, data or micro-batch fits the parameters.
+        """
         set_determinism(params, world)
         free = world.least(memory_of_a_rank(model_params, world.device, world.local_ranks))
         self._model = initial_model(model_params, params.seed, initial)
@@ -110,7 +95,11 @@ class Trainer:
         self._memory = out_of_memory_named(model_params, self._params, world.world_size, free)
 
     def run(self) -> GPT:
-        """Take the steps that are left, and return the model."""
+        """Take the steps that are left, and return the model, on this rank's device.
+
+        Raises:
+            UserError: a value is infinite or not a number; memory ran out; the run was stopped by a signal, after a checkpoint.
+        """
         params, cadence, state, recorder = self._params, self._cadence, self._state, self._recorder
         rows = params.micro_batch_rows(self._world.world_size)
         recorder.begin(state.step, rows, self._spikes)

@@ -21,7 +21,7 @@ from pipelib.evaluation.hellaswag import Scores
 from pipelib.evaluation.loss import Loss
 from pipelib.files import format_bytes, write_text
 from pipelib.progress import StatusLine, format_seconds
-from pipelib.tracking import Run
+from pipelib.tracking.run import Run
 from pipelib.training.checkpoint import Counters
 from pipelib.training.hardware import Peak, most_gpu_memory
 from pipelib.training.params import TrainParams

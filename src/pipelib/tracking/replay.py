@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelib.mlflow_run import SENT, DeletedRun, Event, MlflowRun, set_status
-from pipelib.mlflow_store import Store
-from pipelib.record import read_events
+from pipelib.tracking.mlflow_run import SENT, DeletedRun, Event, MlflowRun, set_status
+from pipelib.tracking.mlflow_store import Store
+from pipelib.tracking.record import read_events
 
 ALL, PART, NOTHING, DELETED, BUSY = "all of it", "a part", "nothing", "deleted there", "being sent"
 """What MLflow has of a record. BUSY: the stage is running, or another `pipelib track` sends it."""

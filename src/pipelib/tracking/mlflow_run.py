@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelib.mlflow_store import Store
-from pipelib.record import brief, redact, say
+from pipelib.tracking.mlflow_store import Store
+from pipelib.tracking.record import brief, redact, say
 
 SECTIONS = {
     "download": ("download",),

@@ -10,10 +10,10 @@ import os
 import threading
 from pathlib import Path
 
-from pipelib.mlflow_replay import opened, replay_others
-from pipelib.mlflow_run import DeletedRun, MlflowRun
-from pipelib.mlflow_store import Place, failure
-from pipelib.record import read_events, say
+from pipelib.tracking.mlflow_run import DeletedRun, MlflowRun
+from pipelib.tracking.mlflow_store import Place, failure
+from pipelib.tracking.record import read_events, say
+from pipelib.tracking.replay import opened, replay_others
 
 POLL_SECONDS = 1.0
 """Between two looks at the record; points of one second travel in one call."""

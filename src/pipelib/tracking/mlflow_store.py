@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelib.record import brief, say
 from pipelib.state import state_root
+from pipelib.tracking.record import brief, say
 
 EXPERIMENT = "pipelib"
 EXPERIMENT_TAGS = {

@@ -1,6 +1,6 @@
 """What a stage records about its run, and where the run comes from.
 
-The record (`record.py`) is the truth; MLflow (`mlflow_mirror.py`) is a view of it.
+The record (`record.py`) is the truth; MLflow (`mirror.py`) is a view of it.
 """
 
 import os
@@ -12,14 +12,14 @@ from typing import Any, Self
 
 from pipelib.config import flatten, read_yaml
 from pipelib.files import files_under, read_json, sha256_file, sha256_json
-from pipelib.mlflow_mirror import Mirror, is_mirroring
-from pipelib.mlflow_run import LAST, SECTIONS
-from pipelib.mlflow_store import Place
 from pipelib.provenance import code_hashes, git_state, uncommitted_changes
-from pipelib.record import Record, harmless, settle_record
-from pipelib.run_page import model_reference, pipeline_page, stage_page
 from pipelib.state import state_root
-from pipelib.system_metrics import CPU, Sampler
+from pipelib.tracking.mirror import Mirror, is_mirroring
+from pipelib.tracking.mlflow_run import LAST, SECTIONS
+from pipelib.tracking.mlflow_store import Place
+from pipelib.tracking.page import model_reference, pipeline_page, stage_page
+from pipelib.tracking.record import Record, harmless, settle_record
+from pipelib.tracking.system_metrics import CPU, Sampler
 
 ARTIFACT_BYTES = 5_000_000
 """Larger files are not copied to MLflow."""

@@ -1,0 +1,1 @@
+"""What a run did: its record, and MLflow's view of it."""
