@@ -11,13 +11,10 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
-import math
-import multiprocessing
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import Any
 
 from pipelib.corpus.raw import Document, Written, first_documents, write_raw
 from pipelib.errors import UserError
+from pipelib.pool import Pool
 from pipelib.processes import tie_to_parent, worker_count
 from pipelib.progress import Progress
 
@@ -45,6 +43,8 @@ MIN_CHARACTERS = 400
 _QUOTES = re.compile(rb"\"\"\"|'''")
 _BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 _FILES_PER_TASK = 16
+_File = tuple[Path, str, str]
+"""See `read_documents`."""
 
 
 def package_versions() -> dict[str, str]:
@@ -97,12 +97,12 @@ def _shuffle_key(seed: int, document: Document) -> tuple[bytes, str]:
     return hashlib.sha256(f"{seed} {document.id}".encode()).digest(), document.text
 
 
-def _source_files() -> list[tuple[Path, str, str]]:
+def _source_files() -> list[_File]:
     """Every Python file to read: where it is, its path inside site-packages, and the package's name and version.
 
     Tests are left out: they take more than a third of the time and hold 1.4 % of the text.
     """
-    files: list[tuple[Path, str, str]] = []
+    files: list[_File] = []
     for name, version in package_versions().items():
         spec = importlib.util.find_spec(PACKAGES[name])
         assert spec is not None, f"{name} is installed, but not as {PACKAGES[name]}"
@@ -117,17 +117,24 @@ def _is_test(path: Path) -> bool:
     return "tests" in path.parts or path.name.startswith("test_")
 
 
-def _read_all(files: list[tuple[Path, str, str]]) -> Iterator[list[Document]]:
+def _read_all(files: Sequence[_File]) -> Iterator[list[Document]]:
     """The documents of each file, in the order of the files, read by several processes."""
-    workers = worker_count(most=math.ceil(len(files) / _FILES_PER_TASK))
+    tasks = [(files[start : start + _FILES_PER_TASK],) for start in range(0, len(files), _FILES_PER_TASK)]
     progress = Progress("docs: reading docstrings", len(files), "files")
-    # spawn: the same on every system, and safe whatever threads the parent has
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        for documents in pool.map(read_documents, *zip(*files, strict=True), chunksize=_FILES_PER_TASK):
-            progress.add(1)
-            yield documents
+    done: dict[int, list[list[Document]]] = {}
+    after = 0
+    with Pool(worker_count(most=len(tasks)), _start_worker) as pool:
+        for number, documents in pool.run(_read_some, tasks):
+            done[number] = documents
+            progress.add(len(documents))
+            while after in done:
+                yield from done.pop(after)
+                after += 1
     progress.close()
+
+
+def _read_some(files: Sequence[_File]) -> list[list[Document]]:
+    return [read_documents(*file) for file in files]
 
 
 def _start_worker() -> None:

@@ -1,18 +1,15 @@
 """Worker processes with a tokenizer in each."""
 
-import multiprocessing
 import os
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from pipelib.errors import UserError
+from pipelib.pool import Pool
 from pipelib.processes import keep_freed_memory, peak_memory, tie_to_parent, worker_count
 from pipelib.tokens.encoding import Engine, load_engine
 
@@ -21,10 +18,7 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """A pool of processes, `$PIPELIB_WORKERS` or one for every core; `$PIPELIB_TOKENIZER` names their engine.
-
-    They are spawned, not forked: the same on every system, and safe beside the threads of this process (MLflow's).
-    """
+    """A pool of processes, `$PIPELIB_WORKERS` or one for every core; `$PIPELIB_TOKENIZER` names their engine."""
 
     def __init__(self, tasks: int) -> None:
         """Args:
@@ -36,8 +30,7 @@ class Workers:
         """What the workers spent on each step, added up over them."""
         self.peak_memory = 0
         """The most memory that one of them held so far, in bytes."""
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self.count, context, _start, (self.engine,))
+        self._pool = Pool(self.count, _start, self.engine)
 
     def __enter__(self) -> Self:
         return self
@@ -45,7 +38,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=error is not None)
+        self._pool.__exit__(kind, error, trace)
 
     def each(
         self,
@@ -65,19 +58,14 @@ class Workers:
         Raises:
             UserError: a worker was killed.
         """
-        try:
-            futures = {self._pool.submit(_timed, task, item, *arguments): item for item in items}
-            for future in as_completed(futures):
-                _, seconds, peak = future.result()  # the first error ends this, and the rest is cancelled
-                self.seconds[step] += seconds
-                self.peak_memory = max(self.peak_memory, peak)
-                done(futures[future])
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker was killed, by the system if memory ran out, so the corpus is not complete; what it finished is "
-                "kept: run dvc repro again, with fewer workers if memory is short (PIPELIB_WORKERS=1)."
-            ) from None
-        return [future.result()[0] for future in futures]
+        results: dict[int, Result] = {}
+        calls = [(task, item, *arguments) for item in items]
+        for number, (result, seconds, peak) in self._pool.run(_timed, calls):
+            results[number] = result
+            self.seconds[step] += seconds
+            self.peak_memory = max(self.peak_memory, peak)
+            done(items[number])
+        return [results[number] for number in range(len(items))]
 
 
 def _timed(task: Callable[..., Result], *arguments: Any) -> tuple[Result, float, int]:

@@ -1,0 +1,118 @@
+"""A pool of processes that any of them may leave at any instant, by SIGKILL too, without the others waiting for it.
+
+Each has a pipe of its own to this process. In `concurrent.futures.ProcessPoolExecutor` all share one: when a process dies in
+the middle of a result of more than 16 KB, the reader waits for its rest for ever, and so does everybody else (observed with
+CPython 3.11). Here the dead one's pipe ends, and with it the wait.
+"""
+
+import multiprocessing
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from types import TracebackType
+from typing import Any, Self
+
+from pipelib.errors import UserError
+
+
+class Pool:
+    """Processes that are started when there is work for them.
+
+    They are spawned, not forked: the same on every system, and safe beside the threads of this process (MLflow's).
+    """
+
+    def __init__(self, most: int, start: Callable[..., object], *arguments: object) -> None:
+        """Args:
+        most: processes at a time.
+        start: called with `arguments` in each process before its first task; a function of a module.
+        """
+        self._most, self._start = most, (start, arguments)
+        self._context = multiprocessing.get_context("spawn")
+        self._processes: list[BaseProcess] = []
+        self._idle: list[Connection] = []
+        self._busy: dict[Connection, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let each finish the task it is at, and end."""
+        for connection in (*self._idle, *self._busy):
+            connection.close()
+        for process in self._processes:
+            process.join()
+
+    def run(self, task: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """The number of each call and what `task(*call)` returns, as they get done.
+
+        Args:
+            task: a function of a module.
+
+        Raises:
+            UserError: a process was killed. Whatever a task raises is raised here too, and the pool takes no more.
+        """
+        waiting = deque(enumerate(calls))
+        while waiting or self._busy:
+            while waiting and (self._idle or len(self._processes) < self._most):
+                connection = self._idle.pop() if self._idle else self._begin()
+                number, call = waiting.popleft()
+                self._busy[connection] = number
+                with _alive():
+                    connection.send((task, call))
+            for ready in wait([*self._busy]):
+                assert isinstance(ready, Connection)
+                with _alive():
+                    result, error = ready.recv()
+                if error is not None:
+                    raise error
+                self._idle.append(ready)
+                yield self._busy.pop(ready), result
+
+    def _begin(self) -> Connection:
+        """A new process, at the other end of a pipe that nobody else holds."""
+        mine, its = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(its, *self._start), daemon=True)
+        process.start()
+        its.close()
+        self._processes.append(process)
+        return mine
+
+
+@contextmanager
+def _alive() -> Iterator[None]:
+    """UserError where the process at the other end of a pipe is dead."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise UserError(
+            "a worker was killed, by the system if memory ran out, so this stage is not complete; run dvc repro again, with "
+            "fewer workers if memory is short (PIPELIB_WORKERS=1)."
+        ) from None
+
+
+def _serve(connection: Connection, start: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    """What a process does: a task at a time, until nobody has another one for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that waits
+    start(*arguments)
+    try:
+        while True:
+            task, call = connection.recv()
+            connection.send_bytes(_answer(task, call))
+    except (EOFError, OSError):  # the one that waits is gone, or wants no more
+        return
+
+
+def _answer(task: Callable[..., Any], call: tuple[Any, ...]) -> memoryview:
+    """The task's result or its error, as it travels."""
+    try:
+        return ForkingPickler.dumps((task(*call), None))
+    except Exception as error:
+        error.add_note(f"In a worker: {traceback.format_exc()}")
+        return ForkingPickler.dumps((None, error))
