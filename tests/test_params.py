@@ -88,7 +88,7 @@ def test_gpt3s_preset_is_the_published_shape_and_recipe() -> None:
         ([("train.min_lr", 1.0)], ["train.min_lr: 1 is greater than max_lr = 0.003"]),
         ([("train.max_tokens", 100)], ["train.max_tokens: 100 is less than one step"]),
         ([("train.warmup_steps", 5000)], ["train.warmup_steps: 5000 of ", "max_lr would never be reached"]),
-        ([("model.n_head", 3)], ["model.n_embd: 128 is not a multiple of n_head = 3", "nearest that fits is 129"]),
+        ([("model.n_head", 3)], ["model.n_embd: 64 is not a multiple of n_head = 3", "nearest that fits is 63"]),
         ([("tokenize.shard_tokens", 10)], ["tokenize.shard_tokens: 10 must be at least 1024"]),
         ([("download.benchmarks", []), ("download.benchmark_documents", 0)],
          ["evaluate.tasks: completion needs data", "evaluate.tasks: heldout needs data"]),

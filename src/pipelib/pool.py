@@ -59,21 +59,27 @@ class Pool:
             UserError: a process was killed. Whatever a task raises is raised here too, and the pool takes no more.
         """
         waiting = deque(enumerate(calls))
-        while waiting or self._busy:
-            while waiting and (self._idle or len(self._processes) < self._most):
-                connection = self._idle.pop() if self._idle else self._begin()
-                number, call = waiting.popleft()
-                self._busy[connection] = number
-                with _alive():
-                    connection.send((task, call))
+        self._hand_out(task, waiting)
+        while self._busy:
             for ready in wait([*self._busy]):
                 assert isinstance(ready, Connection)
                 with _alive():
                     result, error = ready.recv()
                 if error is not None:
                     raise error
+                number = self._busy.pop(ready)
                 self._idle.append(ready)
-                yield self._busy.pop(ready), result
+                self._hand_out(task, waiting)  # before the caller looks at the result, so that nobody is idle meanwhile
+                yield number, result
+
+    def _hand_out(self, task: Callable[..., Any], waiting: "deque[tuple[int, tuple[Any, ...]]]") -> None:
+        """Give every process that is idle, or could be started, one of the calls that wait."""
+        while waiting and (self._idle or len(self._processes) < self._most):
+            connection = self._idle.pop() if self._idle else self._begin()
+            number, call = waiting.popleft()
+            self._busy[connection] = number
+            with _alive():
+                connection.send((task, call))
 
     def _begin(self) -> Connection:
         """A new process, at the other end of a pipe that nobody else holds."""
