@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -285,7 +286,8 @@ def test_a_queued_sweep_runs_the_code_it_was_queued_with(clone: Clone) -> None:
     clone.edit("src/pipelib/evaluation/report.py", 'Heading("Evaluation", 1)', 'Heading("Edited after queueing", 1)')
     clone.activate()  # `dvc queue start` starts its worker as `dvc`, by that name
     clone.dvc("queue", "start")
-    for _ in range(100):  # each look takes a second of its own
+    for _ in range(100):
+        time.sleep(2)  # a look takes a second of a core of its own
         status = clone.dvc("queue", "status")
         if "Queued" not in status and "Running" not in status:
             break
