@@ -110,9 +110,9 @@ def train_small(
     work.mkdir(exist_ok=True)
     recorder = Recorder(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
     cadence = loop.Cadence(log_every, checkpoint_every)
-    return loop.train(
+    return loop.Trainer(
         shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder, initial
-    )
+    ).run()
 
 
 def curve(folder: Path, name: str = "train") -> list[dict[str, float]]:

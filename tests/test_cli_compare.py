@@ -121,7 +121,7 @@ def test_a_table_says_what_differs_and_how_sure_that_is(here: Path, capsys: pyte
     write_run(here / "two", 0.02, 2, max_lr=6e-5)
     assert main(["compare", "one", "two", "--md"]) == 0
     said = capsys.readouterr().out
-    assert said.splitlines()[:2] == ["|  | one | two |", "|---|---|---|"]
+    assert said.splitlines()[:2] == ["|  | one | two |", "| --- | --- | --- |"]
     assert row_of(said, "train.max_lr") == ["0.003", "6e-05"]
     assert "| train.min_lr |" not in said, "it is the same in both"
     first, second = row_of(said, "evaluate val_loss")

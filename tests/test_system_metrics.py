@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelib import system_metrics
+from pipelib.tracking import system_metrics
 from pipelib.tracking.record import Record, read_events
 from pipelib.tracking.system_metrics import CPU, CpuTimes, Gpus, Sampler, memory
 

@@ -23,7 +23,7 @@ from small_tracking import (
     write,
 )
 
-from pipelib import mlflow_store, system_metrics
+from pipelib.tracking import mlflow_store, system_metrics
 from pipelib.tracking.mlflow_run import MlflowRun
 from pipelib.tracking.page import reproduce
 from pipelib.tracking.record import Record, read_events, redact

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from small_tracking import points, record_path, runs, start, steps
 
-from pipelib import mlflow_mirror, mlflow_store
 from pipelib.stage import run_stage
+from pipelib.tracking import mirror, mlflow_store
 from pipelib.tracking.mirror import Mirror, is_mirroring
 from pipelib.tracking.mlflow_store import LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS, Place
 from pipelib.tracking.record import read_events
@@ -100,7 +100,7 @@ def test_a_stage_waits_once_and_for_a_second_at_most(monkeypatch: pytest.MonkeyP
         Thread = StuckThread
         Event = staticmethod(lambda: Event(clock))
 
-    monkeypatch.setattr(mlflow_mirror, "threading", Threading)
+    monkeypatch.setattr(mirror, "threading", Threading)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv("PIPELIB_TRACKING_WAIT", wait)
     with start() as run:
@@ -275,7 +275,7 @@ def test_a_server_that_comes_back_gets_what_it_missed(monkeypatch: pytest.Monkey
         back.set()
         return opened(place)
 
-    monkeypatch.setattr(mlflow_mirror, "COOLDOWN_SECONDS", 0.001)
+    monkeypatch.setattr(mirror, "COOLDOWN_SECONDS", 0.001)
     monkeypatch.setattr(Place, "open", open_second_time)
     with start() as run:
         run.log({"train/loss": 1.0}, 1)
@@ -501,7 +501,7 @@ def test_a_run_whose_parent_was_deleted_gets_a_new_one(client: Any) -> None:
 def test_a_run_that_is_deleted_while_it_goes_on_is_left_alone(
     client: Any, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_mirror, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 0.001)
     with start() as run:
         run.log({"train/loss": 4.0}, 1)
         while not (found := client.search_runs(["1"], f"tags.`pipelib.key` = '{os.environ['DVC_EXP_NAME']}'")):
@@ -518,7 +518,7 @@ def test_a_run_that_is_deleted_while_it_goes_on_is_left_alone(
 
 
 def test_two_pipelines_at_once_on_one_database(client: Any, monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
-    monkeypatch.setattr(mlflow_mirror, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 0.001)
     names = ("one_of_two", "two_of_two")
     monkeypatch.setenv("DVC_EXP_NAME", names[0])
     with start() as one:
