@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ def write_run(folder: Path, shift: float, noise: int = 0, **train: Any) -> bytes
             scores["validation/ids"], scores["validation/documents"], {"loss": scores["validation/loss"]}
         ),
         "completion": ItemScores(scores["validation/ids"], scores["validation/documents"], {"acc_norm": right}),
+        "lm_eval/heldout": ItemScores(
+            scores["validation/ids"],
+            scores["validation/documents"],
+            dict.fromkeys(("bits_per_byte", "byte_perplexity"), scores["validation/loss"]),  # both in nats
+        ),
     }
     write_items(folder / "reports/items.npz", items)
     accuracy = {"value": round(float(right.mean()), 4), "low": 0.1, "high": 0.9, "items": len(right)}
@@ -101,6 +107,12 @@ def write_run(folder: Path, shift: float, noise: int = 0, **train: Any) -> bytes
             "val_loss": round(float(scores["validation/loss"].mean()), 6),
             "completion": {"acc_norm": accuracy},
             "perplexity": 60.0 + shift,
+            "lm_eval": {
+                "heldout": {
+                    "bits_per_byte": float(scores["validation/loss"].mean()) / math.log(2),
+                    "byte_perplexity": math.exp(float(scores["validation/loss"].mean())),
+                }
+            },
         },
         "speed/train": {"seconds": 65.0, "tokens_per_second": 2417, "device": "cpu"},
     }
@@ -131,6 +143,11 @@ def test_a_table_says_what_differs_and_how_sure_that_is(here: Path, capsys: pyte
     assert float(second.split()[0]) == pytest.approx(float(first) + found.value, abs=1e-3)
     assert " to " in row_of(said, "evaluate completion.acc_norm")[1]
     assert row_of(said, "evaluate perplexity")[1].split("  ") == ["60.0200", "+0.0200"], "no mean of items, no interval"
+    bits = found.value / math.log(2), found.low / math.log(2), found.high / math.log(2)
+    assert row_of(said, "evaluate lm_eval.heldout.bits_per_byte")[1].endswith(
+        "  {:+.4f} ({:+.4f} to {:+.4f})".format(*bits)
+    )
+    assert " to " not in row_of(said, "evaluate lm_eval.heldout.byte_perplexity")[1]
     assert row_of(said, "tokens trained on") == ["2,048", "2,048"]
     assert row_of(said, "time, train") == ["1 min 5 s", "1 min 5 s"]
     assert row_of(said, "tokens/s") == ["2,417", "2,417"]

@@ -28,7 +28,8 @@ from pipelib.errors import UserError
 from pipelib.evaluation.endings import score_endings
 from pipelib.evaluation.hellaswag import Accuracy, Item, read_items, score, score_unigram
 from pipelib.evaluation.loss import Loss, losses_of_rows, summed_loss
-from pipelib.evaluation.measure import accuracy_json, contexts_cut, count_text_bytes
+from pipelib.evaluation.measure import accuracy_json, contexts_cut, count_text_bytes, measure_loss
+from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.report import verdict
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
@@ -80,6 +81,16 @@ def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT) -> None:
         with torch.no_grad():
             alone = F.cross_entropy(model.logits(model.hidden(inputs[None]))[0], targets)
         assert nats[row] / tokens[row] == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_a_row_belongs_to_the_document_that_it_begins_in(tmp_path: Path, model: GPT) -> None:
+    write_tokens(tmp_path, count=4003)  # a document has 40 tokens, a row 24
+    _, items = measure_loss("m", model, EvaluateParams("fp32", 60, (), None, (), ()), tmp_path / VALIDATION_SHARD)
+    assert items.documents.tolist() == [1 + row * 24 // 40 for row in range(42)]
+
+
+def test_a_loss_too_large_for_a_perplexity_is_no_crash() -> None:
+    assert Loss(8000.0, 10).perplexity == math.inf
 
 
 def test_bits_per_byte_by_hand() -> None:
@@ -176,6 +187,27 @@ def test_the_models_own_choices_are_greedy(model: GPT) -> None:
     assert not not_own.greedy
 
 
+def test_bf16_tells_the_likeliest_token_from_the_next_also_far_from_zero(model: GPT) -> None:
+    """Logits of published models lie between -30 and -120, where bf16 has steps of a quarter to a half."""
+    far = random_model(model.params)
+    with torch.no_grad():
+        far.wte.weight[:, 0] = 1.0  # adds the same number to all logits
+        far.ln_f.weight[0] = 0.0
+        far.ln_f.bias[0] = -100.0
+        context = [3, 1, 4]
+        best = far.logits(far.hidden(torch.tensor([context])))[0, -1].topk(2).indices.tolist()
+        assert far.logits(far.hidden(torch.tensor([context])))[0, -1, best[0]] < -60
+    ((first, second),) = score_endings(far, [(context, [[best[0]], [best[1]]])], 100, "bf16", with_greedy=True)
+    ((exact, _),) = score_endings(far, [(context, [[best[0]], [best[1]]])], 100, "fp32")
+    assert first.greedy
+    assert not second.greedy
+    assert first.losses[0] == pytest.approx(exact.losses[0], abs=0.05)
+    tokens = torch.tensor([[*context, best[0]]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        losses = far.token_losses(tokens[:, :-1], tokens[:, 1:])
+    assert losses[0, -1].item() == pytest.approx(exact.losses[0], abs=0.05)
+
+
 def small_items() -> list[Item]:
     chance = np.random.default_rng(8)
 
@@ -232,6 +264,9 @@ GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
         {**GOOD, "label": "first"},
         {**GOOD, "ctx": None},
         {"ctx": "a", "label": 0},
+        {**GOOD, "endings": "bcde"},
+        {**GOOD, "label": 1.7},
+        {**GOOD, "label": math.inf},
         ["a", "b"],
         7,
     ],
@@ -265,19 +300,30 @@ def test_a_unigram_model_scores_by_how_often_tokens_occur() -> None:
 
 
 def test_an_interval_by_hand() -> None:
-    # 2 of 4 right; document 0 errs by 1 - 2 · 0.5 = 0, document 1 by 0.5, document 2 by -0.5: sqrt(0.5) / 4 = 0.17678
+    # 2 of 4 right; document 0 errs by 1 - 2 · 0.5 = 0, document 1 by 0.5, document 2 by -0.5; 3 documents: sqrt(0.5 · 3/2) / 4
     accuracy = Accuracy.of([True, False, True, False], [0, 0, 1, 2])
     assert (accuracy.value, accuracy.items) == (0.5, 4)
-    assert accuracy.high - 0.5 == pytest.approx(1.96 * math.sqrt(0.5) / 4)
-    assert 0.5 - accuracy.low == pytest.approx(1.96 * math.sqrt(0.5) / 4)
+    assert accuracy.high - 0.5 == pytest.approx(1.96 * math.sqrt(0.75) / 4)
+    assert 0.5 - accuracy.low == pytest.approx(1.96 * math.sqrt(0.75) / 4)
+
+
+def test_an_interval_is_wide_where_little_is_known() -> None:
+    one = Accuracy.of([True, True, True, False], [0, 0, 0, 0])
+    assert (one.value, one.low, one.high) == (0.75, 0.0, 1.0)
+    none, all_of_them = Accuracy.of([False] * 9, range(9)), Accuracy.of([True] * 9, range(9))
+    assert (none.low, all_of_them.high) == (0.0, 1.0)
+    assert none.high == pytest.approx(1 - all_of_them.low)
+    assert none.high == pytest.approx(0.2991, abs=1e-4)  # Wilson's for 0 of 9
+    assert none.excludes(0.5)
+    assert not none.excludes(0.25)
 
 
 def test_items_of_one_document_that_err_together_widen_the_interval() -> None:
     right = [number % 40 < 20 for number in range(400)]  # runs of 20
     together = Accuracy.of(right, [number // 20 for number in range(400)])
     apart = Accuracy.of(right, list(range(400)))
-    assert apart.high - apart.value == pytest.approx(1.96 * 0.5 / 20)
-    assert together.high - together.value == pytest.approx(1.96 * 0.5 / 20 * math.sqrt(20))
+    assert apart.high - apart.value == pytest.approx(1.96 * 0.5 / 20 * math.sqrt(400 / 399))
+    assert together.high - together.value == pytest.approx(1.96 * 0.5 / 20 * math.sqrt(20 * 20 / 19))
 
 
 def test_an_interval_is_about_that_of_a_bootstrap_over_documents() -> None:

@@ -280,3 +280,23 @@ def test_a_model_whose_logits_are_no_numbers_has_no_scores(
         lost.ln_f.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         run_tasks(lost, replace(PARAMS, tasks=("completion",)), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    "bad", ["{", "[1]", '{"endings": []}', '{"endings": ["a", " "]}', '{"choices": {"label": []}}']
+)
+def test_an_example_that_cannot_be_scored_is_named_by_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT, bad: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_lines(tmp_path / "data/benchmarks/completion.jsonl", completion_rows(2))
+    path.write_text(path.read_text(encoding="utf-8") + bad + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"completion\.jsonl, line 3 is not .*pipelib verify data/benchmarks --repair"):
+        run_tasks(model, replace(PARAMS, tasks=("completion",)), tmp_path / "scratch")
+
+
+def test_a_context_of_white_space_alone_is_the_start_of_a_text(model: GPT) -> None:
+    harness = language_model(model, PARAMS, nullcontext)
+    (blank,) = harness._loglikelihood_tokens([(("", ""), [], [7, 8]), (("", ""), [1, 2], [7, 8])])[:1]
+    (start,) = harness._loglikelihood_tokens([(("", ""), [50256], [7, 8])])
+    assert blank == pytest.approx(start)

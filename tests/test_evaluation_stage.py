@@ -246,7 +246,7 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
             "gpt2-xl",
             "gpt2-xl is not in data/models/manifest.json, so there are no weights of it; name it in download.models",
         ),
-        ("./nowhere", "nowhere/model.safetensors is missing, so there is nothing to compare with"),
+        ("./nowhere", "nowhere/model.safetensors or its config.json is missing, so there is nothing to compare with"),
     ],
 )
 @pytest.mark.usefixtures("with_baselines")

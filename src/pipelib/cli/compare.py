@@ -1,6 +1,7 @@
 """`pipelib compare`: what differs between runs, what it did, and how sure that is, in one table."""
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -112,9 +113,10 @@ def _cells(values: Sequence[float | None], name: str, scores: Sequence["Scores"]
             yield _plain(value)
         else:
             found = paired_difference(scores[0], scores[number], name)
-            # where the metric is not the mean of its items, as a perplexity, the interval is not its own
-            if found and abs(found.value - (value - first)) < 1e-3:
-                yield f"{_plain(value)}  {found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+            if found and not name.endswith("perplexity"):  # which is not the mean of its items, nor a multiple of that
+                unit = math.log(2) if name.endswith("bits_per_byte") else 1.0  # items are in nats
+                low, high = found.low / unit, found.high / unit
+                yield f"{_plain(value)}  {found.value / unit:+.4f} ({low:+.4f} to {high:+.4f})"
             else:
                 yield f"{_plain(value)}  {_plain(value - first, sign='+')}"
 
@@ -143,15 +145,15 @@ def _notes(runs: Sequence["Run"]) -> Iterator[str]:
         "texts, the same ones for both models."
     )
     first = runs[0]
+    for run in runs:
+        if not _scores(run):
+            yield (
+                f"{run.name} has no scores of single items here (reports/items.npz), so its differences have no interval; "
+                "`dvc fetch` brings them, or dvc repro makes them."
+            )
     for other in runs[1:]:
         if changed := changed_code(first, other):
             yield f"{other.name} ran other code than {first.name}: {', '.join(changed)}."
-        for run in (first, other):
-            if not _scores(run):
-                yield (
-                    f"{run.name} has no scores of single items here (reports/items.npz), so its differences have no interval; "
-                    "`dvc fetch` brings them, or dvc repro makes them."
-                )
         unpaired = [
             name
             for name in measures(_scores(first))
@@ -165,7 +167,8 @@ def _noise(runs: Sequence["Run"]) -> Iterator[str]:
     """What runs that differ in their seed alone say of the noise of training."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(repr(sorted((k, str(v)) for k, v in run.params.items() if k != SEED)), []).append(run)
+        rest = sorted((key, str(value)) for key, value in run.params.items() if key != SEED)
+        groups.setdefault(repr((rest, run.md5("data/tokens"), sorted(run.code().items()))), []).append(run)
     for group in groups.values():
         seeds = {str(run.params.get(SEED)): run for run in group}
         names = ", ".join(run.name for run in group)

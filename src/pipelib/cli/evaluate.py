@@ -79,12 +79,15 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
     import tempfile
 
     from pipelib.cli.table import aligned
+    from pipelib.evaluation.baselines import find_baselines
     from pipelib.evaluation.evaluate import (
         CHECKOUT,
         describe_environment,
         describe_model,
+        describe_source,
         measure_baselines,
         require_data,
+        require_validation,
     )
     from pipelib.evaluation.items import write_items
     from pipelib.evaluation.measure import measure
@@ -101,6 +104,8 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
             f"there is no validation shard in {TOKENS}, no benchmark in {BENCHMARKS} and no task, so there is nothing to "
             "measure; run dvc repro tokenize."
         )
+    find_baselines(params.baselines)  # before anything is computed
+    manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
     model = import_model(folder).to(device)
     code = code_hashes(Path("stages/evaluate.py"), CHECKOUT)
@@ -115,7 +120,13 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
         **describe_model(model.params),
         **describe_environment(model, code),
     }
-    subject = Subject(measured.result, baselines, model.params.parameters, {}, facts, samples, None)
+    if manifest:
+        facts |= {
+            "data fingerprint": f"`{manifest.fingerprint[:16]}`",
+            "data source": describe_source(manifest.source),
+        }
+    source = manifest.source if manifest else {}
+    subject = Subject(measured.result, baselines, model.params.parameters, source, facts, samples, None)
     print(aligned([[cell.replace("*", "") for cell in row[:4]] for row in rows_of(subject)]))
     if out:
         write_report(out, subject)

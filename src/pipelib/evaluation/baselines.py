@@ -10,7 +10,7 @@ that measures. So another experiment, and another model of ours, finds it there,
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from pipelib.evaluation.items import read_items_file, write_items
 from pipelib.evaluation.measure import Measured
 from pipelib.evaluation.params import is_folder
 from pipelib.files import read_json, sha256_file, sha256_json, write_json
-from pipelib.model.huggingface import CONFIG, WEIGHTS
+from pipelib.model.huggingface import CONFIG, WEIGHTS, read_params
+from pipelib.model.params import PUBLISHED, ModelParams
 from pipelib.state import lock_folder, state_root
 
 MODELS = Path("data/models")
@@ -35,6 +36,13 @@ class Baseline:
     """A Hugging Face folder; of a published model it may be missing where its result is kept."""
     sha256: str
     """Of its weights."""
+    shape: ModelParams
+    """What its config.json says; the tensors do not tell how many heads there are."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What decides its scores."""
+        return {"weights": self.sha256, "shape": asdict(self.shape)}
 
     def require_weights(self) -> None:
         """Refuse weights that are not there or not those that were named.
@@ -67,12 +75,12 @@ def find_baselines(names: Sequence[str]) -> list[Baseline]:
     for name in names:
         if is_folder(name):
             path = Path(name) / WEIGHTS
-            if not path.is_file():
+            if not (path.is_file() and (Path(name) / CONFIG).is_file()):
                 raise UserError(
-                    f"evaluate.baselines: {name}: {path} is missing, so there is nothing to compare with; give a Hugging Face "
-                    "folder."
+                    f"evaluate.baselines: {name}: {path} or its {CONFIG} is missing, so there is nothing to compare with; give a "
+                    "Hugging Face folder."
                 )
-            found.append(Baseline(name, Path(name), sha256_file(path)))
+            found.append(Baseline(name, Path(name), sha256_file(path), read_params(Path(name))))
         else:
             sha256 = read_json(MODELS / "manifest.json").get(name, {}).get("sha256")
             if sha256 is None:
@@ -80,7 +88,7 @@ def find_baselines(names: Sequence[str]) -> list[Baseline]:
                     f"evaluate.baselines: {name} is not in {MODELS}/manifest.json, so there are no weights of it; name it in "
                     "download.models and run dvc repro."
                 )
-            found.append(Baseline(name, MODELS / name, sha256))
+            found.append(Baseline(name, MODELS / name, sha256, PUBLISHED[name]))
     return found
 
 
@@ -90,7 +98,7 @@ def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: Cal
     Args:
         decides: everything that decides the result besides the weights: parameters, hashes of data and code.
     """
-    inputs: dict[str, Any] = {"weights": baseline.sha256, **decides}
+    inputs: dict[str, Any] = {**baseline.identity, **decides}
     folder = state_root() / "baselines" / sha256_json(inputs)[:16]
     lock = lock_folder(folder, wait=True)  # of two experiments at once, the second finds what the first measured
     try:

@@ -17,14 +17,11 @@ from torch import Tensor
 
 from pipelib.errors import UserError
 from pipelib.model.device import autocast
-from pipelib.model.gpt import GPT, Block
+from pipelib.model.gpt import GPT, LOGIT_ROWS, Block
 
 Tokens = Sequence[int]
 Question = tuple[Tokens, Sequence[Tokens]]
 """A context of one token or more, and endings of one token or more."""
-
-LOGIT_ROWS = 8192
-"""Positions whose logits are there at a time: 1.6 GB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,7 @@ def _losses(
     device = hidden.device
     losses, greedy = np.zeros(len(targets)), np.zeros(len(targets), np.bool_)
     for start in range(0, len(hidden), LOGIT_ROWS):
-        logits = model.logits(hidden[start : start + LOGIT_ROWS]).float()
+        logits = model.exact_logits(hidden[start : start + LOGIT_ROWS])
         mine = np.flatnonzero((of_target >= start) & (of_target < start + LOGIT_ROWS))
         rows = torch.from_numpy(of_target[mine] - start).to(device)
         wanted = torch.from_numpy(targets[mine]).to(device)

@@ -51,7 +51,7 @@ def evaluation_inputs(
         if not path.is_file():
             raise UserError(f"{path} does not exist, so there is nothing to evaluate; run dvc repro.")
     hashes = {path.as_posix(): sha256_file(path) for path in files}
-    baselines = {baseline.name: baseline.sha256 for baseline in find_baselines(params.baselines)}
+    baselines = {baseline.name: baseline.identity for baseline in find_baselines(params.baselines)}
     return {"evaluate": asdict(params), "files": hashes | _task_hashes(params), "baselines": baselines}
 
 
@@ -74,15 +74,25 @@ def require_data(params: EvaluateParams, benchmarks: Path) -> None:
         )
 
 
+def require_validation(tokens: Path) -> Manifest:
+    """The manifest of a folder of shards whose validation shard is what it says.
+
+    Raises:
+        UserError: it is not.
+    """
+    manifest = read_manifest(tokens)
+    problems = [problem for shard in manifest.split("val") for problem in shard_problems(tokens, shard)]
+    if problems:
+        raise UserError("\n".join(problems))
+    return manifest
+
+
 def evaluate(
     build: Build, params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path
 ) -> tuple[Mapping[str, object], Mapping[str, object]]:
     """Evaluate the model in `models` and build `reports/`; the stage's result and speed."""
     device = pick_device()
-    manifest = read_manifest(tokens)
-    problems = [problem for shard in manifest.split("val") for problem in shard_problems(tokens, shard)]
-    if problems:
-        raise UserError("\n".join(problems))
+    manifest = require_validation(tokens)
     data = Data(tokens, benchmarks)
     model = import_model(models).to(device)
     measured = measure(models.name, model, params, data, build.work / "harness")
@@ -124,6 +134,7 @@ def measure_baselines(
     names = sorted({*data.completions, *params.tasks})
     decides: dict[str, object] = {
         "params": asdict(replace(params, baselines=(), sample_prompts=())),
+        "device": device.type,
         "validation": sha256_file(data.tokens / VALIDATION_SHARD) if data.tokens else None,
         "benchmarks": {name: sha256_file(data.benchmarks / f"{name}.jsonl") for name in names},
         "tasks": _task_hashes(params),

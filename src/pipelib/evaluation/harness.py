@@ -6,6 +6,7 @@ some and has none for others, and that equal contexts are computed once.
 """
 
 import io
+import json
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, how_to_repair
 from pipelib.evaluation.endings import Question, Tokens, score_endings
 from pipelib.evaluation.items import ItemScores, Numbers, item_ids
 from pipelib.evaluation.params import TASKS, EvaluateParams
@@ -25,6 +26,9 @@ from pipelib.model.generate import generate
 from pipelib.model.gpt import GPT
 from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.progress import Progress
+
+BENCHMARKS = Path("data/benchmarks")
+"""Where the tasks' files look for their data."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, Ta
     datasets.disable_progress_bars()
     shown = sys.stderr
     try:
+        for task in params.tasks:
+            check_rows(BENCHMARKS / f"{task}.jsonl")
         with redirect_stderr(io.StringIO()):  # bars that the harness shows whatever one asks; errors are raised
             loaded = TaskManager(include_path=str(TASKS), include_defaults=False).load(list(params.tasks))
             for task in loaded["tasks"].values():
@@ -75,6 +81,28 @@ def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, Ta
         ) from None
     assert outcome is not None
     return {task: _result_of(task, outcome, params.task_limit) for task in params.tasks}
+
+
+def check_rows(path: Path) -> None:
+    """Refuse a task's data with a line that is no JSON, or without choices, before the harness trips over it.
+
+    Raises:
+        UserError: with the line, and what to run.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                choices = row.get("choices", row.get("endings"))
+                texts = choices["text"] if isinstance(choices, dict) else choices
+                good = texts is None or (bool(texts) and all(map(str.strip, texts)))
+            except (AttributeError, KeyError, TypeError, ValueError):
+                good = False
+            if not good:
+                raise UserError(
+                    f"{path}, line {number} is not an example that could be scored: no JSON object, or a choice that is empty or "
+                    f"missing; {how_to_repair('data/benchmarks')}."
+                )
 
 
 def _result_of(task: str, outcome: Mapping[str, Any], limit: int | None) -> TaskResult:
@@ -166,7 +194,7 @@ def language_model(model: GPT, params: EvaluateParams, showing: Callable[[], Any
         def _loglikelihood_tokens(
             self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
-            return log_likelihoods("answers", [(context, ending) for _, context, ending in requests])
+            return log_likelihoods("answers", [(context or [EOT_TOKEN_ID], ending) for _, context, ending in requests])
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
             windows = [

@@ -49,13 +49,21 @@ class Accuracy:
     def of(cls, correct: Sequence[bool], documents: Sequence[int]) -> "Accuracy":
         """The mean, and the normal interval of a mean over clusters (Liang and Zeger, 1986).
 
-        Items of one document err together, so documents, not items, are what varies independently.
+        Items of one document err together, so documents, not items, are what varies independently. Where all are right or
+        all wrong, the interval is Wilson's (1927) for as many trials as there are documents; one document tells nothing.
         """
         value = sum(correct) / len(correct)
+        clusters = len(set(documents))
+        if clusters < 2:
+            return cls(value, 0.0, 1.0, len(correct))
+        if value in (0.0, 1.0):
+            width = 1.96**2 / (clusters + 1.96**2)
+            return cls(value, value * (1 - width), value + (1 - value) * width, len(correct))
         residuals: dict[int, float] = {}
         for right, document in zip(correct, documents, strict=True):
             residuals[document] = residuals.get(document, 0.0) + right - value
-        stderr = math.sqrt(sum(residual**2 for residual in residuals.values())) / len(correct)
+        variance = sum(residual**2 for residual in residuals.values()) * clusters / (clusters - 1)
+        stderr = math.sqrt(variance) / len(correct)
         return cls(value, max(0.0, value - 1.96 * stderr), min(1.0, value + 1.96 * stderr), len(correct))
 
     def excludes(self, chance: float) -> bool:
@@ -100,11 +108,13 @@ def read_items(path: Path, encoding: Any) -> list[Item]:
         UserError: with the line and what is wrong with it.
     """
     items = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                context, endings, label = row["ctx"], row["endings"], int(row["label"])
+                context, endings, label = row["ctx"], row["endings"], int(str(row["label"]))
+                if not isinstance(endings, list):
+                    raise TypeError("endings is no list")
                 document = row.get("document")
                 item = Item(
                     tuple(encoding.encode_ordinary(context)) or (EOT_TOKEN_ID,),

@@ -27,8 +27,11 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """How many equally likely tokens the model hesitates between."""
-        return math.exp(self.mean)
+        """How many equally likely tokens the model hesitates between; infinite where a float cannot hold it."""
+        try:
+            return math.exp(self.mean)
+        except OverflowError:
+            return math.inf
 
     def bits_per_byte(self, text_bytes: int) -> float:
         """The loss per byte of text, which does not depend on the vocabulary."""

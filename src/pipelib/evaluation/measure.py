@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipelib.errors import UserError
 from pipelib.evaluation.harness import run_tasks
@@ -66,6 +67,7 @@ def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: 
     Raises:
         UserError: the model's weights are lost, data is damaged, or a task's data is missing.
     """
+    torch.backends.cuda.matmul.allow_tf32 = params.precision == "bf16"  # for what stays in fp32, as in training
     result: dict[str, Any] = {}
     items: dict[str, ItemScores] = {}
     seconds: dict[str, float] = {}
@@ -115,22 +117,30 @@ def measure_loss(name: str, model: GPT, params: EvaluateParams, shard: Path) -> 
     length = model.params.context_length
     rows = max(1, params.batch_tokens // length)
     contents: list[bytes] = []
+    documents: list[int] = []  # that each row begins in
+    started = 0
 
     def batches() -> Iterator[Batch]:
+        nonlocal started
         for inputs, targets in validation_batches(shard, length, rows, None):
             whole = np.concatenate([inputs, targets[:, -1:]], axis=1).astype("<u2")
             contents.extend(row.tobytes() for row in whole)
+            starts = started + np.cumsum(inputs == EOT_TOKEN_ID).reshape(inputs.shape)
+            documents.extend(starts[:, 0].tolist())
+            started = int(starts[-1, -1])
             yield inputs, targets
 
     progress = Progress(f"{name}: validation loss", len(open_shard(shard)) - 1, "tokens")
     nats, tokens = losses_of_rows(model, batches(), params.precision, progress.add)
     loss = Loss(float(nats.sum()), int(tokens.sum()))
-    if not math.isfinite(loss.nats):
+    if not math.isfinite(loss.perplexity):
         raise UserError(
             f"{name} gives a loss of {loss.mean}: its weights are lost, and nothing about it can be measured; train anew."
         )
     progress.close(f"{loss.mean:.4f} on {loss.tokens:,} tokens, perplexity {loss.perplexity:,.1f}")
-    return loss, ItemScores(item_ids(contents), np.arange(len(nats)), {"loss": nats / tokens}, {"loss": tokens})
+    return loss, ItemScores(
+        item_ids(contents), np.array(documents, np.int64), {"loss": nats / tokens}, {"loss": tokens}
+    )
 
 
 def measure_completion(what: str, model: GPT, params: EvaluateParams, items: list[Item]) -> Scores:
