@@ -295,6 +295,7 @@ def raising(error: BaseException) -> NoReturn:
         (OSError(errno.ENOSPC, "No space", "data/a.bin"), "train: the disk is full (data/a.bin), so the stage stopped"),
         (OSError(errno.EDQUOT, "Quota"), "train: the disk is full (while writing), so the stage stopped"),
         (KeyboardInterrupt(), 130),
+        (SystemExit(3), 3),
     ],
 )
 def test_what_the_user_can_mend_is_one_message(error: BaseException, said: str | int) -> None:
@@ -305,9 +306,13 @@ def test_what_the_user_can_mend_is_one_message(error: BaseException, said: str |
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "disk"), ValueError("ours"), AssertionError()])
-def test_a_defect_of_ours_keeps_its_traceback(error: BaseException) -> None:
-    with pytest.raises(type(error)):
+def test_a_defect_of_ours_keeps_its_traceback(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
         run_stage("train", lambda: raising(error))
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert "in raising" in said
+    assert type(error).__name__ in said
 
 
 def test_a_stage_that_worked_exits_with_0() -> None:

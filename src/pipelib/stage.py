@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,13 @@ def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{name}: stopped; `dvc repro` goes on from here", file=sys.stderr)
         _leave(128 + signal.SIGINT)
+    except SystemExit as error:
+        _leave(error.code or 0)
     except Exception as error:
         message = user_message(error)
         if message is None:
-            raise
+            traceback.print_exc()
+            _leave(1)
         _leave(f"{name}: {as_typed(message)}")
     _leave(0)
 
