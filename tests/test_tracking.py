@@ -26,7 +26,7 @@ from small_tracking import (
 from pipelib.tracking import mlflow_store, system_metrics
 from pipelib.tracking.mlflow_run import MlflowRun
 from pipelib.tracking.page import reproduce
-from pipelib.tracking.record import Record, read_events, redact
+from pipelib.tracking.record import Record, harmless, read_events, redact
 from pipelib.tracking.run import NullRun, Run, attach_run, open_run
 
 # MLflow 3.17 with SQLAlchemy 2.1 warns once, when it is imported.
@@ -481,6 +481,15 @@ def test_redact(text: str, clean: str) -> None:
 def test_redact_knows_the_decoded_password_of_the_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:can%2Fary-pw@host")
     assert redact("login with can/ary-pw or can%2Fary-pw refused") == "login with *** or *** refused"
+
+
+def test_a_long_secret_is_not_cut_before_it_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    error = OSError(f"cannot open postgresql://user:{'canary' * 25}@host/x: {'word ' * 30}gone")
+    with harmless("nothing is"):
+        raise error
+    said = capsys.readouterr().err + mlflow_store.failure(error)
+    assert "canary" not in said
+    assert said.count("postgresql://***@host/x") == 2
 
 
 @pytest.mark.parametrize("uri", ["http://[half", "http://user:canary/pw@host", "http://user:c/p@host"])

@@ -71,8 +71,8 @@ def say(text: str) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """An error in a line: the beginning and the end of a long one, where libraries put the cause."""
-    line = next(iter(str(error).strip().splitlines()), "")
+    """An error in a line, without secrets: the beginning and the end of a long one, where libraries put the cause."""
+    line = next(iter(redact(str(error)).strip().splitlines()), "")  # first: half a secret would not be known as one
     if len(line) > 200:
         line = f"{line[:100]} ... {line[-100:]}"
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
