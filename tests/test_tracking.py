@@ -25,7 +25,7 @@ from small_tracking import (
 
 from pipelib.tracking import mlflow_store, system_metrics
 from pipelib.tracking.mlflow_run import MlflowRun
-from pipelib.tracking.page import reproduce
+from pipelib.tracking.page import model_reference, pipeline_page, reproduce
 from pipelib.tracking.record import Record, harmless, read_events, redact
 from pipelib.tracking.run import NullRun, Run, attach_run, open_run
 
@@ -433,11 +433,29 @@ def test_credentials_of_git_and_dvc_reach_nothing(
 def test_a_page_says_how_to_get_at_changes_that_are_in_no_commit() -> None:
     lineage = {"git.commit": "abc", "git.dirty": "true", "dvc.exp_name": "", "dvc.exp_baseline_rev": ""}
     page = reproduce(lineage)
-    assert "    git checkout abc\n    dvc repro\n" in page
-    assert "apply the artifact `uncommitted.diff`" in page
+    assert "    git checkout abc\n    git apply uncommitted.diff\n    dvc repro\n" in page
+    assert "`uncommitted.diff` is among the artifacts of each stage" in page
+    assert "    git checkout abc\n    dvc repro\n" in reproduce({**lineage, "git.dirty": "false"})
     in_experiment = reproduce({**lineage, "dvc.exp_name": "brave-lynx", "dvc.exp_baseline_rev": "def"})
     assert "    git checkout def\n    dvc exp apply brave-lynx\n    dvc repro\n" in in_experiment
     assert "uncommitted" not in in_experiment
+
+
+def test_a_model_is_checked_out_only_where_its_lock_is_known() -> None:
+    """The commit of a plain `dvc repro` is from before the run wrote dvc.lock: it names another model."""
+
+    def get_it(lineage: dict[str, str]) -> tuple[list[str], str]:
+        return json.loads(model_reference("22.dir", lineage))["get_it"], pipeline_page({}, lineage, "22.dir", "", {})
+
+    lineage = {"git.commit": "abc", "git.dirty": "true", "dvc.exp_name": "", "dvc.exp_baseline_rev": ""}
+    commands, page = get_it(lineage)
+    assert commands == ["git checkout abc", "git apply uncommitted.diff", "dvc repro"]
+    assert "dvc checkout" not in page
+    assert "dvc pull" not in page
+    assert get_it({**lineage, "git.dirty": "false"})[0] == ["git checkout abc", "dvc repro"]
+    commands, page = get_it({**lineage, "dvc.exp_name": "brave-lynx", "dvc.exp_baseline_rev": "def"})
+    assert commands == ["git checkout def", "dvc exp apply brave-lynx", "dvc checkout models", "dvc pull models"]
+    assert "after `dvc exp apply`, `dvc checkout models`" in page
 
 
 def test_what_stages_write_makes_no_run_dirty() -> None:

@@ -23,6 +23,8 @@ DOES = {
     "evaluate": "The evaluation of the model",
 }
 
+DIFF = "git apply uncommitted.diff"
+
 
 def reproduce(lineage: Mapping[str, str]) -> str:
     """The commands that make a run again.
@@ -30,16 +32,21 @@ def reproduce(lineage: Mapping[str, str]) -> str:
     Args:
         lineage: `git.commit`, `git.dirty`, `dvc.exp_name` and `dvc.exp_baseline_rev`; empty texts where there is none.
     """
-    name = lineage["dvc.exp_name"]
-    commit = lineage["dvc.exp_baseline_rev"] or lineage["git.commit"]
-    commands = [f"git checkout {commit}" if commit else "", f"dvc exp apply {name}" if name else "", "dvc repro"]
-    text = "Reproduce with\n\n" + "".join(f"    {command}\n" for command in commands if command)
-    if lineage["git.dirty"] == "true" and not name:
+    commands = [*_checkout(lineage), "dvc repro"]
+    text = "Reproduce with\n\n" + "".join(f"    {command}\n" for command in commands)
+    if DIFF in commands:
         text += (
-            "\nThe working tree had changes that are in no commit: apply the artifact `uncommitted.diff` after the checkout "
-            "(`git apply`).\n"
+            "\nThe working tree had changes that are in no commit: `uncommitted.diff` is among the artifacts of each stage; new "
+            "files it only names.\n"
         )
     return text
+
+
+def _checkout(lineage: Mapping[str, str]) -> list[str]:
+    """The commands that bring a run's code and parameters back; with an experiment's name its dvc.lock, too."""
+    name, commit = lineage["dvc.exp_name"], lineage["dvc.exp_baseline_rev"] or lineage["git.commit"]
+    changes = f"dvc exp apply {name}" if name else DIFF if lineage["git.dirty"] == "true" else ""
+    return [command for command in (f"git checkout {commit}" if commit else "", changes) if command]
 
 
 def stage_page(stage: str, lineage: Mapping[str, str]) -> str:
@@ -74,21 +81,24 @@ def pipeline_page(
     )
     parts.append(reproduce(lineage).rstrip("\n"))
     if model_md5:
-        parts.append(
-            f"Get the model (DVC md5 `{model_md5}`) with the same checkout and `dvc checkout models`, or `dvc pull models` where "
-            "a remote has it; `dvc repro` trains it again where nothing has it."
-        )
+        ways = "`dvc repro` links it from DVC's cache, and trains it again where that has it no more."
+        if lineage["dvc.exp_name"]:
+            ways = (
+                "after `dvc exp apply`, `dvc checkout models` links it from DVC's cache, and `dvc pull models` gets it from a "
+                "remote; `dvc repro` trains it again where nothing has it."
+            )
+        parts.append(f"Get the model (DVC md5 `{model_md5}`) with the same checkout: {ways}")
     if fingerprint:
         parts.append(f"Its data: fingerprint `{fingerprint}`, the SHA-256 of `data/tokens/manifest.json`.")
     return "\n\n".join(parts) + "\n"
 
 
 def model_reference(md5: str, lineage: Mapping[str, str]) -> str:
-    """The model as an artifact: not its bytes, which DVC keeps, but which ones they are, and how to get them (JSON)."""
-    commit, name = lineage["dvc.exp_baseline_rev"] or lineage["git.commit"], lineage["dvc.exp_name"]
-    commands = [
-        f"git checkout {commit}" if commit else "", f"dvc exp apply {name}" if name else "", "dvc checkout models",
-        "dvc pull models",
-    ]  # fmt: skip
-    reference = {"path": "models", "dvc_md5": md5, "get_it": [command for command in commands if command]}
+    """The model as an artifact: not its bytes, which DVC keeps, but which ones they are, and how to get them (JSON).
+
+    Without an experiment's name no commit is known that has the run's dvc.lock: what `dvc checkout` links would be another
+    model. `dvc repro` finds the right one in the run cache.
+    """
+    ways = ["dvc checkout models", "dvc pull models"] if lineage["dvc.exp_name"] else ["dvc repro"]
+    reference = {"path": "models", "dvc_md5": md5, "get_it": [*_checkout(lineage), *ways]}
     return json.dumps(reference, indent=2) + "\n"
