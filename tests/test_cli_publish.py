@@ -157,10 +157,14 @@ def test_a_copy_to_look_at_needs_no_token(
         (lambda: Path("reports/model_card.md").unlink(), "there is no model card"),
         (lambda: Path("models/config.json").write_text("{}"), "models is not what dvc.lock says"),
         (lambda: Path("params.yaml").write_text("x: 1"), "changes that are in no commit"),
+        (lambda: Path("dvc.lock").write_text(f"{Path('dvc.lock').read_text()}\n"), "changes that are in no commit"),
+        (lambda: Path("metrics").mkdir() or Path("metrics/train.json").touch(), "changes that are in no commit"),
+        (lambda: shutil.rmtree(".git"), "git has no commit of this folder"),
+        (lambda: shutil.rmtree(".git") or git("init"), "git has no commit of this folder"),
         (lambda: other_model(), "of another model"),
         (lambda: Path("dvc.lock").unlink(), "models is no out of dvc.lock"),
     ],
-    ids=["no model", "no card", "edited", "dirty", "other model", "no lock"],
+    ids=["no model", "no card", "edited", "dirty", "lock", "metrics", "no git", "no commit", "other model", "no lock"],
 )  # fmt: skip
 def test_what_does_not_belong_together_is_refused(
     checkout: Path,  # noqa: ARG001

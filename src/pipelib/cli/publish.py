@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -87,7 +88,14 @@ def require_whole() -> None:
         raise UserError(
             "reports/ is of another model than models/, so the card would be wrong; run dvc repro evaluate."
         )
-    if git_state(Path.cwd())["dirty"] == "true":
+    has_commit = git_state(Path.cwd())["commit"]
+    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, check=False) if has_commit else None
+    if status is None or status.returncode:
+        raise UserError(
+            "git has no commit of this folder, so the card could not say what made the model; publish from the clone that made "
+            "it, with everything committed (`git status` says what is wrong)."
+        )
+    if status.stdout:
         raise UserError(
             "the working tree has changes that are in no commit, so nobody could make this model again; commit them, dvc.lock "
             "and metrics/ too (`git status` lists them)."
