@@ -1,6 +1,7 @@
 """`pipelib track`: the runs' own records, what of them MLflow has, and sending it what it missed."""
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,34 +140,52 @@ def table(kept: Sequence[Kept], states: Sequence[str]) -> str:
 
 
 def replay(store: Store, kept: Sequence[Kept], named: bool) -> int:
-    """Send what MLflow has not.
+    """Send what MLflow has not; a record that it does not take keeps no other from being sent.
 
     Args:
         named: the user asked for these runs, so those that were deleted in MLflow come back.
+
+    Raises:
+        UserError: MLflow did not take all of some records.
     """
-    done: list[Replayed] = []
+    done: list[tuple[Kept, Replayed]] = []
+    lacking: list[str] = []
     for record in kept:
+        name = f"{record.key} {record.stage}"
         try:
             result = replay_record(store, record.path, deleted_too=named)
         except DeletedRun:
             result = Replayed(DELETED)
-        done.append(result)
+        except Exception as error:
+            print(f"{name}: MLflow failed {failure(error)}", file=sys.stderr, flush=True)
+            lacking.append(name)
+            continue
+        done.append((record, result))
+        lacking += [] if result.whole else [name]
         if result.had == BUSY:
-            print(f"{record.key} {record.stage}: not now, since the stage is running or another process sends it")
+            print(f"{name}: not now, since the stage is running or another process sends it")
         elif result.had != ALL and (named or result.had != DELETED):
-            print(
-                f"{record.key} {record.stage}: MLflow had {result.had}; {result.points:,} points and {result.files} files sent"
-            )
-        for name in result.gone:
-            print(f"{record.key} {record.stage}: {name} is no longer on this disk, so MLflow goes without it")
+            print(f"{name}: MLflow had {result.had}; {result.points:,} points and {result.files} files sent")
+        for file in result.gone:
+            print(f"{name}: {file} is no longer on this disk, so MLflow goes without it")
     for folder in sorted({record.path.parent for record in kept}):
-        settle_parents(store, folder)
-    deleted = sorted({record.key for record, result in zip(kept, done, strict=True) if result.had == DELETED})
+        try:
+            settle_parents(store, folder)
+        except Exception as error:
+            print(f"{folder.name}: MLflow failed {failure(error)}", file=sys.stderr, flush=True)
+            lacking.append(folder.name)
+    deleted = sorted({record.key for record, result in done if result.had == DELETED})
     if deleted and not named:
         print(
             f"left alone, since they were deleted in MLflow; `pipelib track --replay {' '.join(deleted)}` sends them again"
         )
+    where = redact(store.place.uri)
+    if lacking:
+        raise UserError(
+            f"MLflow at {where} did not take all of {', '.join(lacking)}, so that is only in the records, which are complete; "
+            "mend what is said above, and run pipelib track --replay again."
+        )
     left = "everything else" if not named and deleted else "everything"
-    busy = " but what is being sent" if any(result.had == BUSY for result in done) else ""
-    print(f"MLflow at {redact(store.place.uri)} has {left}{busy} now")
+    busy = " but what is being sent" if any(result.had == BUSY for _, result in done) else ""
+    print(f"MLflow at {where} has {left}{busy} now")
     return 0

@@ -43,6 +43,8 @@ class MlflowRun:
         self.points_sent = self.files_sent = 0
         self.files_gone: list[str] = []
         """Files that should have been sent and are no longer there."""
+        self.takes_files = True
+        """Whether the store of files refused none; once it has, it is asked for no more."""
         self._refused = False
         with store.place.turn():
             self.parent = self._find_parent()
@@ -105,8 +107,9 @@ class MlflowRun:
             set_status(self.client, self.child, ends[-1])
 
     def mark_sent(self, size: int) -> None:
-        """Note in MLflow that it has the record's first `size` bytes."""
-        self._log(self.child, tags={SENT: str(size)})
+        """Note in MLflow that it has the record's first `size` bytes; not where files are missing."""
+        if self.takes_files:
+            self._log(self.child, tags={SENT: str(size)})
 
     def _find_parent(self) -> str:
         key, inputs = str(self.opened["key"]), str(self.opened["inputs"])
@@ -219,7 +222,25 @@ class MlflowRun:
         return self._files[run]
 
     def _send_file(self, run: str, event: Event, replay: bool) -> None:
-        """Send a small file or text; on a replay only if MLflow has none of that name and size, as after a kill."""
+        """Send a small file or text. Files may be kept elsewhere than numbers, and refused where those are taken."""
+        if not self.takes_files:
+            return
+        try:
+            self._offer_file(run, event, replay)
+        except DeletedRun:
+            raise
+        except Exception as error:
+            self.client.get_run(run)  # raises where not only files are refused
+            self.takes_files = False
+            if not self.store.said_no_files:
+                self.store.said_no_files = True
+                say(
+                    f"MLflow takes no files ({brief(error)}), so those of this run are only on this disk; the rest goes on. Give "
+                    f"access to where it keeps them, then `pipelib track --replay {self.opened['key']}` sends them."
+                )
+
+    def _offer_file(self, run: str, event: Event, replay: bool) -> None:
+        """Send a file; on a replay only if MLflow has none of that name and size, as after a kill."""
         name, path, text = str(event["name"]), event.get("path"), event.get("text")
         picture = None
         if path is not None:

@@ -105,6 +105,8 @@ class Store:
         artifacts: where a new experiment keeps its files; None leaves it to the server.
         """
         self.place, self.client = place, client
+        self.said_no_files = False
+        """Whether the user knows that files are refused here: it is the same for all runs."""
         self.experiments: list[str] = []
         """All that ever took our runs, deleted ones too."""
         for number in itertools.count(1):

@@ -26,6 +26,8 @@ class Replayed:
     files: int = 0
     gone: tuple[str, ...] = ()
     """Files that can be sent no more."""
+    whole: bool = True
+    """Whether MLflow takes files; else they are missing there."""
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def replay_record(store: Store, record: Path, deleted_too: bool = False) -> Repl
         view = MlflowRun(store, begun)
         view.complete(events)
         view.mark_sent(record.stat().st_size if size == record.stat().st_size else size)
-        return Replayed(had, view.points_sent, view.files_sent, tuple(view.files_gone))
+        return Replayed(had, view.points_sent, view.files_sent, tuple(view.files_gone), view.takes_files)
 
 
 def replay_others(store: Store, record: Path) -> None:
