@@ -277,6 +277,38 @@ def test_a_store_that_takes_no_files_takes_everything_else(
     assert contents(client)["evaluate"][5].keys() == {"samples.txt", "reports/evaluation.md"}
 
 
+def test_a_parent_that_was_removed_for_good_is_made_again(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run_pipeline(stages=("train",))
+    track("--replay")
+    (train,), (parent,) = runs(client, "train"), runs(client, "pipeline")
+    client.delete_run(parent.info.run_id)
+    client._tracking_client.store._hard_delete_run(parent.info.run_id)  # what `mlflow gc` calls
+    capsys.readouterr()
+    assert track() == 0
+    assert "a part" in capsys.readouterr().out
+    assert track("--replay") == 0
+    assert runs(client, "train")[0].info.run_id == train.info.run_id
+    assert contents(client)["pipeline"][0] == "FINISHED"
+
+
+def test_a_stages_own_run_is_sent_whatever_becomes_of_the_others(
+    client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_pipeline(stages=("download", "tokenize"))
+
+    def failing(*_: object) -> None:
+        raise ValueError("no, not this")
+
+    monkeypatch.setattr(MlflowRun, "complete", failing)
+    run_pipeline(mlflow=True, stages=("train",))
+    first, second = capsys.readouterr().err.splitlines()
+    assert "MLflow did not take download-ffff" in first
+    assert "MLflow did not take tokenize-ffff" in second
+    (train,) = runs(client, "train")
+    assert train.info.status == "FINISHED"
+    assert train.data.tags["pipelib.sent"] == str(record_path().stat().st_size)
+
+
 def test_a_file_that_is_gone_is_named(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run_pipeline(stages=("train",))
     Path("train/final/curves/train.csv").unlink()

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelib.tracking.mlflow_run import SENT, DeletedRun, Event, MlflowRun, set_status
 from pipelib.tracking.mlflow_store import Store
-from pipelib.tracking.record import read_events
+from pipelib.tracking.record import brief, read_events, say
 
 ALL, PART, NOTHING, DELETED, BUSY = "all of it", "a part", "nothing", "deleted there", "being sent"
 """What MLflow has of a record. BUSY: the stage is running, or another `pipelib track` sends it."""
@@ -59,8 +59,13 @@ def had_of(store: Store, record: Path, events: Sequence[Event]) -> str:
     run = store.find(pipelib__record=begun["record"])
     if run is None:
         return DELETED if store.find(deleted=True, pipelib__record=begun["record"]) else NOTHING
-    parent = run.data.tags.get("mlflow.parentRunId", "")
-    if store.client.get_run(parent).info.lifecycle_stage == "deleted":
+    try:
+        parent = store.client.get_run(run.data.tags.get("mlflow.parentRunId", ""))
+    except Exception as error:
+        if getattr(error, "error_code", None) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return PART  # `mlflow gc` removed it; sent again, the run gets a new one
+    if parent.info.lifecycle_stage == "deleted":
         return DELETED
     return ALL if run.data.tags.get(SENT) == str(record.stat().st_size) else PART
 
@@ -89,6 +94,11 @@ def replay_others(store: Store, record: Path) -> None:
                 replay_record(store, other)
             except DeletedRun:
                 continue
+            except Exception as error:  # nothing of the stage's own
+                say(
+                    f"MLflow did not take {other.stem} ({brief(error)}), so not all of that stage is there; "
+                    f"`pipelib track --replay {other.parent.name}` sends it again."
+                )
 
 
 def settle_parents(store: Store, folder: Path) -> None:
