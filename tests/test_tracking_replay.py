@@ -309,6 +309,17 @@ def test_a_stages_own_run_is_sent_whatever_becomes_of_the_others(
     assert train.data.tags["pipelib.sent"] == str(record_path().stat().st_size)
 
 
+def test_a_record_with_a_torn_last_line_can_be_sent_wholly(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run_pipeline(stages=("train",))
+    with record_path().open("a") as record:
+        record.write('{"time": 1, "ev')
+    assert track("--replay") == track("--replay") == 0
+    assert capsys.readouterr().out.count("MLflow had ") == 1
+    assert track() == 0
+    assert "all of it" in capsys.readouterr().out
+    del client
+
+
 def test_a_file_that_is_gone_is_named(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run_pipeline(stages=("train",))
     Path("train/final/curves/train.csv").unlink()

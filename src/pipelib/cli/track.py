@@ -127,7 +127,7 @@ def find_records(root: Path, keys: Sequence[str]) -> list[Kept]:
 
 def _state(store: Store, record: Kept) -> str:
     with held(record.path) as mine:
-        return had_of(store, record.path, read_events(record.path)[0]) if mine else BUSY
+        return had_of(store, *read_events(record.path)) if mine else BUSY
 
 
 def table(kept: Sequence[Kept], states: Sequence[str]) -> str:

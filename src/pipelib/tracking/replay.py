@@ -51,8 +51,12 @@ def opened(events: Sequence[Event]) -> Event | None:
     return {**found[-1], "began": found[0]["time"]} if found else None
 
 
-def had_of(store: Store, record: Path, events: Sequence[Event]) -> str:
-    """What MLflow has of a record that nobody sends now."""
+def had_of(store: Store, events: Sequence[Event], size: int) -> str:
+    """What MLflow has of a record that nobody sends now.
+
+    Args:
+        size: of its whole lines, in bytes.
+    """
     begun = opened(events)
     if begun is None:
         return ALL
@@ -67,7 +71,7 @@ def had_of(store: Store, record: Path, events: Sequence[Event]) -> str:
         return PART  # `mlflow gc` removed it; sent again, the run gets a new one
     if parent.info.lifecycle_stage == "deleted":
         return DELETED
-    return ALL if run.data.tags.get(SENT) == str(record.stat().st_size) else PART
+    return ALL if run.data.tags.get(SENT) == str(size) else PART
 
 
 def replay_record(store: Store, record: Path, deleted_too: bool = False) -> Replayed:
@@ -76,13 +80,13 @@ def replay_record(store: Store, record: Path, deleted_too: bool = False) -> Repl
         if not mine:
             return Replayed(BUSY)
         events, size = read_events(record)
-        had = had_of(store, record, events)
+        had = had_of(store, events, size)
         begun = opened(events)
         if begun is None or had == ALL or (had == DELETED and not deleted_too):
             return Replayed(had)
         view = MlflowRun(store, begun)
         view.complete(events)
-        view.mark_sent(record.stat().st_size if size == record.stat().st_size else size)
+        view.mark_sent(size)
         return Replayed(had, view.points_sent, view.files_sent, tuple(view.files_gone), view.takes_files)
 
 
