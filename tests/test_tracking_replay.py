@@ -101,8 +101,10 @@ def test_twice_is_once(client: Any, capsys: pytest.CaptureFixture[str], monkeypa
     run_pipeline()
     assert track("--replay") == 0
     once = contents(client)
-    said = capsys.readouterr().out
-    assert "train: MLflow had nothing; " in said
+    said = capsys.readouterr()
+    assert "train: MLflow had nothing; " in said.out
+    sending = [f"sending {os.environ['DVC_EXP_NAME']} {stage}" for stage in STAGES]
+    assert said.err.splitlines() == [f"asking MLflow at {Place.chosen().uri}", *sending]
 
     def refuse(*arguments: object, **named: object) -> None:
         raise AssertionError(f"nothing is to be sent, not {arguments} {named}")
@@ -110,7 +112,9 @@ def test_twice_is_once(client: Any, capsys: pytest.CaptureFixture[str], monkeypa
     for name in ("_log", "_send_file", "_send_input", "_create"):
         monkeypatch.setattr(MlflowRun, name, refuse)
     assert track("--replay") == 0
-    assert capsys.readouterr().out.endswith("has everything now\n")
+    said = capsys.readouterr()
+    assert said.out.endswith("has everything now\n")
+    assert "sending" not in said.err
     assert contents(client) == once
     assert track() == 0
     lines = capsys.readouterr().out.splitlines()
@@ -336,9 +340,11 @@ def test_a_server_that_is_away_is_one_message(
     for arguments in ((), ("--replay",)):
         assert track(*arguments) == 1
         said = capsys.readouterr().err
+        asked, said = said.split("\n", 1)
+        assert asked == "asking MLflow at http://***@127.0.0.1:1"
         assert said.startswith("pipelib: MLflow at http://***@127.0.0.1:1 failed (URLError: ")
         assert "run pipelib track --replay when it is back" in said
-        assert "canary" not in said
+        assert "canary" not in asked + said
 
 
 def test_no_records_and_no_database(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

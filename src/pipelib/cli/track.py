@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(table(kept, ["nothing"] * len(kept)))
             print(f"{where} is not there yet; `pipelib track --replay` makes it")
             return 0
+        tell(f"asking MLflow at {where}")  # its import alone takes seconds
         store = place.open()
         if arguments.replay:
             return replay(store, kept, bool(arguments.runs))
@@ -125,6 +127,11 @@ def find_records(root: Path, keys: Sequence[str]) -> list[Kept]:
     return sorted(found, key=lambda record: record.begun)
 
 
+def tell(text: str) -> None:
+    """Say what is going on, beside the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _state(store: Store, record: Kept) -> str:
     with held(record.path) as mine:
         return had_of(store, *read_events(record.path)) if mine else BUSY
@@ -153,11 +160,11 @@ def replay(store: Store, kept: Sequence[Kept], named: bool) -> int:
     for record in kept:
         name = f"{record.key} {record.stage}"
         try:
-            result = replay_record(store, record.path, deleted_too=named)
+            result = replay_record(store, record.path, named, partial(tell, f"sending {name}"))
         except DeletedRun:
             result = Replayed(DELETED)
         except Exception as error:
-            print(f"{name}: MLflow failed {failure(error)}", file=sys.stderr, flush=True)
+            tell(f"{name}: MLflow failed {failure(error)}")
             lacking.append(name)
             continue
         done.append((record, result))
@@ -172,7 +179,7 @@ def replay(store: Store, kept: Sequence[Kept], named: bool) -> int:
         try:
             settle_parents(store, folder)
         except Exception as error:
-            print(f"{folder.name}: MLflow failed {failure(error)}", file=sys.stderr, flush=True)
+            tell(f"{folder.name}: MLflow failed {failure(error)}")
             lacking.append(folder.name)
     deleted = sorted({record.key for record, result in done if result.had == DELETED})
     if deleted and not named:

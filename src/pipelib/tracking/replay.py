@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +74,14 @@ def had_of(store: Store, events: Sequence[Event], size: int) -> str:
     return ALL if run.data.tags.get(SENT) == str(size) else PART
 
 
-def replay_record(store: Store, record: Path, deleted_too: bool = False) -> Replayed:
-    """Send what of a record MLflow has not; what the user deleted there stays deleted, unless asked for."""
+def replay_record(
+    store: Store, record: Path, deleted_too: bool = False, begin: Callable[[], object] = bool
+) -> Replayed:
+    """Send what of a record MLflow has not; what the user deleted there stays deleted, unless asked for.
+
+    Args:
+        begin: called before anything is sent.
+    """
     with held(record) as mine:
         if not mine:
             return Replayed(BUSY)
@@ -84,6 +90,7 @@ def replay_record(store: Store, record: Path, deleted_too: bool = False) -> Repl
         begun = opened(events)
         if begun is None or had == ALL or (had == DELETED and not deleted_too):
             return Replayed(had)
+        begin()
         view = MlflowRun(store, begun)
         view.complete(events)
         view.mark_sent(size)
