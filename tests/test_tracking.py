@@ -490,10 +490,39 @@ def test_what_stages_write_makes_no_run_dirty() -> None:
         ("tokenize.shard_tokens=100", "tokenize.shard_tokens=100"),
         ("secret_access_key = abc", "secret_access_key = ***"),
         ('"password": "a b", 1', '"password": ***, 1'),
+        ("ssh://user:pa/ss@host/x", "ssh://***@host/x"),
+        ("ssh://user:p@/ss@host/x and a@b", "ssh://***@host/x and a@b"),
+        ("http://host:8080/~a@b/c", "http://host:8080/~a@b/c"),
+        (
+            "https://x.blob.core.windows.net/c?sv=1&sig=a%2Bb&se=2",
+            "https://x.blob.core.windows.net/c?sv=1&sig=***&se=2",
+        ),
+        ("https://host/?design=new&pwd=abc", "https://host/?design=new&pwd=***"),
+        ("mssql://?odbc_connect=UID%3Dsa%3BPWD%3Da%40b%3BX%3D1", "mssql://?odbc_connect=UID%3Dsa%3BPWD%3D***%3BX%3D1"),
+        ("Driver=x;UID=sa;PWD=abc;Port=1", "Driver=x;UID=sa;PWD=***;Port=1"),
+        ("client_secret: abc", "client_secret: ***"),
+        ('sas_token = "?sv=1"', "sas_token = ***"),
+        ("export API_TOKEN=abc dvc push", "export API_TOKEN=*** dvc push"),
+        ("TOKEN=abc", "TOKEN=***"),
+        ("the end token: 50256, its sign = 1", "the end token: 50256, its sign = 1"),
+        ("EOT_TOKEN_ID = 50256; eot_token=7; key=value", "EOT_TOKEN_ID = 50256; eot_token=7; key=value"),
+        ("a password is a secret, pwd prints a folder", "a password is a secret, pwd prints a folder"),
+        (
+            "at 12:30 see http://localhost:5000 or http://[::1]:5000/",
+            "at 12:30 see http://localhost:5000 or http://[::1]:5000/",
+        ),
     ],
 )
 def test_redact(text: str, clean: str) -> None:
     assert redact(text) == clean
+
+
+def test_redact_knows_the_values_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PGPASSWORD", "MYSQL_PWD", "HF_TOKEN"):
+        monkeypatch.setenv(name, f"canary-{name}")
+        assert redact(f"said canary-{name} here") == "said *** here"
+    monkeypatch.setenv("PWD", "/home/someone")
+    assert redact("cannot open /home/someone/x") == "cannot open /home/someone/x"
 
 
 def test_redact_knows_the_decoded_password_of_the_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:

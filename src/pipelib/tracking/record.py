@@ -21,16 +21,28 @@ from urllib.parse import unquote
 
 from pipelib.files import write_text
 
-_SECRET_NAMES = re.compile(r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
+_SECRET_NAMES = re.compile(
+    r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(?:_|$)|(?:PASSWORD|_PWD)$", re.IGNORECASE
+)
 _LOGIN = re.compile(r"[^:]*://(?P<login>[^:@]*:(?P<password>.*)@)")
 """User and password of a URL, up to the last @: of one that is no valid URL, too, since the password was not encoded."""
 _SECRET_SHAPES = (
-    (re.compile(r"(?<=://)[^/\s]*@"), "***@"),  # user:password@ of a URL, up to the last @ before a slash
-    (re.compile(r"([?&][^=&\s]*(?:token|secret|password|signature|key)[^=&\s]*=)[^&\s\"']+", re.IGNORECASE), r"\1***"),
+    # user:password@ of a URL, up to the last @: what is no port before a slash is a password that was not encoded
+    (re.compile(r"(?<=://)(?:[^/\s:@]*:(?!\d*/)[^\s\"'`<>]*|[^/\s]*)@"), "***@"),
+    (
+        re.compile(
+            r"([?&](?:[^=&\s]*(?:token|secret|password|signature|key)[^=&\s]*|sig|pwd)=)[^&\s\"']+", re.IGNORECASE
+        ),
+        r"\1***",
+    ),
+    (re.compile(r"((?:\b|(?<=%3B))(?:pwd|password)%3D)(?:%(?!3B|26)|[^%&\s\"'])+", re.IGNORECASE), r"\1***"),  # ODBC's
+    (re.compile(r"(\bpwd=)[^;&\s\"']+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(\b(?:[A-Z0-9]+_)*(?:TOKEN|SECRET|KEY)=)[^\s\"']+"), r"\1***"),  # of a shell: API_TOKEN=...
     # password = ... in a configuration, or "secret_key": "..."
     (
         re.compile(
-            r"\b([\w-]*(?:password|passwd|passphrase|secret_key|access_key|account_key|api_key|connection_string)[\"']?\s*[=:]\s*)"
+            r"\b([\w-]*(?:password|passwd|passphrase|(?:secret|access|account|api)_key|connection_string"
+            r"|client_secret|(?:sas|api|auth|access)_token)[\"']?\s*[=:]\s*)"
             r"""("[^"]*"|'[^']*'|[^\s"']+)""",
             re.IGNORECASE,
         ),
