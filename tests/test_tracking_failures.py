@@ -256,6 +256,9 @@ def test_the_deadline_is_short_for_a_server_and_longer_for_a_file(monkeypatch: p
     for uri in ("http://host", "HTTPS://host", "postgresql://host/x", "databricks"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert Place.chosen().wait_seconds == SERVER_WAIT_SECONDS < 1
+    for uri in ("./mlruns", "mlruns", "/srv/a:b/mlruns", "file:///srv/mlruns", "sqlite+pysqlite:////srv/x.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert Place.chosen().wait_seconds == LOCAL_WAIT_SECONDS
 
 
 def test_a_deadline_that_is_no_number_is_said_and_passed_over(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
@@ -410,7 +413,12 @@ def client_of(database: Path) -> Any:
     return MlflowClient(f"sqlite:///{database}")
 
 
-def test_a_locked_database_and_the_end_of_the_lock(database: Path, monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
+@pytest.mark.parametrize("scheme", ["", "sqlite+pysqlite"])
+def test_a_locked_database_and_the_end_of_the_lock(
+    database: Path, monkeypatch: pytest.MonkeyPatch, said: Said, scheme: str
+) -> None:
+    if scheme:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}:///{database}")
     monkeypatch.setattr(mlflow_store, "LOCK_SECONDS", 0.05)
     holder = sqlite3.connect(database)
     holder.execute("BEGIN EXCLUSIVE")

@@ -46,8 +46,11 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        """A file on this machine, not a server."""
-        return self.uri.partition(":")[0].lower() in ("", "file", "sqlite")
+        """A file or folder on this machine, not a server; what is no URL is a path to MLflow, unless Databricks is meant."""
+        scheme, colon, _ = self.uri.lower().partition(":")
+        if not colon or "/" in scheme:
+            return not scheme.startswith("databricks")
+        return scheme.partition("+")[0] in ("", "file", "sqlite")
 
     @property
     def wait_seconds(self) -> float:
@@ -192,8 +195,8 @@ def _require_answer(uri: str) -> None:
 
 def _require_writable(uri: str) -> None:
     """sqlite3.Error unless an SQLite file that is there can be written now; MLflow would try for minutes to open it."""
-    path = re.sub(r"^(sqlite:///)(file:)?|\?.*$", "", uri)
-    if not uri.lower().startswith("sqlite:") or not Path(path).exists():
+    path = re.sub(r"^(sqlite(\+\w+)?:///)(file:)?|\?.*$", "", uri)
+    if not uri.lower().startswith(("sqlite:", "sqlite+")) or not Path(path).exists():
         return
     import sqlite3  # where it is needed: not every Python has it
 
