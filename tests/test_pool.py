@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -51,6 +52,41 @@ def test_nothing_to_do_starts_nothing(tmp_path: Path) -> None:
 def test_an_error_of_a_task_is_raised_here_and_says_where_it_was() -> None:
     with Pool(2, nothing) as pool, pytest.raises(UserError, match="3 is no good") as raised:
         list(pool.run(fail, [(3,)]))
+    assert "in fail" in raised.value.__notes__[0]
+
+
+class UnreadableError(Exception):
+    """Can be pickled, and not be unpickled."""
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(f"{number} is {what}")
+
+
+class UnwritableError(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.made_by = lambda: None
+
+
+def fail_unreadably() -> None:
+    raise UnreadableError(3, "no good")
+
+
+def fail_unwritably() -> None:
+    raise UnwritableError("3 is no good")
+
+
+@pytest.mark.parametrize("task", [fail_unreadably, fail_unwritably])
+def test_an_error_that_cannot_travel_comes_as_text(task: Callable[[], None]) -> None:
+    with Pool(1, nothing) as pool, pytest.raises(RuntimeError, match=f"(?s)in {task.__name__}.*Error: 3 is no good"):
+        list(pool.run(task, [()]))
+
+
+def test_an_error_of_the_start_is_raised_here() -> None:
+    with Pool(2, fail, 3) as pool, pytest.raises(UserError, match="3 is no good") as raised:
+        list(pool.run(square, [(1,), (2,)]))
     assert "in fail" in raised.value.__notes__[0]
 
 

@@ -6,6 +6,7 @@ CPython 3.11). Here the dead one's pipe ends, and with it the wait.
 """
 
 import multiprocessing
+import pickle
 import signal
 import traceback
 from collections import deque
@@ -56,7 +57,8 @@ class Pool:
             task: a function of a module.
 
         Raises:
-            UserError: a process was killed. Whatever a task raises is raised here too, and the pool takes no more.
+            UserError: a process was killed. Whatever a task or `start` raises is raised here too, as RuntimeError if it cannot
+                travel, and the pool takes no more.
         """
         waiting = deque(enumerate(calls))
         self._hand_out(task, waiting)
@@ -106,19 +108,35 @@ def _alive() -> Iterator[None]:
 def _serve(connection: Connection, start: Callable[..., object], arguments: tuple[object, ...]) -> None:
     """What a process does: a task at a time, until nobody has another one for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that waits
-    start(*arguments)
+    not_started = None
+    try:
+        start(*arguments)
+    except Exception as error:
+        not_started = _in_words(error)
     try:
         while True:
-            task, call = connection.recv()
-            connection.send_bytes(_answer(task, call))
+            asked = connection.recv_bytes()
+            connection.send_bytes(_answer(asked) if not_started is None else not_started)
     except (EOFError, OSError):  # the one that waits is gone, or wants no more
         return
 
 
-def _answer(task: Callable[..., Any], call: tuple[Any, ...]) -> memoryview:
-    """The task's result or its error, as it travels."""
+def _answer(asked: bytes) -> memoryview:
+    """The result of a task or its error, as it travels."""
     try:
+        task, call = pickle.loads(asked)
         return ForkingPickler.dumps((task(*call), None))
     except Exception as error:
-        error.add_note(f"In a worker: {traceback.format_exc()}")
-        return ForkingPickler.dumps((None, error))
+        return _in_words(error)
+
+
+def _in_words(error: Exception) -> memoryview:
+    """An error as it travels, with its traceback; of one that cannot, the traceback alone."""
+    words = f"In a worker: {''.join(traceback.format_exception(error))}"
+    error.add_note(words)
+    try:
+        data = ForkingPickler.dumps((None, error))
+        pickle.loads(data)  # some can be written and not be read: those whose __init__ wants more than a text
+    except Exception:
+        return ForkingPickler.dumps((None, RuntimeError(words)))
+    return data
