@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +97,25 @@ def test_a_driver_that_does_not_start_or_is_not_there(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(system_metrics.ctypes, "CDLL", missing)
     assert Gpus().state() == {}
+
+
+def test_nothing_is_logged_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics, "SAMPLE_SECONDS", 0.001)
+    monkeypatch.setattr(system_metrics, "memory", lambda: {"a": 1.0})
+    said: list[str] = []
+    logging = threading.Event()
+
+    def slow(*_: object) -> None:
+        logging.set()
+        time.sleep(0.2)  # long enough for a close that does not wait
+        said.append("logged")
+
+    sampler = Sampler(slow, 1)
+    assert logging.wait(60)
+    sampler.close()
+    said.append("closed")
+    sampler._thread.join()
+    assert said[-1] == "closed"
 
 
 def test_samples_go_on_after_a_resume_and_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,16 @@ def test_the_state_of_the_machine_is_recorded_beside_a_stage(monkeypatch: pytest
     assert "system/cpu_utilization_percentage" in names
 
 
+def test_nothing_is_appended_once_a_record_is_closed() -> None:
+    record = Record(Path("record.jsonl"))
+    record.append_metrics({"a": 1.0}, 1)
+    record.close()
+    with Path("another").open("x"), pytest.raises(OSError, match="Bad file descriptor"):  # it may have the number now
+        record.append_metrics({"a": 2.0}, 2)
+    assert points(Path("record.jsonl")) == [("a", 1)]
+    assert Path("another").read_bytes() == b""
+
+
 def test_null_run_has_every_method_of_run_and_writes_nothing(workspace: Path) -> None:
     for name, method in inspect.getmembers(Run, inspect.isfunction):
         if not name.startswith("_"):

@@ -145,7 +145,10 @@ class Record:
         return max((step for known, step in points if known == name and step is not None), default=0)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Let go of the file; whoever appends later gets an OSError."""
+        with self._turn:
+            os.close(self._descriptor)
+            self._descriptor = -1  # its number may be another file's by then
 
 
 def read_events(path: Path, start: int = 0, end: int | None = None) -> tuple[list[dict[str, Any]], int]:

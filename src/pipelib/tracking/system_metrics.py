@@ -27,20 +27,22 @@ class Sampler:
         """
         self._log, self._next = log, first
         self._cpu, self._gpus = CpuTimes(), Gpus()
-        self._ending = threading.Event()
+        self._ending, self._turn = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop; a sample that is being taken is left to itself."""
-        self._ending.set()
+        """Stop: nothing is logged once this returns; a sample that is being taken is left to itself."""
+        with self._turn:
+            self._ending.set()
 
     def _work(self) -> None:
         while not self._ending.wait(SAMPLE_SECONDS):
             numbers = {**self._cpu.since_last(), **memory(), **self._gpus.state()}
-            if numbers and not self._ending.is_set():
-                self._log(numbers, self._next)
-                self._next += 1
+            with self._turn:
+                if numbers and not self._ending.is_set():
+                    self._log(numbers, self._next)
+                    self._next += 1
 
 
 class CpuTimes:
