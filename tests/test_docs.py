@@ -194,35 +194,89 @@ def messages() -> str:
     return "\n" + "\n".join(parts)
 
 
+def test_messages_are_found_however_they_reach_the_user() -> None:
+    text = messages()
+    for said in (
+        "the disk is full (…), so the stage stopped",
+        "another program keeps it locked: end that, or wait",
+        "holds unfinished work of other code",
+        "stopped by SIGHUP; the last checkpoint is kept",
+        "MLflow refuses a part of this run",
+        "did not take all of this run within",
+        "is missing, so the folder is not complete",
+        "… has md5 … and DVC recorded …: its bytes changed; add --repair",
+    ):
+        assert said in text
+
+
+RETURNED = ("user_message", "_other_code", "_what_went_wrong", "advice")
+"""Functions whose texts others raise or print."""
+
+
 def messages_in(path: Path) -> Iterator[str]:
-    """The texts that a file gives to UserError and SystemExit, and the problems that it finds with parameters."""
+    """The texts of a file for the user: of UserError, SystemExit and `say`, problems with parameters and outs, and what
+    functions return that make a message."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = assigned(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node.args:
             called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
             owner = getattr(getattr(node.func, "value", None), "id", "")
-            if called in ("UserError", "SystemExit") or (called == "append" and owner == "problems"):
-                yield from readable(node.args[0])
+            if called in ("UserError", "SystemExit", "say", "_complain") or (
+                called == "append" and owner == "problems"
+            ):
+                yield from readable(node.args[0], names)
+            elif called == "Problem":
+                yield from readable(node.args[1], names)
         elif isinstance(node, ast.FunctionDef) and "problems" in node.name:
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Yield) and inner.value is not None:
-                    yield from readable(inner.value)
+                    yield from readable(inner.value, names)
+        elif isinstance(node, ast.FunctionDef) and node.name in RETURNED:
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Return) and inner.value is not None:
+                    yield from readable(inner.value, names)
+                elif isinstance(inner, ast.Tuple) and all(isinstance(part, ast.Constant) for part in inner.elts):
+                    yield from readable(inner.elts[-1], names)  # what an error says, and what to do
 
 
-def readable(node: ast.expr) -> Iterator[str]:
-    text = re.sub(r"(…\s*)+…", "…", literal(node).replace("\n", " ")).strip()
+Names = dict[str, list[tuple[range, ast.expr]]]
+"""What names stand for, and in which lines."""
+
+
+def assigned(tree: ast.Module) -> Names:
+    """The values that a file gives to names, each known until its block ends."""
+    names: Names = {}
+    for node in ast.walk(tree):
+        for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
+            for statement in block if isinstance(block, list) else ():
+                if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                    lines = range(statement.lineno + 1, block[-1].end_lineno + 1)
+                    names.setdefault(statement.targets[0].id, []).append((lines, statement.value))
+    return names
+
+
+def readable(node: ast.expr, names: Names) -> Iterator[str]:
+    text = re.sub(r"(…\s*)+…", "…", literal(node, names).replace("\n", " ")).strip()
     if len(re.sub(r"[…\W]", "", text)) > 15:
         yield text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
-def literal(node: ast.expr) -> str:
+def literal(node: ast.expr, names: Names) -> str:
     """The text of an expression, with an ellipsis for what is not literal."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(literal(value) if isinstance(value, ast.Constant) else "…" for value in node.values)
+        return "".join(literal(value, names) for value in node.values)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
+        return literal(node.value, names)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return literal(node.left) + literal(node.right)
+        return literal(node.left, names) + literal(node.right, names)
+    if isinstance(node, ast.Name):
+        known = [(lines.start, value) for lines, value in names.get(node.id, ()) if node.lineno in lines]
+        value = max(known, key=lambda found: found[0])[1] if known else None
+        if isinstance(value, ast.JoinedStr) or isinstance(getattr(value, "value", None), str):
+            return literal(value, names)
     return "…"
 
 
