@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
     with subprocess.Popen(command, env=environment, process_group=0) as agent:
         try:
             with on_first_signal(lambda number: ask_to_stop(work, number)):
-                status = agent.wait()
+                status = _wait(agent)
         except KeyboardInterrupt:  # the second
             agent.kill()
             raise
@@ -114,6 +115,13 @@ def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
         raise UserError(_what_went_wrong(work / ERROR, status))
     if first and machines.count > 1:
         wait_until_seen(work / RESULT)
+
+
+def _wait(agent: "subprocess.Popen[bytes]") -> int:
+    """The exit status of the agent. Never one long wait: a signal that comes in the instant before it would be seen after it."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return agent.wait(1.0)
 
 
 def _what_went_wrong(said: Path, status: int) -> str:
