@@ -9,13 +9,16 @@ REMOTE ?= ../pipelib-remote
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-setup: .venv/ready  ## install the pinned dependencies into .venv
+setup: .venv/ready .dvc/plots/page.html  ## install the pinned dependencies into .venv
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "$(PYTHON) is Python %d.%d; pipelib needs 3.11 to 3.13, for example: make PYTHON=python3.12" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+.dvc/plots/page.html: .venv/ready
+	@$(BIN)/pipelib plots-page
 
 repro: setup     ## run the whole pipeline, or what of it is not up to date
 	@$(BIN)/pipelib plan --check

@@ -9,7 +9,20 @@ import os
 import signal
 import sys
 
-from pipelib.cli import clean, compare, doctor, evaluate, export_tokens, plan, publish, sample, summary, track, verify
+from pipelib.cli import (
+    clean,
+    compare,
+    doctor,
+    evaluate,
+    export_tokens,
+    plan,
+    plots_page,
+    publish,
+    sample,
+    summary,
+    track,
+    verify,
+)
 from pipelib.errors import UserError, as_typed
 from pipelib.provenance import versions
 
@@ -33,7 +46,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {versions('pipelib')['pipelib']}")
     subparsers = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for module in (plan, summary, compare, doctor, verify, export_tokens, sample, evaluate, publish, track, clean):
+    for module in (
+        plan,
+        summary,
+        compare,
+        doctor,
+        verify,
+        export_tokens,
+        sample,
+        evaluate,
+        publish,
+        track,
+        plots_page,
+        clean,
+    ):
         module.add_parser(subparsers)
     return parser
 
