@@ -119,6 +119,18 @@ def test_killed_between_the_rename_and_the_note_of_it_outs_are_made_again(monkey
     assert Path("models/deep/b").read_text() == "again models/deep/b"
 
 
+def test_it_knows_whether_there_is_anything_to_go_on_with() -> None:
+    for goes_on in (False, True):
+        with State("stage", INPUTS, CODE) as state:
+            assert state.begins_anew != goes_on
+    build()
+    with State("stage", INPUTS, CODE) as state:
+        assert not state.begins_anew
+    (state.final / "metrics/stage.json").write_text("damaged")
+    with State("stage", INPUTS, CODE) as state:
+        assert state.begins_anew
+
+
 def test_killed_while_publishing_outs_are_published_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_module, "write_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -167,6 +179,7 @@ def test_it_is_begun_again_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELIB_RESUME", "fresh")
     with State("stage", INPUTS, OTHER) as state:
         assert not state.resumed_with_other_code
+        assert state.begins_anew
         assert list(state.work.iterdir()) == []
 
 

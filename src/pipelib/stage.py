@@ -86,7 +86,10 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
         work: builds the outs.
     """
     code = code_hashes(Path("stages") / f"{name}.py", Path.cwd())
-    with State(name, inputs, code) as state, open_run(name, params, state.fingerprint, code) as run:
+    with (
+        State(name, inputs, code) as state,
+        open_run(name, params, state.fingerprint, code, begins_anew=state.begins_anew) as run,
+    ):
         if state.resumed_with_other_code:
             run.log_params({"resumed_with_other_code": True})
         if state.finished:

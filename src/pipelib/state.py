@@ -57,6 +57,8 @@ class State:
         self.folder = state_root() / stage / self.fingerprint[:16]
         self.work, self.final = self.folder / "work", self.folder / "final"
         self.resumed_with_other_code = False
+        self.begins_anew = True
+        """Whether nothing was there to go on with, or it was dropped."""
         self._meta = self.folder / "meta.json"
 
     def __enter__(self) -> Self:
@@ -144,7 +146,7 @@ class State:
                 remove(entry)
         elif "final" in meta:
             remove(self.work)  # a kill may have come between the two
-        self.resumed_with_other_code = "mixed" in meta
+        self.resumed_with_other_code, self.begins_anew = "mixed" in meta, not meta
         write_json(self._meta, {**meta, "inputs": self.inputs, "code": self.code})
         self.work.mkdir(exist_ok=True)
 

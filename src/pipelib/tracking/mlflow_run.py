@@ -168,15 +168,15 @@ class MlflowRun:
         at = round(event["time"] * 1000)
         for stage, metrics in event["metrics"].items():
             self._log_finals(self.parent, metrics, at)
-            found = self.store.find(mlflow__parentRunId=self.parent, pipelib__stage=stage)
-            if found is None or found.data.tags.get("dvc.cached"):
+            with self.store.place.turn():
+                found = self.store.find(mlflow__parentRunId=self.parent, pipelib__stage=stage)
+                cached = found is None or "dvc.cached" in found.data.tags
                 tags = {"mlflow.parentRunId": self.parent, "pipelib.stage": stage, "dvc.cached": "true"}
                 child = str(found.info.run_id) if found else self._create(tags, stage)
+            if cached:
                 self._fill(child, _own(self.opened["params"], stage), {})
                 self._log_finals(child, metrics, at)
                 self.client.set_terminated(child, end_time=at)
-            else:
-                child = str(found.info.run_id)
             if stage == "train":
                 self._log(child, tags=event["model"])
                 self._send_texts(child, event)

@@ -170,17 +170,17 @@ def read_events(path: Path, start: int = 0, end: int | None = None) -> tuple[lis
     return events, start + data.rfind(b"\n") + 1
 
 
-def settle_record(path: Path, code: str) -> None:
+def settle_record(path: Path, code: str, begins_anew: bool) -> None:
     """Make the record fit the state: go on with it, begin again, or go on from what another KEY recorded.
 
     The state of a stage is found by its fingerprint alone, so a killed `dvc exp run` goes on under a new experiment's
-    name; its record then begins with the points so far. State that starts again must not meet the old points.
+    name; its record then begins with the points so far. State that begins anew must not meet the old points.
     """
-    wish = os.environ.get("PIPELIB_RESUME", "")
+    mixing = os.environ.get("PIPELIB_RESUME") == "continue"
 
     def goes_on(record: Path) -> bool:
         opened = [event for event in read_events(record)[0] if event["event"] == "open"]
-        return wish == "continue" or (wish != "fresh" and bool(opened) and opened[-1]["code"] == code)
+        return not begins_anew and (mixing or (bool(opened) and opened[-1]["code"] == code))
 
     if path.exists():
         if not goes_on(path):

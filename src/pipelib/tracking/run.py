@@ -137,13 +137,16 @@ class NullRun(Run):
     def log_outs(self, final: Path) -> None: ...
 
 
-def open_run(stage: str, params: object, fingerprint: str, code: Mapping[str, str]) -> Run:
+def open_run(
+    stage: str, params: object, fingerprint: str, code: Mapping[str, str], *, begins_anew: bool = False
+) -> Run:
     """The record of a stage's run, begun or gone on with, mirrored to MLflow where `logging.mlflow` says so.
 
     Args:
         params: all parameters, a dataclass with a section `logging` among its fields.
         fingerprint: of the stage's inputs.
         code: SHA-256 of the files that make the result, by path.
+        begins_anew: the stage has nothing to go on with, so what was recorded before is another run's.
 
     Returns:
         A `NullRun`, after one line to standard error, where no record can be written.
@@ -157,7 +160,7 @@ def open_run(stage: str, params: object, fingerprint: str, code: Mapping[str, st
         key = re.sub(r"[^\w.-]", "_", os.environ.get("DVC_EXP_NAME") or inputs[:16])
         path = state_root().absolute() / "records" / key / f"{stage}-{fingerprint[:16]}.jsonl"
         digest = sha256_json(dict(code))
-        settle_record(path, digest)
+        settle_record(path, digest, begins_anew)
         record, start = Record(path), path.stat().st_size
         tags = _lineage(stage) | {name: value for name, value in flat.items() if name.startswith("logging.")}
         opened = {
