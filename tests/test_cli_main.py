@@ -80,8 +80,8 @@ def test_the_summary_fits_on_a_screen(
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(["summary"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 30
-    assert max(map(len, lines)) <= 120
+    assert len(lines) <= 23, "and the prompt below"
+    assert max(map(len, lines)) <= 80
     starts = {word: number for number, line in enumerate(lines) for word in line.split()[:1]}
     assert starts["Then"] - starts["Try"] == 3, "three commands to try"
 

@@ -10,7 +10,7 @@ EXAMPLES = """example:
   pipelib summary
 """
 METRICS = Path("metrics")
-SAMPLE_LINES, LINE_LENGTH = 5, 100
+SAMPLE_LINES, LINE_LENGTH = 5, 74
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,34 +30,34 @@ def run(_: argparse.Namespace) -> int:
     tokens, train, evaluate = (read_json(METRICS / f"{stage}.json") for stage in ("tokenize", "train", "evaluate"))
     speed_file = METRICS / "speed" / "train.json"
     speed = read_json(speed_file) if speed_file.exists() else {}  # git does not have it, so a fresh clone may lack it
-    print(f"\n{title(train, tokens)}\n")
+    print(f"\n{title(train, tokens)}")
     for name, value in rows(train, evaluate, speed):
         print(f"  {name:<22}{value}")
     sample = first_sample(Path("reports/evaluation.md"))
     if sample:
-        print("\nIt writes:\n")
+        print("It writes")
         print("\n".join(f"  | {shorten(line)}" for line in sample.splitlines()[:SAMPLE_LINES]))
     print(NEXT)
     return 0
 
 
 NEXT = """
-Look at   reports/evaluation.md            everything that was measured, with pictures
-          reports/model_card.md            the model, its data and its recipe, as others will read it
-          .venv/bin/dvc plots show         the curves, in a page that needs no network
-          .venv/bin/mlflow ui              all runs, side by side, in the browser
+Look at   reports/evaluation.md       all that was measured, with pictures
+          reports/model_card.md       data, recipe and scores, for others
+          .venv/bin/dvc plots show    the curves, as a page to keep
+          .venv/bin/mlflow ui         all runs, side by side, in the browser
 Try       .venv/bin/pipelib sample --prompt "Returns the"
           .venv/bin/dvc exp run -S train.max_lr=1.8e-3
           .venv/bin/pipelib compare HEAD workspace
-Then      docs/tutorial.md                 from here to GPT-2 124M
+Then      docs/tutorial.md            from here to GPT-2 124M
 """
 
 
 def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:
     """What was trained on what."""
     return (
-        f"GPT-2 with {train['parameters']:,} parameters, trained on {train['tokens']:,} of {tokens['train_tokens']:,} tokens "
-        f"in {train['steps']:,} steps"
+        f"GPT-2, {train['parameters']:,} parameters, {train['steps']:,} steps on {train['tokens']:,} of "
+        f"{tokens['train_tokens']:,} tokens"
     )
 
 
@@ -76,15 +76,11 @@ def rows(train: dict[str, Any], evaluate: dict[str, Any], speed: dict[str, Any])
     if speed:
         mfu = f", {speed['mfu']:.0%} of the peak" if speed["tokens_per_second"] else ""
         lines += [("speed of training", f"{speed['tokens_per_second']:,} tokens/s on {speed['device']}{mfu}")]
-    lines += [("loss at the last step", f"{train['train_loss']:.4f} on its batch")]
     return lines
 
 
 def _accuracy(model: dict[str, float], unigram: dict[str, float]) -> str:
-    return (
-        f"{model['value']:.4f}, 95 % interval {model['low']:.4f} to {model['high']:.4f}, {model['items']:,} items; "
-        f"unigram model {unigram['value']:.4f}, chance 0.25"
-    )
+    return f"{model['value']:.4f} ({model['low']:.4f} to {model['high']:.4f}); unigrams {unigram['value']:.4f}, chance 0.25"
 
 
 def shorten(line: str) -> str:
