@@ -114,7 +114,7 @@ def write_run(folder: Path, shift: float, noise: int = 0, **train: Any) -> bytes
                 }
             },
         },
-        "speed/train": {"seconds": 65.0, "tokens_per_second": 2417, "device": "cpu"},
+        "speed/train": {"seconds": 65.0, "device_hours": 0.01806, "tokens_per_second": 2417, "device": "cpu"},
     }
     for name, value in metrics.items():
         (folder / f"metrics/{name}.json").parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def test_a_table_says_what_differs_and_how_sure_that_is(here: Path, capsys: pyte
     )
     assert " to " not in row_of(said, "evaluate lm_eval.heldout.byte_perplexity")[1]
     assert row_of(said, "tokens trained on") == ["2,048", "2,048"]
-    assert row_of(said, "time, train") == ["1 min 5 s", "1 min 5 s"]
+    assert row_of(said, "device hours, train") == ["0.0181", "0.0181"]
     assert row_of(said, "tokens/s") == ["2,417", "2,417"]
     assert said.count("one seed: training noise unknown") == 2
     assert main(["compare", "one", "two"]) == 0

@@ -214,6 +214,9 @@ def test_what_differs_in_every_run_does_not_bury_what_changed(clone: Clone) -> N
     changed = clone.json("metrics", "diff", "--json")
     assert not [name for name in changed if "speed" in name]
     assert (clone.root / "metrics/speed/train.csv").read_text().startswith("step,tokens_per_second,")
+    speed = json.loads(clone.text("metrics/speed/train.json"))
+    assert speed["device_hours"] > 0
+    assert len(speed["git_commit"]) == 40
 
 
 def test_compare_reads_both_from_git_and_the_cache(clone: Clone) -> None:

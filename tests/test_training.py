@@ -389,6 +389,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(folder: Path
     assert {name: (folder / "work" / name).read_bytes() for name in CURVES} == curves
 
 
+def test_the_hours_of_all_processes_count(folder: Path) -> None:
+    train_small(folder, train_params(), checkpoint_every=25)
+    checkpoints = folder / "work/checkpoints"
+    meta = read_json(checkpoints / "step_00000025/meta.json")
+    assert 0 < meta["device_hours"] < read_json(checkpoints / "step_00000040/meta.json")["device_hours"] < 1
+    write_json(checkpoints / "step_00000025/meta.json", meta | {"device_hours": 2.0})
+    shutil.rmtree(checkpoints / "step_00000040")
+    train_small(folder, train_params(), checkpoint_every=25)
+    assert 2 < read_json(checkpoints / "step_00000040/meta.json")["device_hours"] < 3
+
+
 class Killed(BaseException):
     """Stands for a kill."""
 

@@ -13,14 +13,14 @@ from typing import NoReturn
 
 from pipelib.errors import as_typed, user_message
 from pipelib.files import write_json
-from pipelib.provenance import code_hashes
+from pipelib.provenance import code_hashes, git_state
 from pipelib.state import State
 from pipelib.tracking.run import Run, is_mirroring, open_run
 
 RESULT = "metrics/{}.json"
 """Where a stage writes what it found out: a function of its inputs."""
 SPEED = "metrics/speed/{}.json"
-"""Where a stage writes what differs from machine to machine: durations, throughput."""
+"""Where a stage writes what differs between runs of the same inputs: durations, throughput, the commit."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
             started = time.monotonic()
             result, speed = work(Build(outs, state.work, run, code, state.resumed_with_other_code))
             write_json(outs / RESULT.format(name), result)
-            write_json(outs / SPEED.format(name), {"seconds": round(time.monotonic() - started, 2), **speed})
+            git = {f"git_{key}": value for key, value in git_state(Path.cwd()).items()}
+            write_json(outs / SPEED.format(name), {"seconds": round(time.monotonic() - started, 2), **speed, **git})
             state.finish()
         state.publish()
         run.log_outs(state.final)

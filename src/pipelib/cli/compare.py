@@ -127,7 +127,8 @@ def _circumstances(runs: Sequence["Run"]) -> Iterator[list[str]]:
         "time, all stages",
         *(_time(sum(_number(s.get("seconds")) or 0 for s in run.speed.values())) for run in runs),
     ]
-    yield ["time, train", *(_time(_number(run.speed["train"].get("seconds")) or 0) for run in runs)]
+    hours = [_number(run.speed["train"].get("device_hours")) for run in runs]
+    yield ["device hours, train", *("" if value is None else f"{value:,.4f}" for value in hours)]
     yield ["tokens/s", *(_count(run.speed["train"].get("tokens_per_second")) for run in runs)]
     for out in ("data/tokens", "models"):
         yield [f"md5 of {out}", *(run.md5(out)[:8] for run in runs)]

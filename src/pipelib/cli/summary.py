@@ -31,7 +31,7 @@ def run(_: argparse.Namespace) -> int:
     speed_file = METRICS / "speed" / "train.json"
     speed = read_json(speed_file) if speed_file.exists() else {}  # git does not have it, so a fresh clone may lack it
     print(f"\n{title(train, tokens)}")
-    for name, value in rows(train, evaluate, speed):
+    for name, value in rows(evaluate, speed):
         print(f"  {name:<22}{value}")
     sample = first_sample(Path("reports/evaluation.md"))
     if sample:
@@ -61,7 +61,7 @@ def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:
     )
 
 
-def rows(train: dict[str, Any], evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str]]:
+def rows(evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, value) lines of the summary."""
     lines = [
         ("validation loss", f"{evaluate['val_loss']:.4f} (it starts near ln 50,257 = 10.82)"),

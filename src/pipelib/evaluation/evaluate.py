@@ -159,10 +159,10 @@ def facts(models: Path, model: GPT, manifest: Manifest, code: Mapping[str, str],
         "weights": f"SHA-256 `{sha256_file(models / WEIGHTS)}`",
         "tokens trained on": f"{seen:,} of {manifest.tokens('train'):,} in the data",
         "training compute": f"{seen * model.params.flops_per_token(model.params.context_length) / 1e15:,.3f} PFLOP, by the "
-        "formula of `ModelParams.flops_per_token`; hours of the training stand in `metrics/speed/train.json`",
+        "formula of `ModelParams.flops_per_token`; `device_hours` stand in `metrics/speed/train.json`",
         "data fingerprint": f"`{manifest.fingerprint[:16]}`",
         "data source": describe_source(manifest.source),
-        "code of this stage": f"`{sha256_json(dict(code))[:16]}`; the commit and all hashes stand in the run's record and MLflow",
+        "code of this stage": f"`{sha256_json(dict(code))[:16]}`; the commit stands in `metrics/speed/evaluate.json`",
         **describe_environment(model, code),
     }
 

@@ -13,7 +13,7 @@ HEADLINES = (
     ("train.tokens", "tokens trained on", ",.0f"),
     ("train.steps", "steps", ",.0f"),
     ("speed.train.tokens_per_second", "tokens/s", ",.0f"),
-    ("speed.train.seconds", "seconds of training", ",.0f"),
+    ("speed.train.device_hours", "device hours of training", ",.3f"),
 )
 """The metrics that stand on a parent's page: key, name, format."""
 DOES = {

@@ -47,7 +47,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: Mapping[str, object], reach: int = 0) -> None:
         self.folder, self.identity, self._reach = folder, dict(identity), reach
-        self.loaded: Mapping[str, object] = {}
+        self.loaded: Mapping[str, Any] = {}
         """The meta.json of the checkpoint that was restored."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -143,7 +143,7 @@ class Checkpoints:
             for name, stateful in states.items():
                 stateful.load_state_dict(saved[name])
             self.loaded = read_json(path / "meta.json")
-            return int(self.loaded["step"])  # type: ignore[call-overload,no-any-return]
+            return int(self.loaded["step"])
         return 0
 
     def newest(self) -> Path | None:

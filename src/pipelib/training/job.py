@@ -72,10 +72,13 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
         recorder = Recorder(
             work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
         )
-    model = Trainer(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial).run()
+    trainer = Trainer(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial)
+    model = trainer.run()
     if world.is_main:
         export(job, manifest, model, recorder, work / "outs")
-        write_json(work / RESULT, {"result": _result(job, recorder), "speed": _speed(recorder, world)})
+        write_json(
+            work / RESULT, {"result": _result(job, recorder), "speed": _speed(recorder, world, trainer.device_hours)}
+        )
 
 
 def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: Path) -> None:
@@ -108,8 +111,9 @@ def _result(job: Job, recorder: Recorder) -> dict[str, object]:
     }
 
 
-def _speed(recorder: Recorder, world: World) -> dict[str, object]:
+def _speed(recorder: Recorder, world: World, device_hours: float) -> dict[str, object]:
     return {
+        "device_hours": round(device_hours, 4),
         "tokens_per_second": round(recorder.tokens_per_second),
         "mfu": round(recorder.mfu, 4),
         "data_wait_ms": round(recorder.data_wait_ms, 3),

@@ -6,6 +6,7 @@ step follows from the step and from the batches that were left out, so a loader 
 
 import gc
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -68,6 +69,7 @@ class Trainer:
         Raises:
             UserError: no checkpoint, data or micro-batch fits the parameters.
         """
+        self._began = time.monotonic()
         set_determinism(params, world)
         free = world.least(memory_of_a_rank(model_params, world.device, world.local_ranks))
         self._model = initial_model(model_params, params.seed, initial)
@@ -83,6 +85,7 @@ class Trainer:
         identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
         self._checkpoints = Checkpoints(work / "checkpoints", identity, self._spikes.reach)
         self._checkpoints.load_latest(self._states)
+        self._earlier_hours: float = self._checkpoints.loaded.get("device_hours", 0.0)
 
         network: nn.Module = torch.compile(self._model) if params.compile else self._model  # type: ignore[assignment]
         self._params = settle_micro_batch(model_params, params, network, world, free, self._checkpoints.loaded)
@@ -93,6 +96,12 @@ class Trainer:
         self._stop = StopRequest(work if world.world_size > 1 else None)
         self._hellaswag = HellaSwag()
         self._memory = out_of_memory_named(model_params, self._params, world.world_size, free)
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of GPUs, or of processes on a CPU, that the training took: all of it, compiling and evaluating included, also
+        before it was stopped, but without the steps that a kill undid."""
+        return self._earlier_hours + (time.monotonic() - self._began) * self._world.world_size / 3600
 
     def run(self) -> GPT:
         """Take the steps that are left, and return the model, on this rank's device.
@@ -175,6 +184,7 @@ class Trainer:
                     "tokens": self._state.tokens,
                     "world_size": self._world.world_size,
                     "micro_batch_size": self._params.micro_batch_size,
+                    "device_hours": self.device_hours,
                 }
                 self._checkpoints.save(self._state.step, self._states, meta, val_loss, self._recorder.sync)
 

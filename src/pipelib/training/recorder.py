@@ -81,7 +81,9 @@ class Recorder:
         self.train = Curve(folder / "train.csv", ("step", "tokens", "loss", "lr", "grad_norm"))
         self.validation = Curve(folder / "validation.csv", ("step", "tokens", "loss"))
         self.samples = Curve(folder / "samples.csv", ("step", "prompt", "text"))
-        self.hellaswag = Curve(folder / "hellaswag.csv", ("step", "tokens", "acc_norm", "low", "high", "acc"))
+        self.hellaswag = Curve(
+            folder / "hellaswag.csv", ("step", "tokens", "acc_norm", "low", "high", "acc", "acc_low", "acc_high")
+        )
         self.spikes = Curve(folder / "spikes.csv", ("step", "loss", "limit", "batches"))
         self.speed = Curve(folder / "speed.csv", ("step", "tokens_per_second", "mfu", "data_wait_ms"))
         self._waiting: list[tuple[int, int, float, Tensor, Tensor]] = []
@@ -224,7 +226,8 @@ class Recorder:
     def scored(self, counters: Counters, scores: Scores) -> None:
         """Note scores on HellaSwag."""
         norm, acc = scores.acc_norm, scores.acc
-        self.hellaswag.append([(counters.step, counters.tokens, norm.value, norm.low, norm.high, acc.value)])
+        accuracies = (norm.value, norm.low, norm.high, acc.value, acc.low, acc.high)
+        self.hellaswag.append([(counters.step, counters.tokens, *accuracies)])
         self._run.log({"hellaswag/acc_norm": norm.value, "hellaswag/acc": acc.value}, counters.step)
         self._line.print(
             f"step {counters.step:,}: HellaSwag acc_norm {norm.value:.4f} ({norm.low:.4f} to {norm.high:.4f})"
