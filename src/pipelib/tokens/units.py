@@ -157,10 +157,11 @@ def _heads(texts: Texts) -> Iterator[str]:
 def _lead_documents(tokens: Tokens, starts: Offsets) -> Tokens:
     """The tokens with <|endoftext|> put in before each of the given places."""
     joined = np.empty(len(tokens) + len(starts), np.uint16)
+    leads = starts + np.arange(len(starts))
     is_token = np.ones(len(joined), bool)
-    is_token[starts + np.arange(len(starts))] = False
+    is_token[leads] = False
     joined[is_token] = tokens
-    joined[~is_token] = EOT_TOKEN_ID
+    joined[leads] = EOT_TOKEN_ID
     return joined
 
 
