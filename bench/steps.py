@@ -28,7 +28,7 @@ Step = Callable[[], float]
 
 LADDER = ("fp32", "TF32", "bf16", "compile", "flash attention", "padded vocabulary", "fused AdamW")
 """build-nanogpt's, each with everything before it."""
-NEEDS_CUDA = {"TF32": "a format of NVIDIA's GPUs", "deterministic": "on a CPU every kernel is deterministic already"}
+NEEDS_CUDA = {"TF32": "a format of NVIDIA's GPUs", "deterministic": "on a CPU the trainer never runs another way"}
 
 
 def plain(params: Params, rows: int, length: int) -> Step:

@@ -64,6 +64,8 @@ def main() -> None:
     report(params, rows, length, arguments.ranks, results)
     for name, reason in skipped.items():
         print(f"{name:<18} skipped: {reason}")
+    if any("failed" in one for rounds in results.values() for one in rounds):
+        sys.exit(1)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,7 +100,7 @@ def write_tokens(folder: Path, count: int) -> None:
 
 
 def run_alone(name: str, tokens: Path, ranks: int) -> Result:
-    """Measure one of them in processes of its own; no seconds where memory runs out."""
+    """Measure one of them in processes of its own; no seconds where memory runs out, or where it failed."""
     runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *runner, __file__, *sys.argv[1:], "--only", name, "--tokens", str(tokens)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ} if ranks > 1 else os.environ  # ranks set their own
@@ -106,7 +108,8 @@ def run_alone(name: str, tokens: Path, ranks: int) -> Result:
     if "OutOfMemoryError" in done.stderr:
         return {"seconds": [], "memory": []}
     if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr}")
+        print(f"{name} failed:\n{done.stderr}", file=sys.stderr, flush=True)
+        return {"seconds": [], "memory": [], "failed": []}
     result: Result = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -157,7 +160,7 @@ def report(params: Params, rows: int, length: int, ranks: int, results: dict[str
     for what, rounds in results.items():
         seconds = [value for one in rounds for value in one["seconds"]]
         if not seconds:
-            print(f"{what:<18} out of memory")
+            print(f"{what:<18} {'failed' if 'failed' in rounds[-1] else 'out of memory'}")
             continue
         before, medians[what] = next(reversed(medians.values()), None), statistics.median(seconds)
         rate = ranks * rows * length / medians[what]

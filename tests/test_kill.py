@@ -333,6 +333,18 @@ def test_asked_to_stop_it_saves_the_step_it_is_at(
     assert not same(project.run(ranks), expected)
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_asked_to_stop_together_with_dvc_it_saves_the_step_it_is_at(project: SmallProject, ranks: int) -> None:
+    """DVC dies of SIGTERM, and of its death the stage gets another one."""
+    expected = project.uninterrupted(ranks)
+    training = project.start(ranks, [sys.executable, "-c", DVC])
+    assert training.wait_until(lambda: training.step() >= 12)
+    os.killpg(training.process.pid, signal.SIGTERM)
+    assert training.end() == -signal.SIGTERM
+    assert f"train: stopped by SIGTERM after step {training.step()}, which is saved" in training.output()
+    assert not same(project.run(ranks), expected)
+
+
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGTERM, -signal.SIGTERM), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],

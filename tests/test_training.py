@@ -30,6 +30,7 @@ from small_run import (
     curve,
     model_params,
     one_thread,  # noqa: F401 (a fixture)
+    random_model,
     train_params,
     train_small,
     write_tokens,
@@ -37,9 +38,10 @@ from small_run import (
 from torch import Tensor, nn
 
 from pipelib.errors import UserError, user_message
+from pipelib.evaluation import samples
 from pipelib.files import read_json, write_json
 from pipelib.model.gpt import GPT, Block, initialise
-from pipelib.tokens.loader import Batch
+from pipelib.tokens.loader import Batch, Loader
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop, recorder
 from pipelib.training.batches import check_plan, make_loader
@@ -387,6 +389,56 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(folder: Path
     resumed = train_small(folder, params, checkpoint_every=25, log_every=3)
     assert differing(resumed, whole) == []
     assert {name: (folder / "work" / name).read_bytes() for name in CURVES} == curves
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own code
+def test_compiled_with_two_threads_it_ends_with_the_same_bits_again(folder: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        batch = {"global_batch_tokens": 1024, "sequence_length": 128, "micro_batch_size": 8, "validate_tokens": 1024}
+        params, shape = (
+            train_params(compile=True, max_tokens=10240, **batch),
+            model_params(n_embd=64, context_length=128),
+        )
+        first = train_small(folder, params, shape=shape)
+        shutil.rmtree(folder / "work")
+        assert differing(train_small(folder, params, shape=shape), first) == []
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_found(folder: Path) -> None:
+    train_small(folder, train_params(), checkpoint_every=10)
+    (checkpoint,) = (folder / "work/checkpoints").glob("step_00000030")
+    identity = {key: read_json(checkpoint / "meta.json")[key] for key in ("model", "train", "data")}
+    counters = Counters()
+    checkpoints = Checkpoints(checkpoint.parent, identity)
+    assert checkpoints.load_latest({"train": counters}, agree=lambda _: checkpoint.name) == counters.step == 30
+    assert checkpoints.load_latest({"train": counters}, agree=lambda _: "") == 0
+    assert checkpoints.load_latest({"train": counters}) == counters.step == 40
+
+
+def test_a_step_without_all_its_rows_is_no_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Loader.micro_batches
+    monkeypatch.setattr(Loader, "micro_batches", lambda self, step: whole(self, step)[:1])
+    with pytest.raises(AssertionError, match="step 1 has 32 tokens"):
+        train_small(folder, train_params())
+
+
+def test_going_on_without_determinism_on_a_gpu_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = train_params(deterministic=False)
+    _, plan = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)
+    state, gpu = Counters(), World(0, 1, torch.device("cuda"))
+    for step, world, words in ((0, gpu, 0), (5, ALONE, 0), (5, gpu, 1)):
+        state.step = step
+        loop.announce(state, params, plan, world, None)
+        assert capsys.readouterr().out.count("which train.deterministic: true would prevent") == words
+
+
+def test_no_samples_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(samples, "tiktoken_encoding")
+    assert samples.write_samples(random_model(model_params()), (), "fp32", seed=0) == []
 
 
 def test_the_hours_of_all_processes_count(folder: Path) -> None:

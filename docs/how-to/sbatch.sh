@@ -7,20 +7,32 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --time=12:00:00
-#SBATCH --signal=TERM@180
+#SBATCH --signal=B:TERM@180
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.txt
-set -euo pipefail
+set -uo pipefail
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${machines[0]} others=${machines[*]:1}
 export PIPELIB_NNODES=$SLURM_JOB_NUM_NODES
 export PIPELIB_RDZV_ENDPOINT=$first:29500
 export PIPELIB_MAX_RESTARTS=3
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over from sbatch
 
-# Task 0 runs on the first machine. It alone downloads, tokenizes and evaluates; the others wait until it trains.
-srun --kill-on-bad-exit=1 --wait=120 bash -c '
-    if [ "$SLURM_PROCID" = 0 ]; then
-        exec .venv/bin/dvc repro
-    else
-        exec .venv/bin/python -m stages.train --join
-    fi'
+# The first machine downloads, tokenizes, trains and evaluates; the others wait until it trains, and go when it is done.
+srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks-per-node=1 --nodelist="${others// /,}" .venv/bin/python -m stages.train --join &
+joined=$!
+srun --nodes=1 --ntasks=1 --nodelist="$first" .venv/bin/dvc repro &
+pipeline=$!
+
+# Three minutes before the end this script alone gets SIGTERM. It passes it on to the training, which saves the step it is at,
+# and not to DVC, whose end would end the whole step of the job.
+trap 'pkill -TERM -u "$UID" -f "^[^ ]*python[0-9.]* -m stages\.train$"' TERM
+wait "$pipeline"
+status=$?
+while kill -0 "$pipeline" 2>/dev/null; do  # it was the signal that ended the wait
+    wait "$pipeline"
+    status=$?
+done
+kill "$joined" 2>/dev/null
+exit "$status"

@@ -16,6 +16,8 @@ def write_samples(model: GPT, prompts: Sequence[str], precision: str, seed: int)
 
     Each has a random stream of its own, so that nothing else that is random changes.
     """
+    if not prompts:
+        return []
     encoding = tiktoken_encoding()
     token_ids = [[EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)] for prompt in prompts]
     with autocast(model.wte.weight.device, precision):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipelib.files import files_under, read_json, remove, sha256_file, sync_folder, write_atomic, write_json
+from pipelib.training.machines import wait_until_seen
 
 VERSION = 1
 KEPT = 2
@@ -127,24 +128,40 @@ class Checkpoints:
             if old != best and old not in self._all()[-KEPT:]:
                 shutil.rmtree(old)
 
-    def load_latest(self, states: Mapping[str, Stateful], at_most: int | None = None) -> int:
+    def load_latest(
+        self,
+        states: Mapping[str, Stateful],
+        at_most: int | None = None,
+        agree: Callable[[Callable[[], str]], str] = lambda look: look(),
+    ) -> int:
         """Restore the newest checkpoint that is whole and of this run, and return its step; 0 where there is none.
 
         Args:
             at_most: the last step that is looked at.
+            agree: has one rank look and gives all what it found; each by itself could see another one as the newest.
         """
         self.wait()
+        name = agree(lambda: self._newest_sound(at_most))
+        if not name:
+            return 0
+        path = self.folder / name
+        wait_until_seen(path / "state.pt")  # another machine may have written it
+        # mapped where every tensor is copied to a GPU anyway, so that the ranks of a machine share the memory
+        saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=torch.cuda.is_available())
+        for key, stateful in states.items():
+            stateful.load_state_dict(saved[key])
+        self.loaded = read_json(path / "meta.json")
+        return int(self.loaded["step"])
+
+    def _newest_sound(self, at_most: int | None) -> str:
+        """The name of the newest checkpoint that is whole and of this run; empty where there is none. Says what is wrong
+        with newer ones."""
         for path in reversed(self._all(at_most)):
             problem = self._problem(path)
-            if problem:
-                print(f"{path} {problem}, so it is not used", flush=True)
-                continue
-            saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            for name, stateful in states.items():
-                stateful.load_state_dict(saved[name])
-            self.loaded = read_json(path / "meta.json")
-            return int(self.loaded["step"])
-        return 0
+            if not problem:
+                return path.name
+            print(f"{path} {problem}, so it is not used", flush=True)
+        return ""
 
     def newest(self) -> Path | None:
         """The newest checkpoint."""

@@ -1,7 +1,7 @@
 """The ranks of a training: who this one is, and what all of them agree on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
@@ -85,6 +85,10 @@ class World:
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
+    def found_by_first(self, look: Callable[[], T]) -> T:
+        """What the first rank finds, on every rank; no other looks."""
+        return self.share(look() if self.is_main else None)  # type: ignore[return-value]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
@@ -104,7 +108,7 @@ def backward_on_nothing(
     """A forward and a backward pass on `rows` rows of one token; they leave gradients, and change no weight."""
     tokens = torch.zeros(rows, sequence_length, dtype=torch.long, device=device)
     with autocast(device, precision):
-        loss = network(tokens, tokens)
+        loss = network(tokens, tokens.clone())  # the same tensor twice would be compiled as that
     loss.backward()
 
 
@@ -121,7 +125,5 @@ def join_world() -> Iterator[World]:
         yield World(0, 1, device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(rank, world_size, device, local_ranks)
-    finally:
-        dist.destroy_process_group()
+    yield World(rank, world_size, device, local_ranks)
+    dist.destroy_process_group()  # not after an error of this rank alone: NCCL would wait for the others

@@ -84,7 +84,7 @@ class Trainer:
         }  # fmt: skip
         identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
         self._checkpoints = Checkpoints(work / "checkpoints", identity, self._spikes.reach)
-        self._checkpoints.load_latest(self._states)
+        self._checkpoints.load_latest(self._states, agree=world.found_by_first)
         self._earlier_hours: float = self._checkpoints.loaded.get("device_hours", 0.0)
 
         network: nn.Module = torch.compile(self._model) if params.compile else self._model  # type: ignore[assignment]
@@ -164,8 +164,10 @@ class Trainer:
             )
         rate = learning_rate_at(step, params)
         batches = self._loader.micro_batches(batch)
+        tokens = self._world.world_size * sum(targets.numel() for _, targets in batches)
+        assert tokens == params.global_batch_tokens, f"step {step + 1} has {tokens} tokens"
         result = take_step(self._network, self._optimizer, batches, rate, params, self._world, self._stop.signal())
-        state.step, state.tokens = step + 1, state.tokens + params.global_batch_tokens
+        state.step, state.tokens = step + 1, state.tokens + tokens
         assert state.tokens == state.step * params.global_batch_tokens
         self._recorder.step(state, result.loss, result.grad_norm, rate, self._loader.wait)
         self._watch.note(state.step, rate, result.rank_losses, result.grad_norm, result.stop)
@@ -193,7 +195,8 @@ class Trainer:
         found = [*self._spikes.found, spike]
         self._checkpoints.wait()
         self._world.barrier()  # what the main rank was writing is there for all
-        self._checkpoints.load_latest(self._states, max(0, spike.step - self._spikes.reach))
+        before = max(0, spike.step - self._spikes.reach)
+        self._checkpoints.load_latest(self._states, before, self._world.found_by_first)
         if self._state.step >= spike.step:
             raise UserError(
                 f"step {spike.step} has loss {spike.loss}, where train.spike allows {spike.limit:.4f}, and there is no sound "
@@ -282,6 +285,12 @@ def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World
                 "uninterrupted run nearly, and not bit for bit",
                 flush=True,
             )
+        if state.step and world.device.type == "cuda" and not params.deterministic:
+            print(
+                "weights, moments, random streams and batches are exactly those of the checkpoint; the steps from here on round "
+                "as the GPU's fastest kernels happen to, which train.deterministic: true would prevent",
+                flush=True,
+            )
         begin = f"goes on after step {state.step:,}" if state.step else "starts"
         micro_steps = params.gradient_accumulation_steps(world.world_size)
         print(
@@ -294,11 +303,15 @@ def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World
 
 
 def set_determinism(params: TrainParams, world: World) -> None:
-    """Fix what could make two runs differ: torch's own seed, and on a GPU the choice of kernels."""
+    """Fix what could make two runs differ: torch's own seed, and the choice of kernels."""
     torch.manual_seed(params.seed)
-    if world.device.type == "cuda":
+    on_gpu = world.device.type == "cuda"
+    # On a CPU only what Inductor makes of the embedding's gradient is not: threads add to one sum in any order.
+    torch.use_deterministic_algorithms(params.deterministic if on_gpu else params.compile)
+    # It would fill memory that nothing here reads before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = params.precision == "bf16"
-        torch.use_deterministic_algorithms(params.deterministic)
         torch.backends.cudnn.benchmark = False
         if params.compile and params.deterministic:
             import torch._inductor.config as inductor

@@ -33,7 +33,14 @@ def settle_micro_batch(
     rows = rows_that_fit(model, params, world.world_size, free) or 1
     while world.runs_ahead and rows > 1 and not world.least(_fits(model, params, network, world, rows)):
         rows = divisors(share, rows)[0]
+        _forget_compiled(params)  # else the next size is compiled for any size
+    _forget_compiled(params)  # it was compiled without what DDP adds
     return replace(params, micro_batch_size=rows)
+
+
+def _forget_compiled(params: TrainParams) -> None:
+    if params.compile:
+        torch._dynamo.reset()
 
 
 def _fits(model: ModelParams, params: TrainParams, network: nn.Module, world: World, rows: int) -> bool:

@@ -4,6 +4,7 @@ With several ranks the launcher and torchrun's agent pass the wish on in a file 
 scheduler may signal every process of a job at once, and one that got it twice would die before it has saved.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +24,22 @@ def ask_to_stop(work: Path, number: int) -> None:
 
 @contextmanager
 def on_first_signal(act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block a first SIGTERM or Ctrl-C calls `act` with its number; a second one does what it always did."""
+    """Within the block a first SIGTERM or Ctrl-C calls `act` with its number; a second one does what it always did.
+
+    The system's SIGTERM for the death of the process that started this one (`tie_to_parent`) is no second one: who stops a
+    whole job signals DVC, which dies of it, and the stage.
+    """
+    parent = os.getppid()
 
     def first(number: int, _: FrameType | None) -> None:
         restore()
+        signal.signal(signal.SIGTERM, second)
         act(number)
+
+    def second(number: int, _: FrameType | None) -> None:
+        if os.getppid() == parent:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         for number, handler in before.items():
