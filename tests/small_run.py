@@ -49,7 +49,7 @@ LOGGING = {"log_every": 1, "checkpoint_every": 5, "mlflow": False}
 EVALUATE = {"precision": "fp32", "batch_tokens": 256, "tasks": [], "task_limit": None, "baselines": [],
             "sample_prompts": ["The"]}  # fmt: skip
 
-ROLES = {"stages.train": "launcher", "pipelib.training.agent": "agent", "pipelib.training.job": "rank"}
+ROLES = {"stages.train": "launcher", "pipelib.training.job": "rank"}
 
 
 def model_params(**changes: int) -> ModelParams:
@@ -139,7 +139,7 @@ class Training:
         return int(steps[-1]) if steps else 0
 
     def processes(self) -> dict[int, str]:
-        """Its processes by id, each as `launcher`, `agent` (torchrun's) or `rank`; also those that lost their parent."""
+        """Its processes by id, each as `launcher` or `rank`; also those that lost their parent."""
         found = {}
         for entry in Path("/proc").iterdir():
             try:

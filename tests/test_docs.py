@@ -200,7 +200,7 @@ def test_messages_are_found_however_they_reach_the_user() -> None:
         "the disk is full (…), so the stage stopped",
         "another program keeps it locked: end that, or wait",
         "holds unfinished work of other code",
-        "stopped by SIGHUP; the last checkpoint is kept",
+        "the machines of this training did not find each other (…)",
         "MLflow refuses a part of this run",
         "did not take all of this run within",
         "is missing, so the folder is not complete",

@@ -299,7 +299,7 @@ def closure_imports(module: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["stages.train", "pipelib.training.job", "pipelib.training.agent"])
+@pytest.mark.parametrize("module", ["stages.train", "pipelib.training.job", "pipelib.training.torchrun"])
 def test_a_training_process_starts_with_torch_numpy_and_yaml_alone(module: str) -> None:
     """So it runs on a bare GPU machine with another torch: what else it needs is imported when it is used."""
     program = f"""

@@ -31,6 +31,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> SmallProject:
     return SmallProject.make(tmp_path_factory.mktemp("project"))
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> SmallProject:
+    """The same training, compiled."""
+    return SmallProject.make(tmp_path_factory.mktemp("compiled"), compile=True)
+
+
 @pytest.fixture
 def endless(tmp_path: Path) -> SmallProject:
     """A training of a million steps, with a checkpoint only when it is stopped."""
@@ -43,13 +49,25 @@ def endless(tmp_path: Path) -> SmallProject:
 @pytest.mark.random
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(project: SmallProject, ranks: int) -> None:
+    kill_and_go_on(project, ranks, RUNS // 2)
+
+
+@pytest.mark.random
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_instants_a_compiled_one_does_too(compiled: SmallProject, ranks: int) -> None:
+    kill_and_go_on(compiled, ranks, max(4, RUNS // 8))
+
+
+def kill_and_go_on(project: SmallProject, ranks: int, count: int) -> None:
+    """Kill a training so many times, and compare what comes out in the end with one that nothing disturbed."""
     chance = random.Random(SEED + ranks)
     expected = project.uninterrupted(ranks)
     kills: Counter[str] = Counter()
     trainings = 0
-    while kills.total() < RUNS // 2:
+    while kills.total() < count:
         project.begin_anew()
-        most = min(kills.total() + KILLS_A_TRAINING, RUNS // 2)
+        most = min(kills.total() + KILLS_A_TRAINING, count)
         while kills.total() < most:
             training = project.start(ranks)
             victim = kill_at_random(training, chance)
@@ -196,25 +214,17 @@ def test_killed_at_every_dangerous_place_it_ends_with_the_same_bytes(
 # ---- Nothing is left running -----------------------------------------------------------------------------------------
 
 
-def test_a_killed_launcher_takes_the_agent_and_all_ranks_with_it(endless: SmallProject) -> None:
+def test_a_killed_launcher_takes_all_ranks_with_it(endless: SmallProject) -> None:
     training = endless.start(ranks=2)
     assert training.wait_until(lambda: training.step() >= 2)
-    assert sorted(training.processes().values()) == ["agent", "launcher", "rank", "rank"]
+    assert sorted(training.processes().values()) == ["launcher", "rank", "rank"]
     kill(training.process.pid)
     assert training.end() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("victim", ["launcher", "agent"])
-def test_ranks_that_are_only_just_starting_end_too(endless: SmallProject, victim: str) -> None:
+def test_ranks_that_are_only_just_starting_end_too(endless: SmallProject) -> None:
     training = endless.start(ranks=2)
     assert training.wait_until(lambda: "rank" in training.processes().values())
-    kill(next(pid for pid, role in training.processes().items() if role == victim))
-    assert training.end() != 0
-
-
-def test_an_agent_that_is_only_just_starting_ends_with_its_launcher(endless: SmallProject) -> None:
-    training = endless.start(ranks=2)
-    assert training.wait_until(lambda: "agent" in training.processes().values())
     kill(training.process.pid)
     assert training.end() == -signal.SIGKILL
 
@@ -313,7 +323,7 @@ def ask(training: Training, whom: str, number: signal.Signals) -> None:
         (1, "group", signal.SIGTERM),
         pytest.param(1, "group", signal.SIGINT, marks=pytest.mark.long),
         pytest.param(2, "launcher", signal.SIGINT, marks=pytest.mark.long),
-        pytest.param(2, "agent", signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(2, "launcher", signal.SIGTERM, marks=pytest.mark.long),
         pytest.param(2, "rank", signal.SIGINT, marks=pytest.mark.long),
         (2, "all", signal.SIGTERM),  # as a scheduler does it
     ],

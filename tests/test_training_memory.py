@@ -116,6 +116,21 @@ def test_running_out_of_memory_names_what_would_fit(folder: Path, monkeypatch: p
         train_small(folder, params(micro_batch_size=4))
 
 
+@pytest.mark.parametrize("rows", ["auto", 4])
+def test_a_model_that_does_not_fit_by_itself_is_told_what_it_needs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, rows: int | str
+) -> None:
+    def too_large(*_: object) -> GPT:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GPT, "to", too_large)
+    monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: 1000)
+    with pytest.raises(
+        UserError, match=r"rows of 16 tokens needs about .* and 1\.0 [kK]i?B were free, .* no smaller micro-batch"
+    ):
+        train_small(folder, params(micro_batch_size=rows))
+
+
 def test_ranks_read_the_job_that_the_launcher_wrote(tmp_path: Path) -> None:
     model = InitialisedModelParams(**vars(model_params()), init_from="scratch")
     rule = SpikeParams(window=4, deviations=6.0, batches=2, rollbacks=3)

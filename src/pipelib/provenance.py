@@ -7,6 +7,7 @@ re-runs the stages whose results it can change and no others.
 import ast
 import importlib.metadata
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from pipelib.files import sha256_file
@@ -41,15 +42,16 @@ def import_closure(start: Path, root: Path) -> list[Path]:
         if path in found or path.as_posix() in EXEMPT:
             continue
         found.add(path)
-        for module in _imported_modules(root / path):
+        for module in _imported_modules((root / path).read_text(encoding="utf-8")):
             waiting += _files_of(module, root)
     return sorted(found)
 
 
-def _imported_modules(path: Path) -> set[str]:
-    """Dotted names in the import statements of a file; `from a import b` gives both a and a.b."""
+@cache  # the closures of four stages overlap, and parsing is what takes the time
+def _imported_modules(source: str) -> set[str]:
+    """Dotted names in the import statements of a program; `from a import b` gives both a and a.b."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

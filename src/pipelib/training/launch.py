@@ -1,11 +1,8 @@
 """Start a training: in this process, or as one rank a GPU under torchrun, on this machine or on several."""
 
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from pipelib.training.machines import Machines, find_machines, wait_until_seen
 from pipelib.training.memory import checkpoint_copy
 from pipelib.training.params import TrainParams
 from pipelib.training.stopping import STOP, ask_to_stop, on_first_signal
+from pipelib.training.torchrun import start_torchrun
 
 
 def launch(
@@ -92,44 +90,28 @@ def join(find_state: Callable[[], State]) -> None:
 
 def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
     """Run the job of `work` under torchrun and wait for it; a wish to stop reaches the ranks."""
-    command = [
-        sys.executable, "-m", "pipelib.training.agent", *machines.arguments(work.parent.name, first=first),
-        "-m", "pipelib.training.job", str(work),
-    ]  # fmt: skip
-    environment = {
-        "OMP_NUM_THREADS": "1",  # ranks set their own number; this only keeps torchrun quiet
-        **os.environ,
-        "PIPELIB_PARENT": str(os.getpid()),
-    }
     if machines.restarts:  # else ranks that start again find the addresses of those that died (torch 2.13)
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # In a group of its own, since Ctrl-C in a terminal signals the whole group, and this process passes it on.
-    with subprocess.Popen(command, env=environment, process_group=0) as agent:
-        try:
-            with on_first_signal(lambda number: ask_to_stop(work, number)):
-                status = _wait(agent)
-        except KeyboardInterrupt:  # the second
-            agent.kill()
-            raise
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    about_ranks = machines.arguments(work.parent.name, first=first)
+    with on_first_signal(lambda number: ask_to_stop(work, number)):
+        status = _wait(start_torchrun([*about_ranks, "-m", "pipelib.training.job", str(work)]))
     if status or (work / ERROR).exists():  # ranks that were started again leave it at what was said before
         raise UserError(_what_went_wrong(work / ERROR, status))
     if first and machines.count > 1:
         wait_until_seen(work / RESULT)
 
 
-def _wait(agent: "subprocess.Popen[bytes]") -> int:
-    """The exit status of the agent. Never one long wait: a signal that comes in the instant before it would be seen after it."""
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            return agent.wait(1.0)
+def _wait(status: Future[int]) -> int:
+    """The result. Never one long wait: a signal that comes in the instant before it would be seen after it."""
+    while not status.done():
+        wait([status], timeout=1.0)
+    return status.result()
 
 
 def _what_went_wrong(said: Path, status: int) -> str:
-    """What a rank left to say, else what the status of torchrun tells."""
+    """What a rank left to say, else what its status tells."""
     if said.exists():
         return said.read_text(encoding="utf-8")
-    if status == 128 + signal.SIGHUP:
-        return "stopped by SIGHUP; the last checkpoint is kept, and dvc repro goes on from there."
     return (
         f"a rank ended with status {status} before the training was done; what it printed is above. The last checkpoint is "
         "kept: dvc repro goes on from there."

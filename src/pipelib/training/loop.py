@@ -72,24 +72,23 @@ class Trainer:
         self._began = time.monotonic()
         set_determinism(params, world)
         free = world.least(memory_of_a_rank(model_params, world.device, world.local_ranks))
-        self._model = initial_model(model_params, params.seed, initial)
-        self._model.activation_checkpointing = params.activation_checkpointing
-        self._model.to(world.device)
-        self._optimizer = make_optimizer(self._model, params)
-
         self._state, self._spikes = Counters(), Spikes(params.spike)
-        self._states: dict[str, Stateful] = {
-            "model": self._model, "optimizer": self._optimizer, "train": self._state, "spikes": self._spikes,
-            "rng": RandomState(),
-        }  # fmt: skip
         identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
         self._checkpoints = Checkpoints(work / "checkpoints", identity, self._spikes.reach)
-        self._checkpoints.load_latest(self._states, agree=world.found_by_first)
-        self._earlier_hours: float = self._checkpoints.loaded.get("device_hours", 0.0)
-
-        network: nn.Module = torch.compile(self._model) if params.compile else self._model  # type: ignore[assignment]
-        self._params = settle_micro_batch(model_params, params, network, world, free, self._checkpoints.loaded)
-        self._network = world.wrap(network)
+        with out_of_memory_named(model_params, params, world.world_size, free):
+            self._model = initial_model(model_params, params.seed, initial)
+            self._model.activation_checkpointing = params.activation_checkpointing
+            self._model.to(world.device)
+            self._optimizer = make_optimizer(self._model, params)
+            self._states: dict[str, Stateful] = {
+                "model": self._model, "optimizer": self._optimizer, "train": self._state, "spikes": self._spikes,
+                "rng": RandomState(),
+            }  # fmt: skip
+            self._checkpoints.load_latest(self._states, agree=world.found_by_first)
+            self._earlier_hours: float = self._checkpoints.loaded.get("device_hours", 0.0)
+            network: nn.Module = torch.compile(self._model) if params.compile else self._model  # type: ignore[assignment]
+            self._params = settle_micro_batch(model_params, params, network, world, free, self._checkpoints.loaded)
+            self._network = world.wrap(network)
         self._loader, self._plan = make_loader(self._params, tokens, manifest, world)
         self._cadence, self._tokens, self._world, self._recorder = cadence, tokens, world, recorder
         self._watch = Watch(self._params, self._plan, self._spikes, self._checkpoints, world)

@@ -108,6 +108,7 @@ def out_of_memory_named(model: ModelParams, train: TrainParams, world_size: int,
     """Have running out of memory in this block say which micro-batch would fit.
 
     Args:
+        train: with `micro_batch_size: auto` as long as not even one row's worth is known to fit.
         free: bytes that were there for the training before it began.
 
     Raises:
@@ -132,7 +133,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _what_would_fit(
     model: ModelParams, train: TrainParams, world_size: int, free: int, error: MemoryError | RuntimeError
 ) -> str:
-    rows = train.micro_batch_rows(world_size)
+    rows = 1 if train.micro_batch_size == "auto" else train.micro_batch_rows(world_size)
     need = format_bytes(memory_of(model, train, rows, train.sequence_length).total)
     said = (str(error).splitlines() or [""])[0][:200]
     fit = rows_that_fit(model, train, world_size, free, below=rows)

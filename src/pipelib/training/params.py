@@ -131,7 +131,7 @@ class TrainParams:
     def micro_batch_rows(self, world_size: int) -> int:
         """Rows that one of so many ranks runs at a time: `micro_batch_size`, but no more than its share of a step.
 
-        `auto` has to be a number by then (`memory.choose_rows`).
+        `auto` has to be a number by then (`settle_micro_batch`).
         """
         assert self.micro_batch_size != "auto"
         return min(self.micro_batch_size, self.rows_per_step // world_size)

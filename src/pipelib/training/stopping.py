@@ -1,7 +1,7 @@
 """Being asked to stop: by SIGTERM or Ctrl-C, once to end after a step that is saved, twice to end at once.
 
-With several ranks the launcher and torchrun's agent pass the wish on in a file and not as a signal: a terminal or a
-scheduler may signal every process of a job at once, and one that got it twice would die before it has saved.
+With several ranks the launcher passes the wish on in a file and not as a signal: a terminal or a scheduler may signal every
+process of a job at once, and one that got it twice would die before it has saved.
 """
 
 import os
