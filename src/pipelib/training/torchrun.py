@@ -47,8 +47,9 @@ def _torchrun(arguments: list[str]) -> int:
     except ChildFailedError as error:
         return max(1, *(failure.exitcode for failure in error.failures.values()))
     except RendezvousError as error:
+        reason = str(error) or type(error).__name__
         raise UserError(
-            f"the machines of this training did not find each other ({str(error) or type(error).__name__}), so it stopped; compare PIPELIB_NNODES and "
+            f"the machines of this training did not find each other ({reason}), so it stopped; compare PIPELIB_NNODES and "
             "PIPELIB_RDZV_ENDPOINT on all of them, and start those that are missing with python -m stages.train --join."
         ) from error
     return 0
