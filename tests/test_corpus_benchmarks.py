@@ -142,7 +142,7 @@ def test_files_and_manifest(tmp_path: Path) -> None:
     held = [json.loads(line)["text"] for line in (tmp_path / "benchmarks/heldout.jsonl").read_text().splitlines()]
     assert held == [row["text"] for row in make_documents(30)[:20]]
     assert write_benchmarks(params(20, ()), raw, tmp_path / "none", no_hub) == {}
-    assert (tmp_path / "none/hellaswag.jsonl").read_bytes() == b""  # train depends on it
+    assert (tmp_path / "none/hellaswag.jsonl").read_bytes() == b"\n"  # train depends on it
 
 
 @pytest.mark.parametrize(

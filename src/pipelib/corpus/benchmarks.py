@@ -242,7 +242,7 @@ def write_benchmarks(
 
     Args:
         raw: the finished raw text.
-        folder: gets one `.jsonl` per set, and `manifest.json`; `hellaswag.jsonl` always, empty where it is not named.
+        folder: gets one `.jsonl` per set, and `manifest.json`; `hellaswag.jsonl` always, an empty line where it is not named.
         fetch: gives a file of the hub, verified, while it is read.
 
     Returns:
@@ -277,7 +277,8 @@ def write_benchmarks(
                 made = f"{pin.path} of {pin.repo.name} at {pin.repo.revision}, SHA-256 {sha256_file(path)}"
                 add(f"{name}.jsonl", rows, 0, made)
     if "hellaswag" not in params.benchmarks:
-        write_text(folder / "hellaswag.jsonl", "")  # train depends on this one file, so that no other set re-runs it
+        # Train depends on this one file, so that no other set re-runs it. DVC warns of an empty one whenever it hashes it.
+        write_text(folder / "hellaswag.jsonl", "\n")
     write_json(folder / "manifest.json", manifest)
     return manifest
 

@@ -97,8 +97,8 @@ class Scores:
 
 
 def holds_items(path: Path) -> bool:
-    """Whether a benchmark was downloaded: the file of HellaSwag is always there, and empty where nobody asked for it."""
-    return path.is_file() and path.stat().st_size > 0
+    """Whether a benchmark was downloaded: HellaSwag's file is always there, with an empty line where nobody asked for it."""
+    return path.is_file() and path.stat().st_size > 1
 
 
 def read_items(path: Path, encoding: Any) -> list[Item]:
