@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from small_tracking import points, record_path, runs, start, steps
 
+from pipelib.cli.main import main
 from pipelib.stage import run_stage
 from pipelib.tracking import mirror, mlflow_store
 from pipelib.tracking.mirror import Mirror, is_mirroring
@@ -472,6 +473,7 @@ def test_an_experiment_that_was_deleted(database: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("DVC_EXP_NAME", "fourth")
     with start():
         pass
+    assert main(["track", "--replay", "second"]) == 0
     assert len(client.search_runs([first])) == 4
     assert len(client.search_runs([second])) == 4
 

@@ -1,7 +1,6 @@
 """Where MLflow keeps the runs: the database or server, opened without harm to others, and the experiment in it."""
 
 import fcntl
-import itertools
 import os
 import re
 import ssl
@@ -110,27 +109,26 @@ class Store:
         self.place, self.client = place, client
         self.said_no_files = False
         """Whether the user knows that files are refused here: it is the same for all runs."""
-        self.experiments: list[str] = []
+        found: list[Any] = []
+        while each := client.get_experiment_by_name(_name(len(found) + 1)):
+            found.append(each)
+        self.experiments = [str(each.experiment_id) for each in found]
         """All that ever took our runs, deleted ones too."""
-        for number in itertools.count(1):
-            name = EXPERIMENT if number == 1 else f"{EXPERIMENT}-{number}"
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                self.experiment = str(client.create_experiment(name, artifacts, EXPERIMENT_TAGS))
-                self.experiments.append(self.experiment)
-                if number > 1:
-                    say(
-                        f"the experiment {EXPERIMENT} was deleted in MLflow, so runs go to {name}; to have the old one back: "
-                        f"mlflow experiments restore --experiment-id {self.experiments[0]}"
-                    )
-                return
-            self.experiments.append(str(found.experiment_id))
-            if found.lifecycle_stage == "active":
-                self.experiment = str(found.experiment_id)
-                if "mlflow.experimentKind" not in found.tags:  # one of an earlier version
-                    for tag, text in EXPERIMENT_TAGS.items():
-                        client.set_experiment_tag(self.experiment, tag, text)
-                return
+        active = next((each for each in found if each.lifecycle_stage == "active"), None)
+        if active is None:
+            name = _name(len(found) + 1)
+            self.experiment = str(client.create_experiment(name, artifacts, EXPERIMENT_TAGS))
+            self.experiments.append(self.experiment)
+            if found:
+                say(
+                    f"the experiment {EXPERIMENT} was deleted in MLflow, so runs go to {name}; to have the old one back: "
+                    f"mlflow experiments restore --experiment-id {self.experiments[0]}"
+                )
+        else:
+            self.experiment = str(active.experiment_id)
+            if "mlflow.experimentKind" not in active.tags:  # one of an earlier version
+                for tag, text in EXPERIMENT_TAGS.items():
+                    client.set_experiment_tag(self.experiment, tag, text)
 
     def find(self, deleted: bool = False, **tags: str) -> Any | None:
         """The latest run with these tags, where `__` in a name stands for a dot; None where there is none.
@@ -146,6 +144,11 @@ class Store:
             max_results=1, order_by=["attributes.start_time DESC"],
         )  # fmt: skip
         return found[0] if found else None
+
+
+def _name(number: int) -> str:
+    """What the experiment is called, as the first or, where those before it were deleted, a later one."""
+    return EXPERIMENT if number == 1 else f"{EXPERIMENT}-{number}"
 
 
 def advice(error: BaseException) -> str:
