@@ -76,6 +76,12 @@ def test_licences_by_source() -> None:
 def test_every_number_of_the_metrics_is_a_row() -> None:
     nested = {"a": {"b": {"value": 0.5}, "c": 3}, "d": "text", "e": True, "examples": 5}
     assert list(evaluation_rows(nested)) == [("a.b", "0.5000", ""), ("a.c", "3", ""),]  # fmt: skip
+    harness = {"acc": 0.5, "acc_stderr": 0.25, "version": 1.0, "examples": 100, "examples_in_all": 2105, "limit": 100}
+    assert list(evaluation_rows(harness)) == [
+        ("acc", "0.5000 ± 0.2500", "version 1.0, the first 100 of 2,105 examples")
+    ]
+    whole = {**harness, "examples_in_all": 100}
+    assert list(evaluation_rows(whole)) == [("acc", "0.5000 ± 0.2500", "version 1.0, 100 examples")]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ EXAMPLES = """examples:
 SEEDS = 3
 """So many seeds say something about the noise of training."""
 SEED = "train.seed"
-_PARTS = ("low", "high", "items", "version", "examples", "examples_in_all")
+_PARTS = ("low", "high", "items", "version", "examples", "examples_in_all", "limit")
 """Keys of metrics that describe another one, beside standard errors."""
 
 

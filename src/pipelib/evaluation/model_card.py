@@ -98,7 +98,9 @@ def licence(source: Mapping[str, Any]) -> str:
 def evaluation_rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(what, value, of what) for every number of metrics/evaluate.json, however deep it lies."""
     about = [f"version {result['version']}"] if "version" in result else []
-    about += [f"{result['examples']:,} examples"] if "examples" in result else []
+    if "examples" in result:
+        count, there = result["examples"], result.get("examples_in_all", result["examples"])
+        about.append(f"{count:,} examples" if count == there else f"the first {count:,} of {there:,} examples")
     for key, value in result.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and "value" in value:
@@ -113,7 +115,7 @@ def evaluation_rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tup
 
 
 def _describes_another(key: str) -> bool:
-    return key.startswith(("version", "examples")) or key.endswith("_stderr")
+    return key.startswith(("version", "examples", "limit")) or key.endswith("_stderr")
 
 
 def _table(header: tuple[str, ...], rows: Iterable[Sequence[str]]) -> str:
