@@ -170,12 +170,12 @@ def _noise(runs: Sequence["Run"]) -> Iterator[str]:
     for run in runs:
         rest = sorted((key, str(value)) for key, value in run.params.items() if key != SEED)
         groups.setdefault(repr((rest, run.md5("data/tokens"), sorted(run.code().items()))), []).append(run)
+    too_few: dict[int, list[str]] = {}
     for group in groups.values():
         seeds = {str(run.params.get(SEED)): run for run in group}
         names = ", ".join(run.name for run in group)
         if len(seeds) < SEEDS:
-            words = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-            yield f"{names}: {words}: training noise unknown; {SEEDS} runs with other values of {SEED} would show it."
+            too_few.setdefault(len(seeds), []).append(names)
             continue
         for key in dict.fromkeys(key for run in seeds.values() for key in run.metrics["evaluate"]):
             values = [_number(run.metrics["evaluate"].get(key)) for run in seeds.values()]
@@ -185,6 +185,11 @@ def _noise(runs: Sequence["Run"]) -> Iterator[str]:
                     f"{names}: {key.removesuffix('.value')} over {len(seeds)} seeds: mean {_plain(statistics.mean(numbers))}, "
                     f"standard deviation {_plain(statistics.stdev(numbers))}."
                 )
+    for count, those in too_few.items():
+        words = "one seed" if count == 1 else f"{count} seeds"
+        yield (
+            f"{'; '.join(those)}: {words}: training noise unknown; {SEEDS} runs with other values of {SEED} would show it."
+        )
 
 
 @cache
