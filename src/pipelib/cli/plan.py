@@ -209,9 +209,9 @@ def _memory(params: "Params", machines: "Machines") -> Iterator[tuple[str, str]]
     need = memory_of(params.model, train, rows, train.sequence_length)
     parts = (f"{name} {format_bytes(count)}" for name, count in asdict(need).items() if count)
     yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
-    copy = checkpoint_copy(params.model)
-    yield "", f"{format_bytes(copy)} of main memory more on the first rank, while a checkpoint is written"
-    on_gpu = device.type == "cuda"
+    copy, on_gpu = checkpoint_copy(params.model), device.type == "cuda"
+    pinned = " (up to twice that: torch pins powers of two)" if on_gpu else ""
+    yield "", f"{format_bytes(copy)}{pinned} of main memory more on the first rank, while a checkpoint is written"
     needed, here = (need.total, total_memory(device)) if on_gpu else (need.total + copy, total_memory(device) // ranks)
     what = "a GPU here" if on_gpu else "a rank here, on the CPU,"
     checkpointing = "" if train.activation_checkpointing else ", or set train.activation_checkpointing: true"
