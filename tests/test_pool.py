@@ -91,7 +91,7 @@ def test_an_error_of_the_start_is_raised_here() -> None:
 
 
 def test_what_cannot_travel_is_an_error_and_no_wait() -> None:
-    with Pool(1, nothing) as pool, pytest.raises(Exception, match="pickle"):
+    with Pool(1, nothing) as pool, pytest.raises(Exception, match="local object"):
         list(pool.run(_lambda, [()]))
 
 
