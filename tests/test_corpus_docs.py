@@ -106,6 +106,12 @@ def test_workers_do_not_matter_and_the_seed_does(tmp_path: Path, monkeypatch: py
     assert min(map(len, texts)) >= 400
 
 
+def test_what_only_some_pythons_have_is_left_out() -> None:
+    names = [name for _, name, _ in docs._source_files()]
+    assert "numpy/__init__.py" in names
+    assert not [name for name in names if name.startswith("numpy/distutils/")]
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docs, "PACKAGES", {"no-such-package": "no_such_package"})
     with pytest.raises(UserError, match=r"no-such-package is not installed.*constraints\.txt"):
