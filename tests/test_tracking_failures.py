@@ -527,6 +527,26 @@ def test_a_run_that_is_deleted_while_it_goes_on_is_left_alone(
     assert "shows this run as deleted by you" in line
 
 
+def test_a_run_that_is_deleted_before_it_is_shown_as_running_is_left_alone(
+    client: Any, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    update_run = MlflowClient.update_run
+
+    def too_late(self: Any, run_id: str, **change: Any) -> None:
+        if self.get_run(run_id).data.tags["pipelib.stage"] == "train":
+            self.delete_run(run_id)
+        update_run(self, run_id, **change)
+
+    monkeypatch.setattr(MlflowClient, "update_run", too_late)
+    with start() as run:
+        run.log({"train/loss": 4.0}, 1)
+    assert runs(client, "train") == []
+    (line,) = said.readouterr().err.splitlines()
+    assert "shows this run as deleted by you" in line
+
+
 def test_two_pipelines_at_once_on_one_database(client: Any, monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
     monkeypatch.setattr(mirror, "POLL_SECONDS", 0.001)
     names = ("one_of_two", "two_of_two")

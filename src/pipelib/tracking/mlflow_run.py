@@ -145,7 +145,7 @@ class MlflowRun:
         tags, params = dict(self.opened["tags"]), self.opened["params"]
         for run, own in ((self.parent, params), (self.child, _own(params, self.stage))):
             self._log(run, params=own, tags=tags)
-            self.client.update_run(run, status="RUNNING")
+            self._accepted(run, self.client.update_run, run, status="RUNNING")
 
     def _fill(self, run: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
         """Add what a run has not; what it shows, a later stage may have said."""
@@ -176,7 +176,7 @@ class MlflowRun:
             if cached:
                 self._fill(child, _own(self.opened["params"], stage), {})
                 self._log_finals(child, metrics, at)
-                self.client.set_terminated(child, end_time=at)
+                self._accepted(child, self.client.set_terminated, child, end_time=at)
             if stage == "train":
                 self._log(child, tags=event["model"])
                 self._send_texts(child, event)
