@@ -6,17 +6,18 @@ whom they were written, so equal text gives equal bytes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelib.errors import UserError, how_to_repair
-from pipelib.files import read_json, sha256_file, sync_folder, write_json
+from pipelib.files import read_json, sha256_file, sha256_files, sync_folder, write_json
 
 MANIFEST = "manifest.json"
 REPAIR = how_to_repair("data/raw")
@@ -30,8 +31,7 @@ FILE_BYTES = 256 << 20
 """Bytes of text after which the next file begins."""
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One document in FineWeb-Edu's columns; what its source does not know is None."""
 
     text: str
@@ -131,24 +131,31 @@ def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FIL
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     writer: pq.ParquetWriter | None = None
+    writing: Future[None] | None = None
     written = 0  # bytes of text in the open file
     counts = {"characters": 0, "text_bytes": 0}
     try:
-        for group, group_bytes in _row_groups(documents):
-            if writer is None or written + group_bytes > file_bytes:
-                if writer is not None:
-                    writer.close()
-                paths.append(folder / f"{len(paths):03d}_00000.parquet")
-                writer, written = _open_writer(paths[-1]), 0
-            writer.write_table(_table(group), row_group_size=len(group))
-            written += group_bytes
-            counts["characters"] += sum(len(document.text) for document in group)
-            counts["text_bytes"] += group_bytes
+        with ThreadPoolExecutor(1, "parquet") as thread:  # compresses a row group while the next one is read
+            for group, group_bytes in _row_groups(documents):
+                table = _table(group)
+                if writing is not None:
+                    writing.result()
+                if writer is None or written + group_bytes > file_bytes:
+                    if writer is not None:
+                        writer.close()
+                    paths.append(folder / f"{len(paths):03d}_00000.parquet")
+                    writer, written = _open_writer(paths[-1]), 0
+                writing = thread.submit(writer.write_table, table, len(group))
+                written += group_bytes
+                counts["characters"] += sum(len(document.text) for document in group)
+                counts["text_bytes"] += group_bytes
+            if writing is not None:
+                writing.result()
     finally:
         if writer is not None:
             writer.close()
     sync_folder(folder)
-    return Written(tuple(map(describe_file, paths)), counts)
+    return Written(tuple(map(describe_file, paths, sha256_files(paths))), counts)
 
 
 BYTES_PER_TOKEN = 4
@@ -156,8 +163,10 @@ BYTES_PER_TOKEN = 4
 
 
 def estimated_tokens(text_bytes: int, token_count: int | None) -> int:
-    """What a document counts towards `download.max_tokens`: its `token_count`, else a token for every four bytes."""
-    return token_count if token_count is not None else -(-text_bytes // BYTES_PER_TOKEN)
+    """What a document counts towards `download.max_tokens`: its `token_count` if it is not negative, else a token for every
+    four bytes.
+    """
+    return token_count if token_count is not None and token_count >= 0 else -(-text_bytes // BYTES_PER_TOKEN)
 
 
 def first_documents(
@@ -255,7 +264,7 @@ def _open_writer(path: Path) -> pq.ParquetWriter:
 
 
 def _table(group: Sequence[Document]) -> pa.Table:
-    return pa.table({name: [getattr(document, name) for document in group] for name in SCHEMA.names}, schema=SCHEMA)
+    return pa.table(dict(zip(Document._fields, zip(*group, strict=True), strict=True)), schema=SCHEMA)
 
 
 def describe_file(path: Path, sha256: str | None = None) -> RawFile:
