@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= 200
 REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-tracking remote ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-tracking remote ui setup clean help
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ check: setup     ## format, lint, types
 format: setup    ## put the code in its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-import: setup  ## time the import of your own files: MB/s, memory, requests
+	$(BIN)/python bench/import_text.py $(ARGS)
 
 bench-tokenize: setup  ## time tokenization, parquet to shards, against the plain way
 	$(BIN)/python bench/encode_corpus.py $(ARGS)

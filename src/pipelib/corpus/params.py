@@ -27,7 +27,7 @@ class DownloadParams:
     source: Literal["docs", "local", "hub"]
     """Where text comes from: the installed packages' docstrings, the user's files, or the Hugging Face hub."""
     path: str
-    """`local`: the folder of the user's files. It is a dependency of the stage whatever the source is."""
+    """`local`: the folder of the user's files, or one file. It is a dependency of the stage whatever the source is."""
     pattern: str
     """`local`: which files of that folder, as a glob."""
     repo: str

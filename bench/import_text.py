@@ -1,0 +1,143 @@
+"""Time the import of the user's own files: one large jsonl, one large txt, and many small files; requests are counted.
+
+    make bench-import                                        300 MB of English of each kind, and 10,000 files of 1 KB
+    make bench-import ARGS="--against ../other-checkout"     the same with the code of another checkout, in turn
+
+The text is the docstrings of the installed packages, repeated in other orders. Each run is a fresh process; its clock starts
+after the imports and covers what the stage does: hashing the files, reading them, writing data/raw. "requests" are the
+connections that the process makes to its proxy, which answers none of them.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=300, help="text of the large files, in MB; default: 300")
+    parser.add_argument("--files", type=int, default=10_000, help="small files; default: 10000")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, in turn; default: 3")
+    parser.add_argument("--against", metavar="CHECKOUT", help="time the code of this checkout too")
+    parser.add_argument("--only", nargs=2, metavar=("SOURCE", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(json.dumps(measure(*map(Path, arguments.only))))
+        return
+    checkouts = [HERE, *([Path(arguments.against).resolve()] if arguments.against else [])]
+    with tempfile.TemporaryDirectory(prefix="bench-import-") as folder, counting_proxy() as (proxy, requests):
+        sizes = write_files(Path(folder), arguments.megabytes * 1_000_000, arguments.files)
+        print(f"{'':<24}{'seconds':>18}{'MB/s':>8}{'memory':>10}{'requests':>10}")
+        for kind, size in sizes.items():
+            runs: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in checkouts}
+            for _ in range(arguments.rounds):
+                for checkout, found in runs.items():
+                    found.append(run(checkout / "src", Path(folder) / kind, proxy, requests))
+            for checkout, found in runs.items():
+                report(f"{kind}, {'here' if checkout == HERE else 'there'}", size, found)
+
+
+def run(source: Path, folder: Path, proxy: str, requests: list[int]) -> dict[str, float]:
+    """One import in a fresh process."""
+    before = len(requests)
+    environment = {**os.environ, **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), proxy)}
+    command = [sys.executable, __file__, "--only", str(source), str(folder)]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+    return {**json.loads(done.stdout.splitlines()[-1]), "requests": len(requests) - before}
+
+
+def measure(source: Path, folder: Path) -> dict[str, float]:
+    """What the download stage does with the files of a folder, by the code of a checkout."""
+    sys.path.insert(0, str(source))
+    from pipelib.corpus.local import LocalSource
+    from pipelib.processes import peak_memory
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as out:
+        started = time.perf_counter()
+        local = LocalSource(folder, "**/*")
+        local.identity()
+        local.write(Path(out) / "raw", Path(out) / "work")
+        return {"seconds": time.perf_counter() - started, "memory": peak_memory()}
+
+
+def report(name: str, size: int, runs: list[dict[str, float]]) -> None:
+    """A line of medians, and the range of the seconds."""
+    seconds = [found["seconds"] for found in runs]
+    middle = statistics.median(seconds)
+    spread = f"{middle:.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
+    memory = max(found["memory"] for found in runs) / 1e6
+    requests = max(found["requests"] for found in runs)
+    print(f"{name:<24}{spread:>18}{size / 1e6 / middle:>8.0f}{memory:>7.0f} MB{requests:>10.0f}", flush=True)
+
+
+def write_files(folder: Path, most_bytes: int, small_files: int) -> dict[str, int]:
+    """A folder of each kind, and the bytes in it."""
+    sys.path.insert(0, str(HERE / "src"))
+    from pipelib.corpus.docs import DocsSource
+    from pipelib.corpus.raw import iterate_raw, write_manifest
+
+    docs = folder / "docs"
+    write_manifest(docs, {"kind": "bench"}, DocsSource(0).write(docs, folder).files)
+    texts = [row["text"] for row in iterate_raw(docs)]
+    shutil.rmtree(docs)
+    for kind in ("jsonl", "txt", "small"):
+        (folder / kind).mkdir()
+    with (folder / "jsonl/a.jsonl").open("w") as jsonl, (folder / "txt/a.txt").open("w") as txt:
+        for number, text in enumerate(repeated(texts, most_bytes)):
+            row = {"text": text, "id": str(number), "score": 3.5, "token_count": len(text) // 4}
+            jsonl.write(json.dumps(row, ensure_ascii=False) + "\n")
+            txt.write(f"{text}\n\n")
+    for number in range(small_files):
+        (folder / f"small/{number:05}.txt").write_text(texts[number % len(texts)][:1000])
+    return {kind: sum(path.stat().st_size for path in (folder / kind).iterdir()) for kind in ("jsonl", "txt", "small")}
+
+
+def repeated(texts: list[str], most_bytes: int) -> Iterator[str]:
+    """The texts in one order after the other, until there are enough bytes."""
+    draw = random.Random(0)
+    size = 0
+    while True:
+        for text in draw.sample(texts, len(texts)):
+            size += len(text.encode())
+            if size > most_bytes:
+                return
+            yield text
+
+
+@contextmanager
+def counting_proxy() -> Iterator[tuple[str, list[int]]]:
+    """The URL of a proxy that closes every connection, and the list that gets an entry for each."""
+    requests: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:  # closed
+                    return
+                requests.append(1)
+                connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", requests
+
+
+if __name__ == "__main__":
+    main()
