@@ -123,14 +123,42 @@ def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
         UserError: it is not YAML, or holds something other than a mapping.
     """
     try:
-        value = yaml.load(content.decode("utf-8"), _Yaml12Loader)
+        value = load_yaml(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 ({error}), so it cannot be read; save it as UTF-8.") from None
-    except yaml.YAMLError as error:
+    except ValueError as error:
+        if line := conflict_line(content):
+            raise UserError(
+                f"{name} has git's conflict markers (line {line}), so it says two things and nothing was run; keep one side of "
+                "each conflict and delete the lines that start with <<<<<<<, ======= and >>>>>>>."
+            ) from None
         raise UserError(f"{name} is not valid YAML, so nothing was run: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{name} holds {_kind(value)}, not sections of parameters; copy a file from presets/.")
     return value
+
+
+def load_yaml(content: bytes) -> Any:
+    """The value that YAML 1.2 text holds.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+        ValueError: it is not YAML, nests too deeply, or has a tag that does not fit its value, such as `!!int x`.
+    """
+    text = content.decode("utf-8")
+    try:
+        return yaml.load(text, _Yaml12Loader)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+_CONFLICT = re.compile(rb"^(?:<<<<<<<|>>>>>>>)(?: |\r?$)", re.MULTILINE)
+
+
+def conflict_line(content: bytes) -> int | None:
+    """The number of the first line, from 1, that a merge of git left as a conflict marker; None without one."""
+    found = _CONFLICT.search(content)
+    return content.count(b"\n", 0, found.start()) + 1 if found else None
 
 
 def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | None:

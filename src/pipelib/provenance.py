@@ -10,12 +10,14 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from pipelib.errors import UserError
 from pipelib.files import sha256_file
 
 EXEMPT = {
     "stages/__init__.py": "only decides which checkout is imported",
     "src/pipelib/params.py": "accepts or refuses the whole of params.yaml; each wing's own params.py is a dependency",
     "src/pipelib/progress.py": "prints; cannot change an out",
+    "src/pipelib/corpus/experiment_copy.py": "accepts or refuses; cannot change an out",
     "src/pipelib/tracking/__init__.py": "a docstring",
     "src/pipelib/tracking/run.py": "records and mirrors; cannot change an out",
     "src/pipelib/provenance.py": "names the code; cannot change an out",
@@ -118,11 +120,34 @@ def uncommitted_changes(root: Path, limit: int) -> str:
 def _git(root: Path, *arguments: str) -> str:
     """What a git command prints; nothing where it fails."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, errors="replace", check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        return run_git(root, *arguments).decode(errors="replace")
+    except GitError:
         return ""
+
+
+class GitError(UserError):
+    """git is not installed, or it refused; the message has git's own words."""
+
+
+def run_git(root: Path, *arguments: str) -> bytes:
+    """What a git command prints.
+
+    Raises:
+        GitError: it fails, for example since this is not a repository or belongs to another user.
+    """
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False)
+    except OSError as error:
+        why = (
+            "git is not installed" if isinstance(error, FileNotFoundError) else f"git cannot be run ({error.strerror})"
+        )
+        raise GitError(f"{why}, so nothing is known of commits and experiments; install it, or correct PATH.") from None
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split()) or f"status {done.returncode}, without a word"
+        raise GitError(
+            f"git refuses to read {root.absolute()} ({said}), so nothing is known of its commits and experiments; do what git "
+            "says, until `git status` works."
+        )
     return done.stdout
 
 

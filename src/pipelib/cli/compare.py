@@ -207,11 +207,14 @@ def _scores(run: "Run") -> "Scores":
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:  # an int of more than 308 digits
+        return math.inf
 
 
 def _plain(value: float, sign: str = "") -> str:
-    return format(value, f"{sign},.0f" if value == round(value) and abs(value) >= 10 else f"{sign},.4f")
+    return format(value, f"{sign},.0f" if value.is_integer() and abs(value) >= 10 else f"{sign},.4f")
 
 
 def _count(value: object) -> str:

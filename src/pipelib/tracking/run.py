@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipelib.config import flatten, read_yaml
+from pipelib.config import flatten
+from pipelib.dvc_files import read_lock
 from pipelib.files import files_under, read_json, sha256_file, sha256_json
 from pipelib.provenance import code_hashes, git_state, uncommitted_changes
 from pipelib.state import state_root
@@ -239,11 +240,9 @@ def _summary(opened: Mapping[str, Any]) -> dict[str, Any]:
 
 def _out_md5s(stages: Iterable[str]) -> dict[str, str]:
     """DVC's md5 of the outs of stages that have ended, by path; a running stage's entry is absent or stale."""
-    lock = Path("dvc.lock")
     with harmless("DVC's digests are"):
-        entries = read_yaml(lock).get("stages", {}) if lock.exists() else {}
-        outs = [out for stage in stages for out in entries.get(stage, {}).get("outs", ())]
-        return {str(out["path"]): str(out["md5"]) for out in outs if "md5" in out}
+        locked = read_lock()
+        return {out.path: out.md5 for stage in stages if stage in locked for out in locked[stage].outs if out.md5}
     return {}
 
 
