@@ -101,21 +101,19 @@ def refusal(params: DownloadParams, workspace: Path, names: list[str]) -> str:
     """The message for files that the copy lacks, with what to do about them."""
     paths = [Path(params.path) / name for name in names]
     tracked = {path: dvc_file_of(workspace, path) for path in paths}
-    untracked = [*dict.fromkeys(_top(path) for path in paths if tracked[path] is None)]
     ways = []
     if covering := [*dict.fromkeys(file for file in tracked.values() if file)]:
         ways.append(f"`git add {_shell(covering)}`, since git has to track DVC's file")
-    if untracked:
-        ways.append(
-            f"`git add {_shell(untracked)}`, or `dvc add {_shell(untracked)}` and git add of the .dvc file it makes"
-        )
+    if untracked := [*dict.fromkeys(_top(path) for path in paths if tracked[path] is None)]:
+        made = [path.with_name(f"{path.name}.dvc") for path in untracked]
+        ways += [f"`git add {_shell(untracked)}`", f"`dvc add {_shell(untracked)}` and `git add {_shell(made)}`"]
     copies = " ".join(f"-C {_shell([path])}" for path in dict.fromkeys(_top(path) for path in paths[:SHOWN]))
-    ways.append(f"`dvc exp run --temp {copies}`, which copies them")
+    ways.append(f"`dvc exp run --temp {copies}`, which takes untracked files along")
     ways.append("a download.path outside the repository, as an absolute path")
     return (
-        f"{_count(names)} of {params.path} in the workspace, {_names(names)}, did not come along into this experiment's copy of "
-        "the repository, which has what git and DVC track, so it would train on another corpus than the workspace; queue it "
-        f"again after one of these: {'; '.join(ways)}."
+        f"{_count(names)} of {params.path} in the workspace, which neither git nor DVC tracked when this experiment was queued, "
+        f"did not come along into its copy of the repository: {_names(names)}; so it would train on another corpus than the "
+        f"workspace. Do one of these and queue it again: {'; '.join(ways)}."
     )
 
 
