@@ -134,7 +134,7 @@ def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
             ) from None
         raise UserError(f"{name} is not valid YAML, so nothing was run: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{name} holds {_kind(value)}, not sections of parameters; copy a file from presets/.")
+        raise UserError(f"{name} holds {kind_of(value)}, not sections of parameters; copy a file from presets/.")
     return value
 
 
@@ -169,7 +169,9 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
     """
     assert dataclasses.is_dataclass(cls)
     if not isinstance(value, Mapping):
-        problems.append(f"{key or 'the file'} is {_kind(value)}, not a section with keys; see presets/ for its shape.")
+        problems.append(
+            f"{key or 'the file'} is {kind_of(value)}, not a section with keys; see presets/ for its shape."
+        )
         return None
     before = len(problems)
     hints = get_type_hints(cls, include_extras=True)
@@ -220,7 +222,7 @@ def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
         return None
     if origin is tuple:
         if not isinstance(value, list):
-            problems.append(f"{key}: {value!r} is {_kind(value)}, not a list; write it as [a, b].")
+            problems.append(f"{key}: {value!r} is {kind_of(value)}, not a list; write it as [a, b].")
             return ()
         return tuple(_convert(inner[0], item, f"{key}[{index}]", problems) for index, item in enumerate(value))
     return _convert_scalar(kind, value, key, problems)
@@ -246,11 +248,12 @@ def _convert_scalar(kind: type, value: Any, key: str, problems: list[str]) -> An
     if type(value) is kind:
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    problems.append(f"{key}: {value!r} is {_kind(value)}; it must be {words[kind]}.")
+    problems.append(f"{key}: {value!r} is {kind_of(value)}; it must be {words[kind]}.")
     return None
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a value of YAML or JSON is, in words: "a list", "a section", "empty"."""
     words: dict[type, str] = {
         NoneType: "empty", bool: "true/false", int: "a whole number", float: "a number", str: "text",
         list: "a list", dict: "a section",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelib.config import conflict_line, flatten, load_yaml
+from pipelib.config import conflict_line, flatten, kind_of, load_yaml
 from pipelib.errors import UserError
 
 LOCK = Path("dvc.lock")
@@ -148,7 +148,7 @@ def _entry(value: object, where: str) -> Entry:
 
 def _mapping(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is a {type(value).__name__}, not a mapping")
+        raise ValueError(f"{where} is {kind_of(value)}, not a section")
     return value
 
 
@@ -156,5 +156,5 @@ def _list(value: object, where: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise ValueError(f"{where} is a {type(value).__name__}, not a list")
+        raise ValueError(f"{where} is {kind_of(value)}, not a list")
     return value

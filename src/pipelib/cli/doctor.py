@@ -23,7 +23,7 @@ from pipelib.cli.plan import nearest_folder
 from pipelib.errors import UserError
 from pipelib.files import format_bytes, remove
 from pipelib.processes import available_cores
-from pipelib.provenance import git_state, run_git
+from pipelib.provenance import GitError, git_state, run_git
 from pipelib.state import is_locked, state_root
 
 if TYPE_CHECKING:
@@ -284,7 +284,12 @@ def check_git() -> Iterator[Finding]:
     if not shutil.which("git"):
         yield Finding("FAIL", "git is not installed, and DVC works in git repositories", "install git")
         return
-    run_git(Path.cwd(), "status", "--porcelain", "--", "params.yaml")  # says in git's words what is wrong
+    try:
+        run_git(Path.cwd(), "status", "--porcelain", "--", "params.yaml")
+    except GitError as error:
+        remedy = "git init, or go to the repository's root" if "not a git repository" in str(error) else ""
+        yield Finding("FAIL", str(error), remedy)
+        return
     git = git_state(Path.cwd())
     if not git["commit"]:
         remedy = "git add -A; git commit"
