@@ -71,7 +71,7 @@ def test_lines_and_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_an_empty_folder_fails_with_remedies(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert "FAIL git        git refuses to read" in said
+    assert "FAIL git        git cannot read" in said
     assert "fatal: not a git repository" in said
     assert "FAIL dvc        `dvc cache dir` fails here" in said
     assert "FAIL params     params.yaml does not exist" in said

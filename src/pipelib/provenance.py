@@ -145,8 +145,8 @@ def run_git(root: Path, *arguments: str) -> bytes:
     if done.returncode:
         said = " ".join(done.stderr.decode(errors="replace").split()) or f"status {done.returncode}, without a word"
         raise GitError(
-            f"git refuses to read {root.absolute()} ({said}), so nothing is known of its commits and experiments; do what git "
-            "says, until `git status` works."
+            f"git cannot read {root.absolute()} ({said}), so nothing is known of its commits and experiments; correct what git "
+            "names, and run the command again."
         )
     return done.stdout
 

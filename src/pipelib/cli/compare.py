@@ -179,7 +179,7 @@ def _noise(runs: Sequence["Run"]) -> Iterator[str]:
             continue
         for key in dict.fromkeys(key for run in seeds.values() for key in run.metrics["evaluate"]):
             values = [_number(run.metrics["evaluate"].get(key)) for run in seeds.values()]
-            numbers = [value for value in values if value is not None]
+            numbers = [value for value in values if value is not None and math.isfinite(value)]
             if not is_part(key) and len(numbers) == len(seeds) and len(set(numbers)) > 1:
                 yield (
                     f"{names}: {key.removesuffix('.value')} over {len(seeds)} seeds: mean {_plain(statistics.mean(numbers))}, "
@@ -223,4 +223,4 @@ def _count(value: object) -> str:
 
 
 def _time(seconds: float) -> str:
-    return format_seconds(seconds) if seconds else ""
+    return format_seconds(seconds) if seconds and math.isfinite(seconds) else ""
