@@ -309,7 +309,7 @@ def test_conflict_markers_name_the_file_the_run_and_the_remedy(
 ) -> None:
     whole = (here / file).read_text()
     (here / file).write_text(f"<<<<<<< HEAD\n{whole}\n=======\n{whole}\n>>>>>>> other\n")
-    said = fails(capsys, "HEAD", "workspace")
+    said = fails(capsys, "workspace", "HEAD")
     assert said.startswith(f"pipelib: {file} has git's conflict markers (line 1), so ")
     remedy = "keep one side" if file == "params.yaml" else f"take git's copy (`git checkout HEAD -- {file}`)"
     assert remedy in said

@@ -94,13 +94,13 @@ WRITTEN_BY_STAGES = (":(exclude)dvc.lock", ":(exclude)metrics")
 
 
 def git_state(root: Path) -> dict[str, str]:
-    """`commit` (empty where there is none) and `dirty` of a checkout: "true" where anything but what stages write differs
-    from the commit, else "false"."""
-    commit = _git(root, "rev-parse", "HEAD").strip()
-    return {
-        "commit": commit,
-        "dirty": str(bool(_git(root, "status", "--porcelain", "--", ".", *WRITTEN_BY_STAGES))).lower(),
-    }
+    """`commit` of a checkout, empty where there is none, and `dirty`: "true" where anything but what stages write differs
+    from it, else "false"; empty where git cannot say."""
+    try:
+        changes = run_git(root, "status", "--porcelain", "--", ".", *WRITTEN_BY_STAGES)
+    except GitError:
+        return {"commit": "", "dirty": ""}
+    return {"commit": _git(root, "rev-parse", "HEAD").strip(), "dirty": str(bool(changes)).lower()}
 
 
 def uncommitted_changes(root: Path, limit: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pipelib.config import flatten
 from pipelib.dvc_files import read_lock
 from pipelib.files import files_under, read_json, sha256_file, sha256_json
-from pipelib.provenance import code_hashes, git_state, uncommitted_changes
+from pipelib.provenance import code_hashes, git_state, run_git, uncommitted_changes
 from pipelib.state import state_root
 from pipelib.tracking.mirror import Mirror, is_mirroring
 from pipelib.tracking.mlflow_run import LAST, SECTIONS
@@ -196,6 +196,9 @@ def attach_run(stage: str, path: Path | None) -> Run:
 def _lineage(stage: str) -> dict[str, Any]:
     """Tags that say where a run comes from: git, DVC's experiment, the digests of what the stages before it made."""
     git, before = git_state(Path.cwd()), [*SECTIONS][: [*SECTIONS].index(stage)]
+    if not git["dirty"] and any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
+        with harmless("the commit of this run is"):
+            run_git(Path.cwd(), "rev-parse", "--git-dir")  # which says why: another user's repository, no git
     origin = {
         "git.commit": git["commit"], "git.dirty": git["dirty"], "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
         "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
