@@ -93,6 +93,14 @@ def test_files_that_stayed_behind_are_refused_with_what_to_do(workspace: Path) -
         assert remedy in said
 
 
+def test_of_many_files_some_are_named_and_all_are_counted(workspace: Path) -> None:
+    for number in range(1200):
+        write(workspace / f"corpus/{number % 7}/{number:04}.txt")
+    with pytest.raises(UserError, match=r"^1,200 files of corpus .* and 1,195 more; so ") as error:
+        require_corpus(make_params())
+    assert "-C corpus/0 -C corpus/1 -C corpus/2 -C corpus/3 -C corpus/4 ...`" in str(error.value)
+
+
 def test_a_dvc_file_that_git_does_not_have_is_what_is_missing(workspace: Path) -> None:
     write(workspace / "corpus/big.txt")
     write(workspace / "corpus/big.txt.dvc")

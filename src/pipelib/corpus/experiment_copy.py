@@ -107,8 +107,8 @@ def refusal(params: DownloadParams, workspace: Path, names: list[str]) -> str:
     if untracked := [*dict.fromkeys(_top(path) for path in paths if tracked[path] is None)]:
         made = [path.with_name(f"{path.name}.dvc") for path in untracked]
         ways += [f"`git add {_shell(untracked)}`", f"`dvc add {_shell(untracked)}` and `git add {_shell(made)}`"]
-    copies = " ".join(f"-C {_shell([path])}" for path in dict.fromkeys(_top(path) for path in paths[:SHOWN]))
-    ways.append(f"`dvc exp run --temp {copies}`, which takes untracked files along")
+    copies = [*dict.fromkeys(_top(path) for path in paths)]
+    ways.append(f"`dvc exp run --temp {_shell(copies, '-C ')}`, which takes untracked files along")
     ways.append("a download.path outside the repository, as an absolute path")
     return (
         f"{_count(names)} of {params.path} in the workspace, which neither git nor DVC tracked when this experiment was queued, "
@@ -131,9 +131,9 @@ def _names(names: list[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
-def _shell(paths: list[Path]) -> str:
-    """Paths as a shell takes them, the first few."""
-    return " ".join(_quoted(path) for path in paths[:SHOWN]) + (" ..." if len(paths) > SHOWN else "")
+def _shell(paths: list[Path], before: str = "") -> str:
+    """Paths as a shell takes them, `before` in front of each; the first few."""
+    return " ".join(before + _quoted(path) for path in paths[:SHOWN]) + (" ..." if len(paths) > SHOWN else "")
 
 
 def _quoted(path: Path) -> str:
