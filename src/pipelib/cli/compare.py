@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipelib.cli.runs import Run
 
 EXAMPLES = """examples:
-  pipelib compare HEAD workspace             the last commit, and what lies here
+  pipelib compare HEAD workspace             the last commit, and the workspace
   pipelib compare main small-rate            a branch, and an experiment of DVC
   pipelib compare . ../other-clone --md      two checkouts, as Markdown
 """

@@ -113,7 +113,7 @@ def _run(files: _InFolder | _InCommit, items: Path | None) -> Run:
     name, where = files.name, files.where
     params, lock = files.read("params.yaml"), files.read(str(LOCK))
     if params is None:
-        raise UserError(f"{name} ({where}) has no params.yaml, so it is no run of this pipeline; name another one.")
+        raise UserError(f"{name} ({where}) has no params.yaml, so it is not a run of this pipeline; name another one.")
     metrics = {stage: _metrics(files, path, files.read(path)) for stage in STAGES for path in [RESULT.format(stage)]}
     if not metrics["train"]:
         raise UserError(
@@ -150,10 +150,10 @@ def _commit(name: str) -> str:
         )
         commits = {ref.split(" ")[0] for ref in refs if ref.endswith(f"/{name}") and "/exec/" not in ref}
         if len(commits) != 1:
-            many = "is the name of several experiments" if commits else "is no folder, git revision or experiment"
+            many = "is the name of several experiments" if commits else "is not a folder, git revision or experiment"
             raise UserError(
                 f"{name} {many}, so there is nothing to compare; `dvc exp list --all-commits` names the experiments, and "
-                "`workspace` is what lies here."
+                "`workspace` is the folder you are in."
             ) from None
         return commits.pop()
     return found.decode().strip()
