@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,21 @@ def test_conflict_markers_are_named_wherever_they_are(file: tuple[bytes, Parse],
     for ends in (b"\n", b"\r\n"):
         with pytest.raises(UserError, match=rf"^file has git's conflict markers \(line {at + 1}\), so "):
             parse(conflicted.replace(b"\n", ends), "file")
+
+
+TAGS = st.sampled_from(
+    ["!!int", "!!float", "!!bool", "!!null", "!!timestamp", "!!binary", "!!set", "!!omap", "!!pairs", "!!str"]
+)
+PIECES = st.sampled_from(
+    ["a", "1", "1.5", "[", "]", "{", "}", ": ", "- ", ", ", "&x ", "*x", "<<: ", "? ", "|", ">", "'", "2001-99-99"]
+)
+
+
+@given(st.lists(PIECES | TAGS.map(lambda tag: f" {tag} "), max_size=12).map("".join) | st.text(max_size=30))
+def test_no_yaml_is_a_traceback(text: str) -> None:
+    for parse in (parse_yaml, parse_lock):
+        with suppress(UserError):
+            parse(text.encode(), "file")
 
 
 # ---- Every command that reads them -----------------------------------------------------------------------------------

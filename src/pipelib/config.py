@@ -148,7 +148,7 @@ def load_yaml(content: bytes) -> Any:
     text = content.decode("utf-8")
     try:
         return yaml.load(text, _Yaml12Loader)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except Exception as error:  # beside its own, PyYAML raises whatever a tag that does not fit its value leads to
         raise ValueError(str(error) or type(error).__name__) from None
 
 
