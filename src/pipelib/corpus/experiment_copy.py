@@ -32,15 +32,16 @@ def require_corpus(params: DownloadParams) -> None:
     if params.source != "local" or workspace.resolve() == Path.cwd().resolve():
         return
     lacking = lacking_files(params, workspace)
+    if not lacking:
+        return
     queued = queued_at()
     if before := [name for name in lacking if was_there(workspace, Path(params.path) / name, queued)]:
         raise UserError(refusal(params, workspace, before))
-    if lacking:
-        print(
-            f"{_count(lacking)} of {params.path} in the workspace came or changed after this experiment was queued, so it runs "
-            f"without {_names(lacking)}",
-            flush=True,
-        )
+    print(
+        f"{_count(lacking)} of {params.path} in the workspace came or changed after this experiment was queued, so it runs "
+        f"without {_names(lacking)}",
+        flush=True,
+    )
 
 
 def lacking_files(params: DownloadParams, workspace: Path) -> list[str]:
