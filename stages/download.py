@@ -12,6 +12,7 @@ if not __package__:
 from collections.abc import Mapping
 
 from pipelib.corpus.download import download, download_inputs, source
+from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import load_params
 from pipelib.stage import Build, build_outs, run_stage
 
@@ -19,6 +20,7 @@ from pipelib.stage import Build, build_outs, run_stage
 def main() -> None:
     """Fetch or make the corpus that `params.download` names, and the benchmarks and models with it."""
     params = load_params()
+    require_corpus(params.download)
     origin = source(params.download)
 
     def work(build: Build) -> tuple[Mapping[str, object], Mapping[str, object]]:

@@ -8,6 +8,7 @@ if not __package__:
 
 from pathlib import Path
 
+from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.evaluation.evaluate import evaluate, evaluation_inputs
 from pipelib.params import load_params
 from pipelib.stage import build_outs, run_stage
@@ -18,6 +19,7 @@ FOLDERS = Path("models"), Path("data/tokens"), Path("data/benchmarks"), Path("cu
 def main() -> None:
     """Evaluate the model, or link the evaluation made earlier of the same model with the same parameters."""
     params = load_params()
+    require_corpus(params.download)
     inputs = evaluation_inputs(params.evaluate, *FOLDERS)
     build_outs("evaluate", params, inputs, lambda build: evaluate(build, params.evaluate, *FOLDERS))
 

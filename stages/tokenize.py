@@ -14,6 +14,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.corpus.raw import MANIFEST, read_manifest
 from pipelib.files import sha256_file
 from pipelib.params import load_params
@@ -33,6 +34,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     params = load_params()
+    require_corpus(params.download)
     read_manifest(RAW)  # says what to run where it is missing
     if arguments.unit is not None:
         share = Share.parse(arguments.unit)

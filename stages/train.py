@@ -13,6 +13,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import Params, load_params
 from pipelib.provenance import code_hashes
 from pipelib.stage import build_outs, run_stage
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
     parser.add_argument("--join", action="store_true", help="be a further machine of a training on several")
     arguments, params = parser.parse_args(), load_params()
+    require_corpus(params.download)
     if arguments.join:
         code = code_hashes(Path("stages/train.py"), Path.cwd())
         join(lambda: State("train", inputs(params, find_initial_weights(params.model)), code))

@@ -236,7 +236,7 @@ def test_commits_and_experiments_are_read_from_git_and_dvcs_cache(
 
 
 def test_names_that_are_no_run_are_refused(repository: dict[str, bytes], here: Path) -> None:  # noqa: ARG001
-    with pytest.raises(UserError, match="large-rate is no folder, git revision or experiment"):
+    with pytest.raises(UserError, match="large-rate is not a folder, git revision or experiment"):
         find_run("large-rate")
     git("update-ref", "refs/exps/12/3456/small-rate", "HEAD")
     with pytest.raises(UserError, match="several experiments"):
@@ -244,3 +244,115 @@ def test_names_that_are_no_run_are_refused(repository: dict[str, bytes], here: P
     (here / "metrics/train.json").unlink()
     with pytest.raises(UserError, match="nothing was trained there"):
         find_run("workspace")
+
+
+# ---- What git and people leave behind --------------------------------------------------------------------------------
+
+
+def fails(capsys: pytest.CaptureFixture[str], *names: str) -> str:
+    """What compare says when it refuses."""
+    assert main(["compare", *names]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+@pytest.mark.parametrize("name", ["HEAD", "small-rate", "no-such-run"])
+def test_gits_own_words_are_shown(
+    repository: dict[str, bytes],  # noqa: ARG001
+    here: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch, for its tests
+        patch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+        patch.setenv("GIT_CONFIG_SYSTEM", "/dev/null")
+        said = fails(capsys, name, "workspace")
+        assert "fatal: detected dubious ownership in repository" in said
+        assert "git config --global --add safe.directory" in said
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(here / "nothing"))
+        assert "git is not installed, so nothing is known of commits and experiments" in fails(
+            capsys, name, "workspace"
+        )
+    (here / ".git").rename(here / "git-away")
+    assert "fatal: not a git repository" in fails(capsys, name, "workspace")
+
+
+def test_folders_need_no_git(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(here / "one", 0.0)
+    write_run(here / "two", 0.1)
+    monkeypatch.setenv("PATH", "")
+    assert main(["compare", "one", "two"]) == 0
+
+
+def test_a_commit_with_missing_objects_is_said_in_gits_words(
+    repository: dict[str, bytes],  # noqa: ARG001
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    blob = subprocess.run(
+        ["git", "rev-parse", "HEAD:metrics/train.json"], check=True, capture_output=True, text=True
+    ).stdout
+    (here / ".git/objects" / blob[:2] / blob[2:].strip()).unlink()
+    assert "(fatal: bad object " in fails(capsys, "HEAD", "workspace")
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "dvc.lock", "metrics/train.json", "metrics/evaluate.json"])
+def test_conflict_markers_name_the_file_the_run_and_the_remedy(
+    repository: dict[str, bytes],  # noqa: ARG001
+    here: Path,
+    file: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = (here / file).read_text()
+    (here / file).write_text(f"<<<<<<< HEAD\n{whole}\n=======\n{whole}\n>>>>>>> other\n")
+    said = fails(capsys, "workspace", "HEAD")
+    assert said.startswith(f"pipelib: {file} has git's conflict markers (line 1), so ")
+    remedy = "keep one side" if file == "params.yaml" else f"take git's copy (`git checkout HEAD -- {file}`)"
+    assert remedy in said
+    git("add", "--all")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "an accident")
+    said = fails(capsys, "HEAD", "HEAD~1")
+    assert f"{file} of HEAD (" in said
+    remedy = "keep one side" if file == "params.yaml" else "name another commit or experiment"
+    assert remedy in said
+
+
+def test_a_damaged_list_in_dvcs_cache_costs_the_intervals_alone(
+    repository: dict[str, bytes],  # noqa: ARG001
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for path in (here / ".dvc/cache/files/md5").rglob("*.dir"):
+        path.write_bytes(b"[{")
+    assert main(["compare", "HEAD", "small-rate"]) == 0
+    assert "HEAD has no scores of single items here" in capsys.readouterr().out
+
+
+def test_numbers_that_are_none_are_shown_as_they_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("one", "two", "three")):
+        write_run(here / name, 0.0, seed=number)
+        values = {"val_loss": [math.nan, math.inf, 3.0][number], "perplexity": 10 ** (400 + number), "text": "x"}
+        (here / name / "metrics/evaluate.json").write_text(json.dumps(values))
+        (here / name / "metrics/train.json").write_text(json.dumps({"tokens": math.inf, "val_loss": -math.inf}))
+        (here / name / "metrics/speed/train.json").write_text(
+            json.dumps({"seconds": math.nan, "tokens_per_second": "x"})
+        )
+    assert main(["compare", "one", "two", "three", "--md"]) == 0
+    said = capsys.readouterr().out
+    assert [cell.split("  ")[0] for cell in row_of(said, "evaluate val_loss")] == ["nan", "inf", "3.0000"]
+    assert row_of(said, "tokens trained on") == ["inf"] * 3
+    assert row_of(said, "time, all stages") == [""] * 3
+    assert "over 3 seeds" not in said
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\nb", "HEAD:params.yaml", "a..b", "*", "@{-1}", "refs/exps"])
+def test_odd_names_are_no_run(
+    repository: dict[str, bytes],  # noqa: ARG001
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "is not a folder, git revision or experiment" in fails(capsys, name, "workspace")

@@ -71,7 +71,8 @@ def test_lines_and_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_an_empty_folder_fails_with_remedies(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert "FAIL git        this is no git repository" in said
+    assert "FAIL git        git cannot read" in said
+    assert "fatal: not a git repository" in said
     assert "FAIL dvc        `dvc cache dir` fails here" in said
     assert "FAIL params     params.yaml does not exist" in said
     assert "ok   vocabulary GPT-2's" in said
@@ -114,8 +115,8 @@ def test_torch_and_driver(
     assert bool(found[2]) == (level != "ok")
 
 
-def test_git() -> None:
-    assert only(doctor.check_git)[0] == "FAIL"
+def test_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(doctor.check_git)[::2] == ("FAIL", "git init, or go to the repository's root")
     subprocess.run(["git", "init", "--quiet"], check=True)
     assert only(doctor.check_git)[:2] == ("warn", "there is no commit yet, so dvc exp run has nothing to start from")
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -123,6 +124,45 @@ def test_git() -> None:
     assert only(doctor.check_git)[0] == "ok"
     Path("new").touch()
     assert "with uncommitted changes" in only(doctor.check_git)[1]
+    Path(".git/config").write_text("[core\n")
+    level, text, _ = only(doctor.check_git)
+    assert level == "FAIL"
+    assert "fatal: bad config line 1" in text, "git's own words"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert only(doctor.check_git)[:2] == ("FAIL", "git is not installed, and DVC works in git repositories")
+
+
+def test_a_folder_of_somebody_else_is_said_in_gits_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch, for its tests
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    level, text, _ = only(doctor.check_git)
+    assert level == "FAIL"
+    assert "dubious ownership" in text
+    assert "git config --global --add safe.directory" in text
+
+
+def test_results_that_a_merge_or_an_editor_broke() -> None:
+    assert only(doctor.check_results)[0] == "ok"
+    Path("metrics/speed").mkdir(parents=True)
+    Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    Path("metrics/train.json").write_text('{"val_loss": 1.0}')
+    Path("metrics/speed/train.json").write_text("{}")
+    assert only(doctor.check_results)[0] == "ok"
+    Path("dvc.lock").write_text("")
+    Path("metrics/train.json").write_text(
+        '{\n<<<<<<< HEAD\n"val_loss": 1.0\n=======\n"val_loss": 2.0\n>>>>>>> other\n}'
+    )
+    Path("metrics/speed/train.json").write_text("[1]")
+    lock, speed, train = find(doctor.check_results)
+    assert {finding[0] for finding in (lock, speed, train)} == {"FAIL"}
+    assert lock[1].startswith(
+        "dvc.lock is broken (it is empty), so nothing says what DVC made, and DVC refuses it, too; take"
+    )
+    assert "`git checkout HEAD -- dvc.lock`" in lock[1]
+    assert speed[1].startswith("metrics/speed/train.json is broken (it is a list, not a section), so its numbers")
+    assert train[1].startswith("metrics/train.json has git's conflict markers (line 2), so its numbers")
 
 
 def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

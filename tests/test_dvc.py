@@ -74,6 +74,14 @@ class Clone:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
+    def fails(self, command: Sequence[str]) -> str:
+        """What a command prints that must fail without a traceback."""
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False)
+        said = done.stdout + done.stderr
+        assert done.returncode != 0, said
+        assert "Traceback" not in said
+        return said
+
     def activate(self) -> None:
         """As `source .venv/bin/activate` does."""
         self.environment["PATH"] = f"{self.root}/.venv/bin:/usr/bin:/bin"
@@ -330,6 +338,37 @@ def test_an_experiment_in_a_copy_leaves_the_workspace_alone_and_can_be_applied_a
     clone.dvc("exp", "apply", "apart")
     assert "batch_tokens: 256" in clone.text("params.yaml")
     assert clone.changed_stages() == set(), "the reports came with it"
+    clone.git("reset", "--quiet", "--hard")
+    clone.dvc("checkout", "--quiet")
+
+
+def test_an_experiment_in_a_copy_refuses_to_leave_text_behind(clone: Clone) -> None:
+    """Only evaluate has anything to do, and the text would go missing in download, which DVC skips."""
+    write_jsonl(clone.root / "texts/more.jsonl", make_texts(30, seed=1))
+    experiment = ["exp", "run", "--temp", "--set-param", "evaluate.batch_tokens=768"]
+    said = clone.fails([".venv/bin/dvc", *experiment])
+    assert "evaluate: 1 file of texts in the workspace, which neither git nor DVC tracked" in said
+    assert "`git add texts/more.jsonl`" in said
+    clone.dvc("add", "--quiet", "texts/more.jsonl")
+    clone.git("add", "texts")
+    assert ran(clone.dvc(*experiment, "--name", "more", "download")) == ["download"]
+    (ref,) = clone.git("for-each-ref", "--format=%(refname)", "refs/exps/*/*/more").split()
+    assert json.loads(clone.git("show", f"{ref}:metrics/download.json"))["documents"] == 100
+    clone.git("reset", "--quiet", "--hard")
+    (clone.root / "texts/more.jsonl").unlink()
+    assert clone.changed_stages() == set()
+
+
+def test_applying_an_experiment_drops_edits_as_the_page_says(clone: Clone) -> None:
+    name = next(
+        row["Experiment"] for row in csv.DictReader(io.StringIO(clone.dvc("exp", "show", "--csv"))) if row["Experiment"]
+    )
+    before = clone.text("Makefile")
+    clone.edit("Makefile", "RUNS ?= 200", "RUNS ?= 201")
+    clone.dvc("exp", "apply", name)
+    assert clone.text("Makefile") == before
+    clone.git("checkout", "refs/exps/apply/stash", "--", "Makefile")  # how experiments.md gets it back
+    assert "RUNS ?= 201" in clone.text("Makefile")
     clone.git("reset", "--quiet", "--hard")
     clone.dvc("checkout", "--quiet")
 

@@ -141,6 +141,22 @@ def test_a_dvc_lock_that_nobody_can_read_costs_its_digests(capsys: pytest.Captur
     ]
 
 
+def test_a_repository_that_git_refuses_costs_the_commit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch, for its tests
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    with start("evaluate", mlflow=False):
+        pass
+    said = capsys.readouterr().err
+    assert "dubious ownership" in said
+    assert "so the commit of this run is not recorded; the stage goes on" in said
+    (opened,) = (event for event in read_events(record_path("evaluate"))[0] if event["event"] == "open")
+    assert not [tag for tag in opened["tags"] if tag.startswith("git.")], "unknown is not clean"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_state_of_the_machine_is_recorded_beside_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_metrics, "SAMPLE_SECONDS", 0.01)

@@ -123,14 +123,42 @@ def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
         UserError: it is not YAML, or holds something other than a mapping.
     """
     try:
-        value = yaml.load(content.decode("utf-8"), _Yaml12Loader)
+        value = load_yaml(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 ({error}), so it cannot be read; save it as UTF-8.") from None
-    except yaml.YAMLError as error:
+    except ValueError as error:
+        if line := conflict_line(content):
+            raise UserError(
+                f"{name} has git's conflict markers (line {line}), so it says two things and nothing was run; keep one side of "
+                "each conflict and delete the lines that start with <<<<<<<, ======= and >>>>>>>."
+            ) from None
         raise UserError(f"{name} is not valid YAML, so nothing was run: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{name} holds {_kind(value)}, not sections of parameters; copy a file from presets/.")
+        raise UserError(f"{name} holds {kind_of(value)}, not sections of parameters; copy a file from presets/.")
     return value
+
+
+def load_yaml(content: bytes) -> Any:
+    """The value that YAML 1.2 text holds.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+        ValueError: it is not YAML, nests too deeply, or has a tag that does not fit its value, such as `!!int x`.
+    """
+    text = content.decode("utf-8")
+    try:
+        return yaml.load(text, _Yaml12Loader)
+    except Exception as error:  # beside its own, PyYAML raises whatever a tag that does not fit its value leads to
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+_CONFLICT = re.compile(rb"^(?:<<<<<<<|>>>>>>>)(?: |\r?$)", re.MULTILINE)
+
+
+def conflict_line(content: bytes) -> int | None:
+    """The number of the first line, from 1, that a merge of git left as a conflict marker; None without one."""
+    found = _CONFLICT.search(content)
+    return content.count(b"\n", 0, found.start()) + 1 if found else None
 
 
 def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | None:
@@ -141,7 +169,9 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
     """
     assert dataclasses.is_dataclass(cls)
     if not isinstance(value, Mapping):
-        problems.append(f"{key or 'the file'} is {_kind(value)}, not a section with keys; see presets/ for its shape.")
+        problems.append(
+            f"{key or 'the file'} is {kind_of(value)}, not a section with keys; see presets/ for its shape."
+        )
         return None
     before = len(problems)
     hints = get_type_hints(cls, include_extras=True)
@@ -192,7 +222,7 @@ def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
         return None
     if origin is tuple:
         if not isinstance(value, list):
-            problems.append(f"{key}: {value!r} is {_kind(value)}, not a list; write it as [a, b].")
+            problems.append(f"{key}: {value!r} is {kind_of(value)}, not a list; write it as [a, b].")
             return ()
         return tuple(_convert(inner[0], item, f"{key}[{index}]", problems) for index, item in enumerate(value))
     return _convert_scalar(kind, value, key, problems)
@@ -218,11 +248,12 @@ def _convert_scalar(kind: type, value: Any, key: str, problems: list[str]) -> An
     if type(value) is kind:
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    problems.append(f"{key}: {value!r} is {_kind(value)}; it must be {words[kind]}.")
+    problems.append(f"{key}: {value!r} is {kind_of(value)}; it must be {words[kind]}.")
     return None
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a value of YAML or JSON is, in words: "a list", "a section", "empty"."""
     words: dict[type, str] = {
         NoneType: "empty", bool: "true/false", int: "a whole number", float: "a number", str: "text",
         list: "a list", dict: "a section",

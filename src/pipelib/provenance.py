@@ -10,12 +10,14 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from pipelib.errors import UserError
 from pipelib.files import sha256_file
 
 EXEMPT = {
     "stages/__init__.py": "only decides which checkout is imported",
     "src/pipelib/params.py": "accepts or refuses the whole of params.yaml; each wing's own params.py is a dependency",
     "src/pipelib/progress.py": "prints; cannot change an out",
+    "src/pipelib/corpus/experiment_copy.py": "accepts or refuses; cannot change an out",
     "src/pipelib/tracking/__init__.py": "a docstring",
     "src/pipelib/tracking/run.py": "records and mirrors; cannot change an out",
     "src/pipelib/provenance.py": "names the code; cannot change an out",
@@ -92,13 +94,13 @@ WRITTEN_BY_STAGES = (":(exclude)dvc.lock", ":(exclude)metrics")
 
 
 def git_state(root: Path) -> dict[str, str]:
-    """`commit` (empty where there is none) and `dirty` of a checkout: "true" where anything but what stages write differs
-    from the commit, else "false"."""
-    commit = _git(root, "rev-parse", "HEAD").strip()
-    return {
-        "commit": commit,
-        "dirty": str(bool(_git(root, "status", "--porcelain", "--", ".", *WRITTEN_BY_STAGES))).lower(),
-    }
+    """`commit` of a checkout, empty where there is none, and `dirty`: "true" where anything but what stages write differs
+    from it, else "false"; empty where git cannot say."""
+    try:
+        changes = run_git(root, "status", "--porcelain", "--", ".", *WRITTEN_BY_STAGES)
+    except GitError:
+        return {"commit": "", "dirty": ""}
+    return {"commit": _git(root, "rev-parse", "HEAD").strip(), "dirty": str(bool(changes)).lower()}
 
 
 def uncommitted_changes(root: Path, limit: int) -> str:
@@ -118,11 +120,34 @@ def uncommitted_changes(root: Path, limit: int) -> str:
 def _git(root: Path, *arguments: str) -> str:
     """What a git command prints; nothing where it fails."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, errors="replace", check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        return run_git(root, *arguments).decode(errors="replace")
+    except GitError:
         return ""
+
+
+class GitError(UserError):
+    """git is not installed, or it refused; the message has git's own words."""
+
+
+def run_git(root: Path, *arguments: str) -> bytes:
+    """What a git command prints.
+
+    Raises:
+        GitError: it fails, for example since this is not a repository or belongs to another user.
+    """
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False)
+    except OSError as error:
+        why = (
+            "git is not installed" if isinstance(error, FileNotFoundError) else f"git cannot be run ({error.strerror})"
+        )
+        raise GitError(f"{why}, so nothing is known of commits and experiments; install it, or correct PATH.") from None
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split()) or f"status {done.returncode}, without a word"
+        raise GitError(
+            f"git cannot read {root.absolute()} ({said}), so nothing is known of its commits and experiments; correct what git "
+            "names, and run the command again."
+        )
     return done.stdout
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipelib.cli.runs import Run
 
 EXAMPLES = """examples:
-  pipelib compare HEAD workspace             the last commit, and what lies here
+  pipelib compare HEAD workspace             the last commit, and the workspace
   pipelib compare main small-rate            a branch, and an experiment of DVC
   pipelib compare . ../other-clone --md      two checkouts, as Markdown
 """
@@ -179,7 +179,7 @@ def _noise(runs: Sequence["Run"]) -> Iterator[str]:
             continue
         for key in dict.fromkeys(key for run in seeds.values() for key in run.metrics["evaluate"]):
             values = [_number(run.metrics["evaluate"].get(key)) for run in seeds.values()]
-            numbers = [value for value in values if value is not None]
+            numbers = [value for value in values if value is not None and math.isfinite(value)]
             if not is_part(key) and len(numbers) == len(seeds) and len(set(numbers)) > 1:
                 yield (
                     f"{names}: {key.removesuffix('.value')} over {len(seeds)} seeds: mean {_plain(statistics.mean(numbers))}, "
@@ -207,11 +207,14 @@ def _scores(run: "Run") -> "Scores":
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:  # an int of more than 308 digits
+        return math.inf
 
 
 def _plain(value: float, sign: str = "") -> str:
-    return format(value, f"{sign},.0f" if value == round(value) and abs(value) >= 10 else f"{sign},.4f")
+    return format(value, f"{sign},.0f" if value.is_integer() and abs(value) >= 10 else f"{sign},.4f")
 
 
 def _count(value: object) -> str:
@@ -220,4 +223,4 @@ def _count(value: object) -> str:
 
 
 def _time(seconds: float) -> str:
-    return format_seconds(seconds) if seconds else ""
+    return format_seconds(seconds) if seconds and math.isfinite(seconds) else ""

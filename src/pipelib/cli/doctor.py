@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipelib import dvc_files
 from pipelib.cli.plan import nearest_folder
 from pipelib.errors import UserError
 from pipelib.files import format_bytes, remove
 from pipelib.processes import available_cores
-from pipelib.provenance import git_state
+from pipelib.provenance import GitError, git_state, run_git
 from pipelib.state import is_locked, state_root
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
         "doctor",
         help="check this machine, with a remedy for whatever is wrong",
         description="Check versions, torch and driver, GPUs, memory, disk, links, DVC, git, vocabulary, locks, compiler, "
-        "params.yaml and MLflow's database. Exit status 1 if anything FAILs.",
+        "dvc.lock, metrics, params.yaml and MLflow's database. Exit status 1 if anything FAILs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -280,12 +281,17 @@ def _can_link(source: Path, target: Path) -> bool:
 
 def check_git() -> Iterator[Finding]:
     """A repository with a commit: experiments and lineage hang on it."""
-    git = git_state(Path.cwd())
     if not shutil.which("git"):
         yield Finding("FAIL", "git is not installed, and DVC works in git repositories", "install git")
-    elif not _output("git", "rev-parse", "--git-dir"):
-        yield Finding("FAIL", "this is no git repository", "git init, or go to the repository's root")
-    elif not git["commit"]:
+        return
+    try:
+        run_git(Path.cwd(), "status", "--porcelain", "--", "params.yaml")
+    except GitError as error:
+        remedy = "git init, or go to the repository's root" if "not a git repository" in str(error) else ""
+        yield Finding("FAIL", str(error), remedy)
+        return
+    git = git_state(Path.cwd())
+    if not git["commit"]:
         remedy = "git add -A; git commit"
         yield Finding("warn", "there is no commit yet, so dvc exp run has nothing to start from", remedy)
     else:
@@ -300,6 +306,12 @@ def check_dvc() -> Iterator[Finding]:
         yield Finding("FAIL", "`dvc cache dir` fails here: dvc is not installed, or this is no DVC repository", remedy)
     else:
         yield Finding("ok", f"dvc {_installed('dvc')}, cache at {cache}")
+
+
+def check_results() -> Iterator[Finding]:
+    """dvc.lock and the metrics, which git tracks and a merge or an editor may break."""
+    problems = [Finding("FAIL", text) for text in dvc_files.problems(Path())]
+    yield from problems or [Finding("ok", "dvc.lock and the metrics can be read, as far as they are here")]
 
 
 def check_params() -> Iterator[Finding]:
@@ -401,8 +413,8 @@ def _output(*command: str) -> str:
 
 CHECKS: dict[str, Check] = {
     "python": check_python, "packages": check_packages, "torch": check_torch, "gpu": check_gpus, "memory": check_memory,
-    "git": check_git, "dvc": check_dvc, "params": check_params, "disk": check_disk, "links": check_links,
-    "compiler": check_compiler, "vocabulary": check_vocabulary, "locks": check_locks, "mlflow": check_mlflow,
-    "leftovers": check_leftovers,
+    "git": check_git, "dvc": check_dvc, "results": check_results, "params": check_params, "disk": check_disk,
+    "links": check_links, "compiler": check_compiler, "vocabulary": check_vocabulary, "locks": check_locks,
+    "mlflow": check_mlflow, "leftovers": check_leftovers,
 }  # fmt: skip
 """In the order in which a remedy for one mends the next."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pipelib.config import read_yaml
+from pipelib.dvc_files import LOCK, read_lock
 from pipelib.errors import UserError
 from pipelib.files import files_under, remove
 from pipelib.processes import available_cores
@@ -108,13 +108,13 @@ def find_folders(wish: Path | None) -> dict[Path, Out | None]:
 
 def _outs_near(start: Path) -> dict[Path, Out]:
     """The folders of the nearest dvc.lock, by their paths as seen from here."""
-    root = next((folder for folder in (start, *start.parents) if (folder / "dvc.lock").is_file()), None)
+    root = next((folder for folder in (start, *start.parents) if (folder / LOCK).is_file()), None)
     if root is None:
         return {}
-    stages = (read_yaml(root / "dvc.lock").get("stages") or {}).values()
-    listed = [out for stage in stages for out in stage.get("outs", ()) if str(out.get("md5", "")).endswith(".dir")]
+    stages = read_lock(_from_here(root / LOCK)).values()
+    listed = [out for stage in stages for out in stage.outs if out.md5.endswith(".dir")]
     cache = cache_folder(root) / "files" / "md5" if listed else Path()
-    folders = [(_from_here(root / out["path"]), str(out["md5"])) for out in listed]
+    folders = [(_from_here(root / out.path), out.md5) for out in listed]
     return {folder: Out(folder, md5, cache) for folder, md5 in folders}
 
 

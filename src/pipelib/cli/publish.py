@@ -2,13 +2,12 @@
 
 import argparse
 import os
-import subprocess
 import tempfile
 from pathlib import Path
 
 from pipelib.errors import UserError
 from pipelib.files import files_under, link_or_copy, write_text
-from pipelib.provenance import git_state
+from pipelib.provenance import git_state, run_git
 from pipelib.tracking.record import redact
 
 EXAMPLES = """examples:
@@ -69,7 +68,7 @@ def require_whole() -> None:
         UserError: what is wrong, and what to do.
     """
     from pipelib.cli.outs import check_folder, find_folders
-    from pipelib.config import read_yaml
+    from pipelib.dvc_files import read_lock
 
     for path, what in ((MODEL / "model.safetensors", "no model"), (CARD, "no model card")):
         if not path.is_file():
@@ -81,21 +80,20 @@ def require_whole() -> None:
                 f"{folder} is not what dvc.lock says, so its card would be wrong; run dvc repro, or dvc checkout {folder}.\n"
                 + "\n".join(problem.text for problem in problems)
             )
-    stages = read_yaml(Path("dvc.lock"))["stages"]
-    made = {out["path"]: out["md5"] for out in stages["train"]["outs"]}
-    read = {dep["path"]: dep["md5"] for dep in stages["evaluate"]["deps"]}
-    if read.get("models") != made["models"]:
+    stages = read_lock()
+    made = [out.md5 for out in stages["train"].outs if out.path == str(MODEL)] if "train" in stages else []
+    read = [dep.md5 for dep in stages["evaluate"].deps if dep.path == str(MODEL)] if "evaluate" in stages else []
+    if not made or read != made:
         raise UserError(
             "reports/ is of another model than models/, so the card would be wrong; run dvc repro evaluate."
         )
-    has_commit = git_state(Path.cwd())["commit"]
-    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, check=False) if has_commit else None
-    if status is None or status.returncode:
+    changes = run_git(Path.cwd(), "status", "--porcelain")
+    if not git_state(Path.cwd())["commit"]:
         raise UserError(
             "git has no commit of this folder, so the card could not say what made the model; publish from the clone that made "
             "it, with everything committed (`git status` says what is wrong)."
         )
-    if status.stdout:
+    if changes:
         raise UserError(
             "the working tree has changes that are in no commit, so nobody could make this model again; commit them, dvc.lock "
             "and metrics/ too (`git status` lists them)."

@@ -4,16 +4,16 @@ Parameters, metrics and dvc.lock are in git. The outs are in DVC's cache, found 
 is checked out and nothing is fetched.
 """
 
-import json
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pipelib.cli.outs import cache_folder
+from pipelib.cli.outs import Out, cache_folder
 from pipelib.config import flatten, parse_yaml
+from pipelib.dvc_files import LOCK, LockedStage, parse_lock, parse_metrics, read_if_there
 from pipelib.errors import UserError
+from pipelib.provenance import GitError, run_git
 from pipelib.stage import RESULT, SPEED
 
 STAGES = ("download", "tokenize", "train", "evaluate")
@@ -34,99 +34,145 @@ class Run:
     """By stage, flat."""
     speed: Mapping[str, Mapping[str, object]]
     """By stage, flat."""
-    lock: Mapping[str, Any]
+    lock: Mapping[str, LockedStage]
     """The stages of dvc.lock."""
     items: Path | None
     """The bytes of reports/items.npz; None where they are neither in the workspace nor in the cache."""
 
     def md5(self, path: str) -> str:
         """DVC's MD5 of an out; empty where dvc.lock has none."""
-        outs = [out for stage in self.lock.values() for out in stage.get("outs", ())]
-        return next((str(out.get("md5", "")) for out in outs if out["path"] == path), "")
+        return next((out.md5 for stage in self.lock.values() for out in stage.outs if out.path == path), "")
 
     def code(self) -> dict[str, str]:
         """MD5 of every file of code, by its path."""
-        deps = [dep for stage in self.lock.values() for dep in stage.get("deps", ())]
-        return {dep["path"]: dep["md5"] for dep in deps if dep["path"].startswith(("src/", "stages/"))}
+        deps = [dep for stage in self.lock.values() for dep in stage.deps]
+        return {dep.path: dep.md5 for dep in deps if dep.path.startswith(("src/", "stages/"))}
 
 
 def find_run(name: str) -> Run:
     """The run that a user calls `name`: `workspace`, a folder of a checkout, a git revision, or an experiment of DVC.
 
     Raises:
-        UserError: there is no such run, or it has no metrics.
+        UserError: there is no such run, it has no metrics, or a file of it is broken; in git's words where git fails.
     """
     folder = Path("." if name == "workspace" else name)
-    if (folder / "params.yaml").is_file():
+    if os.path.isfile(folder / "params.yaml"):  # noqa: PTH113  (Path.is_file raises where a name is too long)
         items = folder / ITEMS
-        return _run(name, folder.as_posix(), lambda path: _read(folder / path), items if items.is_file() else None)
-    commit = _commit(name)
-    run = _run(name, commit[:10], lambda path: _git("show", f"{commit}:./{path}"), None)
-    speed = {stage: _numbers(_read(_object(run.md5(SPEED.format(stage))))) for stage in STAGES}
+        return _run(_InFolder(name, folder), items if items.is_file() else None)
+    files = _InCommit(name, _commit(name))
+    run = _run(files, None)
+    speed = {
+        stage: _metrics(files, SPEED.format(stage), _read(_object(run.md5(SPEED.format(stage))))) for stage in STAGES
+    }
     return replace(run, items=_cached(run.md5(ITEMS.parent.as_posix()), ITEMS.name), speed=speed)
 
 
-def _run(name: str, where: str, read: Callable[[str], bytes | None], items: Path | None) -> Run:
-    params, lock = read("params.yaml"), read("dvc.lock")
+@dataclass(frozen=True)
+class _InFolder:
+    """The files of a checkout."""
+
+    name: str
+    folder: Path
+    remedy: str = ""  # dvc_files knows what helps in a workspace
+
+    @property
+    def where(self) -> str:
+        return self.folder.as_posix()
+
+    def called(self, path: str) -> str:
+        """What messages call a file."""
+        return (self.folder / path).as_posix()
+
+    def read(self, path: str) -> bytes | None:
+        return read_if_there(self.folder / path)
+
+
+@dataclass(frozen=True)
+class _InCommit:
+    """The files of a commit."""
+
+    name: str
+    commit: str
+    remedy: str = "name another commit or experiment (`git log`, `dvc exp list`)"
+
+    @property
+    def where(self) -> str:
+        return self.commit[:10]
+
+    def called(self, path: str) -> str:
+        """What messages call a file."""
+        return f"{path} of {self.name} ({self.where})"
+
+    def read(self, path: str) -> bytes | None:
+        if not run_git(Path.cwd(), "ls-tree", "-z", "--name-only", self.commit, "--", path):
+            return None
+        return run_git(Path.cwd(), "show", f"{self.commit}:./{path}")
+
+
+def _run(files: _InFolder | _InCommit, items: Path | None) -> Run:
+    name, where = files.name, files.where
+    params, lock = files.read("params.yaml"), files.read(str(LOCK))
     if params is None:
-        raise UserError(f"{name} ({where}) has no params.yaml, so it is no run of this pipeline; name another one.")
-    metrics = {stage: _numbers(read(RESULT.format(stage))) for stage in STAGES}
+        raise UserError(f"{name} ({where}) has no params.yaml, so it is not a run of this pipeline; name another one.")
+    metrics = {stage: _metrics(files, path, files.read(path)) for stage in STAGES for path in [RESULT.format(stage)]}
     if not metrics["train"]:
         raise UserError(
             f"{name} ({where}) has no metrics/train.json, so nothing was trained there that could be compared; run dvc repro "
             "there and commit its metrics, or name another run (`dvc exp list`, `git log`)."
         )
+    values = flatten(parse_yaml(params, files.called("params.yaml")))
     return Run(
         name,
         where,
-        {key: value for key, value in flatten(parse_yaml(params, "params.yaml")) if not key.startswith("logging.")},
+        {key: value for key, value in values if not key.startswith("logging.")},
         metrics,
-        {stage: _numbers(read(SPEED.format(stage))) for stage in STAGES},
-        parse_yaml(lock, "dvc.lock").get("stages", {}) if lock else {},
+        {stage: _metrics(files, path, files.read(path)) for stage in STAGES for path in [SPEED.format(stage)]},
+        {} if lock is None else parse_lock(lock, files.called(str(LOCK)), files.remedy),
         items,
     )
 
 
-def _numbers(content: bytes | None) -> dict[str, object]:
-    return dict(flatten(json.loads(content))) if content else {}
+def _metrics(files: _InFolder | _InCommit, path: str, content: bytes | None) -> dict[str, object]:
+    return {} if content is None else parse_metrics(content, files.called(path), files.remedy)
 
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _git(*arguments: str) -> bytes | None:
-    done = subprocess.run(["git", *arguments], capture_output=True, check=False)
-    return done.stdout if done.returncode == 0 else None
-
-
 def _commit(name: str) -> str:
     """The commit of a revision, or of an experiment, which DVC keeps under refs/exps/."""
-    found = _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
-    if found is None:
-        refs = (_git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps/") or b"").decode().splitlines()
+    try:
+        found = run_git(Path.cwd(), "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    except GitError:  # not a revision; or git cannot be used at all, and then it says why in the next line
+        refs = (
+            run_git(Path.cwd(), "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps/").decode().splitlines()
+        )
         commits = {ref.split(" ")[0] for ref in refs if ref.endswith(f"/{name}") and "/exec/" not in ref}
         if len(commits) != 1:
-            many = "is the name of several experiments" if commits else "is no folder, git revision or experiment"
+            many = "is the name of several experiments" if commits else "is not a folder, git revision or experiment"
             raise UserError(
                 f"{name} {many}, so there is nothing to compare; `dvc exp list --all-commits` names the experiments, and "
-                "`workspace` is what lies here."
-            )
+                "`workspace` is the folder you are in."
+            ) from None
         return commits.pop()
     return found.decode().strip()
 
 
 def _cached(md5: str, name: str) -> Path | None:
-    """DVC's object of a file of a folder, by the folder's MD5; None where the cache does not have it."""
-    listing = _read(_object(md5))
-    entries = json.loads(listing) if listing else []
-    file = next((entry["md5"] for entry in entries if entry["relpath"] == name), "")
+    """DVC's object of a file of a folder, by the folder's MD5; None where the cache does not have it, or is damaged."""
+    entries = Out(Path(), md5, _objects()).entries() if md5.endswith(".dir") else None
+    file = (entries or {}).get(Path(name), "")
     return _object(file) if _object(file).is_file() else None
 
 
 def _object(md5: str) -> Path:
     """Where DVC keeps the bytes of that MD5, if it has them; a path to nothing where there is none."""
-    return cache_folder(Path.cwd()) / "files/md5" / (md5[:2] or "none") / md5[2:]
+    return _objects() / (md5[:2] or "none") / md5[2:]
+
+
+def _objects() -> Path:
+    return cache_folder(Path.cwd()) / "files/md5"
 
 
 def changed_code(first: Run, second: Run) -> list[str]:

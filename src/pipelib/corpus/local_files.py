@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from pipelib.corpus.params import READABLE
 from pipelib.errors import UserError
 
-ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
-"""How the names of the files end that can be read, in small letters or capitals."""
 _SHOWN = 5  # names in one message
 
 
@@ -41,7 +40,7 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
         names, root = [path.name], path.parent
     else:
         names, root = _matching(path, pattern), path
-    readable = [name for name in names if name.lower().endswith(ENDINGS)]
+    readable = [name for name in names if name.lower().endswith(READABLE)]
     if not readable:
         where = (
             f"{path} is not"
@@ -49,7 +48,7 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
             else f"{path} has no file that matches download.pattern = {pattern!r} and is"
         )
         raise UserError(
-            f"download.path: {where} of a kind that can be read ({', '.join(ENDINGS)}), so there is no text; put files "
+            f"download.path: {where} of a kind that can be read ({', '.join(READABLE)}), so there is no text; put files "
             "there, or set download.source: docs."
         )
     return LocalFiles(root, readable, sorted({*names} - {*readable}))

@@ -18,6 +18,8 @@ Benchmark = Literal[
     "wikitext",
 ]
 Baseline = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+READABLE = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+"""How the names of files end that `local` reads."""
 
 
 @dataclass(frozen=True)

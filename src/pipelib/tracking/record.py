@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from pipelib.errors import UserError
 from pipelib.files import write_text
 
 _SECRET_NAMES = re.compile(
@@ -96,7 +97,9 @@ def harmless(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        say(f"{brief(error)}, so {what} not recorded; the stage goes on, its outs are complete without it.")
+        # the remedy is at the end of a message of ours, which is said in full
+        why = str(error).removesuffix(".") if isinstance(error, UserError) else brief(error)
+        say(f"{why}, so {what} not recorded; the stage goes on, its outs are complete without it.")
 
 
 class Record:

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipelib.config import flatten, read_yaml
+from pipelib.config import flatten
+from pipelib.dvc_files import read_lock
 from pipelib.files import files_under, read_json, sha256_file, sha256_json
-from pipelib.provenance import code_hashes, git_state, uncommitted_changes
+from pipelib.provenance import code_hashes, git_state, run_git, uncommitted_changes
 from pipelib.state import state_root
 from pipelib.tracking.mirror import Mirror, is_mirroring
 from pipelib.tracking.mlflow_run import LAST, SECTIONS
@@ -195,6 +196,9 @@ def attach_run(stage: str, path: Path | None) -> Run:
 def _lineage(stage: str) -> dict[str, Any]:
     """Tags that say where a run comes from: git, DVC's experiment, the digests of what the stages before it made."""
     git, before = git_state(Path.cwd()), [*SECTIONS][: [*SECTIONS].index(stage)]
+    if not git["dirty"] and any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
+        with harmless("the commit of this run is"):
+            run_git(Path.cwd(), "rev-parse", "--git-dir")  # which says why: another user's repository, no git
     origin = {
         "git.commit": git["commit"], "git.dirty": git["dirty"], "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
         "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
@@ -239,11 +243,9 @@ def _summary(opened: Mapping[str, Any]) -> dict[str, Any]:
 
 def _out_md5s(stages: Iterable[str]) -> dict[str, str]:
     """DVC's md5 of the outs of stages that have ended, by path; a running stage's entry is absent or stale."""
-    lock = Path("dvc.lock")
     with harmless("DVC's digests are"):
-        entries = read_yaml(lock).get("stages", {}) if lock.exists() else {}
-        outs = [out for stage in stages for out in entries.get(stage, {}).get("outs", ())]
-        return {str(out["path"]): str(out["md5"]) for out in outs if "md5" in out}
+        locked = read_lock()
+        return {out.path: out.md5 for stage in stages if stage in locked for out in locked[stage].outs if out.md5}
     return {}
 
 

@@ -1,0 +1,160 @@
+"""What the pipeline writes and git tracks, dvc.lock and metrics/*.json, as a merge, an editor or a full disk may leave it."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelib.config import conflict_line, flatten, kind_of, load_yaml
+from pipelib.errors import UserError
+
+LOCK = Path("dvc.lock")
+_MD5 = re.compile(r"[\w-]*(\.dir)?")  # names a file of the cache, so no path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A dependency or an out of a stage."""
+
+    path: str
+    """As dvc.yaml has it."""
+    md5: str
+    """DVC's; ends in `.dir` for a folder; empty where DVC recorded none."""
+
+
+@dataclass(frozen=True)
+class LockedStage:
+    """What dvc.lock says of a stage that has run."""
+
+    deps: tuple[Entry, ...]
+    outs: tuple[Entry, ...]
+
+
+def read_lock(path: Path = LOCK) -> dict[str, LockedStage]:
+    """The stages of a dvc.lock by their names; none where there is no file.
+
+    Raises:
+        UserError: DVC did not write it so.
+    """
+    content = read_if_there(path)
+    return {} if content is None else parse_lock(content, str(path))
+
+
+def parse_lock(content: bytes, name: str, remedy: str = "") -> dict[str, LockedStage]:
+    """The stages of a dvc.lock by their names.
+
+    Args:
+        name: what the file is called in messages.
+        remedy: what to do about a broken one; by default, what helps in the workspace.
+
+    Raises:
+        UserError: DVC did not write it so.
+    """
+    try:
+        value = load_yaml(content)
+        if value is None:
+            raise ValueError("it is empty")
+        stages = _mapping(value, "it").get("stages")
+        locked = {} if stages is None else _mapping(stages, "stages")
+        return {str(stage): _stage(entry, f"stages.{stage}") for stage, entry in locked.items()}
+    except ValueError as error:
+        why = "so nothing says what DVC made, and DVC refuses it, too"
+        raise UserError(f"{_broken(name, content, error)}, {why}; {remedy or how_to_restore(name)}.") from None
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The values in a metrics file by their dotted keys; none where there is no file.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    content = read_if_there(path)
+    return {} if content is None else parse_metrics(content, str(path))
+
+
+def parse_metrics(content: bytes, name: str, remedy: str = "") -> dict[str, Any]:
+    """The values in a metrics file by their dotted keys; see `parse_lock` for the arguments.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    try:
+        return dict(flatten(_mapping(json.loads(content), "it")))
+    except (ValueError, RecursionError) as error:
+        why = "so its numbers cannot be read"
+        raise UserError(f"{_broken(name, content, error)}, {why}; {remedy or how_to_restore(name)}.") from None
+
+
+def problems(root: Path) -> Iterator[str]:
+    """What is wrong with the dvc.lock and the metrics of a workspace: a message for each file."""
+    for path in (root / LOCK, *sorted((root / "metrics").rglob("*.json"))):
+        try:
+            read_lock(path) if path.name == LOCK.name else read_metrics(path)
+        except UserError as error:
+            yield str(error)
+
+
+def how_to_restore(name: str) -> str:
+    """The remedy for a broken file of the workspace."""
+    return (
+        f"take git's copy (`git checkout HEAD -- {name}`), or delete the file where git has none, and run dvc repro, which "
+        "updates it; results that DVC has are not computed again"
+    )
+
+
+def read_if_there(path: Path) -> bytes | None:
+    """The bytes of a file; None where there is none.
+
+    Raises:
+        UserError: it is there, and cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}), so nothing is known of its run; make it a file that you may read."
+        ) from None
+
+
+def _broken(name: str, content: bytes, error: Exception) -> str:
+    """The first clause of a message: what is wrong with a file."""
+    if line := conflict_line(content):
+        return f"{name} has git's conflict markers (line {line})"
+    return f"{name} is broken ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+def _stage(value: object, where: str) -> LockedStage:
+    stage = _mapping(value, where)
+    deps, outs = (
+        tuple(_entry(entry, f"{where}.{key}") for entry in _list(stage.get(key), f"{where}.{key}"))
+        for key in ("deps", "outs")
+    )
+    return LockedStage(deps, outs)
+
+
+def _entry(value: object, where: str) -> Entry:
+    entry = _mapping(value, where)
+    path, md5 = entry.get("path"), entry.get("md5", "")
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ValueError(f"{where} has an entry without a path")
+    if not isinstance(md5, str) or not _MD5.fullmatch(md5):
+        raise ValueError(f"{where}: {path} has the md5 {md5!r:.60}")
+    return Entry(path, md5)
+
+
+def _mapping(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {kind_of(value)}, not a section")
+    return value
+
+
+def _list(value: object, where: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {kind_of(value)}, not a list")
+    return value
