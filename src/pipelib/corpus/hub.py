@@ -15,9 +15,12 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipelib.corpus.hub_store import HubFile, HubStore, list_files, open_store
 from pipelib.corpus.hub_transfer import PATIENT, HubRepo, Retry
-from pipelib.corpus.raw import RawFile, Written, describe_file, first_rows
+from pipelib.corpus.raw import RawFile, Written, describe_file, first_rows, open_parquet, text_flaw
 from pipelib.errors import UserError
 from pipelib.files import link_or_copy
 
@@ -54,9 +57,10 @@ class HubSource:
         """Link every file, fetched or stored and in either case verified, into `folder`, unchanged.
 
         Raises:
-            UserError: a file cannot be had, or the disk is too small.
+            UserError: a file cannot be had or has no column of text, or the disk is too small.
         """
         with open_store(self._repo, self.retry) as store:
+            self._require_text(store)
             if self.max_tokens is None:
                 paths = store.fetch(self._files)
                 return Written(tuple(map(_link, self._files, paths, repeat(folder))), {})
@@ -68,13 +72,21 @@ class HubSource:
 
     @cached_property
     def _files(self) -> list[HubFile]:
-        files = list_files(self._repo, self.folder, ".parquet", self.retry)
-        if not files:
+        return list_files(self._repo, self.folder, ".parquet", self.retry)
+
+    def _require_text(self, store: HubStore) -> None:
+        """Refuse a dataset without a column of text before its files come: the end of the first file tells."""
+        first = self._files[0]
+        footer = store.footer(first)
+        flaw = None if footer is None else _text_flaw(footer, f"{first.path} of {self.repo}")
+        if flaw is None:  # a server that gives no parts of files
+            (path,) = store.fetch([first])
+            open_parquet(path).close()
+        elif flaw:
             raise UserError(
-                f"download.folder: {self.folder or 'the top folder'} of {self.repo} at {self.revision} holds no parquet "
-                "file, so there is no text; name another folder."
+                f"{flaw}; name another dataset or folder (download.repo, download.folder), or download it, rename or convert "
+                "the column, and set download.source to local."
             )
-        return files
 
     def _write_prefix(self, store: HubStore, folder: Path, max_tokens: int) -> Written:
         """Link files until their documents have `max_tokens` tokens, wave by wave."""
@@ -90,6 +102,14 @@ class HubSource:
                 written.append(replace(_link(file, path, folder), rows=rows))
                 tokens += counted
         return Written(tuple(written), {"tokens_estimated": tokens})
+
+
+def _text_flaw(footer: bytes, name: str) -> str | None:
+    """What keeps the text of a parquet file from being read, by its metadata; None where the metadata cannot be read."""
+    try:
+        return text_flaw(pq.read_schema(pa.BufferReader(footer)), name)
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        return None
 
 
 def _link(file: HubFile, path: Path, folder: Path) -> RawFile:

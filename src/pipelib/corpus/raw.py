@@ -336,20 +336,28 @@ def open_parquet(path: Path, remedy: str = "fetch or make it again") -> pq.Parqu
         raise UserError(f"{path} does not exist, so a part of the corpus is missing; run dvc repro.") from None
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, str(error), remedy) from None
-    names = parquet.schema_arrow.names
-    if names.count("text") == 1 and _is_text(kind := parquet.schema_arrow.field("text").type):
-        return parquet
-    parquet.close()
-    if "text" not in names:
-        raise UserError(
-            f"{path} has no column `text` (it has {', '.join(names)}), so there is nothing to train on; rename the column."
-        )
-    if names.count("text") > 1:
-        raise UserError(
-            f"{path} has {names.count('text')} columns `text`, so it is not clear which is meant; rename the others."
-        )
-    raise UserError(
-        f"{path}: the column `text` holds {kind}, not strings, so there is nothing to train on; convert it."
+    if flaw := text_flaw(parquet.schema_arrow, path):
+        parquet.close()
+        raise UserError(f"{flaw}; rename or convert columns.")
+    return parquet
+
+
+def text_flaw(schema: pa.Schema, name: object) -> str:
+    """What keeps the text of a parquet file from being read; nothing if it has one column `text` of strings.
+
+    Args:
+        name: of the file, with which the message begins.
+    """
+    count = schema.names.count("text")
+    if not count:
+        return f"{name} has no column `text` (it has {', '.join(schema.names)}), so there is nothing to train on"
+    if count > 1:
+        return f"{name} has {count} columns `text`, so it is not clear which is meant"
+    kind = schema.field("text").type
+    return (
+        ""
+        if _is_text(kind)
+        else f"{name}: the column `text` holds {kind}, not strings, so there is nothing to train on"
     )
 
 
