@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -25,7 +27,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(repr=False)
 class FakeHub:
     """One repository with one commit. Use it in a `with` block; `url` is its HF_ENDPOINT."""
 
@@ -59,6 +61,8 @@ class FakeHub:
     """If set, the token without which nothing is given."""
     redirect: str = ""
     """If set, where the files are."""
+    certificate: Path | None = None
+    """Of the server, and its key, in PEM; with it, the hub speaks TLS."""
     requests: list[str] = field(default_factory=list)
     """Every request so far: method and path, and `in part` for the end of a file."""
     starts: list[int] = field(default_factory=list)
@@ -70,6 +74,9 @@ class FakeHub:
     peeked: list[int] = field(default_factory=list)
     """Bytes that each request for the end of a file asked for."""
 
+    def __repr__(self) -> str:
+        return f"<a hub with {sorted(self.files)}>"
+
     def __enter__(self) -> Self:
         hub = self
 
@@ -80,6 +87,10 @@ class FakeHub:
 
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), ThisHandler)
+        if self.certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
         return self
@@ -95,7 +106,7 @@ class FakeHub:
     @property
     def url(self) -> str:
         """What HF_ENDPOINT has to be."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http{'s' if self.certificate else ''}://127.0.0.1:{self._server.server_address[1]}"
 
     def gets(self, path: str = "") -> list[str]:
         """The GET requests for whole files, or the rest of them, so far, whose path ends with `path`."""

@@ -41,8 +41,8 @@ Inode = tuple[int, int]
 
 @dataclass(frozen=True)
 class Kept:
-    """One state folder, STAGE/FINGERPRINT; the files of one revision of a repository, hub/OWNER--NAME/REVISION,
-    or its lists of files, .lists in that; the units of one state of the code, units/CODE; or a baseline's result, baselines/KEY."""
+    """One state folder, STAGE/FINGERPRINT; the files of one revision of a repository, hub/OWNER--NAME/REVISION; its lists
+    of files, .lists in that; the units of one state of the code, units/CODE; or a baseline's result, baselines/KEY."""
 
     stage: str
     """The stage it belongs to, or `lists`, `hub`, `units` or `baselines`."""

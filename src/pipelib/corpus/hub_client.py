@@ -46,14 +46,21 @@ def endpoint() -> str:
         UserError: HF_ENDPOINT is not such an address.
     """
     value: str = client().constants.ENDPOINT
-    address = urlsplit(value)
-    is_address = address.scheme in ("http", "https") and address.hostname and not address.query and not address.fragment
-    if not is_address or not value.isprintable() or " " in value:
+    if not _is_address(value):
         raise UserError(
             f"HF_ENDPOINT={shown(value)!r} is not the address of a hub, so nothing can be downloaded; write it like "
             "https://huggingface.co, with http:// or https:// in front, or unset it."
         )
     return value
+
+
+def _is_address(value: str) -> bool:
+    try:
+        address = urlsplit(value)
+        complete = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # of the port, or of a bracket
+        return False
+    return bool(complete and not address.query and not address.fragment and value.isprintable() and " " not in value)
 
 
 def shown(address: str) -> str:
@@ -199,5 +206,5 @@ def _trust_remedy() -> str:
     return (
         "set SSL_CERT_FILE to a file (PEM) with the certificate of the authority that signed it, your network's or your mirror's"
         + (f" (now only {read[0]} is searched)" if read else "")
-        + (f" ({' and '.join(ignored)} does not count here)" if ignored else "")
+        + (f" (the hub's client does not read {' or '.join(ignored)})" if ignored else "")
     )

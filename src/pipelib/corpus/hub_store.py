@@ -143,14 +143,15 @@ def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
     def judge(files: Sequence[HubFile]) -> str:
         found = next((file for file in files if file.path == pin.path), None)
         if not found:
-            return f"does not have {pin.path}, so it cannot be downloaded; look at HF_ENDPOINT if it is a mirror's, else report this"
+            return f"does not have {pin.path}, so it cannot be downloaded; {remedy}"
         if len({sha256 for sha256 in (pin.sha256, found.sha256) if sha256}) == 1:
             return ""
         return (
             f"says that {pin.path} has the SHA-256 {found.sha256 or 'unknown'}, and it should have "
-            f"{pin.sha256 or 'one'}, so it may be another file; look at HF_ENDPOINT if it is a mirror's, else report this"
+            f"{pin.sha256 or 'one'}, so it may be another file; {remedy}"
         )
 
+    remedy = "look at HF_ENDPOINT if it is a mirror's, else report this"
     folder = pin.path.rpartition("/")[0]
     files = _listed(pin.repo, folder, judge, retry).files
     found = next(file for file in files if file.path == pin.path)
@@ -167,7 +168,7 @@ def _listed(repo: HubRepo, folder: str, judge: Judge, retry: Retry) -> _Listing:
     offline = client().is_offline_mode()
     listing = (kept or _cached_listing(repo, folder)) if offline else _ask_hub(repo, folder, retry)
     if flaw := judge(listing.files):
-        source = f"from {listing.endpoint}" if listing.endpoint else "that is on this machine"
+        source = f"from {listing.endpoint}" if listing.endpoint else "on this machine (HF_HUB_OFFLINE is set)"
         raise UserError(f"the list of files in {_where(repo, folder)} {source} {flaw}.")
     if not offline:
         _keep_list(path, listing)
@@ -179,7 +180,9 @@ def _where(repo: HubRepo, folder: str) -> str:
 
 
 def _list_path(repo: HubRepo, folder: str) -> Path:
-    return store_folder(repo) / LISTS / f"{quote(folder, safe='') or 'top'}.json"
+    name = quote(folder, safe="")
+    name = {"": "top", "top": "top%2F"}.get(name, name)
+    return store_folder(repo) / LISTS / f"{name}.json"
 
 
 def _keep_list(path: Path, listing: _Listing) -> None:
@@ -282,7 +285,7 @@ def _ask_names(repo: HubRepo) -> list[str] | None:
         answer = get_json(repo.api_url(f"revision/{repo.revision}"))
     except ForeignAnswerError:
         return None
-    except client().errors.HfHubHTTPError as error:
+    except Exception as error:
         if is_refusal(error):
             return None
         raise

@@ -146,12 +146,23 @@ def _get(url: str, more: Mapping[str, str]) -> Iterator[Any]:
     Args:
         more: headers beside the client's own.
     """
-    hub = client()
     with session().stream("GET", url, headers={**headers(), **more}, timeout=timeout()) as response:
-        hub.hf_raise_for_status(response)
+        _raise_for_status(response)
         if response.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):  # a redirection to nowhere
             raise ForeignAnswerError(f"HTTP {response.status_code}")
         yield response
+
+
+def _raise_for_status(response: Any) -> None:
+    """Raise on an error status, in the client's words if it has some: it stumbles over bodies that are not the hub's."""
+    import httpx2
+
+    try:
+        client().hf_raise_for_status(response)
+    except httpx2.HTTPError:
+        raise
+    except Exception:
+        response.raise_for_status()
 
 
 def get_list(url: str) -> list[Any]:
@@ -222,7 +233,7 @@ def read_tail(url: str, size: int, count: int) -> bytes | None:
                 tail += block
                 if len(tail) > count:
                     return None
-    except client().errors.HfHubHTTPError as error:
+    except Exception as error:
         if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return None
         raise
@@ -327,7 +338,7 @@ def status_of(error: BaseException) -> int | None:
 def is_refusal(error: BaseException) -> bool:
     """Whether a server said no, and would say it again."""
     status = status_of(error)
-    return status is not None and status < 500 and status not in (408, 429)
+    return status is not None and (status == 501 or status < 500) and status not in (408, 429)
 
 
 def _reason(error: BaseException) -> str:
