@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pipelib.cli.table import aligned
-from pipelib.corpus import hub_store
 from pipelib.errors import UserError
 from pipelib.files import format_bytes, read_json, remove
 from pipelib.progress import format_seconds
@@ -116,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
 def find_state(root: Path) -> list[Kept]:
     """The state folders of all stages, by stage, the last used first, then the hub's. What has a lock is one of them."""
     patterns = {stage: f"{stage}/*/lock" for stage in STAGES} | {
-        LISTS: f"hub/*/*/{hub_store.LISTS}/*.json",
+        LISTS: "hub/*/*/.lists/*.json",
         HUB: "hub/*/*/lock",
         UNITS: "units/*/lock*",
         BASELINES: "baselines/*/lock",
@@ -132,7 +131,7 @@ def find_state(root: Path) -> list[Kept]:
 def _look_at(stage: str, folder: Path) -> Kept:
     paths = [path for path in folder.rglob("*") if path.is_file()]
     if stage == HUB:  # its lists have a line of their own
-        paths = [path for path in paths if path.parent.name != hub_store.LISTS]
+        paths = [path for path in paths if path.parent.name != ".lists"]
     locks = set(folder.glob("lock*"))
     files = tuple(stat for path in paths if path not in locks and (stat := _stat(path)))
     # a run writes its number into the lock

@@ -15,11 +15,6 @@ from urllib.request import getproxies, proxy_bypass
 
 from pipelib.errors import UserError
 
-# Read by the hub's client when it is imported, which others do too (`datasets`), so set before that.
-os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it costs a request
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # warnings name URLs, and what matters is said here
-
 
 def client() -> Any:
     """`huggingface_hub`, imported late, since it takes its time.

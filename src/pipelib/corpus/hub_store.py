@@ -61,8 +61,7 @@ from pipelib.processes import available_cores, positive_setting
 from pipelib.progress import Progress
 from pipelib.state import lock_folder, state_root
 
-LISTS = ".lists"
-"""The folder of a repository's lists."""
+_LISTS = ".lists"
 _PART = ".part"
 _TAIL_BYTES = 64 << 10
 """What is asked for of the end of a parquet file, in the hope that its metadata is no longer."""
@@ -182,7 +181,7 @@ def _where(repo: HubRepo, folder: str) -> str:
 def _list_path(repo: HubRepo, folder: str) -> Path:
     name = quote(folder, safe="")
     name = {"": "top", "top": "top%2F"}.get(name, name)
-    return store_folder(repo) / LISTS / f"{name}.json"
+    return store_folder(repo) / _LISTS / f"{name}.json"
 
 
 def _keep_list(path: Path, listing: _Listing) -> None:
@@ -363,7 +362,7 @@ def _remove_stale_partials(folder: Path) -> None:
     """Remove what nothing will continue: the client's partial files, and those of files that are here or in no list."""
     for partial in folder.rglob("*.incomplete"):
         partial.unlink()
-    lists = filter(None, map(_read_list, (folder / LISTS).glob("*.json")))
+    lists = filter(None, map(_read_list, (folder / _LISTS).glob("*.json")))
     listed = {file.path for listing in lists for file in listing.files}
     for partial in folder.rglob(f"*{_PART}"):
         whole = partial.with_name(partial.name.removesuffix(_PART))

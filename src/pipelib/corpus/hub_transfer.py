@@ -37,6 +37,11 @@ from pipelib.progress import Progress
 
 T = TypeVar("T")
 
+# Read by the hub's client when it is imported, which others do too (`datasets`), so set before that.
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it costs a request
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # warnings name URLs, and what matters is said here
+
 
 @dataclass(frozen=True)
 class HubRepo:
