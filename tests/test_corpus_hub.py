@@ -27,7 +27,8 @@ from pipelib.corpus import hub_transfer
 from pipelib.corpus.benchmarks import HUB_BENCHMARKS, hellaswag_items, hub_rows
 from pipelib.corpus.download import download, download_inputs
 from pipelib.corpus.hub import HubSource
-from pipelib.corpus.hub_store import HubPin, fetch_pinned
+from pipelib.corpus.hub_lists import HubPin
+from pipelib.corpus.hub_store import fetch_pinned
 from pipelib.corpus.hub_transfer import HubRepo, Retry
 from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams

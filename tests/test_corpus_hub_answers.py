@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any, Self
 
 import huggingface_hub.constants
@@ -51,8 +52,9 @@ from pipelib.cli.main import main
 from pipelib.corpus.benchmarks import hub_rows
 from pipelib.corpus.download import download
 from pipelib.corpus.hub import HubSource, _text_flaw
-from pipelib.corpus.hub_store import HubFile, HubPin, fetch_pinned, list_files, parse_list
-from pipelib.corpus.hub_transfer import ForeignAnswerError, HubRepo, get_list
+from pipelib.corpus.hub_lists import HubFile, HubPin, list_files, parse_list
+from pipelib.corpus.hub_store import fetch_pinned
+from pipelib.corpus.hub_transfer import ForeignAnswerError, HubRepo, _retry_after, get_list
 from pipelib.corpus.raw import iterate_raw
 from pipelib.errors import UserError
 from pipelib.files import read_json, sha256_json, write_json
@@ -280,6 +282,40 @@ def test_a_next_page_that_cannot_be_had_keeps_nothing(
     assert no_list_is_kept(tmp_path)
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_in_html_may_be_the_proxys(hub: FakeHub, status: int) -> None:
+    hub.listed = Answer(b"<html>blocked</html>", "text/html", status)
+    with pytest.raises(UserError, match=rf"HTTP {status} .*it may be the proxy that refuses"):
+        source().identity()
+    assert hub.requests == [LIST]
+
+
+@pytest.mark.parametrize("repo", ["a/", "/b", "a/b c", "a/--b", "ü/b", "a/b?x", "a/.."])
+def test_a_name_that_no_repository_can_have_ends_before_a_request(hub: FakeHub, repo: str) -> None:
+    with pytest.raises(UserError, match=r"download\.repo: the hub has no such name"):
+        source(repo=repo).identity()
+    assert hub.requests == []
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    value=st.text(max_size=30)
+    | st.builds(
+        "Wed, {} {} {} {} {}".format,
+        st.integers(0, 99),
+        st.sampled_from(["Jan", "Oct", "x"]),
+        st.integers(0, 99_999),
+        st.sampled_from(["07:28:00", "99:99:99", "0:2200000000", ""]),
+        st.sampled_from(["GMT", "+9999", "+99999999999999", ""]),
+    )
+)
+@example(value="0 JAN 0 0:2200000000")
+@example(value="9" * 400)
+def test_any_wish_to_wait_is_a_time_or_nothing(value: str) -> None:
+    wish = _retry_after(SimpleNamespace(response=SimpleNamespace(headers={"Retry-After": value})))  # type: ignore[arg-type]
+    assert wish is None or 0 <= QUICK.seconds(1, wish) <= QUICK.longest_wait
+
+
 def test_pages_without_an_end_are_refused(hub: FakeHub) -> None:
     hub.listed = Answer(entries({}), headers={"Link": f'<{hub.url}/x?cursor=1>; rel="next"'})
     with pytest.raises(UserError, match="its pages do not end"):
@@ -316,7 +352,7 @@ def test_a_mirror_that_does_not_name_files_is_said(
 
 def test_a_mirror_that_answers_for_another_commit_is_refused(hub: FakeHub, tmp_path: Path) -> None:
     hub.named = Answer(json.dumps({"sha": "c" * 40, "siblings": []}).encode())
-    with pytest.raises(UserError, match=f"it answers for commit {'c' * 40}"):
+    with pytest.raises(UserError, match=f"it answers for commit '{'c' * 40}'"):
         source().identity()
     assert no_list_is_kept(tmp_path)
 

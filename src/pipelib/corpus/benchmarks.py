@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelib.corpus.hub_store import HubPin
+from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.hub_transfer import HubRepo
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import damaged, iterate_raw

@@ -1,7 +1,8 @@
 """FineWeb-Edu, or another dataset of parquet files, from the Hugging Face hub.
 
 The list of files, with sizes and SHA-256, comes from the repository's tree at a pinned commit and is part of the corpus's
-identity. `hub_store.py` keeps the verified files, whatever the stage's other parameters; `hub_transfer.py` fetches them.
+identity. `hub_lists.py` judges and keeps it; `hub_store.py` keeps the verified files, whatever the stage's other parameters;
+`hub_transfer.py` fetches them.
 
 `download.max_tokens` takes a prefix of the documents. No file is rewritten for it: the manifest says how many rows of the
 last file belong to the corpus, and the files after it are neither fetched nor listed. How many files that takes shows when
@@ -18,7 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelib.corpus.hub_store import HubFile, HubStore, list_files, open_store
+from pipelib.corpus.hub_lists import HubFile, list_files
+from pipelib.corpus.hub_store import HubStore, open_store
 from pipelib.corpus.hub_transfer import PATIENT, HubRepo, Retry
 from pipelib.corpus.raw import RawFile, Written, describe_file, first_rows, open_parquet, text_flaw
 from pipelib.errors import UserError

@@ -177,7 +177,7 @@ def lasting_flaw(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, httpx2.LocalProtocolError):
         return "the request cannot be sent", "look at HF_TOKEN and HF_HUB_USER_AGENT_ORIGIN"
     if isinstance(error, httpx2.UnsupportedProtocol | httpx2.TooManyRedirects):
-        return "the answer leads to no other address that can be asked", "look at HF_ENDPOINT and at the proxy"
+        return "it is redirected to where nothing can be asked", "look at HF_ENDPOINT and at the proxy"
     return None
 
 

@@ -368,9 +368,9 @@ def _retry_after(error: BaseException) -> float | None:
         return float(value)
     try:
         date = parsedate_to_datetime(value)
-    except ValueError:
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError, TypeError, LookupError):  # what the parser makes of something else
         return None
-    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _end_if_final(error: BaseException, what: str, repo: HubRepo, reason: str) -> None:
@@ -396,6 +396,8 @@ def _end_if_final(error: BaseException, what: str, repo: HubRepo, reason: str) -
             "set HF_TOKEN to a token that may read it and accept the terms on the repository's page; the hub says the "
             "same of a repository that does not exist, so look at download.repo too"
         )
+        if _kind(error.response) == "an HTML page":  # type: ignore[attr-defined]
+            remedy += ". The answer is an HTML page, as a proxy gives: it may be the proxy that refuses"
     elif isinstance(error, RevisionNotFoundError):
         remedy = f"download.revision does not exist in this repository; {_known_revisions(repo)}"
     elif isinstance(error, EntryNotFoundError):
@@ -403,7 +405,7 @@ def _end_if_final(error: BaseException, what: str, repo: HubRepo, reason: str) -
             "this revision has no such folder or file; look at download.folder, and at HF_ENDPOINT if it is a mirror's"
         )
     elif status == 404:
-        remedy = "the hub does not know this repository; look at download.repo"
+        remedy = "the hub does not know this repository; look at download.repo, and at HF_ENDPOINT if it is a mirror's"
     elif is_refusal(error):
         remedy = "asking again would not help"
     elif not _may_pass(error):
