@@ -375,43 +375,42 @@ def _retry_after(error: BaseException) -> float | None:
 
 def _end_if_final(error: BaseException, what: str, repo: HubRepo, reason: str) -> None:
     """Raise what another attempt would not change."""
+    if flaw := lasting_flaw(error) or _refusal(error, repo, reason):
+        raise UserError(f"{what} cannot be downloaded ({flaw[0]}): {flaw[1]}.") from None
+    if not _may_pass(error):
+        raise error
+
+
+def _refusal(error: BaseException, repo: HubRepo, reason: str) -> tuple[str, str] | None:
+    """Why a server will not give it, and what to do; None for a failure that is not a refusal."""
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RevisionNotFoundError
 
     status = status_of(error)
-    remedy = None
-    if flaw := lasting_flaw(error):
-        reason, remedy = flaw
-    elif isinstance(error, ForeignAnswerError):
-        remedy = (
+    if isinstance(error, OfflineModeIsEnabled):
+        reason = "HF_HUB_OFFLINE is set, and neither the store nor the hub's cache has it"
+        return reason, "unset it, or set download.source to docs or local"
+    if isinstance(error, ForeignAnswerError):
+        return reason, (
             f"{shown(endpoint())} does not answer as the hub does, or something on the way answers for it (a proxy, a network "
             "that wants a login first); look at HF_ENDPOINT and at the network"
         )
-    elif status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
-        remedy = PROXY_REMEDY
-    elif isinstance(error, OfflineModeIsEnabled):
-        reason = "HF_HUB_OFFLINE is set, and neither the store nor the hub's cache has it"
-        remedy = "unset it, or set download.source to docs or local"
-    elif isinstance(error, GatedRepoError) or status in (401, 403):
-        remedy = (
+    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        return reason, PROXY_REMEDY
+    if isinstance(error, GatedRepoError) or status in (401, 403):
+        html = _kind(error.response) == "an HTML page"  # type: ignore[attr-defined]
+        return reason, (
             "set HF_TOKEN to a token that may read it and accept the terms on the repository's page; the hub says the "
             "same of a repository that does not exist, so look at download.repo too"
+            + (". The answer is an HTML page, as a proxy gives: it may be the proxy that refuses" if html else "")
         )
-        if _kind(error.response) == "an HTML page":  # type: ignore[attr-defined]
-            remedy += ". The answer is an HTML page, as a proxy gives: it may be the proxy that refuses"
-    elif isinstance(error, RevisionNotFoundError):
-        remedy = f"download.revision does not exist in this repository; {_known_revisions(repo)}"
-    elif isinstance(error, EntryNotFoundError):
-        remedy = (
-            "this revision has no such folder or file; look at download.folder, and at HF_ENDPOINT if it is a mirror's"
-        )
-    elif status == 404:
-        remedy = "the hub does not know this repository; look at download.repo, and at HF_ENDPOINT if it is a mirror's"
-    elif is_refusal(error):
-        remedy = "asking again would not help"
-    elif not _may_pass(error):
-        raise error
-    if remedy:
-        raise UserError(f"{what} cannot be downloaded ({reason}): {remedy}.") from None
+    if isinstance(error, RevisionNotFoundError):
+        return reason, f"download.revision does not exist in this repository; {_known_revisions(repo)}"
+    mirror = "and at HF_ENDPOINT if it is a mirror's"
+    if isinstance(error, EntryNotFoundError):
+        return reason, f"this revision has no such folder or file; look at download.folder, {mirror}"
+    if status == HTTPStatus.NOT_FOUND:
+        return reason, f"the hub does not know this repository; look at download.repo, {mirror}"
+    return (reason, "asking again would not help") if is_refusal(error) else None
 
 
 def _known_revisions(repo: HubRepo) -> str:
