@@ -324,7 +324,7 @@ def test_what_does_not_exist_ends_at_once(
 
 def test_a_folder_without_parquet(hub: FakeHub, tmp_path: Path) -> None:
     hub.files["docs/readme.txt"] = b"text"
-    with pytest.raises(UserError, match="holds no parquet file"):
+    with pytest.raises(UserError, match="has no parquet file"):
         source(folder="docs").write(tmp_path / "raw", tmp_path / "work")
 
 
@@ -344,7 +344,7 @@ def test_a_slash_at_the_end_of_the_folder_does_not_matter(hub: FakeHub) -> None:
 def test_a_list_cannot_name_what_lies_outside_of_the_folder(hub: FakeHub) -> None:
     entry = {"type": "file", "path": f"{FOLDER}/../../../../x.parquet", "size": 1, "lfs": {"oid": "0" * 64}}
     hub.listed, hub.files = Answer(json.dumps([entry]).encode()), {}
-    with pytest.raises(UserError, match="holds no parquet file"):
+    with pytest.raises(UserError, match="has no parquet file"):
         source().identity()
     assert hub.requests == [LIST, NAMES]
 

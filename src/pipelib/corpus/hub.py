@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 from pipelib.corpus.hub_lists import HubFile, list_files
 from pipelib.corpus.hub_store import HubStore, open_store
 from pipelib.corpus.hub_transfer import PATIENT, HubRepo, Retry
-from pipelib.corpus.raw import RawFile, Written, describe_file, first_rows, open_parquet, text_flaw
-from pipelib.errors import UserError
+from pipelib.corpus.raw import RawFile, Written, describe_file, first_rows, open_parquet, require_text
 from pipelib.files import link_or_copy
 
 DENSER = 1.05
@@ -80,15 +79,17 @@ class HubSource:
         """Refuse a dataset without a column of text before its files come: the end of the first file tells."""
         first = self._files[0]
         footer = store.footer(first)
-        flaw = None if footer is None else _text_flaw(footer, f"{first.path} of {self.repo}")
-        if flaw is None:  # a server that gives no parts of files
+        schema = None if footer is None else _schema(footer)
+        if schema is None:  # a server that gives no parts of files
             (path,) = store.fetch([first])
             open_parquet(path).close()
-        elif flaw:
-            raise UserError(
-                f"{flaw}; name another dataset or folder (download.repo, download.folder), or download it, rename or convert "
-                "the column, and set download.source to local."
-            )
+            return
+        require_text(
+            schema,
+            f"{first.path} of {self.repo}",
+            "name another dataset or folder (download.repo, download.folder), or download it, rename or convert the column, "
+            "and set download.source to local",
+        )
 
     def _write_prefix(self, store: HubStore, folder: Path, max_tokens: int) -> Written:
         """Link files until their documents have `max_tokens` tokens, wave by wave."""
@@ -106,10 +107,11 @@ class HubSource:
         return Written(tuple(written), {"tokens_estimated": tokens})
 
 
-def _text_flaw(footer: bytes, name: str) -> str | None:
-    """What keeps the text of a parquet file from being read, by its metadata; None where the metadata cannot be read."""
+def _schema(footer: bytes) -> pa.Schema | None:
+    """The columns of a parquet file, by its metadata; None where that cannot be read."""
     try:
-        return text_flaw(pq.read_schema(pa.BufferReader(footer)), name)
+        schema = pq.read_schema(pa.BufferReader(footer))
+        return schema if schema.names else None  # names that are not UTF-8 are an error here
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         return None
 

@@ -81,21 +81,20 @@ def session() -> Any:
             f"SSL_CERT_FILE={os.environ.get('SSL_CERT_FILE', '')} cannot be read as certificates "
             f"({error.strerror or error}), so no connection can be made; name a file of certificates in PEM, or unset it."
         ) from None
-    except (ImportError, ValueError, httpx2.InvalidURL) as error:
-        raise UserError(_wrong_proxy(error)) from None
+    except ImportError:
+        raise UserError(
+            f"{_proxy_variables()}: a SOCKS proxy needs the package socksio, which is not installed, so nothing can be "
+            "downloaded; run `pip install socksio`, or name an HTTP proxy (http://HOST:PORT)."
+        ) from None
+    except (ValueError, httpx2.InvalidURL):
+        raise UserError(
+            f"{_proxy_variables()}: the address of the proxy cannot be used, so nothing can be downloaded; write it like "
+            "http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, special characters of the password as %XX, or unset it."
+        ) from None
 
 
-def _wrong_proxy(error: Exception) -> str:
-    names = ", ".join(name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy"))
-    if isinstance(error, ImportError):
-        return (
-            f"{names}: a SOCKS proxy needs the package socksio, which is not installed, so nothing can be downloaded; run "
-            "`pip install socksio`, or name an HTTP proxy (http://HOST:PORT)."
-        )
-    return (
-        f"{names}: the address of the proxy cannot be used, so nothing can be downloaded; write it like http://HOST:PORT or "
-        "http://USER:PASSWORD@HOST:PORT, special characters of the password as %XX, or unset it."
-    )
+def _proxy_variables() -> str:
+    return ", ".join(name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy"))
 
 
 def headers() -> dict[str, str]:

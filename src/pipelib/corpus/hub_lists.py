@@ -55,13 +55,21 @@ def store_folder(repo: HubRepo) -> Path:
 class _Listing:
     """A folder's files, by path, and who listed them."""
 
+    where: str
+    """The folder, for messages."""
     endpoint: str
     """Empty where it is not known: a list from before it was noted, or the hub's own cache."""
     files: Sequence[HubFile]
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        source = f"from {self.endpoint}" if self.endpoint else "on this machine (HF_HUB_OFFLINE is set)"
+        return f"the list of files in {self.where} {source}"
 
-Judge = Callable[[Sequence[HubFile]], str]
-"""Says what a list lacks for its reader; nothing if it serves."""
+
+Judge = Callable[[_Listing], None]
+"""Raises a UserError where a list lacks what its reader needs."""
 
 
 def list_files(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[HubFile]:
@@ -71,19 +79,19 @@ def list_files(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[Hu
         UserError: no such repository, revision, folder or file, or a file that the hub has no SHA-256 of.
     """
 
-    def judge(files: Sequence[HubFile]) -> str:
-        wanted = [file for file in files if file.path.endswith(ending)]
+    def judge(listing: _Listing) -> None:
+        wanted = [file for file in listing.files if file.path.endswith(ending)]
         if not wanted:
-            return (
-                f"holds no {ending.removeprefix('.')} file, so there is no text; name another folder (download.folder)"
+            raise UserError(
+                f"{listing.name} has no {ending.removeprefix('.')} file, so there is no text; name another folder "
+                "(download.folder)."
             )
         unknown = next((file.path for file in wanted if not file.sha256), None)
-        return (
-            f"has no SHA-256 of {unknown}, so it could not be verified; use another repository, or another mirror if "
-            "HF_ENDPOINT names one"
-            if unknown
-            else ""
-        )
+        if unknown is not None:
+            raise UserError(
+                f"{listing.name} has no SHA-256 of {unknown}, so it could not be verified; use another repository, or "
+                "another mirror if HF_ENDPOINT names one."
+            )
 
     files = _listed(repo, folder, judge, retry).files
     return [file for file in files if file.path.endswith(ending)]
@@ -96,20 +104,20 @@ def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
         UserError: the hub does not list it, or lists another file under its name.
     """
 
-    def judge(files: Sequence[HubFile]) -> str:
-        found = next((file for file in files if file.path == pin.path), None)
+    def judge(listing: _Listing) -> None:
+        found = next((file for file in listing.files if file.path == pin.path), None)
         if not found:
-            return f"does not have {pin.path}, so it cannot be downloaded; {remedy}"
-        if len({sha256 for sha256 in (pin.sha256, found.sha256) if sha256}) == 1:
-            return ""
-        return (
-            f"says that {pin.path} has the SHA-256 {found.sha256 or 'unknown'}, and it should have "
-            f"{pin.sha256 or 'one'}, so it may be another file; {remedy}"
-        )
+            raise UserError(
+                f"{listing.name} does not have {pin.path}, so it cannot be downloaded; look at HF_ENDPOINT if it is a "
+                "mirror's, else report this."
+            )
+        if len({sha256 for sha256 in (pin.sha256, found.sha256) if sha256}) != 1:
+            raise UserError(
+                f"{listing.name} says that {pin.path} has the SHA-256 {found.sha256 or 'unknown'}, and it should have "
+                f"{pin.sha256 or 'one'}, so it may be another file; look at HF_ENDPOINT if it is a mirror's, else report this."
+            )
 
-    remedy = "look at HF_ENDPOINT if it is a mirror's, else report this"
-    folder = pin.path.rpartition("/")[0]
-    files = _listed(pin.repo, folder, judge, retry).files
+    files = _listed(pin.repo, pin.path.rpartition("/")[0], judge, retry).files
     found = next(file for file in files if file.path == pin.path)
     return replace(found, sha256=pin.sha256 or found.sha256)
 
@@ -117,29 +125,29 @@ def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
 def _listed(repo: HubRepo, folder: str, judge: Judge, retry: Retry) -> _Listing:
     """The list that is kept, else the hub's, else, offline, what the hub's own cache has; in any case one that serves."""
     folder = folder.strip("/")
-    path = _list_path(repo, folder)
-    kept = _read_list(path)
-    if kept and kept.endpoint and not judge(kept.files):
-        return kept
-    offline = client().is_offline_mode()
-    listing = (kept or _cached_listing(repo, folder)) if offline else _ask_hub(repo, folder, retry)
-    if flaw := judge(listing.files):
-        source = f"from {listing.endpoint}" if listing.endpoint else "on this machine (HF_HUB_OFFLINE is set)"
-        raise UserError(f"the list of files in {_where(repo, folder)} {source} {flaw}.")
-    if not offline:
-        _keep_list(path, listing)
+    kept = _read_list(repo, folder)
+    if kept and kept.endpoint:
+        with suppress(UserError):
+            judge(kept)
+            return kept
+    if client().is_offline_mode():
+        listing = kept or _cached_listing(repo, folder)
+        judge(listing)
+        return listing
+    listing = _ask_hub(repo, folder, retry)
+    judge(listing)
+    _keep(listing, _list_path(repo, folder))
     return listing
 
 
 def listed_paths(store: Path) -> set[str]:
     """The files that the kept lists name, of a repository's folder in the store."""
-    lists = filter(None, map(_read_list, (store / _LISTS).glob("*.json")))
-    return {file.path for listing in lists for file in listing.files}
+    return {file.path for path in (store / _LISTS).glob("*.json") for file in _read(path)[1]}
 
 
 def other_origin(repo: HubRepo, file: HubFile) -> str:
     """What to add to an error about a file, where the list that names it came from another endpoint than is asked now."""
-    kept = _read_list(_list_path(repo, file.path.rpartition("/")[0]))
+    kept = _read_list(repo, file.path.rpartition("/")[0])
     now = shown(endpoint())
     if not kept or kept.endpoint in ("", now):
         return ""
@@ -159,19 +167,25 @@ def _list_path(repo: HubRepo, folder: str) -> Path:
     return store_folder(repo) / _LISTS / f"{name}.json"
 
 
-def _keep_list(path: Path, listing: _Listing) -> None:
+def _keep(listing: _Listing, path: Path) -> None:
     content = {"endpoint": listing.endpoint, "files": [asdict(file) for file in listing.files]}
     write_json(path, {**content, "sha256": sha256_json(content)})
 
 
-def _read_list(path: Path) -> _Listing | None:
+def _read_list(repo: HubRepo, folder: str) -> _Listing | None:
     """What an earlier run kept of the hub's list; None if there is none or it is damaged, so that the hub is asked."""
+    origin, files = _read(_list_path(repo, folder))
+    return _Listing(_where(repo, folder), origin, files) if files else None
+
+
+def _read(path: Path) -> tuple[str, list[HubFile]]:
+    """A kept list: the endpoint, and the files; none of a list that is not there or damaged."""
     with suppress(ValueError, TypeError, KeyError, AttributeError):  # a UserError is a ValueError
         kept = read_json(path)
         sha256 = kept.pop("sha256")
         if sha256 == sha256_json(kept if "endpoint" in kept else kept["files"]):
-            return _Listing(kept.get("endpoint", ""), [HubFile(**entry) for entry in kept["files"]])
-    return None
+            return kept.get("endpoint", ""), [HubFile(**entry) for entry in kept["files"]]
+    return "", []
 
 
 def _ask_hub(repo: HubRepo, folder: str, retry: Retry) -> _Listing:
@@ -186,7 +200,7 @@ def _ask_hub(repo: HubRepo, folder: str, retry: Retry) -> _Listing:
     url = repo.api_url(f"tree/{repo.revision}/{quote(folder)}".rstrip("/"))
     files = persistently(lambda: parse_list(get_list(url), folder), what, repo, retry)
     persistently(lambda: _require_complete(files, repo, folder), what, repo, retry)
-    return _Listing(shown(endpoint()), files)
+    return _Listing(_where(repo, folder), shown(endpoint()), files)
 
 
 def parse_list(entries: Sequence[Any], folder: str) -> list[HubFile]:
@@ -294,6 +308,7 @@ def _cached_listing(repo: HubRepo, folder: str) -> _Listing:
     )
     hashes = sha256_files(paths)
     return _Listing(
+        _where(repo, folder),
         "",
         [
             HubFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, sha256)

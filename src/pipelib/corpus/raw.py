@@ -336,29 +336,35 @@ def open_parquet(path: Path, remedy: str = "fetch or make it again") -> pq.Parqu
         raise UserError(f"{path} does not exist, so a part of the corpus is missing; run dvc repro.") from None
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, str(error), remedy) from None
-    if flaw := text_flaw(parquet.schema_arrow, path):
+    try:
+        require_text(parquet.schema_arrow, path, "rename or convert the column")
+    except UserError:
         parquet.close()
-        raise UserError(f"{flaw}; rename or convert columns.")
+        raise
     return parquet
 
 
-def text_flaw(schema: pa.Schema, name: object) -> str:
-    """What keeps the text of a parquet file from being read; nothing if it has one column `text` of strings.
+def require_text(schema: pa.Schema, name: object, remedy: str) -> None:
+    """Refuse a parquet file that has not one column `text` of strings.
 
     Args:
-        name: of the file, with which the message begins.
+        name: of the file, for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        UserError: it has none, or several, or one of another type.
     """
     count = schema.names.count("text")
     if not count:
-        return f"{name} has no column `text` (it has {', '.join(schema.names)}), so there is nothing to train on"
+        columns = ", ".join(schema.names)
+        raise UserError(f"{name} has no column `text` (it has {columns}), so there is nothing to train on; {remedy}.")
     if count > 1:
-        return f"{name} has {count} columns `text`, so it is not clear which is meant"
+        raise UserError(f"{name} has {count} columns `text`, so it is not clear which is meant; {remedy}.")
     kind = schema.field("text").type
-    return (
-        ""
-        if _is_text(kind)
-        else f"{name}: the column `text` holds {kind}, not strings, so there is nothing to train on"
-    )
+    if not _is_text(kind):
+        raise UserError(
+            f"{name}: the column `text` holds {kind}, not strings, so there is nothing to train on; {remedy}."
+        )
 
 
 def _is_text(kind: pa.DataType) -> bool:
