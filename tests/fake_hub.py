@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import ssl
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -14,7 +17,17 @@ ServeFault = Callable[["Handler", bytes], None]
 """Sends a body, or what comes instead of it, after the headers."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Answer:
+    """An answer of any kind."""
+
+    body: bytes
+    content_type: str = "application/json"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(repr=False)
 class FakeHub:
     """One repository with one commit. Use it in a `with` block; `url` is its HF_ENDPOINT."""
 
@@ -38,18 +51,31 @@ class FakeHub:
     knows_ranges: bool = True
     page: int = 1000
     """Entries of a list that one answer has."""
+    next_at: str | None = None
+    """Where the header `Link` says that the next page is, instead of at this hub; with an empty one there is no header."""
+    listed: Answer | None = None
+    """What a request for a list gets instead of the list."""
+    named: Answer | None = None
+    """What a request for the names of all files gets instead of them."""
     token: str = ""
     """If set, the token without which nothing is given."""
     redirect: str = ""
     """If set, where the files are."""
+    certificate: Path | None = None
+    """Of the server, and its key, in PEM; with it, the hub speaks TLS."""
     requests: list[str] = field(default_factory=list)
-    """Every request so far: method and path."""
+    """Every request so far: method and path, and `in part` for the end of a file."""
     starts: list[int] = field(default_factory=list)
     """The first byte that each GET of a file asked for."""
     authorized: list[bool] = field(default_factory=list)
     """Whether each request carried a token."""
     sent: int = 0
-    """Bytes of files so far."""
+    """Bytes of files so far, without `peeked`."""
+    peeked: list[int] = field(default_factory=list)
+    """Bytes that each request for the end of a file asked for."""
+
+    def __repr__(self) -> str:
+        return f"<a hub with {sorted(self.files)}>"
 
     def __enter__(self) -> Self:
         hub = self
@@ -61,6 +87,10 @@ class FakeHub:
 
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), ThisHandler)
+        if self.certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
         return self
@@ -76,13 +106,12 @@ class FakeHub:
     @property
     def url(self) -> str:
         """What HF_ENDPOINT has to be."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http{'s' if self.certificate else ''}://127.0.0.1:{self._server.server_address[1]}"
 
     def gets(self, path: str = "") -> list[str]:
-        """The GET requests for files so far whose path ends with `path`."""
-        return [
-            line for line in self.requests if line.startswith("GET") and "/resolve/" in line and line.endswith(path)
-        ]
+        """The GET requests for whole files, or the rest of them, so far, whose path ends with `path`."""
+        files = [line for line in self.requests if line.startswith("GET") and "/resolve/" in line]
+        return [line for line in files if line.endswith(path) and not line.endswith(" in part")]
 
 
 def cut(after: int) -> ServeFault:
@@ -133,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {path}{' in part' if self._asked_end() else ''}")
         self.hub.authorized.append("Authorization" in self.headers)
         api = f"/api/{self.hub.kind}s/{self.hub.repo}"
         resolve = f"{'/datasets' if self.hub.kind == 'dataset' else ''}/{self.hub.repo}/resolve/"
@@ -141,6 +170,10 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(401, "")
         elif path.startswith(f"{api}/tree/"):
             self._tree(*_split(path.removeprefix(f"{api}/tree/")))
+        elif path == f"{api}/revision/{self.hub.revision}":
+            siblings = [{"rfilename": name} for name in self.hub.files]
+            names = json.dumps({"id": self.hub.repo, "sha": self.hub.revision, "siblings": siblings})
+            self._send_answer(self.hub.named or Answer(names.encode()))
         elif path == f"{api}/refs":
             branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.hub.revision}
             self._send_json({"branches": [branch], "tags": [], "converts": []}, {})
@@ -157,6 +190,9 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.hub.closing.wait()
             return
+        if self.hub.listed:
+            self._send_answer(self.hub.listed)
+            return
         if revision != self.hub.revision:
             self._refuse(404, "RevisionNotFound")
             return
@@ -166,9 +202,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         first = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
         last = first + self.hub.page
-        following = f'<{self.hub.url}{urlsplit(self.path).path}?cursor={last}>; rel="next"'
-        entries = [_entry(name, self.hub.files[name]) for name in names[first:last]]
-        self._send_json(entries, {"Link": following} if last < len(names) else {})
+        host = self.hub.url if self.hub.next_at is None else self.hub.next_at
+        following = f'<{host}{urlsplit(self.path).path}?cursor={last}>; rel="next"'
+        entries = [entry_of(name, self.hub.files[name]) for name in names[first:last]]
+        self._send_json(entries, {"Link": following} if host and last < len(names) else {})
 
     def _file(self, revision: str, name: str, body: bool) -> None:
         if revision != self.hub.revision or name not in self.hub.files or name in self.hub.vanished:
@@ -181,7 +218,12 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         content = self.hub.served.get(name, self.hub.files[name])
+        end = self._asked_end()
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if end:
+            self.hub.peeked.append(end + 1 - start)
+            self._send_part(content, start, end)
+            return
         if body:
             self.hub.starts.append(start)
         if body and self.hub.failures:
@@ -190,6 +232,18 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(416, "")
         else:
             self._send_content(content, start if self.hub.knows_ranges else 0, body, name)
+
+    def _asked_end(self) -> int:
+        """The last byte that the request asks for; 0 if all to the end is wanted."""
+        return int(self.headers.get("Range", "").partition("-")[2] or 0)
+
+    def _send_part(self, content: bytes, start: int, end: int) -> None:
+        part = content[start : end + 1] if self.hub.knows_ranges else content
+        self.send_response(206 if self.hub.knows_ranges else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        with suppress(ConnectionError):  # who wanted a part does not wait for the whole
+            self.wfile.write(part)
 
     def _send_content(self, content: bytes, start: int, body: bool, name: str) -> None:
         sha256 = hashlib.sha256(self.hub.files[name]).hexdigest()
@@ -218,12 +272,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send_json(self, value: object, headers: dict[str, str]) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(200)
-        for name, text in {**headers, "Content-Length": str(len(content)), "Content-Type": "application/json"}.items():
+        self._send_answer(Answer(json.dumps(value).encode(), headers=headers))
+
+    def _send_answer(self, answer: Answer) -> None:
+        self.send_response(answer.status)
+        for name, text in {"Content-Type": answer.content_type, **answer.headers}.items():
             self.send_header(name, text)
+        self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(answer.body)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -231,6 +288,7 @@ def _split(path: str) -> tuple[str, str]:
     return revision, rest
 
 
-def _entry(name: str, content: bytes) -> dict[str, object]:
+def entry_of(name: str, content: bytes) -> dict[str, object]:
+    """What a list says of a file."""
     lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
     return {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": name, "lfs": lfs}

@@ -16,6 +16,8 @@ class FakeModelHub:
     """Without it everything is refused."""
     refuses: int = 0
     """The status that a commit gets, if any."""
+    page: bytes | None = None
+    """What every request gets instead of an answer, with status 200."""
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Files by repository and path, once they are committed."""
     private: dict[str, bool] = field(default_factory=dict)
@@ -64,7 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Make a repository, ask how files come, commit them."""
         body, path = self._body(), self.path.partition("?")[0]
-        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+        if self.hub.page is not None:
+            self._send(self.hub.page, 200, {"Content-Type": "text/html"})
+        elif self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             self._answer({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":
             asked = json.loads(body)
@@ -108,9 +112,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", "0")))
 
     def _answer(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        content = json.dumps(value).encode()
+        self._send(json.dumps(value).encode(), status, {**(headers or {}), "Content-Type": "application/json"})
+
+    def _send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, text in {**(headers or {}), "Content-Type": "application/json"}.items():
+        for name, text in headers.items():
             self.send_header(name, text)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

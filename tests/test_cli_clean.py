@@ -148,6 +148,28 @@ def test_the_hubs_files_have_their_own_rows(root: Path, capsys: pytest.CaptureFi
     assert [folder.exists() for folder in (stores[0], training)] == [False, False]
 
 
+def test_the_hubs_lists_are_deleted_without_the_files(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = root / "hub/someone--corpus" / ("a" * 40)
+    only_listed = root / "hub/models--someone--weights" / ("b" * 40)
+    for folder in (store, only_listed):
+        (folder / ".lists").mkdir(parents=True)
+        (folder / ".lists/top.json").write_bytes(bytes(3000))
+    os.close(lock_folder(store))
+    (store / "000_00000.parquet").write_bytes(bytes(2_000_000))
+    assert main(["clean", "--dry-run"]) == 0
+    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert sorted(rows[:2]) == [
+        ["lists", "models--someone--weights@bbbbbbb", "stored", "3.0", "KB"],
+        ["lists", "someone--corpus@aaaaaaa", "stored", "3.0", "KB"],
+    ]
+    assert rows[2] == ["hub", "someone--corpus@aaaaaaa", "stored", "2.0", "MB"]
+    assert main(["clean", "--stage", "lists", "--yes"]) == 0
+    assert not [path for path in (root / "hub").rglob("*") if ".lists" in path.parts]
+    assert (store / "000_00000.parquet").stat().st_size == 2_000_000
+    assert main(["clean", "--yes"]) == 0
+    assert not store.exists()
+
+
 def test_a_state_that_a_run_used_lately_is_not_old(root: Path) -> None:
     folder = finished("tokenize", 1, 10)
     age(folder, 8)

@@ -145,6 +145,39 @@ def test_the_hub_gets_the_model_the_card_and_the_commit(
     assert not list(checkout.glob(".publish-*"))
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+@pytest.mark.parametrize("page", [b"<html>", b"[]", b"{}", b'{"url": 1}', b"null", b""])
+@pytest.mark.usefixtures("checkout")
+def test_an_answer_that_is_not_the_hubs_is_said(
+    page: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with FakeModelHub(TOKEN, page=page) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        assert main(["publish", "--repo", REPO]) == 1
+    assert "does not answer as the hub does" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1", "needs the package socksio"),
+        ("SSL_CERT_FILE", "/none", "SSL_CERT_FILE=/none cannot be read"),
+        ("HF_TOKEN", "hf_ü", "HF_TOKEN has a character that cannot be sent"),
+    ],
+)
+@pytest.mark.usefixtures("checkout")
+def test_a_variable_that_cannot_work_is_named(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setenv(name, value)
+    close_session()
+    assert main(["publish", "--repo", REPO]) == 1
+    assert message in capfd.readouterr().err
+    close_session()
+
+
 def test_a_copy_to_look_at_needs_no_token(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

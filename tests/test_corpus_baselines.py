@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipelib.corpus.baselines import BASELINES, Baseline, write_baselines
-from pipelib.corpus.hub_store import HubPin
+from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.params import Baseline as BaselineName
 from pipelib.model.huggingface import import_model
 

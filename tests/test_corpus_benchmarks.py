@@ -24,7 +24,7 @@ from pipelib.corpus.benchmarks import (
     completion_items,
     write_benchmarks,
 )
-from pipelib.corpus.hub_store import HubPin
+from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.params import Benchmark, DownloadParams
 from pipelib.corpus.raw import Document, write_manifest, write_raw
 from pipelib.errors import UserError

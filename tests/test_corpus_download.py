@@ -12,7 +12,7 @@ from pipelib.corpus import docs
 from pipelib.corpus.docs import DocsSource
 from pipelib.corpus.download import download, download_inputs, source
 from pipelib.corpus.hub import HubSource
-from pipelib.corpus.hub_store import HubFile
+from pipelib.corpus.hub_lists import HubFile
 from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import Document, iterate_raw, write_manifest

@@ -21,13 +21,14 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import FakeHub, cut, flip, stall
+from fake_hub import Answer, FakeHub, cut, flip, stall
 
 from pipelib.corpus import hub_transfer
 from pipelib.corpus.benchmarks import HUB_BENCHMARKS, hellaswag_items, hub_rows
 from pipelib.corpus.download import download, download_inputs
 from pipelib.corpus.hub import HubSource
-from pipelib.corpus.hub_store import HubPin, fetch_pinned
+from pipelib.corpus.hub_lists import HubPin
+from pipelib.corpus.hub_store import fetch_pinned
 from pipelib.corpus.hub_transfer import HubRepo, Retry
 from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
@@ -108,7 +109,11 @@ def test_what_is_there_and_right_is_not_fetched_again(hub: FakeHub, tmp_path: Pa
 
 FILE = f"{FOLDER}/000_00000.parquet"
 LIST = f"GET /api/datasets/{REPO}/tree/{REVISION}/{FOLDER}"
+NAMES = f"GET /api/datasets/{REPO}/revision/{REVISION}"
 GET = f"GET /datasets/{REPO}/resolve/{REVISION}/{FILE}"
+END = f"{GET} in part"
+ASKED = [LIST, NAMES, END]
+"""What a run asks before it fetches files: the list, the names to compare it with, and the end of the first file."""
 
 
 @pytest.fixture
@@ -134,14 +139,14 @@ def no_partial_is_left(folder: Path) -> bool:
 def test_a_passing_failure_is_tried_again(hub: FakeHub, one_file: bytes, tmp_path: Path, status: int) -> None:
     hub.failures = [status, status]
     assert fetch(tmp_path / "raw") == one_file
-    assert hub.requests == [LIST, GET, GET, GET]
+    assert hub.requests == [*ASKED, GET, GET, GET]
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_a_list_that_fails_is_asked_for_again(hub: FakeHub, one_file: bytes, tmp_path: Path, status: int) -> None:
     hub.lists_broken = [status, status]
     assert fetch(tmp_path / "raw") == one_file
-    assert hub.requests == [LIST, LIST, LIST, GET]
+    assert hub.requests == [LIST, LIST, *ASKED, GET]
 
 
 @pytest.mark.parametrize("when", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"])
@@ -150,7 +155,7 @@ def test_the_server_says_how_long_to_wait(hub: FakeHub, one_file: bytes, tmp_pat
     slow = dataclasses.replace(source(), retry=Retry(attempts=4, first_wait=1000.0, longest_wait=1000.0))
     slow.write(tmp_path / "raw", tmp_path)
     assert (tmp_path / "raw/000_00000.parquet").read_bytes() == one_file
-    assert hub.requests == [LIST, GET, GET, GET, GET]
+    assert hub.requests == [*ASKED, GET, GET, GET, GET]
 
 
 def test_a_date_to_wait_for_is_understood() -> None:
@@ -164,7 +169,7 @@ def test_a_date_to_wait_for_is_understood() -> None:
 def test_a_connection_that_is_cut_goes_on_where_it_ended(hub: FakeHub, one_file: bytes, tmp_path: Path) -> None:
     hub.faults = [cut(1000), cut(5000)]
     assert fetch(tmp_path / "raw") == one_file
-    assert hub.requests == [LIST, GET, GET, GET]
+    assert hub.requests == [*ASKED, GET, GET, GET]
     assert hub.starts == [0, 1000, 6000]
     assert hub.sent == len(one_file)
 
@@ -172,7 +177,7 @@ def test_a_connection_that_is_cut_goes_on_where_it_ended(hub: FakeHub, one_file:
 def test_an_attempt_that_brought_bytes_starts_the_count_again(hub: FakeHub, one_file: bytes, tmp_path: Path) -> None:
     hub.faults = [cut(100) for _ in range(20)]
     assert fetch(tmp_path / "raw") == one_file
-    assert hub.requests == [LIST, *[GET] * 21]
+    assert hub.requests == [*ASKED, *[GET] * 21]
     assert hub.sent == len(one_file)
 
 
@@ -180,7 +185,7 @@ def test_attempts_that_bring_nothing_end(hub: FakeHub, one_file: bytes, tmp_path
     hub.faults = [cut(100), *(cut(0) for _ in range(9))]
     with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts .*which keeps what came so far"):
         fetch(tmp_path / "raw")
-    assert hub.requests == [LIST, *[GET] * 4]
+    assert hub.requests == [*ASKED, *[GET] * 4]
     assert hub.starts == [0, 100, 100, 100]
     hub.faults = []
     assert fetch(tmp_path / "raw") == one_file
@@ -193,7 +198,7 @@ def test_a_stall_goes_on_after_the_timeout(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
     hub.faults = [stall(2000)]
     assert fetch(tmp_path / "raw") == one_file
-    assert hub.requests == [LIST, GET, GET]
+    assert hub.requests == [*ASKED, GET, GET]
     assert hub.starts == [0, 2000]
 
 
@@ -201,13 +206,13 @@ def test_a_list_that_never_comes_is_asked_for_again(hub: FakeHub, monkeypatch: p
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
     hub.lists_broken = [0]
     assert len(source().identity()["files"]) == 3
-    assert hub.requests == [LIST, LIST]
+    assert hub.requests == [LIST, LIST, NAMES]
 
 
 def test_a_server_without_ranges_sends_the_file_again(hub: FakeHub, one_file: bytes, tmp_path: Path) -> None:
     hub.faults, hub.knows_ranges = [cut(1000)], False
     assert fetch(tmp_path / "raw") == one_file
-    assert hub.requests == [LIST, GET, GET]
+    assert hub.requests == [*ASKED, GET, GET]
     assert hub.sent == 1000 + len(one_file)
 
 
@@ -216,7 +221,7 @@ def test_a_flipped_bit_is_found_and_fetched_again(
 ) -> None:
     hub.faults = [flip]
     assert fetch(tmp_path / "raw") == one_file
-    assert hub.requests == [LIST, GET, GET]
+    assert hub.requests == [*ASKED, GET, GET]
     assert hub.starts == [0, 0]
     assert "SHA-256" in capfd.readouterr().out
 
@@ -226,7 +231,7 @@ def test_bytes_that_stay_wrong_end_in_an_error_and_are_not_kept(hub: FakeHub, tm
     hub.faults = [flip] * 1000
     with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts \(its bytes are not those"):
         fetch(tmp_path / "raw")
-    assert hub.requests == [LIST, *[GET] * 4]
+    assert hub.requests == [*ASKED, *[GET] * 4]
     assert not list(tmp_path.rglob("*.parquet"))
     assert no_partial_is_left(tmp_path)
 
@@ -237,7 +242,7 @@ def test_a_wrong_size_ends_in_an_error(hub: FakeHub, one_file: bytes, tmp_path: 
     message = f"in 4 attempts .its size is {len(one_file) + change} bytes, and {len(one_file)} were announced"
     with pytest.raises(UserError, match=message):
         fetch(tmp_path / "raw")
-    assert hub.requests == [LIST, *[GET] * 4]
+    assert hub.requests == [*ASKED, *[GET] * 4]
 
 
 def test_a_partial_file_that_is_longer_than_the_hubs_starts_again(
@@ -262,7 +267,7 @@ def test_a_file_that_vanished_ends_at_once(hub: FakeHub, tmp_path: Path) -> None
     hub.vanished = {FILE}
     with pytest.raises(UserError, match=r"000_00000\.parquet .*404 Not Found.*no such folder or file"):
         fetch(tmp_path / "raw")
-    assert hub.requests == [LIST, GET]
+    assert hub.requests == ASKED
 
 
 @pytest.mark.usefixtures("one_file")
@@ -271,7 +276,7 @@ def test_a_revision_that_is_gone_names_those_that_exist(hub: FakeHub, tmp_path: 
     hub.revision = "b" * 40
     with pytest.raises(UserError, match=rf"download.revision does not exist.*there are {'b' * 40} \(main\)"):
         fetch(tmp_path / "raw")
-    assert hub.requests == [LIST, GET, f"GET /api/datasets/{REPO}/refs"]
+    assert hub.requests == [*ASKED, f"GET /api/datasets/{REPO}/refs"]
 
 
 @pytest.mark.usefixtures("one_file")
@@ -281,7 +286,7 @@ def test_a_hub_that_stays_broken_ends_in_an_error(hub: FakeHub, tmp_path: Path) 
         UserError, match=r"in 4 attempts \(HTTP 503 Service Unavailable\).*which keeps what came so far"
     ):
         fetch(tmp_path / "raw")
-    assert hub.requests == [LIST, *[GET] * 4]
+    assert hub.requests == [*ASKED, *[GET] * 4]
 
 
 def test_a_hub_that_is_never_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +324,7 @@ def test_what_does_not_exist_ends_at_once(
 
 def test_a_folder_without_parquet(hub: FakeHub, tmp_path: Path) -> None:
     hub.files["docs/readme.txt"] = b"text"
-    with pytest.raises(UserError, match="holds no parquet file"):
+    with pytest.raises(UserError, match="has no parquet file"):
         source(folder="docs").write(tmp_path / "raw", tmp_path / "work")
 
 
@@ -328,20 +333,20 @@ def test_a_long_list_comes_in_pages(hub: FakeHub) -> None:
     assert [file["path"] for file in source().identity()["files"]] == [
         f"{FOLDER}/{number:03d}_00000.parquet" for number in range(3)
     ]
-    assert hub.requests == [LIST, LIST]
+    assert hub.requests == [LIST, LIST, NAMES]
 
 
 def test_a_slash_at_the_end_of_the_folder_does_not_matter(hub: FakeHub) -> None:
     assert source(folder=f"{FOLDER}/").identity()["files"] == source().identity()["files"]
-    assert hub.requests == [LIST]
+    assert hub.requests == [LIST, NAMES]
 
 
-def test_a_list_cannot_name_what_lies_outside_of_the_folder(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_cannot_name_what_lies_outside_of_the_folder(hub: FakeHub) -> None:
     entry = {"type": "file", "path": f"{FOLDER}/../../../../x.parquet", "size": 1, "lfs": {"oid": "0" * 64}}
-    monkeypatch.setattr("pipelib.corpus.hub_store.get_list", lambda url: [entry])  # noqa: ARG005
-    with pytest.raises(UserError, match="holds no parquet file"):
+    hub.listed, hub.files = Answer(json.dumps([entry]).encode()), {}
+    with pytest.raises(UserError, match="has no parquet file"):
         source().identity()
-    assert hub.requests == []
+    assert hub.requests == [LIST, NAMES]
 
 
 def test_the_list_is_part_of_the_identity_and_asked_for_once(hub: FakeHub, tmp_path: Path) -> None:
@@ -352,11 +357,11 @@ def test_the_list_is_part_of_the_identity_and_asked_for_once(hub: FakeHub, tmp_p
         "sha256": hashlib.sha256(hub.files[FILE]).hexdigest(),
     }
     assert source().identity() == identity
-    assert hub.requests == [LIST]
+    assert hub.requests == [LIST, NAMES]
     for path in (tmp_path / "state").rglob("*.json"):
         path.write_text("[{")
     assert source().identity() == identity
-    assert hub.requests == [LIST, LIST]
+    assert hub.requests == [LIST, NAMES] * 2
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -387,8 +392,8 @@ def test_the_token_does_not_follow_a_redirect_to_another_host(
         storage.faults = [cut(1000)]
         assert fetch(tmp_path / "raw") == one_file
         assert storage.starts == [0, 1000]
-        assert storage.authorized == [False, False]
-    assert hub.authorized == [True, True, True]
+        assert storage.authorized == [False, False, False]
+    assert hub.authorized == [True] * 5
 
 
 KILLED = """
@@ -416,7 +421,7 @@ def test_a_run_that_was_killed_goes_on_at_the_byte_where_it_stopped(
     assert fetch(tmp_path / "again") == one_file
     assert hub.starts == [0, 100_000]
     assert hub.sent == len(one_file)
-    assert hub.requests == [LIST, GET, GET]
+    assert hub.requests == [*ASKED, GET, END, GET]
     assert no_partial_is_left(tmp_path)
 
 
@@ -470,9 +475,9 @@ def test_other_parameters_and_other_code_make_no_request(
         return state
 
     run(parameters(), "one")
-    assert len(hub.requests) == 4
+    assert len(hub.requests) == 6
     final = run(parameters(**changes), code).final
-    assert len(hub.requests) == 4
+    assert len(hub.requests) == 6
     (stored,) = (here / "state/hub/someone--corpus" / REVISION).rglob("000_00000.parquet")
     assert stored.samefile(final / "data/raw/000_00000.parquet")
     assert stored.samefile(here / "data/raw/000_00000.parquet")
@@ -516,7 +521,7 @@ def test_the_clients_own_download_takes_over_where_xet_is_opted_in(
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # noqa: ARG005
     hub.faults = [flip]
     assert fetch(tmp_path / "raw") == one_file
-    assert [line for line in hub.requests if line.startswith("GET")] == [LIST, GET, GET]
+    assert [line for line in hub.requests if line.startswith("GET")] == [*ASKED, GET, GET]
 
 
 def fill_cache(hub: FakeHub, cache: Path, *names: str) -> None:
@@ -557,11 +562,11 @@ def test_offline_the_hubs_cache_is_the_corpus(
     assert hub.requests == []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert source().identity() != identity
-    assert hub.requests == [LIST]
+    assert hub.requests == [LIST, NAMES]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"00[12]_00000\.parquet .*HF_HUB_OFFLINE is set"):
         source().write(tmp_path / "again", tmp_path / "work")
-    assert hub.requests == [LIST]
+    assert hub.requests == [LIST, NAMES]
 
 
 def test_files_downloaded_by_hand_are_a_local_corpus(hub: FakeHub, tmp_path: Path) -> None:
@@ -650,7 +655,7 @@ def test_a_longer_prefix_fetches_what_is_new(counted: FakeHub, tmp_path: Path) -
     assert [file.sha256 for file in long.files[:2]] == [file.sha256 for file in short.files]
     assert len(counted.gets()) == 4
     first.write(tmp_path / "short again", tmp_path)
-    assert len(counted.requests) == 5
+    assert len(counted.requests) == 7
 
 
 def test_files_that_turn_out_not_to_be_needed_are_not_listed(counted: FakeHub, tmp_path: Path) -> None:
@@ -710,7 +715,7 @@ def test_hellaswag_keeps_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             with fetch_pinned(pin, QUICK) as path:
                 assert path.read_bytes() == content
-        assert len(fake.requests) == 2
+        assert len(fake.requests) == 3
     (item,) = hellaswag_items(hub_rows(path))
     assert item["label"] == 3
     assert item["document"] is None
@@ -726,17 +731,17 @@ def test_a_pin_and_the_hubs_list_have_to_agree(monkeypatch: pytest.MonkeyPatch, 
         point_at(fake.url, monkeypatch)
         if sha256 == "wrong":
             with (
-                pytest.raises(UserError, match="and should have wrong"),
+                pytest.raises(UserError, match="and it should have wrong"),
                 fetch_pinned(HubPin(repo, "model.safetensors", known), QUICK),
             ):
                 pass
-            assert len(fake.requests) == 1
+            assert len(fake.requests) == 2
         else:
             with fetch_pinned(HubPin(repo, "model.safetensors", known), QUICK) as path:
                 assert path.read_bytes() == content
-            assert len(fake.requests) == 2
+            assert len(fake.requests) == 3
         with (
-            pytest.raises(UserError, match=r"pytorch_model\.bin .*is not on the hub"),
+            pytest.raises(UserError, match=r"from http://127\.0\.0\.1:\d+ does not have pytorch_model\.bin"),
             fetch_pinned(HubPin(repo, "pytorch_model.bin", None), QUICK),
         ):
             pass

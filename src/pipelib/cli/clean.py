@@ -18,13 +18,15 @@ from pipelib.progress import format_seconds
 from pipelib.state import is_held, is_locked, lock_folder, state_root
 
 STAGES = ("download", "tokenize", "train", "evaluate")
-HUB, UNITS, BASELINES = "hub", "units", "baselines"
-"""Stand in the place of a stage for what was downloaded from the Hugging Face hub, which every download can use, for the
-encoded pieces of text that tokenize makes shards of, and for what evaluate measured of the baselines."""
+LISTS, HUB, UNITS, BASELINES = "lists", "hub", "units", "baselines"
+"""Stand in the place of a stage for the hub's lists of files, for the files that were downloaded from the Hugging Face hub,
+which every download can use, for the encoded pieces of text that tokenize makes shards of, and for what evaluate measured of
+the baselines."""
 EXAMPLES = """examples:
   pipelib clean --dry-run             list the state of all stages
   pipelib clean --older-than 7        delete what no run has used for a week, after asking
   pipelib clean --stage train --yes   delete the checkpoints and finished models of all trainings
+  pipelib clean --stage lists         delete the lists of files that came from the hub or a mirror; the next download asks again
   pipelib clean --stage hub           delete what came from the hub; the next download fetches it again
   pipelib clean --stage units         delete encoded text, as big as the shards; only a changed corpus needs it again
   pipelib clean --stage baselines     delete what was measured of the baselines; the next evaluation measures again
@@ -38,11 +40,11 @@ Inode = tuple[int, int]
 
 @dataclass(frozen=True)
 class Kept:
-    """One state folder, STAGE/FINGERPRINT; the files of one revision of a repository, hub/OWNER--NAME/REVISION; the units
-    of one state of the code, units/CODE; or a baseline's result, baselines/KEY."""
+    """One state folder, STAGE/FINGERPRINT; the files of one revision of a repository, hub/OWNER--NAME/REVISION; its lists
+    of files, .lists in that; the units of one state of the code, units/CODE; or a baseline's result, baselines/KEY."""
 
     stage: str
-    """The stage it belongs to, or `hub`, `units` or `baselines`."""
+    """The stage it belongs to, or `lists`, `hub`, `units` or `baselines`."""
     folder: Path
     finished: bool
     locked: bool
@@ -53,14 +55,17 @@ class Kept:
     @property
     def name(self) -> str:
         """What tells it from others of its stage."""
-        return f"{self.folder.parent.name}@{self.folder.name[:7]}" if self.stage == HUB else self.folder.name
+        if self.stage not in (LISTS, HUB):
+            return self.folder.name
+        revision = self.folder.parent if self.stage == LISTS else self.folder
+        return f"{revision.parent.name}@{revision.name[:7]}"
 
     @property
     def status(self) -> str:
         """In a word or two."""
         if self.locked:
             return "in use"
-        return "stored" if self.stage in (HUB, UNITS, BASELINES) else "finished" if self.finished else "unfinished"
+        return "stored" if self.stage not in STAGES else "finished" if self.finished else "unfinished"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -74,7 +79,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--stage", choices=(*STAGES, HUB, UNITS, BASELINES), help="only this; default: all")
+    parser.add_argument("--stage", choices=(*STAGES, LISTS, HUB, UNITS, BASELINES), help="only this; default: all")
     parser.add_argument(
         "--older-than", type=float, default=0.0, metavar="DAYS", help="only what no run used for so long"
     )
@@ -109,17 +114,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 def find_state(root: Path) -> list[Kept]:
     """The state folders of all stages, by stage, the last used first, then the hub's. What has a lock is one of them."""
-    places = {**dict.fromkeys(STAGES, "*/lock"), HUB: "*/*/lock", UNITS: "*/lock*", BASELINES: "*/lock"}
+    patterns = {stage: f"{stage}/*/lock" for stage in STAGES} | {
+        LISTS: "hub/*/*/.lists/*.json",
+        HUB: "hub/*/*/lock",
+        UNITS: "units/*/lock*",
+        BASELINES: "baselines/*/lock",
+    }
     found = [
         _look_at(stage, folder)
-        for stage, pattern in places.items()
-        for folder in {lock.parent for lock in (root / stage).glob(pattern)}
+        for stage, pattern in patterns.items()
+        for folder in {path.parent for path in root.glob(pattern)}
     ]
-    return sorted(found, key=lambda kept: ([*places].index(kept.stage), -kept.used))
+    return sorted(found, key=lambda kept: ([*patterns].index(kept.stage), -kept.used))
 
 
 def _look_at(stage: str, folder: Path) -> Kept:
     paths = [path for path in folder.rglob("*") if path.is_file()]
+    if stage == HUB:  # its lists have a line of their own
+        paths = [path for path in paths if path.parent.name != ".lists"]
     locks = set(folder.glob("lock*"))
     files = tuple(stat for path in paths if path not in locks and (stat := _stat(path)))
     # a run writes its number into the lock

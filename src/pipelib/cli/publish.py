@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from pipelib.corpus.hub_client import client, endpoint, headers, lasting_flaw, session, shown
 from pipelib.errors import UserError
 from pipelib.files import files_under, link_or_copy, write_text
 from pipelib.provenance import git_state, run_git
@@ -125,13 +126,13 @@ def find_token() -> str:
     Raises:
         UserError: there is none, or the hub is not to be asked.
     """
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
+    hub = client()
+    if hub.constants.HF_HUB_OFFLINE:
         raise UserError(
             "HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or look at the result with --out DIR."
         )
-    token = get_token()
+    headers()  # refuses a token that cannot be read or sent
+    token = hub.get_token()
     if not token:
         raise UserError(
             "there is no token, so the hub would refuse; make one with write access at "
@@ -150,6 +151,7 @@ def upload(folder: Path, repo: str, token: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    endpoint(), session()  # refuse variables that cannot work
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
@@ -163,9 +165,16 @@ def upload(folder: Path, repo: str, token: str, *, private: bool) -> str:
             "access `write`, and is OWNER you or an organisation of yours? Then run the command again."
         ) from None
     except (HTTPError, OSError, RuntimeError) as error:  # the last: what the client makes of a large file that failed
+        if flaw := lasting_flaw(error):
+            raise UserError(f"{repo} is not published ({flaw[0]}): {flaw[1]}.") from None
         said = redact(str(error).replace(token, "***")).strip().splitlines()
         raise UserError(
             f"the hub cannot be reached ({said[0] if said else type(error).__name__}), so {repo} is not published; check the "
             "connection and HF_ENDPOINT, and run the command again."
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError):  # what the client makes of an answer of another shape
+        raise UserError(
+            f"{shown(endpoint())} does not answer as the hub does, so {repo} is not published; look at HF_ENDPOINT and at the "
+            "network (a proxy, or a page that wants a login first), and run the command again."
         ) from None
     return str(url)

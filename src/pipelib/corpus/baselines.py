@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelib.corpus.hub_store import HubPin
+from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.hub_transfer import HubRepo
 from pipelib.files import link_or_copy, sha256_file, write_json
 

@@ -21,12 +21,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelib.corpus.hub_store import HubPin
+from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.hub_transfer import HubRepo
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.raw import iterate_raw
+from pipelib.corpus.raw import damaged, iterate_raw
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_atomic, write_json, write_text
 
@@ -208,14 +209,23 @@ def _normal(text: str) -> str:
 
 
 def hub_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file from the hub, parquet or JSON lines, as they are."""
-    if path.suffix == ".parquet":
-        with pq.ParquetFile(path) as parquet:
-            for batch in parquet.iter_batches():
-                yield from batch.to_pylist()
-    else:
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+    """The rows of a file from the hub, parquet or JSON lines, as they are.
+
+    Raises:
+        UserError: it is neither; where only the hub's list says its SHA-256, a mirror may list anything.
+    """
+    try:
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as parquet:
+                for batch in parquet.iter_batches():
+                    yield from batch.to_pylist()
+        else:
+            with path.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(
+            path, str(error), "delete it, look at HF_ENDPOINT if it is a mirror's, and run dvc repro"
+        ) from None
 
 
 def hellaswag_items(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """FineWeb-Edu, or another dataset of parquet files, from the Hugging Face hub.
 
 The list of files, with sizes and SHA-256, comes from the repository's tree at a pinned commit and is part of the corpus's
-identity. `hub_store.py` keeps the verified files, whatever the stage's other parameters; `hub_transfer.py` fetches them.
+identity. `hub_lists.py` judges and keeps it; `hub_store.py` keeps the verified files, whatever the stage's other parameters;
+`hub_transfer.py` fetches them.
 
 `download.max_tokens` takes a prefix of the documents. No file is rewritten for it: the manifest says how many rows of the
 last file belong to the corpus, and the files after it are neither fetched nor listed. How many files that takes shows when
@@ -15,10 +16,13 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from pipelib.corpus.hub_store import HubFile, HubStore, list_files, open_store
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelib.corpus.hub_lists import HubFile, list_files
+from pipelib.corpus.hub_store import HubStore, open_store
 from pipelib.corpus.hub_transfer import PATIENT, HubRepo, Retry
-from pipelib.corpus.raw import RawFile, Written, describe_file, first_rows
-from pipelib.errors import UserError
+from pipelib.corpus.raw import RawFile, Written, describe_file, first_rows, open_parquet, require_text
 from pipelib.files import link_or_copy
 
 DENSER = 1.05
@@ -54,9 +58,10 @@ class HubSource:
         """Link every file, fetched or stored and in either case verified, into `folder`, unchanged.
 
         Raises:
-            UserError: a file cannot be had, or the disk is too small.
+            UserError: a file cannot be had or has no column of text, or the disk is too small.
         """
         with open_store(self._repo, self.retry) as store:
+            self._require_text(store)
             if self.max_tokens is None:
                 paths = store.fetch(self._files)
                 return Written(tuple(map(_link, self._files, paths, repeat(folder))), {})
@@ -68,13 +73,23 @@ class HubSource:
 
     @cached_property
     def _files(self) -> list[HubFile]:
-        files = list_files(self._repo, self.folder, ".parquet", self.retry)
-        if not files:
-            raise UserError(
-                f"download.folder: {self.folder or 'the top folder'} of {self.repo} at {self.revision} holds no parquet "
-                "file, so there is no text; name another folder."
-            )
-        return files
+        return list_files(self._repo, self.folder, ".parquet", self.retry)
+
+    def _require_text(self, store: HubStore) -> None:
+        """Refuse a dataset without a column of text before its files come: the end of the first file tells."""
+        first = self._files[0]
+        footer = store.footer(first)
+        schema = None if footer is None else _schema(footer)
+        if schema is None:  # a server that gives no parts of files
+            (path,) = store.fetch([first])
+            open_parquet(path).close()
+            return
+        require_text(
+            schema,
+            f"{first.path} of {self.repo}",
+            "name another dataset or folder (download.repo, download.folder), or download it, rename or convert the column, "
+            "and set download.source to local",
+        )
 
     def _write_prefix(self, store: HubStore, folder: Path, max_tokens: int) -> Written:
         """Link files until their documents have `max_tokens` tokens, wave by wave."""
@@ -90,6 +105,15 @@ class HubSource:
                 written.append(replace(_link(file, path, folder), rows=rows))
                 tokens += counted
         return Written(tuple(written), {"tokens_estimated": tokens})
+
+
+def _schema(footer: bytes) -> pa.Schema | None:
+    """The columns of a parquet file, by its metadata; None where that cannot be read."""
+    try:
+        schema = pq.read_schema(pa.BufferReader(footer))
+        return schema if schema.names else None  # names that are not UTF-8 are an error here
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        return None
 
 
 def _link(file: HubFile, path: Path, folder: Path) -> RawFile:

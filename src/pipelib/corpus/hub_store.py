@@ -1,9 +1,8 @@
 """Verified files of the Hugging Face hub, kept for every run that needs them.
 
 A repository's files at a commit are kept in `STATE/hub/OWNER--NAME/REVISION/PATH` (a model's in `models--OWNER--NAME`),
-whatever the stage's parameters and code, and outs are hard links to them. The list of a folder's files, with their sizes
-and SHA-256, is kept in `.lists` there: what a commit holds never changes. So a list and a file are asked for once, and each
-later use checks the SHA-256 of what it needs and makes no request.
+whatever the stage's parameters and code, and outs are hard links to them. The lists of files are there too (`hub_lists.py`).
+So a list and a file are asked for once, and each later use checks the SHA-256 of what it needs and makes no request.
 
 A file comes as `PATH.part`, which a run that was killed leaves and the next one continues; it gets its name when its
 SHA-256 is right. A file in the hub's own cache (`HF_HOME`, `HF_HUB_CACHE`) is verified and linked instead of fetched.
@@ -16,183 +15,38 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import quote
 
+from pipelib.corpus.hub_client import client
+from pipelib.corpus.hub_lists import HubFile, HubPin, listed_paths, other_origin, pinned_file, store_folder
 from pipelib.corpus.hub_transfer import (
     PATIENT,
     HubRepo,
     Meter,
     Retry,
     WrongBytesError,
-    client,
     continue_file,
-    get_list,
     persistently,
+    read_tail,
     status_of,
 )
 from pipelib.errors import UserError
 from pipelib.files import (
     format_bytes,
     link_or_copy,
-    read_json,
     require_free_space,
     sha256_file,
-    sha256_files,
-    sha256_json,
     sync_folder,
-    write_json,
 )
 from pipelib.processes import available_cores, positive_setting
 from pipelib.progress import Progress
-from pipelib.state import lock_folder, state_root
+from pipelib.state import lock_folder
 
 _PART = ".part"
-_LISTS = ".lists"
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """One file of a repository at a commit, pinned by its content."""
-
-    path: str
-    """Inside the repository."""
-    bytes: int
-    sha256: str
-    """Empty in a list, where the hub says none: it has one of files that git LFS or Xet keeps."""
-
-
-@dataclass(frozen=True)
-class HubPin:
-    """A file that this code names itself."""
-
-    repo: HubRepo
-    path: str
-    sha256: str | None
-    """None where nothing but the hub says it: the list at the commit, which the commit pins, decides."""
-
-
-def store_folder(repo: HubRepo) -> Path:
-    """Where a repository's files at a commit are kept."""
-    prefix = "models--" if repo.kind == "model" else ""
-    return state_root() / "hub" / (prefix + repo.name.replace("/", "--")) / repo.revision
-
-
-def list_files(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[HubFile]:
-    """The files that lie in a folder of a repository and whose paths end with `ending`, by path.
-
-    Raises:
-        UserError: no such repository, revision or folder, or a file that the hub has no SHA-256 of.
-    """
-    files = _listed(repo, folder, ending, retry)
-    for file in files:
-        if not file.sha256:
-            raise UserError(
-                f"{file.path} in {_where(repo, folder)} has no SHA-256 on the hub, so it cannot be verified; use "
-                "another repository."
-            )
-    return files
-
-
-def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
-    """The size and SHA-256 of a file that this code names.
-
-    Raises:
-        UserError: the hub does not list it, or lists another file under its name.
-    """
-    folder, _, name = pin.path.rpartition("/")
-    found = [file for file in _listed(pin.repo, folder, name, retry) if file.path == pin.path]
-    where = f"{pin.path} of {pin.repo.name} at {pin.repo.revision}"
-    if not found:
-        raise UserError(f"{where} is not on the hub, so it cannot be fetched; look at HF_ENDPOINT if it is a mirror's.")
-    known = {sha256 for sha256 in (pin.sha256, found[0].sha256) if sha256}
-    if len(known) != 1:
-        _list_path(pin.repo, folder).unlink(missing_ok=True)  # so that another mirror is asked
-        raise UserError(
-            f"{where} has the SHA-256 {found[0].sha256 or 'unknown'} and should have {pin.sha256 or 'one'}, so it may be "
-            "another file; look at HF_ENDPOINT if it is a mirror's, else report this."
-        )
-    return replace(found[0], sha256=known.pop())
-
-
-def _listed(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[HubFile]:
-    """The list that is kept, else the hub's, else, offline, what the hub's own cache has."""
-    folder = folder.strip("/")
-    kept = _list_path(repo, folder)
-    files = _read_list(kept)
-    if files is None and client().is_offline_mode():
-        return _cached_files(repo, folder, ending)
-    if files is None:
-        url = repo.api_url(f"tree/{repo.revision}/{quote(folder)}".rstrip("/"))
-        files = persistently(
-            lambda: _files_at(url, folder), f"the list of files in {_where(repo, folder)}", repo, retry
-        )
-        entries = [asdict(file) for file in files]
-        write_json(kept, {"files": entries, "sha256": sha256_json(entries)})
-    return [file for file in files if file.path.endswith(ending)]
-
-
-def _where(repo: HubRepo, folder: str) -> str:
-    return f"{folder or 'the top folder'} of {repo.name} at {repo.revision}"
-
-
-def _list_path(repo: HubRepo, folder: str) -> Path:
-    return store_folder(repo) / _LISTS / f"{quote(folder, safe='') or 'top'}.json"
-
-
-def _read_list(path: Path) -> list[HubFile] | None:
-    """What an earlier run kept of the hub's list; None if there is none or it is damaged, so that the hub is asked."""
-    with suppress(UserError, TypeError, KeyError):
-        kept = read_json(path)
-        if kept["sha256"] == sha256_json(kept["files"]):
-            return [HubFile(**entry) for entry in kept["files"]]
-    return None
-
-
-def _files_at(url: str, folder: str) -> list[HubFile]:
-    """A folder's files, by path, as the hub lists them; a path that lies elsewhere could leave the store."""
-    found = [
-        HubFile(entry["path"], entry["size"], (entry.get("lfs") or {}).get("oid", ""))
-        for entry in get_list(url)
-        if entry["type"] == "file" and entry["path"].rpartition("/")[0] == folder
-    ]
-    return sorted(found, key=lambda file: file.path)
-
-
-def _cached_files(repo: HubRepo, folder: str, ending: str) -> list[HubFile]:
-    """What the hub's own cache has of a folder, where the hub cannot be asked; this list is not kept."""
-    snapshot = _snapshot(repo)
-    paths = [path for path in sorted((snapshot / folder).glob("*")) if path.is_file()] if snapshot else []
-    paths = [path for path in paths if path.name.endswith(ending)]
-    if not paths or not snapshot:
-        raise UserError(
-            f"{_where(repo, folder)} cannot be downloaded (HF_HUB_OFFLINE is set, and neither the store nor the hub's "
-            "cache has it): unset it, or set download.source to docs or local."
-        )
-    print(
-        f"hub: offline, so {_where(repo, folder)} is taken to be what the hub's cache has ({len(paths)} of its files); this "
-        "could not be compared with the hub's list",
-        flush=True,
-    )
-    return [
-        HubFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, sha256)
-        for path, sha256 in zip(paths, sha256_files(paths), strict=True)
-    ]
-
-
-def _snapshot(repo: HubRepo) -> Path | None:
-    """The folder of a commit in the hub's cache, if it is there."""
-    hub = client()
-    with suppress(hub.errors.CacheNotFound):
-        for cached in hub.scan_cache_dir().repos:
-            if (cached.repo_id, cached.repo_type) == (repo.name, repo.kind):
-                for revision in cached.revisions:
-                    if revision.commit_hash == repo.revision:
-                        return Path(revision.snapshot_path)
-    return None
+_TAIL_BYTES = 64 << 10
+"""What is asked for of the end of a parquet file, in the hope that its metadata is no longer."""
 
 
 @contextmanager
@@ -224,7 +78,7 @@ def _remove_stale_partials(folder: Path) -> None:
     """Remove what nothing will continue: the client's partial files, and those of files that are here or in no list."""
     for partial in folder.rglob("*.incomplete"):
         partial.unlink()
-    listed = {file.path for path in (folder / _LISTS).glob("*.json") for file in _read_list(path) or ()}
+    listed = listed_paths(folder)
     for partial in folder.rglob(f"*{_PART}"):
         whole = partial.with_name(partial.name.removesuffix(_PART))
         continues = whole.relative_to(folder).as_posix() in listed and not whole.exists()
@@ -251,6 +105,36 @@ class HubStore:
         if missing:
             self._download_all(missing)
         return [self._place(file) for file in files]
+
+    def footer(self, file: HubFile) -> bytes | None:
+        """The end of a parquet file, from its metadata on; None where only the whole file would show it.
+
+        Of a file that is not here, it takes one request, or two where the metadata has more than 64 KiB.
+        """
+        place = self._place(file)
+        here = place.is_file() or self._link_cached(file)
+        if not here and client().is_offline_mode():
+            return None
+        tail = self._read_tail if here else self._ask_tail
+        found = tail(file, min(file.bytes, _TAIL_BYTES))
+        if found is None or found[-4:] != b"PAR1":
+            return None
+        size = int.from_bytes(found[-8:-4], "little") + 8  # the metadata, its length in 4 bytes, PAR1
+        if size > file.bytes:
+            return None
+        return found[-size:] if size <= len(found) else tail(file, size)
+
+    def _read_tail(self, file: HubFile, count: int) -> bytes | None:
+        with self._place(file).open("rb") as opened:
+            opened.seek(-min(count, os.fstat(opened.fileno()).st_size), os.SEEK_END)
+            return opened.read()
+
+    def _ask_tail(self, file: HubFile, count: int) -> bytes | None:
+        if not count:
+            return None
+        url = self._repo.file_url(file.path)
+        what = f"the end of {file.path} of {self._repo.name}"
+        return persistently(lambda: read_tail(url, file.bytes, count), what, self._repo, self._retry)
 
     def _place(self, file: HubFile) -> Path:
         return self._folder / file.path
@@ -319,14 +203,11 @@ class HubStore:
         self._place(file).parent.mkdir(parents=True, exist_ok=True)
         meter = Meter(progress, stop, self._part_bytes(file))
         attempt = self._attempt if client().constants.HF_HUB_DISABLE_XET else self._attempt_by_client
-        persistently(
-            lambda: attempt(file, meter),
-            f"{file.path} of {self._repo.name}",
-            self._repo,
-            self._retry,
-            stop,
-            lambda: meter.highest,
-        )
+        what = f"{file.path} of {self._repo.name}"
+        try:
+            persistently(lambda: attempt(file, meter), what, self._repo, self._retry, stop, lambda: meter.highest)
+        except UserError as error:
+            raise UserError(f"{error}{other_origin(self._repo, file)}") from None
 
     def _attempt(self, file: HubFile, meter: Meter) -> None:
         """Continue the partial file, and name it when it is right; what is wrong with it starts it again."""

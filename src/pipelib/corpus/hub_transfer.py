@@ -5,7 +5,7 @@ nothing but the loop here decides what is tried again. The library's downloads d
 six requests for one call), know only whole seconds of Retry-After, wait for ever for a list, and start a file again after
 a kill, since their partial files have random names.
 
-Messages name a file, its repository and the status: no URL and no header, since those can carry secrets.
+Messages name a file, its repository and the status: no header and no URL but the endpoint, since those can carry secrets.
 """
 
 import os
@@ -19,8 +19,19 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
+from pipelib.corpus.hub_client import (
+    PROXY_REMEDY,
+    client,
+    endpoint,
+    headers,
+    lasting_flaw,
+    no_connection,
+    session,
+    shown,
+    timeout,
+)
 from pipelib.errors import UserError
 from pipelib.progress import Progress
 
@@ -44,12 +55,14 @@ class HubRepo:
 
     def file_url(self, path: str) -> str:
         """Where the hub serves a file."""
-        url: str = client().hf_hub_url(self.name, path, repo_type=self.kind, revision=self.revision)
+        url: str = client().hf_hub_url(
+            self.name, path, repo_type=self.kind, revision=self.revision, endpoint=endpoint()
+        )
         return url
 
     def api_url(self, path: str) -> str:
         """Where the hub's API answers about this repository."""
-        return f"{client().constants.ENDPOINT}/api/{self.kind}s/{self.name}/{path}"
+        return f"{endpoint()}/api/{self.kind}s/{quote(self.name)}/{path}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,10 @@ class WrongBytesError(Exception):
 
 class CutShortError(Exception):
     """The answer ended before the file did."""
+
+
+class ForeignAnswerError(Exception):
+    """What came is not an answer that the hub gives: a page for people, JSON of another shape, a list with gaps."""
 
 
 class StoppedError(Exception):
@@ -127,39 +144,105 @@ class Meter:
         pass
 
 
-def client() -> Any:
-    """`huggingface_hub`, imported late, since it takes its time."""
-    import huggingface_hub.constants
-    import huggingface_hub.errors
-    import huggingface_hub.utils
-
-    return huggingface_hub
-
-
 @contextmanager
-def _get(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
-    """The hub's answer to one request, its body still to be read; what is no success is raised."""
-    hub = client()
-    with hub.get_session().stream(
-        "GET",
-        url,
-        headers={**hub.utils.build_hf_headers(), **headers},
-        timeout=hub.constants.HF_HUB_DOWNLOAD_TIMEOUT,
-    ) as response:
-        hub.hf_raise_for_status(response)
+def _get(url: str, more: Mapping[str, str]) -> Iterator[Any]:
+    """The hub's answer to one request, its body still to be read; raises on anything but success.
+
+    Args:
+        more: headers beside the client's own.
+    """
+    with session().stream("GET", url, headers={**headers(), **more}, timeout=timeout()) as response:
+        _raise_for_status(response)
+        if response.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):  # a redirection to nowhere
+            raise ForeignAnswerError(f"HTTP {response.status_code}")
         yield response
 
 
-def get_list(url: str) -> list[dict[str, Any]]:
-    """The entries that the hub's API lists, all pages of them."""
-    entries: list[dict[str, Any]] = []
+def _raise_for_status(response: Any) -> None:
+    """Raise on an error status, in the client's words if it has some: it stumbles over bodies that are not the hub's."""
+    import httpx2
+
+    try:
+        client().hf_raise_for_status(response)
+    except httpx2.HTTPError:
+        raise
+    except Exception:
+        response.raise_for_status()
+
+
+def get_list(url: str) -> list[Any]:
+    """The entries that the hub's API lists, all pages of them.
+
+    The next page is asked of the same address: a mirror may hand on the hub's own, and the token goes to no other host.
+    """
+    entries: list[Any] = []
+    asked: set[str] = set()
     following: str | None = url
     while following:
+        asked.add(following)
         with _get(following, {}) as response:
-            response.read()
-            entries += response.json()
-            following = response.links.get("next", {}).get("url")
+            page = _read_json(response)
+            following = _next_page(url, response)
+        if not isinstance(page, list):
+            raise ForeignAnswerError(f"JSON that is not a list but {type(page).__name__}")
+        if following and (not page or following in asked):
+            raise ForeignAnswerError("its pages do not end")
+        entries += page
     return entries
+
+
+def get_json(url: str) -> Any:
+    """The JSON that the hub's API answers."""
+    with _get(url, {}) as response:
+        return _read_json(response)
+
+
+def _read_json(response: Any) -> Any:
+    response.read()
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        if response.content.lstrip()[:1] in (b"[", b"{"):
+            raise CutShortError("its JSON is damaged or ended early") from None
+        raise ForeignAnswerError(f"{_kind(response)} instead of JSON") from None
+
+
+def _kind(response: Any) -> str:
+    """What a body is, as its header says."""
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
+    if kind == "text/html":
+        return "an HTML page"
+    return kind if kind.isprintable() and 0 < len(kind) < 40 else "something"
+
+
+def _next_page(url: str, response: Any) -> str | None:
+    """Where the list goes on, at the address that was asked for its start."""
+    link = response.links.get("next", {}).get("url")
+    if link is None:
+        return None
+    try:
+        return f"{url}?{urlsplit(link).query}"
+    except ValueError:
+        raise ForeignAnswerError("the address of its next page is damaged") from None
+
+
+def read_tail(url: str, size: int, count: int) -> bytes | None:
+    """The last `count` bytes of a file of `size` bytes by one request; None from a server that gives something else."""
+    try:
+        # identity: a compressed answer has no ranges
+        with _get(url, {"Accept-Encoding": "identity", "Range": f"bytes={size - count}-{size - 1}"}) as response:
+            if response.status_code != HTTPStatus.PARTIAL_CONTENT:
+                return None
+            tail = b""
+            for block in response.iter_bytes():
+                tail += block
+                if len(tail) > count:
+                    return None
+    except Exception as error:
+        if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return None
+        raise
+    return tail if len(tail) == count else None
 
 
 def continue_file(url: str, part: Path, size: int, meter: Meter) -> None:
@@ -177,14 +260,17 @@ def continue_file(url: str, part: Path, size: int, meter: Meter) -> None:
     if start == size:
         return
     # identity: a compressed answer has no ranges
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
-    with _get(url, headers) as response:
+    more = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+    with _get(url, more) as response:
+        if _kind(response) == "an HTML page":
+            raise ForeignAnswerError("an HTML page instead of the file")
         if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:  # a server that knows no ranges sends it all
             meter.restart()
             start = 0
         announced = response.headers.get("Content-Length", str(size - start))
         if announced != str(size - start):
-            raise WrongBytesError(f"its size is {start + int(announced)} bytes, and {size} were announced")
+            actual = start + int(announced) if announced.isdecimal() else "unknown"
+            raise WrongBytesError(f"its size is {actual} bytes, and {size} were announced")
         with part.open("ab" if start else "wb") as file:
             for block in response.iter_bytes():
                 file.write(block)
@@ -221,7 +307,7 @@ def persistently(
     while True:
         try:
             return call()
-        except StoppedError:
+        except (StoppedError, UserError):
             raise
         except Exception as error:
             cause = _cause(error)
@@ -254,19 +340,25 @@ def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether a server said no, and would say it again."""
+    status = status_of(error)
+    return status is not None and (status == 501 or status < 500) and status not in (408, 429)
+
+
 def _reason(error: BaseException) -> str:
     """A failure in few words."""
     status = status_of(error)
     if status is not None:
         known = status in set(HTTPStatus)
         return f"HTTP {status} {HTTPStatus(status).phrase}" if known else f"HTTP {status}"
-    if isinstance(error, WrongBytesError | CutShortError):
+    if isinstance(error, WrongBytesError | CutShortError | ForeignAnswerError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
-        return f"no connection to {urlsplit(client().constants.ENDPOINT).hostname}"
-    return type(error).__name__
+        return no_connection(error)
+    return f"the proxy answers {error}" if type(error).__name__ == "ProxyError" else type(error).__name__
 
 
 def _retry_after(error: BaseException) -> float | None:
@@ -276,39 +368,49 @@ def _retry_after(error: BaseException) -> float | None:
         return float(value)
     try:
         date = parsedate_to_datetime(value)
-    except ValueError:
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError, TypeError, LookupError):  # what the parser makes of something else
         return None
-    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _end_if_final(error: BaseException, what: str, repo: HubRepo, reason: str) -> None:
     """Raise what another attempt would not change."""
+    if flaw := lasting_flaw(error) or _refusal(error, repo, reason):
+        raise UserError(f"{what} cannot be downloaded ({flaw[0]}): {flaw[1]}.") from None
+    if not _may_pass(error):
+        raise error
+
+
+def _refusal(error: BaseException, repo: HubRepo, reason: str) -> tuple[str, str] | None:
+    """Why a server will not give it, and what to do; None for a failure that is not a refusal."""
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RevisionNotFoundError
 
     status = status_of(error)
-    remedy = None
     if isinstance(error, OfflineModeIsEnabled):
         reason = "HF_HUB_OFFLINE is set, and neither the store nor the hub's cache has it"
-        remedy = "unset it, or set download.source to docs or local"
-    elif isinstance(error, GatedRepoError) or status in (401, 403):
-        remedy = (
+        return reason, "unset it, or set download.source to docs or local"
+    if isinstance(error, ForeignAnswerError):
+        return reason, (
+            f"{shown(endpoint())} does not answer as the hub does, or something on the way answers for it (a proxy, a network "
+            "that wants a login first); look at HF_ENDPOINT and at the network"
+        )
+    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        return reason, PROXY_REMEDY
+    if isinstance(error, GatedRepoError) or status in (401, 403):
+        html = _kind(error.response) == "an HTML page"  # type: ignore[attr-defined]
+        return reason, (
             "set HF_TOKEN to a token that may read it and accept the terms on the repository's page; the hub says the "
             "same of a repository that does not exist, so look at download.repo too"
+            + (". The answer is an HTML page, as a proxy gives: it may be the proxy that refuses" if html else "")
         )
-    elif isinstance(error, RevisionNotFoundError):
-        remedy = f"download.revision does not exist in this repository; {_known_revisions(repo)}"
-    elif isinstance(error, EntryNotFoundError):
-        remedy = (
-            "this revision has no such folder or file; look at download.folder, and at HF_ENDPOINT if it is a mirror's"
-        )
-    elif status == 404:
-        remedy = "the hub does not know this repository; look at download.repo"
-    elif status is not None and status < 500 and status not in (408, 429):
-        remedy = "asking again would not help"
-    elif not _may_pass(error):
-        raise error
-    if remedy:
-        raise UserError(f"{what} cannot be downloaded ({reason}): {remedy}.") from None
+    if isinstance(error, RevisionNotFoundError):
+        return reason, f"download.revision does not exist in this repository; {_known_revisions(repo)}"
+    mirror = "and at HF_ENDPOINT if it is a mirror's"
+    if isinstance(error, EntryNotFoundError):
+        return reason, f"this revision has no such folder or file; look at download.folder, {mirror}"
+    if status == HTTPStatus.NOT_FOUND:
+        return reason, f"the hub does not know this repository; look at download.repo, {mirror}"
+    return (reason, "asking again would not help") if is_refusal(error) else None
 
 
 def _known_revisions(repo: HubRepo) -> str:

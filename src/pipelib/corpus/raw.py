@@ -345,21 +345,35 @@ def open_parquet(path: Path, remedy: str = "fetch or make it again") -> pq.Parqu
         raise UserError(f"{path} does not exist, so a part of the corpus is missing; run dvc repro.") from None
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, str(error), remedy) from None
-    names = parquet.schema_arrow.names
-    if names.count("text") == 1 and _is_text(kind := parquet.schema_arrow.field("text").type):
-        return parquet
-    parquet.close()
-    if "text" not in names:
+    try:
+        require_text(parquet.schema_arrow, path, "rename or convert the column")
+    except UserError:
+        parquet.close()
+        raise
+    return parquet
+
+
+def require_text(schema: pa.Schema, name: object, remedy: str) -> None:
+    """Refuse a parquet file that has not one column `text` of strings.
+
+    Args:
+        name: of the file, for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        UserError: it has none, or several, or one of another type.
+    """
+    count = schema.names.count("text")
+    if not count:
+        columns = ", ".join(schema.names)
+        raise UserError(f"{name} has no column `text` (it has {columns}), so there is nothing to train on; {remedy}.")
+    if count > 1:
+        raise UserError(f"{name} has {count} columns `text`, so it is not clear which is meant; {remedy}.")
+    kind = schema.field("text").type
+    if not _is_text(kind):
         raise UserError(
-            f"{path} has no column `text` (it has {', '.join(names)}), so there is nothing to train on; rename the column."
+            f"{name}: the column `text` holds {kind}, not strings, so there is nothing to train on; {remedy}."
         )
-    if names.count("text") > 1:
-        raise UserError(
-            f"{path} has {names.count('text')} columns `text`, so it is not clear which is meant; rename the others."
-        )
-    raise UserError(
-        f"{path}: the column `text` holds {kind}, not strings, so there is nothing to train on; convert it."
-    )
 
 
 def _is_text(kind: pa.DataType) -> bool:

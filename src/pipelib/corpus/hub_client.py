@@ -1,0 +1,204 @@
+"""The Hugging Face hub's client, and what its variables say: endpoint, proxy, certificates, token.
+
+A mistake in one of them does not pass, so it ends the stage at once and its message names the variable. No message shows
+what may hold a password: a token, or the user's name in an address.
+"""
+
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from pipelib.errors import UserError
+
+
+def client() -> Any:
+    """`huggingface_hub`, imported late, since it takes its time.
+
+    Raises:
+        UserError: it cannot read its variables.
+    """
+    try:
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+        import huggingface_hub.utils
+    except ValueError as error:
+        raise UserError(
+            f"huggingface_hub cannot read its variables ({error}), so nothing can be downloaded; HF_ENDPOINT is an address "
+            "like https://huggingface.co, HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT are whole numbers of seconds."
+        ) from None
+    return huggingface_hub
+
+
+def endpoint() -> str:
+    """The address of the hub, or of the mirror that HF_ENDPOINT names.
+
+    Raises:
+        UserError: HF_ENDPOINT is not such an address.
+    """
+    value: str = client().constants.ENDPOINT
+    if not _is_address(value):
+        raise UserError(
+            f"HF_ENDPOINT={shown(value)!r} is not the address of a hub, so nothing can be downloaded; write it like "
+            "https://huggingface.co, with http:// or https:// in front, or unset it."
+        )
+    return value
+
+
+def _is_address(value: str) -> bool:
+    try:
+        address = urlsplit(value)
+        complete = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # of the port, or of a bracket
+        return False
+    return bool(complete and not address.query and not address.fragment and value.isprintable() and " " not in value)
+
+
+def shown(address: str) -> str:
+    """An address without what may be secret in it: a user's name, a password, a query."""
+    scheme, separator, rest = address.rpartition("://")
+    return scheme + separator + rest.partition("?")[0].partition("#")[0].rpartition("@")[2]
+
+
+def session() -> Any:
+    """The client's HTTP session, which knows proxies and certificates.
+
+    Raises:
+        UserError: a proxy or a file of certificates that the environment names cannot be used.
+    """
+    import httpx2
+
+    try:
+        return client().get_session()
+    except UserError:
+        raise
+    except OSError as error:  # an ssl.SSLError is one
+        raise UserError(
+            f"SSL_CERT_FILE={os.environ.get('SSL_CERT_FILE', '')} cannot be read as certificates "
+            f"({error.strerror or error}), so no connection can be made; name a file of certificates in PEM, or unset it."
+        ) from None
+    except ImportError:
+        raise UserError(
+            f"{_proxy_variables()}: a SOCKS proxy needs the package socksio, which is not installed, so nothing can be "
+            "downloaded; run `pip install socksio`, or name an HTTP proxy (http://HOST:PORT)."
+        ) from None
+    except (ValueError, httpx2.InvalidURL):
+        raise UserError(
+            f"{_proxy_variables()}: the address of the proxy cannot be used, so nothing can be downloaded; write it like "
+            "http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, special characters of the password as %XX, or unset it."
+        ) from None
+
+
+def _proxy_variables() -> str:
+    return ", ".join(name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy"))
+
+
+def headers() -> dict[str, str]:
+    """What each request tells the hub, the token included.
+
+    Raises:
+        UserError: the token cannot be read or sent.
+    """
+    hub = client()
+    try:
+        found: dict[str, str] = hub.utils.build_hf_headers()
+    except (IsADirectoryError, NotADirectoryError, PermissionError, UnicodeError) as error:
+        raise UserError(
+            f"the hub's token cannot be read from {hub.constants.HF_TOKEN_PATH} ({_in_short(error)}), so nothing can be "
+            "downloaded; look at HF_TOKEN_PATH and HF_HOME, or set HF_TOKEN."
+        ) from None
+    for name, variable in {"authorization": "HF_TOKEN", "user-agent": "HF_HUB_USER_AGENT_ORIGIN"}.items():
+        value = found.get(name, "")
+        if not (value.isascii() and value.isprintable()):
+            raise UserError(
+                f"{variable} has a character that cannot be sent, so the hub would refuse; copy it again (a token, from "
+                "https://huggingface.co/settings/tokens; `hf auth login` keeps one too)."
+            )
+    return found
+
+
+def timeout() -> float:
+    """Seconds without a byte after which a request is given up.
+
+    Raises:
+        UserError: HF_HUB_DOWNLOAD_TIMEOUT is not positive.
+    """
+    seconds: float = client().constants.HF_HUB_DOWNLOAD_TIMEOUT
+    if seconds <= 0:
+        raise UserError(
+            f"HF_HUB_DOWNLOAD_TIMEOUT={seconds}: no request would get an answer; give a positive number of seconds."
+        )
+    return seconds
+
+
+def _in_short(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+
+
+def no_connection(error: BaseException) -> str:
+    """Why there is no connection, and to whom."""
+    address = urlsplit(endpoint())
+    proxy = getproxies().get(address.scheme) or getproxies().get("all")
+    through_proxy = proxy and not proxy_bypass(address.hostname or "")
+    host = f"the proxy {shown(str(proxy))}" if through_proxy else str(address.hostname)
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror):
+            return f"the name of {host} is not known here"
+        if isinstance(cause, ssl.SSLError) and cause.reason:
+            return f"no connection to {host}: TLS, {cause.reason.replace('_', ' ').lower()}"
+    return f"no connection to {host}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def lasting_flaw(error: BaseException) -> tuple[str, str] | None:
+    """What is wrong with a connection that no further attempt would change, and what to do; None for anything else."""
+    import httpx2
+
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the certificate of {_host(error)} cannot be verified: {cause.verify_message}", _trust_remedy()
+        if isinstance(cause, ssl.SSLError) and cause.reason == "WRONG_VERSION_NUMBER":
+            return (
+                f"{_host(error)} or the proxy does not speak TLS at this port",
+                "look at the port, or write http:// instead of https:// in HF_ENDPOINT or HTTPS_PROXY",
+            )
+    if isinstance(error, httpx2.ProxyError) and str(error)[:1] == "4" and str(error)[:3] not in ("408", "429"):
+        return f"the proxy answers {error}", PROXY_REMEDY
+    if isinstance(error, httpx2.LocalProtocolError):
+        return "the request cannot be sent", "look at HF_TOKEN and HF_HUB_USER_AGENT_ORIGIN"
+    if isinstance(error, httpx2.UnsupportedProtocol | httpx2.TooManyRedirects):
+        return "it is redirected to where nothing can be asked", "look at HF_ENDPOINT and at the proxy"
+    return None
+
+
+PROXY_REMEDY = (
+    "set HTTPS_PROXY (HTTP_PROXY for an http:// endpoint) to http://USER:PASSWORD@HOST:PORT if it asks for a password; else have "
+    "the hub's hosts opened in the proxy, or name hosts that need no proxy in NO_PROXY"
+)
+
+
+def _host(error: BaseException) -> str:
+    """Who was asked; a file's bytes may come from another host than the endpoint."""
+    with suppress(AttributeError, RuntimeError):  # without a request, it is not the one of a request
+        return str(error.request.url.host)  # type: ignore[attr-defined]
+    return str(urlsplit(endpoint()).hostname)
+
+
+def _trust_remedy() -> str:
+    """What to do about a certificate that cannot be verified."""
+    read = [f"{name}={os.environ[name]}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)][:1]
+    ignored = [name for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if os.environ.get(name)]
+    return (
+        "set SSL_CERT_FILE to a file (PEM) with the certificate of the authority that signed it, your network's or your mirror's"
+        + (f" (now only {read[0]} is searched)" if read else "")
+        + (f" (the hub's client does not read {' or '.join(ignored)})" if ignored else "")
+    )
