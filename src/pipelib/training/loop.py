@@ -21,6 +21,7 @@ from pipelib.evaluation.samples import write_samples
 from pipelib.model.device import autocast
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
+from pipelib.processes import on_first_signal
 from pipelib.tokens.loader import BatchPlan
 from pipelib.tokens.shards import Manifest
 from pipelib.training.batches import TensorBatch, make_loader
@@ -33,7 +34,7 @@ from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
 from pipelib.training.spikes import Spike, Spikes
-from pipelib.training.stopping import StopRequest, on_first_signal
+from pipelib.training.stopping import StopRequest
 from pipelib.training.validation import HellaSwag, validation_loss
 from pipelib.training.watch import Watch
 
@@ -148,8 +149,8 @@ class Trainer:
                     self._checkpoints.wait()
                     self._world.barrier()  # the first rank that ends has torchrun end the others
                     raise UserError(
-                        f"stopped by {signal.Signals(stopping).name} after step {state.step:,}, which is saved; dvc repro "
-                        "goes on from there."
+                        f"stopped by {signal.Signals(stopping).name} after step {state.step:,}, which is saved; run dvc "
+                        "repro to resume from there."
                     )
         return self._model
 
