@@ -111,7 +111,7 @@ def train_small(
     recorder = Recorder(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
     cadence = loop.Cadence(log_every, checkpoint_every)
     return loop.Trainer(
-        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder, initial
+        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder, initial, folder
     ).run()
 
 

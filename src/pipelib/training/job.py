@@ -41,6 +41,8 @@ class Job:
     cadence: Cadence
     tokens: str
     """The folder of the shards."""
+    benchmarks: str
+    """The folder of the benchmarks."""
     record: str
     """The file of the run's record; empty where there is none."""
     code: str
@@ -73,7 +75,9 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
         recorder = Recorder(
             work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
         )
-    trainer = Trainer(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial)
+    trainer = Trainer(
+        job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial, Path(job.benchmarks)
+    )
     model = trainer.run()
     if world.is_main:
         export(job, manifest, model, recorder, work / "outs")

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from pipelib.errors import UserError
-from pipelib.files import read_json, remove, require_free_space, sha256_json
+from pipelib.files import files_under, read_json, remove, require_free_space, sha256_json
 from pipelib.model.params import InitialisedModelParams
 from pipelib.processes import on_first_signal
 from pipelib.stage import Build
 from pipelib.state import State
 from pipelib.tokens.shards import read_manifest, require_sound
 from pipelib.training.batches import check_plan
-from pipelib.training.checkpoint import KEPT
+from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
 from pipelib.training.distributed import join_world
 from pipelib.training.initial_weights import InitialWeights
 from pipelib.training.job import ERROR, RESULT, Job, run_job
 from pipelib.training.loop import Cadence
 from pipelib.training.machines import Machines, find_machines, wait_until_seen
-from pipelib.training.memory import checkpoint_copy
 from pipelib.training.params import TrainParams
 from pipelib.training.stopping import STOP, ask_to_stop
 from pipelib.training.torchrun import start_torchrun
@@ -33,9 +32,13 @@ def launch(
     train: TrainParams,
     cadence: Cadence,
     tokens: Path,
+    benchmarks: Path,
     initial: InitialWeights,
 ) -> tuple[Any, Any]:
     """Train on the shards in `tokens` and build `models/` and `curves/`; the stage's result and speed.
+
+    Args:
+        benchmarks: the folder of the items that `train.hellaswag_every` scores.
 
     Raises:
         UserError: the data and parameters do not go together, or the training said what went wrong.
@@ -44,13 +47,15 @@ def launch(
     manifest = read_manifest(tokens)
     check_plan(train, manifest, machines.world_size)
     require_sound(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
-    checkpoints = KEPT + 2 + (train.spike is not None)  # the best, the one being written, one to go back to
-    require_free_space(build.work, checkpoints * checkpoint_copy(model), "training, with its checkpoints,")
+    needed = checkpoint_bytes(model, train, cadence.checkpoint_every)
+    have = sum(path.stat().st_size for path in files_under(build.work / CHECKPOINTS))  # of a training that resumes
+    require_free_space(build.work, needed - have, "training, with its checkpoints,")
     job = Job(
         model,
         train,
         cadence,
         str(tokens),
+        str(benchmarks),
         str(build.run.path or ""),
         sha256_json(build.code),
         build.resumed_with_other_code,
