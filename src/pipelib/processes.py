@@ -70,8 +70,8 @@ def available_cores(root: Path = Path("/")) -> int:
 def _cpu_quotas(root: Path) -> Iterator[float]:
     """The cores' worth of CPU time that each control group around this process allows, where it limits it."""
     for group in control_groups("cpu", root):
-        quota = f"{_words(group / 'cpu.cfs_quota_us')} {_words(group / 'cpu.cfs_period_us')}"
-        allowed, _, period = (_words(group / "cpu.max") or quota).partition(" ")
+        quota = f"{system_file(group / 'cpu.cfs_quota_us')} {system_file(group / 'cpu.cfs_period_us')}"
+        allowed, _, period = (system_file(group / "cpu.max") or quota).partition(" ")
         if allowed.isdecimal() and period.isdecimal() and int(period):  # "max" or -1 is no limit
             yield int(allowed) / int(period)
 
@@ -81,7 +81,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
 
     In a container the path may be one that only the host has; the file system's own root is then the container's group.
     """
-    for line in _words(root / "proc/self/cgroup").splitlines():
+    for line in system_file(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         mounts = ["", "unified"] if not controllers else [controllers, controller]
@@ -91,7 +91,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
                 yield from (root / "sys/fs/cgroup" / mount / group for group in (inside, *inside.parents))
 
 
-def _words(path: Path) -> str:
+def system_file(path: Path) -> str:
     """A small file of the system; nothing where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
