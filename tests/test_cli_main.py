@@ -52,6 +52,13 @@ def test_no_command_prints_help_and_fails(capsys: pytest.CaptureFixture[str]) ->
     assert "usage: pipelib" in capsys.readouterr().err
 
 
+def test_ranks_of_a_job_around_it_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval would leave the result to the process of LOCAL_RANK 0."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main([]) == 2
+    assert "LOCAL_RANK" not in os.environ
+
+
 def test_user_errors_are_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(_: object) -> int:
         raise UserError("3 is odd, so nothing would fit; use 4.")

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,16 @@ from pipelib.errors import UserError, user_message
 from pipelib.evaluation import samples
 from pipelib.files import read_json, write_json
 from pipelib.model.gpt import GPT, Block, initialise
+from pipelib.model.params import InitialisedModelParams
 from pipelib.tokens.loader import Batch, Loader
 from pipelib.tokens.shards import read_manifest
+from pipelib.training import launch as launch_module
 from pipelib.training import loop, recorder
 from pipelib.training.batches import check_plan, make_loader
 from pipelib.training.checkpoint import Checkpoints, Counters, Stateful, checkpoint_bytes, most_checkpoints
 from pipelib.training.distributed import World
-from pipelib.training.launch import join
+from pipelib.training.initial_weights import RANDOM_WEIGHTS
+from pipelib.training.launch import join, launch
 from pipelib.training.loop import StepResult, take_step
 from pipelib.training.machines import find_machines, process_count
 from pipelib.training.memory import checkpoint_copy
@@ -670,6 +674,27 @@ def test_the_disk_that_train_demands_is_the_one_that_plan_names() -> None:
     assert checkpoint_bytes(model, train_params(), 250) == 4 * checkpoint_copy(model)
     assert checkpoint_bytes(model, train_params(spike=spike), 250) == 5 * checkpoint_copy(model)
     assert checkpoint_bytes(model, train_params(spike=replace(spike, batches=100)), 10) == 14 * checkpoint_copy(model)
+
+
+def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be refused on a disk that had room for all of them at its start."""
+    asked: list[int] = []
+
+    def refuse(_: Path, needed: int, __: str) -> None:
+        asked.append(needed)
+        raise UserError("enough")
+
+    monkeypatch.setattr(launch_module, "require_free_space", refuse)
+    shape = InitialisedModelParams(**asdict(model_params()), init_from="scratch")
+    build: Any = SimpleNamespace(work=folder / "work")
+    for size in (0, 1000):
+        (folder / "work/checkpoints/step_00000001").mkdir(parents=True, exist_ok=True)
+        (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))
+        with pytest.raises(UserError, match="enough"):
+            launch(build, shape, train_params(), loop.Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS)
+    assert asked[0] == checkpoint_bytes(shape, train_params(), 5) == asked[1] + 1000
 
 
 def test_where_every_checkpoint_is_bad_the_training_starts_anew(tmp_path: Path) -> None:
