@@ -23,6 +23,9 @@ if Path(os.path.abspath(pipelib.__file__)).parent != SOURCE / "pipelib":
         "start the stage as `python -m stages.NAME` in a fresh process."
     )
 
-from pipelib.processes import tie_to_parent  # noqa: E402
+from pipelib.processes import die_of_signals, tie_to_parent  # noqa: E402
 
-tie_to_parent()  # before anything is imported that takes seconds
+# Both before anything is imported that takes seconds.
+if sys.argv[0] == "-m":  # what Python says while it looks for the module of `python -m stages.NAME`
+    die_of_signals()
+tie_to_parent()

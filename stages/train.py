@@ -24,7 +24,7 @@ from pipelib.training.launch import join, launch
 from pipelib.training.loop import Cadence
 from pipelib.training.validation import require_hellaswag
 
-TOKENS = Path("data/tokens")
+TOKENS, BENCHMARKS = Path("data/tokens"), Path("data/benchmarks")
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         "train",
         params,
         inputs(params, initial),
-        lambda build: launch(build, params.model, params.train, cadence, TOKENS, initial),
+        lambda build: launch(build, params.model, params.train, cadence, TOKENS, BENCHMARKS, initial),
     )
 
 
@@ -54,7 +54,7 @@ def inputs(params: Params, initial: InitialWeights) -> dict[str, object]:
         "train": asdict(params.train),
         "initial weights": initial.sha256,
         "data": read_manifest(TOKENS).fingerprint,
-        **require_hellaswag(params.train),
+        **require_hellaswag(params.train, BENCHMARKS),
     }
 
 

@@ -111,7 +111,7 @@ def train_small(
     recorder = Recorder(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
     cadence = loop.Cadence(log_every, checkpoint_every)
     return loop.Trainer(
-        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder, initial
+        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder, initial, folder
     ).run()
 
 
@@ -207,7 +207,12 @@ class SmallProject:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def start(
-        self, ranks: int = 1, command: list[str] | None = None, log: str = "log.txt", **environment: str
+        self,
+        ranks: int = 1,
+        command: list[str] | None = None,
+        log: str = "log.txt",
+        pass_fds: tuple[int, ...] = (),
+        **environment: str,
     ) -> Training:
         """Start `python -m stages.train`, or another command that ends up there."""
         tag = uuid.uuid4().hex
@@ -225,7 +230,7 @@ class SmallProject:
             process = subprocess.Popen(
                 command or [sys.executable, "-m", "stages.train"],
                 cwd=self.folder, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True, pass_fds=pass_fds,
             )  # fmt: skip
         return Training(tag, process, said)
 

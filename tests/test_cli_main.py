@@ -1,19 +1,26 @@
 """The command itself: help without waiting, errors without tracebacks, quiet ends."""
 
+import argparse
+import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from small_project import CHECKOUT
 
+import pipelib
 from pipelib.cli import verify
-from pipelib.cli.main import main
+from pipelib.cli.main import main, make_parser
+from pipelib.cli.summary import next_steps
 from pipelib.errors import UserError, as_typed
 from pipelib.state import State
+from pipelib.tracking.record import say
 
 COMMANDS = ("plan", "doctor", "compare", "verify", "sample", "publish", "clean")
 
@@ -45,6 +52,13 @@ def test_no_command_prints_help_and_fails(capsys: pytest.CaptureFixture[str]) ->
     assert "usage: pipelib" in capsys.readouterr().err
 
 
+def test_ranks_of_a_job_around_it_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval would leave the result to the process of LOCAL_RANK 0."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main([]) == 2
+    assert "LOCAL_RANK" not in os.environ
+
+
 def test_user_errors_are_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(_: object) -> int:
         raise UserError("3 is odd, so nothing would fit; use 4.")
@@ -54,20 +68,101 @@ def test_user_errors_are_one_message(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err == "pipelib: 3 is odd, so nothing would fit; use 4.\n"
 
 
-def test_commands_in_messages_are_as_they_must_be_typed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment in a repository, not activated."""
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)
-    message = (
-        "run `pipelib verify --repair`, then dvc repro; .venv/bin/dvc repro is dvc repro, and dvc.lock is no command."
-    )
-    assert as_typed(message) == message, "no environment is here"
     (here / ".venv/bin").mkdir(parents=True)
     (here / ".venv/bin/pipelib").touch()
-    assert as_typed(message) == (
-        "run `.venv/bin/pipelib verify --repair`, then .venv/bin/dvc repro; .venv/bin/dvc repro is .venv/bin/dvc repro, and "
-        "dvc.lock is no command."
-    )
-    monkeypatch.setenv("VIRTUAL_ENV", str(here / ".venv"))
-    assert as_typed(message) == message, "it is activated"
+    return here / ".venv"
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("run `pipelib verify --repair`, then dvc repro.", "run `{}pipelib verify --repair`, then {}dvc repro."),
+        ("{}dvc repro is dvc repro", "{}dvc repro is {}dvc repro"),
+        ("`pipelib track --replay a` or `pipelib --help`", "`{}pipelib track --replay a` or `{}pipelib --help`"),
+        (
+            "`mlflow db upgrade URI`, or mlflow experiments restore",
+            "`{}mlflow db upgrade URI`, or {}mlflow experiments restore",
+        ),
+        ("dvc config cache.type hardlink", "{}dvc config cache.type hardlink"),
+        ("PIPELIB_RESUME=fresh dvc repro; git add -A", "PIPELIB_RESUME=fresh {}dvc repro; git add -A"),
+        ("with python -m stages.train --join.", "with {}python -m stages.train --join."),
+        ("run `pip install -c constraints.txt -e .`", "run `{}pip install -c constraints.txt -e .`"),
+        ("`hf auth login`, (`dvc remote add x`)", "`{}hf auth login`, (`{}dvc remote add x`)"),
+        ("dvc is not installed, and `dvc` alone or mlflow was", "dvc is not installed, and `dvc` alone or mlflow was"),
+        ("dvc.lock, dvc.yaml, my-dvc repro, a/dvc repro", "dvc.lock, dvc.yaml, my-dvc repro, a/dvc repro"),
+        ("texts/my dvc files/a.txt and on mlflow runs.txt", "texts/my dvc files/a.txt and on mlflow runs.txt"),
+        ("python 3.11, python.org, python code", "python 3.11, python.org, python code"),
+    ],
+)
+@pytest.mark.usefixtures("environment")
+def test_commands_in_messages_are_as_they_must_be_typed(message: str, typed: str) -> None:
+    message, typed = message.replace("{}", ".venv/bin/"), typed.replace("{}", ".venv/bin/")
+    assert as_typed(message) == typed
+    assert as_typed(typed) == typed
+
+
+def test_commands_are_left_alone_only_where_they_can_be_typed(
+    environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIRTUAL_ENV", str(environment))
+    assert as_typed("run dvc repro") == "run dvc repro"
+    (environment.parent / "link").symlink_to(environment)
+    monkeypatch.setenv("VIRTUAL_ENV", str(environment.parent / "link"))
+    assert as_typed("run dvc repro") == "run dvc repro"
+    monkeypatch.setenv("VIRTUAL_ENV", str(environment.parent / "another"))
+    assert as_typed("run dvc repro") == "run .venv/bin/dvc repro"
+    (environment / "bin/pipelib").unlink()
+    assert as_typed("run dvc repro") == "run dvc repro", "installed in an environment of the user's own"
+
+
+@pytest.mark.usefixtures("environment")
+def test_every_command_in_a_text_of_ours_is_known_as_one() -> None:
+    """Of all texts in the code, those with a real subcommand of pipelib, DVC or MLflow."""
+    from dvc.cli.parser import get_main_parser
+
+    subcommands = {
+        "pipelib": _subcommands(make_parser()),
+        "dvc": _subcommands(get_main_parser()),
+        "mlflow": {"artifacts", "db", "experiments", "gc", "runs", "server", "ui"},
+    }
+    texts = {text for path in Path(pipelib.__file__).parent.rglob("*.py") for text in _texts(path)}
+    found = [
+        match
+        for text in texts
+        for program, names in subcommands.items()
+        for match in re.findall(rf"(?<![\w./-]){program} (?:{'|'.join(sorted(names))})(?![\w-]).*", text)
+    ]
+    assert len(found) > 50
+    assert [match for match in found if not as_typed(match).startswith(".venv/bin/")] == []
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> set[str]:
+    (action,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return set(action.choices)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The texts in a file's code, docstrings left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+            yield node.value
+
+
+def test_tracking_and_summary_name_commands_as_they_must_be_typed(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say("run pipelib track --replay again")
+    assert capsys.readouterr().err == "tracking: run .venv/bin/pipelib track --replay again\n"
+    assert ".venv/bin/mlflow ui         all runs" in next_steps()
+    monkeypatch.setenv("VIRTUAL_ENV", str(environment))
+    assert ".venv" not in next_steps()
+    assert [line.index(" all ") for line in next_steps().splitlines() if " all " in line] == [37, 37]
 
 
 def test_the_summary_fits_on_a_screen(

@@ -187,7 +187,7 @@ def test_parameters_disk_and_fixed_memory() -> None:
     assert (need.weights, need.gradients, need.moments) == (4 * padded, 4 * padded, 8 * padded)
     assert need.logits == 64 * 1024 * 50304 * 12
     disk = disk_of(params, None)
-    assert (disk.raw, disk.tokens, disk.checkpoints, disk.model) == (None, None, 36 * padded, 4 * 124_439_808)
+    assert (disk.raw, disk.tokens, disk.checkpoints, disk.model) == (None, None, 4 * 12 * padded, 4 * 124_439_808)
 
 
 def test_time_is_measured_on_the_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

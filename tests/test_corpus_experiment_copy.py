@@ -15,7 +15,6 @@ from small_project import PARAMS, Project
 
 from pipelib.corpus import experiment_copy
 from pipelib.corpus.experiment_copy import QUEUED, lacking_files, queued_at, require_corpus, was_there
-from pipelib.corpus.local import _READERS
 from pipelib.corpus.params import READABLE, DownloadParams
 from pipelib.errors import UserError
 
@@ -50,10 +49,6 @@ def now() -> float:
     probe.touch()
     time.sleep(0.02)
     return probe.stat().st_ctime + 0.001
-
-
-def test_the_endings_are_those_that_local_reads() -> None:
-    assert tuple(_READERS) == READABLE
 
 
 def test_a_copy_with_everything_and_what_is_no_copy_run(

@@ -59,6 +59,9 @@ DECIDES = (
 """What of a task's definition can change its scores, where the data is the same."""
 
 
+BENCHMARKS = Path("data/benchmarks")
+
+
 def read_task(path: Path) -> dict[str, Any]:
     """A task's YAML, its functions as their names."""
 
@@ -148,13 +151,16 @@ def test_scores_are_those_of_the_harness_own_model(
 ) -> None:
     chance = np.random.default_rng(4)
     monkeypatch.chdir(tmp_path)
-    write_lines(tmp_path / "data/benchmarks/completion.jsonl", completion_rows(12))
-    write_lines(tmp_path / "data/benchmarks/heldout.jsonl", [{"text": words(chance, 2, 90)} for _ in range(6)])
+    elsewhere = tmp_path / "other [a] *?"
+    write_lines(elsewhere / "completion.jsonl", completion_rows(12))
+    write_lines(elsewhere / "heldout.jsonl", [{"text": words(chance, 2, 90)} for _ in range(6)])
     for name, rows in hub_rows(12).items():
-        write_lines(tmp_path / f"data/benchmarks/{name}.jsonl", rows)
+        write_lines(elsewhere / f"{name}.jsonl", rows)
     export_model(model, tmp_path / "model", "")
     tasks = ("completion", "heldout", *TASKS)
-    ours = run_tasks(model, replace(PARAMS, tasks=tasks), tmp_path / "scratch")
+    ours = run_tasks(model, replace(PARAMS, tasks=tasks), elsewhere, tmp_path / "scratch")
+    (tmp_path / "data").mkdir()
+    elsewhere.rename(tmp_path / BENCHMARKS)  # where the tasks' files have their data
     shown = capsys.readouterr().err
     for words_shown in ("lm-eval: loading completion, heldout", "lm-eval: answers", "lm-eval: whole texts"):
         assert words_shown in shown
@@ -175,7 +181,7 @@ def test_scores_are_those_of_the_harness_own_model(
             assert mean == pytest.approx(found.scores[metric], rel=1e-9), f"{task}.{metric}"
     assert ours["completion"].items.documents.tolist() == [number // 3 for number in range(12)]
 
-    limited = run_tasks(model, replace(PARAMS, tasks=("piqa",), task_limit=5), tmp_path / "scratch")
+    limited = run_tasks(model, replace(PARAMS, tasks=("piqa",), task_limit=5), BENCHMARKS, tmp_path / "scratch")
     assert_equal(limited, theirs(lm, ("piqa",), limit=5))
     assert limited["piqa"].scores["limit"] == 5
     assert limited["piqa"].scores["examples_in_all"] == 12
@@ -197,7 +203,7 @@ def test_scores_on_real_data_are_those_of_the_harness_own_model(
         write_lines(tmp_path / f"data/benchmarks/{name}.jsonl", rows)
     export_model(wide, tmp_path / "model", "")
     tasks = ("hellaswag", "piqa", "arc_easy", "lambada_openai", "wikitext")
-    ours = run_tasks(wide, replace(PARAMS, batch_tokens=2048, tasks=tasks), tmp_path / "scratch")
+    ours = run_tasks(wide, replace(PARAMS, batch_tokens=2048, tasks=tasks), BENCHMARKS, tmp_path / "scratch")
     assert_equal(ours, theirs(hugging_faces_model(tmp_path / "model", monkeypatch), tasks))
 
 
@@ -267,7 +273,7 @@ def test_a_task_without_its_data_says_how_to_get_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data is missing .*name its benchmark in download.benchmarks"):
-        run_tasks(model, replace(PARAMS, tasks=("heldout",)), tmp_path / "scratch")
+        run_tasks(model, replace(PARAMS, tasks=("heldout",)), BENCHMARKS, tmp_path / "scratch")
 
 
 def test_a_model_whose_logits_are_no_numbers_has_no_scores(
@@ -279,7 +285,7 @@ def test_a_model_whose_logits_are_no_numbers_has_no_scores(
     with torch.no_grad():
         lost.ln_f.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        run_tasks(lost, replace(PARAMS, tasks=("completion",)), tmp_path / "scratch")
+        run_tasks(lost, replace(PARAMS, tasks=("completion",)), BENCHMARKS, tmp_path / "scratch")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +298,7 @@ def test_an_example_that_cannot_be_scored_is_named_by_its_line(
     path = write_lines(tmp_path / "data/benchmarks/completion.jsonl", completion_rows(2))
     path.write_text(path.read_text(encoding="utf-8") + bad + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"completion\.jsonl, line 3 is not .*pipelib verify data/benchmarks --repair"):
-        run_tasks(model, replace(PARAMS, tasks=("completion",)), tmp_path / "scratch")
+        run_tasks(model, replace(PARAMS, tasks=("completion",)), BENCHMARKS, tmp_path / "scratch")
 
 
 def test_a_context_of_white_space_alone_is_the_start_of_a_text(model: GPT) -> None:

@@ -1,4 +1,4 @@
-"""`kill -9` of any process of a training at any moment, then the same command again: the bytes of an undisturbed run.
+"""Any process of a training killed or signalled at any moment, then the same command again: an undisturbed run's bytes.
 
 PIPELIB_TEST_RUNS says how many random kills there are, PIPELIB_TEST_SEED which ones; `pytest -s` shows them.
 """
@@ -101,7 +101,8 @@ def kill_at_random(training: Training, chance: random.Random) -> str:
     if not role_of:
         return ""
     victim = chance.choice(sorted(role_of))
-    return role_of[victim] if kill(victim) else ""
+    number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+    return f"{number.name} to {role_of[victim]}" if kill(victim, number) else ""
 
 
 # ---- At chosen places ------------------------------------------------------------------------------------------------
@@ -336,7 +337,11 @@ def ask(training: Training, whom: str, number: signal.Signals) -> None:
         pytest.param(2, "launcher", signal.SIGINT, marks=pytest.mark.long),
         pytest.param(2, "launcher", signal.SIGTERM, marks=pytest.mark.long),
         pytest.param(2, "rank", signal.SIGINT, marks=pytest.mark.long),
-        (2, "all", signal.SIGTERM),  # as a scheduler does it
+        pytest.param(2, "all", signal.SIGTERM, marks=pytest.mark.long),  # as a scheduler does it
+        (2, "all", signal.SIGUSR1),
+        pytest.param(1, "group", signal.SIGUSR2, marks=pytest.mark.long),
+        pytest.param(1, "group", signal.SIGXCPU, marks=pytest.mark.long),
+        pytest.param(2, "launcher", signal.SIGHUP, marks=pytest.mark.long),
     ],
 )
 def test_asked_to_stop_it_saves_the_step_it_is_at(
@@ -350,27 +355,73 @@ def test_asked_to_stop_it_saves_the_step_it_is_at(
     step = training.step()
     assert f"train: stopped by {number.name} after step {step}, which is saved" in training.output()
     assert "Traceback" not in training.output()
-    assert f"step_{step:08d}" in [path.name for path in project.state.glob("train/*/*/checkpoints/*")]
+    assert saved_step(project) == step
+    assert not same(project.run(ranks, **A_JOB_AROUND_IT), expected)
+
+
+A_JOB_AROUND_IT = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "9",
+    "PET_NNODES": "4", "PET_NODE_RANK": "3", "PET_MASTER_ADDR": "192.0.2.1", "TORCHELASTIC_RUN_ID": "other",
+}  # fmt: skip
+"""As Kubernetes' PyTorchJob and torchrun set them: ranks that nobody starts."""
+
+
+def saved_step(project: SmallProject) -> int:
+    """The step of the newest checkpoint."""
+    return max(int(path.name.removeprefix("step_")) for path in project.state.glob("train/*/*/checkpoints/step_*"))
+
+
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number"),
+    [
+        (1, signal.SIGUSR1),
+        *(pytest.param(1, number, marks=LONG) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)),
+        *(pytest.param(2, number, marks=LONG) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)),
+    ],
+)
+def test_asked_to_stop_together_with_dvc_it_saves_the_step_it_is_at(
+    project: SmallProject, ranks: int, number: signal.Signals
+) -> None:
+    """DVC dies of it, and of its death the stage gets SIGTERM."""
+    expected = project.uninterrupted(ranks)
+    training = project.start(ranks, [sys.executable, "-c", DVC])
+    assert training.wait_until(lambda: training.step() >= 12)
+    os.killpg(training.process.pid, number)
+    assert training.end() == -number
+    assert f"stopped by {number.name} after step {training.step()}, which is saved" in training.output()
     assert not same(project.run(ranks), expected)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_asked_to_stop_together_with_dvc_it_saves_the_step_it_is_at(project: SmallProject, ranks: int) -> None:
-    """DVC dies of SIGTERM, and of its death the stage gets another one."""
+def test_when_its_terminal_is_closed_it_saves_the_step_it_is_at(project: SmallProject, ranks: int) -> None:
+    """A laptop's lid: the kernel sends SIGHUP, and whatever is printed from then on is an error."""
     expected = project.uninterrupted(ranks)
-    training = project.start(ranks, [sys.executable, "-c", DVC])
-    assert training.wait_until(lambda: training.step() >= 12)
-    os.killpg(training.process.pid, signal.SIGTERM)
-    assert training.end() == -signal.SIGTERM
-    assert f"train: stopped by SIGTERM after step {training.step()}, which is saved" in training.output()
-    assert not same(project.run(ranks), expected)
+    ours, theirs = os.openpty()
+    take_terminal = f"import fcntl, os, termios; fcntl.ioctl({theirs}, termios.TIOCSCTTY, 0); "
+    take_terminal += f"[os.dup2({theirs}, number) for number in (0, 1, 2)]; "
+    training = project.start(ranks, [sys.executable, "-c", take_terminal + DVC], pass_fds=(theirs,))
+    os.close(theirs)
+    shown = b""
+    while b"step 12/" not in shown:
+        shown += os.read(ours, 4096)
+    os.close(ours)
+    assert training.end() == -signal.SIGHUP
+    assert not (project.folder / "models").exists()
+    step = saved_step(project)
+    assert step >= 12
+    resumed = project.start(ranks)
+    assert resumed.end() == 0, resumed.output()
+    assert f"training goes on after step {step}:" in resumed.output()
+    assert not same(project.outs(), expected)
 
 
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, -signal.SIGTERM), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)], ids=lambda number: number.name
 )
-def test_asked_twice_it_ends_at_once(endless: SmallProject, number: signal.Signals, status: int) -> None:
+def test_asked_twice_it_ends_at_once(endless: SmallProject, number: signal.Signals) -> None:
     training = endless.start(ranks=2)
     assert training.wait_until(lambda: training.step() >= 2)
     for pid, role in training.processes().items():
@@ -379,5 +430,16 @@ def test_asked_twice_it_ends_at_once(endless: SmallProject, number: signal.Signa
     kill(training.process.pid, number)
     assert training.wait_until(lambda: bool(list(endless.state.glob("train/*/*/stop.txt"))))
     kill(training.process.pid, number)
-    assert training.end() == status
+    assert training.end() == -number
     assert "Traceback" not in training.output()
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long)])
+def test_signalled_while_it_imports_torch_it_ends_without_a_traceback(endless: SmallProject, ranks: int) -> None:
+    training = endless.start(ranks)
+    role = "rank" if ranks > 1 else "launcher"
+    assert training.wait_until(lambda: role in training.processes().values())
+    ask(training, "all", signal.SIGHUP)
+    assert training.end() == (1 if ranks > 1 else -signal.SIGHUP)
+    assert "Traceback" not in training.output()
+    assert ("train: stopped by SIGHUP before the ranks could save a step" in training.output()) == (ranks > 1)

@@ -3,6 +3,8 @@
 import inspect
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +344,57 @@ def test_plain_mlflow_in_the_repository_shows_the_runs(root: Path, monkeypatch: 
     assert utils._get_default_tracking_uri() == "sqlite:///mlflow.db"
     assert (root / "mlflow.db").exists()
     assert list((root / "mlartifacts").rglob("a.txt"))
+
+
+ODD_NAMES = ["what?", "100%", "x%41y%3Fz", "?mode=memory", "a b#c;d&e=f+g", "ü'日\"`"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_repository_of_any_name_has_its_runs_in_its_own_database(
+    name: str, tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    root = tmp_path / "folder" / name
+    root.mkdir(parents=True)
+    shutil.copy(empty_database, root)
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    with start() as run:
+        run.log({"train/loss": 1.5}, 1)
+        run.log_text("samples/a.txt", "text")
+    assert capsys.readouterr().err == ""
+    assert [path.name for path in root.parent.iterdir()] == [name]
+    assert sorted(path.name for path in root.iterdir()) == ["mlartifacts", "mlflow.db"]
+    monkeypatch.chdir(root)
+    default = f"sqlite:///{'./' * ODD_NAMES.index(name)}mlflow.db"  # of `mlflow ui`; MLflow keeps each one open
+    (train,) = runs(MlflowClient(default), "train")
+    assert train.data.metrics["train/loss"] == 1.5
+    (kept,) = root.rglob("samples/a.txt")
+    got = MlflowClient(default).download_artifacts(train.info.run_id, "samples/a.txt")
+    assert Path(got).read_text() == kept.read_text() == "text"
+
+
+def test_a_database_is_made_in_a_repository_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "folder" / "what? 100%41"
+    root.mkdir(parents=True)
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    store = mlflow_store.Place.chosen().open()
+    assert store.client.get_experiment(store.experiment).name == "pipelib"
+    assert [path.name for path in root.parent.iterdir()] == [root.name]
+    assert [path.name for path in root.iterdir()] == ["mlflow.db"]
+
+
+@pytest.mark.parametrize("name", ["plain", *ODD_NAMES])
+def test_a_locked_database_is_found_under_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / name).mkdir(parents=True)
+    database = tmp_path / "a" / name / "mlflow.db"
+    holder = sqlite3.connect(database, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr(mlflow_store, "LOCK_SECONDS", 0)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        mlflow_store._require_writable(mlflow_store.sqlite_uri(database))
+    holder.close()
+    mlflow_store._require_writable(mlflow_store.sqlite_uri(database))
 
 
 def test_a_database_appears_whole_or_not_at_all() -> None:

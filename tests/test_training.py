@@ -13,16 +13,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_run import (
     ALONE,
     CHECKOUT,
@@ -41,17 +45,21 @@ from pipelib.errors import UserError, user_message
 from pipelib.evaluation import samples
 from pipelib.files import read_json, write_json
 from pipelib.model.gpt import GPT, Block, initialise
+from pipelib.model.params import InitialisedModelParams
 from pipelib.tokens.loader import Batch, Loader
 from pipelib.tokens.shards import read_manifest
+from pipelib.training import launch as launch_module
 from pipelib.training import loop, recorder
 from pipelib.training.batches import check_plan, make_loader
-from pipelib.training.checkpoint import Checkpoints, Counters, Stateful
+from pipelib.training.checkpoint import Checkpoints, Counters, Stateful, checkpoint_bytes, most_checkpoints
 from pipelib.training.distributed import World
-from pipelib.training.launch import join
+from pipelib.training.initial_weights import RANDOM_WEIGHTS
+from pipelib.training.launch import join, launch
 from pipelib.training.loop import StepResult, take_step
 from pipelib.training.machines import find_machines, process_count
+from pipelib.training.memory import checkpoint_copy
 from pipelib.training.optim import learning_rate_at, make_optimizer
-from pipelib.training.params import TrainParams
+from pipelib.training.params import SpikeParams, TrainParams
 
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
@@ -639,6 +647,54 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
     assert counted.step == 10
     assert torch.equal(fresh.weight, weights[10])
     assert f"step_00000020 {reason}" in capsys.readouterr().out
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    reach=st.integers(0, 25),
+    every=st.integers(3, 10),
+    stopped_at=st.none() | st.integers(1, 60),
+    losses=st.lists(st.none() | st.floats(1, 9), min_size=8, max_size=8),
+)
+def test_no_more_checkpoints_are_on_disk_than_a_disk_is_asked_for(
+    reach: int, every: int, stopped_at: int | None, losses: list[float | None]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder), {}, reach) as checkpoints:
+        steps = sorted({*range(every, 9 * every, every), *([stopped_at] if stopped_at else [])})
+        for step, loss in zip(steps, [*losses, None, None], strict=False):
+            checkpoints.save(step, {}, {}, loss)
+            checkpoints.wait()
+            being_written = 1
+            assert len(list(Path(folder).iterdir())) + being_written <= most_checkpoints(reach, every)
+
+
+def test_the_disk_that_train_demands_is_the_one_that_plan_names() -> None:
+    model = model_params()
+    spike = SpikeParams(window=100, deviations=6.0, batches=1, rollbacks=10)
+    assert checkpoint_bytes(model, train_params(), 250) == 4 * checkpoint_copy(model)
+    assert checkpoint_bytes(model, train_params(spike=spike), 250) == 5 * checkpoint_copy(model)
+    assert checkpoint_bytes(model, train_params(spike=replace(spike, batches=100)), 10) == 14 * checkpoint_copy(model)
+
+
+def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be refused on a disk that had room for all of them at its start."""
+    asked: list[int] = []
+
+    def refuse(_: Path, needed: int, __: str) -> None:
+        asked.append(needed)
+        raise UserError("enough")
+
+    monkeypatch.setattr(launch_module, "require_free_space", refuse)
+    shape = InitialisedModelParams(**asdict(model_params()), init_from="scratch")
+    build: Any = SimpleNamespace(work=folder / "work")
+    for size in (0, 1000):
+        (folder / "work/checkpoints/step_00000001").mkdir(parents=True, exist_ok=True)
+        (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))
+        with pytest.raises(UserError, match="enough"):
+            launch(build, shape, train_params(), loop.Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS)
+    assert asked[0] == checkpoint_bytes(shape, train_params(), 5) == asked[1] + 1000
 
 
 def test_where_every_checkpoint_is_bad_the_training_starts_anew(tmp_path: Path) -> None:

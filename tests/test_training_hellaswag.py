@@ -25,11 +25,9 @@ TEXT = "the loss of a model is what it does not know about the text that it is g
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A workspace with tokens and seven items."""
+def folder(tmp_path: Path) -> Path:
+    """Tokens and seven items."""
     write_tokens(tmp_path / "tokens")
-    monkeypatch.chdir(tmp_path)
-    HELLASWAG.parent.mkdir(parents=True)
     words = TEXT.split()
     rows = [
         {
@@ -39,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         }
         for n in range(7)
     ]
-    HELLASWAG.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / HELLASWAG).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 
@@ -49,7 +47,7 @@ def test_it_is_scored_at_its_steps_and_at_the_last(folder: Path) -> None:
     rows = curve(folder, "hellaswag")
     assert [row["step"] for row in rows] == [4, 8, 10]
     assert [row["tokens"] for row in rows] == [256, 512, 640]
-    expected = score(model, read_items(HELLASWAG, tiktoken_encoding()), 64, "fp32")
+    expected = score(model, read_items(folder / HELLASWAG, tiktoken_encoding()), 64, "fp32")
     assert (rows[-1]["acc_norm"], rows[-1]["acc"]) == (expected.acc_norm.value, expected.acc.value)
     assert (rows[-1]["low"], rows[-1]["high"]) == (expected.acc_norm.low, expected.acc_norm.high)
 
@@ -63,9 +61,8 @@ def test_scoring_changes_no_step_and_null_scores_nothing(folder: Path) -> None:
     assert (folder / "work/train.csv").read_bytes() == losses
 
 
-@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("world_size", [2, 8])
-def test_ranks_share_the_items(world_size: int) -> None:
+def test_ranks_share_the_items(folder: Path, world_size: int) -> None:
     model, params = random_model(model_params()), train_params(micro_batch_size=1)
     shares = []
 
@@ -75,20 +72,20 @@ def test_ranks_share_the_items(world_size: int) -> None:
 
     for rank in range(world_size):
         world = SimpleNamespace(rank=rank, world_size=world_size, device=ALONE.device, sum=note)
-        HellaSwag().score(model, params, world)  # type: ignore[arg-type]
-    whole = HellaSwag().score(model, params, ALONE)
+        HellaSwag(folder).score(model, params, world)  # type: ignore[arg-type]
+    whole = HellaSwag(folder).score(model, params, ALONE)
     sums, means = sum(shares)
     assert sums.numpy() == pytest.approx(whole.sums, abs=1e-4)
     assert means.numpy() == pytest.approx(whole.means, abs=1e-4)
     assert (sums > 0).all()
 
 
-@pytest.mark.usefixtures("folder")
-def test_without_items_the_stage_says_what_to_do() -> None:
-    assert require_hellaswag(train_params()) == {}
-    before = require_hellaswag(train_params(hellaswag_every=5))
-    HELLASWAG.write_text(HELLASWAG.read_text() * 2)
-    assert require_hellaswag(train_params(hellaswag_every=5)) != before
-    HELLASWAG.write_text("")  # as download leaves it where nobody asks for it
+def test_without_items_the_stage_says_what_to_do(folder: Path) -> None:
+    items = folder / HELLASWAG
+    assert require_hellaswag(train_params(), folder) == {}
+    before = require_hellaswag(train_params(hellaswag_every=5), folder)
+    items.write_text(items.read_text() * 2)
+    assert require_hellaswag(train_params(hellaswag_every=5), folder) != before
+    items.write_text("")  # as download leaves it where nobody asks for it
     with pytest.raises(UserError, match=r"name hellaswag in download.benchmarks and run dvc repro"):
-        require_hellaswag(train_params(hellaswag_every=5))
+        require_hellaswag(train_params(hellaswag_every=5), folder)

@@ -135,7 +135,7 @@ def test_ranks_read_the_job_that_the_launcher_wrote(tmp_path: Path) -> None:
     model = InitialisedModelParams(**vars(model_params()), init_from="scratch")
     rule = SpikeParams(window=4, deviations=6.0, batches=2, rollbacks=3)
     for train in (params(), params(micro_batch_size=4, spike=rule, hellaswag_every=7)):
-        job = Job(model, train, loop.Cadence(1, 5), "data/tokens", "", "", False, RANDOM_WEIGHTS)
+        job = Job(model, train, loop.Cadence(1, 5), "data/tokens", "data/benchmarks", "", "", False, RANDOM_WEIGHTS)
         job.write(tmp_path)
         assert Job.read(tmp_path) == job
 

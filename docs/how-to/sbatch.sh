@@ -7,7 +7,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --time=12:00:00
-#SBATCH --signal=B:TERM@180
+#SBATCH --signal=USR1@180
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.txt
 set -uo pipefail
@@ -22,17 +22,10 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over fro
 # The first machine downloads, tokenizes, trains and evaluates; the others wait until it trains, and go when it is done.
 srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks-per-node=1 --nodelist="${others// /,}" .venv/bin/python -m stages.train --join &
 joined=$!
-srun --nodes=1 --ntasks=1 --nodelist="$first" .venv/bin/dvc repro &
-pipeline=$!
 
-# Three minutes before the end this script alone gets SIGTERM. It passes it on to the training, which saves the step it is at,
-# and not to DVC, whose end would end the whole step of the job.
-trap 'pkill -TERM -u "$UID" -f "^[^ ]*python[0-9.]* -m stages\.train$"' TERM
-wait "$pipeline"
+# Three minutes before the end Slurm sends SIGUSR1 to every process of both steps. The training saves the step it is at and
+# ends. DVC would die of the signal, and Slurm would kill what is left of its step before that: so DVC ignores it.
+srun --nodes=1 --ntasks=1 --nodelist="$first" bash -c 'trap "" USR1; exec .venv/bin/dvc repro'
 status=$?
-while kill -0 "$pipeline" 2>/dev/null; do  # it was the signal that ended the wait
-    wait "$pipeline"
-    status=$?
-done
 kill "$joined" 2>/dev/null
 exit "$status"

@@ -5,9 +5,11 @@ import os
 import re
 from pathlib import Path
 
+_PROSE = r"(?:and|are|can|cannot|could|did|does|had|has|in|is|itself|knows|must|needs|not|of|or|was|were|will|would)\b"
 _COMMANDS = re.compile(
-    r"(?<![\w./-])(?:pipelib (?:clean|compare|doctor|plan|publish|sample|summary|verify)|mlflow ui"
-    r"|dvc (?:checkout|commit|exp|fetch|gc|pull|push|queue|repro))\b"
+    r"(?<=`)(?:pipelib|dvc|mlflow|hf|pip|python)(?= )"  # whatever stands in backticks
+    rf"|(?<![\w./`-])(?:pipelib|dvc|mlflow|hf|pip)(?= (?!{_PROSE})[a-z][a-z-]*(?![\w-]*[./]\w))"  # "dvc repro", not "dvc a.txt"
+    r"|(?<![\w./`-])python(?= -m )"
 )
 
 
@@ -27,7 +29,7 @@ def user_message(error: BaseException) -> str | None:
         return (
             f"the disk is full ({error.filename or 'while writing'}), so the stage stopped; free some space there or set "
             "PIPELIB_STATE_DIR to a folder on a larger disk (`pipelib clean` and `dvc gc -w` free what is old), and run dvc "
-            "repro: it goes on from here, and outs that DVC removed come back."
+            "repro: it resumes from here, and outs that DVC removed come back."
         )
     if type(error).__name__ == "OutOfMemoryError":  # torch's; named, since not everybody who asks has torch
         return (
@@ -38,9 +40,10 @@ def user_message(error: BaseException) -> str | None:
 
 
 def as_typed(message: str) -> str:
-    """A message with its commands as they must be typed: `.venv/bin/dvc` where no environment is activated."""
-    root = Path(os.environ.get("DVC_ROOT", "."))
-    if "VIRTUAL_ENV" in os.environ or not (root / ".venv/bin/pipelib").exists():
+    """A message with its commands as they must be typed: `.venv/bin/dvc` where that environment is not activated."""
+    own = Path(os.environ.get("DVC_ROOT", "."), ".venv").absolute()
+    active = os.environ.get("VIRTUAL_ENV", "")
+    if not (own / "bin/pipelib").exists() or (active and Path(active).resolve() == own.resolve()):
         return message
     return _COMMANDS.sub(r".venv/bin/\g<0>", message)
 

@@ -12,6 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipelib.errors import UserError
+from pipelib.processes import signals_held_back, tie_to_parent
 
 
 class Pool:
@@ -87,7 +89,9 @@ class Pool:
         """A new process, at the other end of a pipe that nobody else holds."""
         mine, its = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(its, *self._start), daemon=True)
-        process.start()
+        resource_tracker.ensure_running()  # else `start` would, and let signals through that are held back
+        with signals_held_back():  # in the new process for good: they are for the one that waits for it
+            process.start()
         its.close()
         self._processes.append(process)
         return mine
@@ -107,7 +111,7 @@ def _alive() -> Iterator[None]:
 
 def _serve(connection: Connection, start: Callable[..., object], arguments: tuple[object, ...]) -> None:
     """What a process does: a task at a time, until nobody has another one for it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that waits
+    tie_to_parent(signal.SIGKILL)  # it gets no other signal
     not_started = None
     try:
         start(*arguments)

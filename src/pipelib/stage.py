@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import NoReturn
 
 from pipelib.errors import as_typed, user_message
 from pipelib.files import write_json
+from pipelib.processes import Stopped, leave_other_jobs, on_first_signal, outlive_terminal
 from pipelib.provenance import code_hashes, git_state
 from pipelib.state import State
 from pipelib.tracking.run import Run, is_mirroring, open_run
@@ -21,6 +23,9 @@ RESULT = "metrics/{}.json"
 """Where a stage writes what it found out: a function of its inputs."""
 SPEED = "metrics/speed/{}.json"
 """Where a stage writes what differs between runs of the same inputs: durations, throughput, the commit."""
+
+STOP_SECONDS = 10.0
+"""How long a stage that is asked to stop may take to record that and to end; `docker stop` waits as long."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,21 @@ Work = Callable[[Build], tuple[Mapping[str, object], Mapping[str, object]]]
 def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
     """Run a stage's `main` and exit with its status.
 
-    The user's mistakes become one message and exit status 1, a full disk too; a defect of ours keeps its traceback.
+    The user's mistakes become one message and exit status 1, a full disk too; a defect of ours keeps its traceback. A signal
+    that asks to stop ends the stage, after what `main` does about it.
     """
+    leave_other_jobs()
+    outlive_terminal()
     try:
-        main()
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; `dvc repro` goes on from here", file=sys.stderr)
-        _leave(128 + signal.SIGINT)
+        with on_first_signal(_stop):
+            main()
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        print(
+            as_typed(f"{name}: stopped by {signal.Signals(number).name}; run dvc repro to resume from here"),
+            file=sys.stderr,
+        )
+        _leave(128 + number)
     except SystemExit as error:
         _leave(error.code or 0)
     except Exception as error:
@@ -62,6 +75,14 @@ def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
             _leave(1)
         _leave(f"{name}: {as_typed(message)}")
     _leave(0)
+
+
+def _stop(number: int) -> None:
+    """Leave the work where it is; whatever still waits for a thread or a worker after `STOP_SECONDS` is not waited for."""
+    watch = threading.Timer(STOP_SECONDS, os._exit, (128 + number,))
+    watch.daemon = True
+    watch.start()
+    raise Stopped(number)
 
 
 def _leave(status: int | str) -> NoReturn:

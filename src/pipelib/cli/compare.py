@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelib.errors import as_typed
 from pipelib.progress import format_seconds
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [*_params(runs), *_metrics(runs), *_circumstances(runs)]
     header = ["", *(run.name for run in runs)]
     print(to_markdown([Table(header, rows)]).rstrip() if arguments.md else aligned([header, *rows]))
-    notes = [*_notes(runs), *_noise(runs)]
+    notes = [as_typed(note) for note in (*_notes(runs), *_noise(runs))]
     print("\n" + "\n".join(f"- {note}" if arguments.md else note for note in notes))
     return 0
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelib import dvc_files
 from pipelib.cli.plan import nearest_folder
-from pipelib.errors import UserError
+from pipelib.errors import UserError, as_typed
 from pipelib.files import format_bytes, remove
 from pipelib.processes import available_cores
 from pipelib.provenance import GitError, git_state, run_git
@@ -67,9 +67,9 @@ def run(_: argparse.Namespace) -> int:
     for name, check in CHECKS.items():
         for finding in _examine(check):
             failed += finding.level == "FAIL"
-            print(f"{finding.level:<5}{name:<11}{finding.text}", flush=True)
+            print(f"{finding.level:<5}{name:<11}{as_typed(finding.text)}", flush=True)
             if finding.remedy:
-                print(f"{'':<16}-> {finding.remedy}", flush=True)
+                print(f"{'':<16}-> {as_typed(finding.remedy)}", flush=True)
     return int(failed > 0)
 
 

@@ -7,10 +7,7 @@ from pathlib import Path
 from pipelib.errors import UserError
 from pipelib.params import Params
 from pipelib.tokens.shards import HEADER_BYTES, Manifest, Shard, read_manifest
-from pipelib.training.memory import checkpoint_copy
-
-CHECKPOINTS = 3
-"""Two that are kept and one that is being written (training/checkpoint.py)."""
+from pipelib.training.checkpoint import checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def disk_of(params: Params, corpus: Corpus | None) -> Disk:
     """Two bytes a token and a header a shard; 12 bytes a parameter in each checkpoint (fp32 weight and AdamW's two
     moments); 4 in models/.
     """
-    checkpoints = CHECKPOINTS * checkpoint_copy(params.model)
+    checkpoints = checkpoint_bytes(params.model, params.train, params.logging.checkpoint_every)
     model = 4 * params.model.parameters
     if corpus is None:
         return Disk(None, None, None, checkpoints, model)

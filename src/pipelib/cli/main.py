@@ -24,6 +24,7 @@ from pipelib.cli import (
     verify,
 )
 from pipelib.errors import UserError, as_typed
+from pipelib.processes import leave_other_jobs
 from pipelib.provenance import versions
 
 EXAMPLES = """examples:
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model writes characters that not every terminal has
+    leave_other_jobs()
     parser = make_parser()
     arguments = parser.parse_args(argv)
     if "run" not in arguments:

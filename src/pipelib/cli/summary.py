@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pipelib.errors import as_typed
 from pipelib.files import read_json
 
 EXAMPLES = """example:
@@ -37,20 +38,26 @@ def run(_: argparse.Namespace) -> int:
     if sample:
         print("It writes")
         print("\n".join(f"  | {shorten(line)}" for line in sample.splitlines()[:SAMPLE_LINES]))
-    print(NEXT)
+    print(next_steps())
     return 0
 
 
-NEXT = """
-Look at   reports/evaluation.md       all that was measured, with pictures
-          reports/model_card.md       data, recipe and scores, for others
-          .venv/bin/dvc plots show    the curves, as a page to keep
-          .venv/bin/mlflow ui         all runs, side by side, in the browser
-Try       .venv/bin/pipelib sample --prompt "Returns the"
-          .venv/bin/dvc exp run -S train.max_lr=1.8e-3
-          .venv/bin/pipelib compare HEAD workspace
-Then      docs/tutorial.md            from here to GPT-2 124M
-"""
+NEXT = (
+    ("Look at", "reports/evaluation.md", "all that was measured, with pictures"),
+    ("", "reports/model_card.md", "data, recipe and scores, for others"),
+    ("", "dvc plots show", "the curves, as a page to keep"),
+    ("", "mlflow ui", "all runs, side by side, in the browser"),
+    ("Try", 'pipelib sample --prompt "Returns the"', ""),
+    ("", "dvc exp run -S train.max_lr=1.8e-3", ""),
+    ("", "pipelib compare HEAD workspace", ""),
+    ("Then", "docs/tutorial.md", "from here to GPT-2 124M"),
+)
+"""What to do, the file or command, and what it is."""
+
+
+def next_steps() -> str:
+    """`NEXT` in columns."""
+    return "\n".join(["", *(f"{verb:<10}{as_typed(what):<28}{about}".rstrip() for verb, what, about in NEXT), ""])
 
 
 def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelib.cli.table import aligned
-from pipelib.errors import UserError
+from pipelib.errors import UserError, as_typed
 from pipelib.state import state_root
 from pipelib.tracking.mlflow_run import DeletedRun
 from pipelib.tracking.mlflow_store import Place, Store, failure
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if not arguments.replay and place.database and not place.database.exists():
             print(table(kept, ["nothing"] * len(kept)))
-            print(f"{where} is not there yet; `pipelib track --replay` makes it")
+            print(as_typed(f"{where} is not there yet; `pipelib track --replay` makes it"))
             return 0
         tell(f"asking MLflow at {where}")  # its import alone takes seconds
         store = place.open()
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(kept, states))
     missing = sum(state not in (ALL, DELETED, BUSY) for state in states)
     print(
-        f"MLflow at {where} has not all of {missing} of {len(kept)}; `pipelib track --replay` sends the rest"
+        as_typed(f"MLflow at {where} has not all of {missing} of {len(kept)}; `pipelib track --replay` sends the rest")
         if missing
         else f"MLflow at {where} has everything that was not deleted there"
     )
@@ -183,14 +183,13 @@ def replay(store: Store, kept: Sequence[Kept], named: bool) -> int:
             lacking.append(folder.name)
     deleted = sorted({record.key for record, result in done if result.had == DELETED})
     if deleted and not named:
-        print(
-            f"left alone, since they were deleted in MLflow; `pipelib track --replay {' '.join(deleted)}` sends them again"
-        )
+        again = f"`pipelib track --replay {' '.join(deleted)}`"
+        print(as_typed(f"left alone, since they were deleted in MLflow; {again} sends them again"))
     where = redact(store.place.uri)
     if lacking:
         raise UserError(
             f"MLflow at {where} did not take all of {', '.join(lacking)}, so that is only in the records, which are complete; "
-            "mend what is said above, and run pipelib track --replay again."
+            "fix what is said above, and run pipelib track --replay again."
         )
     left = "everything else" if not named and deleted else "everything"
     busy = " but what is being sent" if any(result.had == BUSY for _, result in done) else ""

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipelib.errors import as_typed
+
 EXAMPLES = """examples:
   pipelib verify                              check every out of dvc.lock that is here
   pipelib verify data/raw                     check one of them
@@ -51,13 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
         count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
         print(f"{folder} has {count}:", file=sys.stderr)
         for problem in report.problems:
-            print(f"  - {problem.text}", file=sys.stderr)
+            print(f"  - {as_typed(problem.text)}", file=sys.stderr)
         wrong += len(report.problems)
         damaged += sum(problem.damaged for problem in report.problems)
         for path in repair(out, report) if arguments.repair else ():
             print(f"removed {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     if arguments.repair and damaged:
-        print("now run dvc repro, which makes again what is missing")
+        print(as_typed("now run dvc repro, which makes again what is missing"))
     if arguments.repair and wrong > damaged:
         print(f"left to you, since nothing is damaged there: {wrong - damaged} of {wrong} problems", file=sys.stderr)
     return int(wrong > (damaged if arguments.repair else 0))

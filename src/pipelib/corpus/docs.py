@@ -23,7 +23,7 @@ from typing import Any
 from pipelib.corpus.raw import Document, Written, first_documents, write_raw
 from pipelib.errors import UserError
 from pipelib.pool import Pool
-from pipelib.processes import tie_to_parent, worker_count
+from pipelib.processes import worker_count
 from pipelib.progress import Progress
 
 PACKAGES = {
@@ -141,7 +141,6 @@ def _read_some(files: Sequence[_File]) -> list[list[Document]]:
 
 
 def _start_worker() -> None:
-    tie_to_parent()
     gc.disable()  # syntax trees hold no cycles, and looking for some takes a sixth of the time
 
 

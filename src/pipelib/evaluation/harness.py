@@ -5,6 +5,7 @@ test compares. Two things are ours: the standard errors, since the harness draws
 some and has none for others, and that equal contexts are computed once.
 """
 
+import glob
 import io
 import json
 import math
@@ -27,9 +28,6 @@ from pipelib.model.gpt import GPT
 from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.progress import Progress
 
-BENCHMARKS = Path("data/benchmarks")
-"""Where the tasks' files look for their data."""
-
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -41,10 +39,11 @@ class TaskResult:
     """Every example's."""
 
 
-def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, TaskResult]:
+def run_tasks(model: GPT, params: EvaluateParams, benchmarks: Path, scratch: Path) -> dict[str, TaskResult]:
     """Run `params.tasks`.
 
     Args:
+        benchmarks: the folder of the tasks' data, a file `NAME.jsonl` each.
         scratch: a folder for the harness's copies of the data.
 
     Raises:
@@ -63,9 +62,10 @@ def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, Ta
     shown = sys.stderr
     try:
         for task in params.tasks:
-            check_rows(BENCHMARKS / f"{task}.jsonl")
+            check_rows(benchmarks / f"{task}.jsonl")
         with redirect_stderr(io.StringIO()):  # bars that the harness shows whatever one asks; errors are raised
-            loaded = TaskManager(include_path=str(TASKS), include_defaults=False).load(list(params.tasks))
+            manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+            loaded = manager.load([_definition(task, benchmarks) for task in params.tasks])
             for task in loaded["tasks"].values():
                 task.set_config(key="num_fewshot", value=0)
             outcome = evaluate(
@@ -81,6 +81,17 @@ def run_tasks(model: GPT, params: EvaluateParams, scratch: Path) -> dict[str, Ta
         ) from None
     assert outcome is not None
     return {task: _result_of(task, outcome, params.task_limit) for task in params.tasks}
+
+
+def _definition(task: str, benchmarks: Path) -> dict[str, Any]:
+    """A task as its file defines it, with its data in a folder of ours."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    definition: dict[str, Any] = load_yaml(TASKS / f"{task}.yaml")
+    files = definition["dataset_kwargs"]["data_files"]
+    for split, file in files.items():
+        files[split] = glob.escape(str(benchmarks / Path(file).name))  # datasets takes it for a pattern
+    return definition
 
 
 def check_rows(path: Path) -> None:

@@ -97,7 +97,7 @@ def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: 
         }
     lap("completion_seconds")
     if params.tasks:
-        tasks = run_tasks(model, params, scratch)
+        tasks = run_tasks(model, params, data.benchmarks, scratch)
         remove(scratch)
         items |= {f"lm_eval/{task}": found.items for task, found in tasks.items()}
         result["lm_eval"] = {

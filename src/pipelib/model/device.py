@@ -1,12 +1,13 @@
 """Where a model runs, in which arithmetic, and with how much memory."""
 
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
-from pipelib.processes import available_cores, keep_freed_memory, positive_setting
+from pipelib.processes import available_cores, control_groups, keep_freed_memory, positive_setting, system_file
 
 
 def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -14,6 +15,8 @@ def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
 
     The number of threads is fixed, because sums on a CPU depend on it in their last bits; `$PIPELIB_THREADS` sets it.
     """
+    # torch.compile would start one for each of the machine's cores, whatever a container's quota allows.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, available_cores())))
     if torch.cuda.is_available():
         os.environ.setdefault(
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
@@ -31,18 +34,29 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a GPU; on a CPU what the system and this process's control group leave."""
+def free_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes free on a GPU; on a CPU what the system and the control groups around this process leave.
+
+    Args:
+        root: where /proc and /sys are.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free, group = _meminfo("MemAvailable"), Path("/sys/fs/cgroup")
-    limit, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
-        cached = dict(line.split() for line in stat.read_text().splitlines())[
-            "inactive_file"
-        ]  # freed when it is needed
-        free = min(free, int(most) - int(used.read_text()) + int(cached))
-    return free
+    return min([_meminfo("MemAvailable"), *_free_in_groups(root)])
+
+
+def _free_in_groups(root: Path) -> Iterator[int]:
+    """The bytes that each control group still allows, where it limits them; cached files give way when it is needed."""
+    for group in control_groups("memory", root):
+        for limit, used, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+        ):
+            stat = dict(line.split(" ", 1) for line in system_file(group / "memory.stat").splitlines() if " " in line)
+            numbers = system_file(group / limit), system_file(group / used), stat.get(cached, "0")
+            if all(number.isdecimal() for number in numbers):
+                most, taken, freed = map(int, numbers)
+                yield max(0, most - taken + freed)
 
 
 def total_memory(device: torch.device) -> int:

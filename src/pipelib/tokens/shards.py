@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pipelib.errors import UserError, how_to_repair
 from pipelib.files import format_json, read_json, sha256_file, write_atomic, write_text
 from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
+from pipelib.processes import available_cores
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 MANIFEST = "manifest.json"
@@ -186,7 +187,7 @@ def require_sound(folder: Path, manifest: Manifest) -> None:
     Raises:
         UserError: with every problem of every shard.
     """
-    with ThreadPoolExecutor(thread_name_prefix="hash") as threads:  # hashing and numpy leave the interpreter to others
+    with ThreadPoolExecutor(available_cores(), "hash") as threads:  # hashing and numpy leave the interpreter to others
         found = threads.map(lambda shard: shard_problems(folder, shard), manifest.shards)
         problems = [problem for of_shard in found for problem in of_shard]
     if problems:

@@ -1,7 +1,6 @@
 """Worker processes with a tokenizer in each."""
 
 import os
-import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from pipelib.pool import Pool
-from pipelib.processes import keep_freed_memory, peak_memory, tie_to_parent, worker_count
+from pipelib.processes import keep_freed_memory, peak_memory, worker_count
 from pipelib.tokens.encoding import Engine, load_engine
 
 Item = TypeVar("Item")
@@ -80,7 +79,6 @@ _name: str
 
 def _start(name: str) -> None:
     global _name
-    tie_to_parent(signal.SIGKILL)
     keep_freed_memory()
     _name = name
 

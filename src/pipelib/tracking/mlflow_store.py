@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pipelib.state import state_root
 from pipelib.tracking.record import brief, say
@@ -41,7 +42,7 @@ class Place:
         """`$MLFLOW_TRACKING_URI`, else mlflow.db in the workspace that started DVC."""
         database = Path(os.environ.get("DVC_ROOT", ".")).absolute() / "mlflow.db"
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        return cls(uri, None) if uri else cls(f"sqlite:///{database}", database)
+        return cls(uri, None) if uri else cls(sqlite_uri(database), database)
 
     @property
     def is_local(self) -> bool:
@@ -77,9 +78,8 @@ class Place:
         # Several processes that open a new database at once break each other.
         with self.turn():
             if self.database and not self.database.exists():
-                _make_whole(self.database, lambda fresh: MlflowClient(f"sqlite:///{fresh}"))
-            artifacts = str(self.database.with_name("mlartifacts")) if self.database else None
-            return Store(self, MlflowClient(self.uri), artifacts)
+                _make_whole(self.database, lambda fresh: MlflowClient(sqlite_uri(fresh)))
+            return Store(self, MlflowClient(self.uri), _artifacts(self.database) if self.database else None)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -92,6 +92,21 @@ class Place:
             yield
         finally:
             os.close(descriptor)
+
+
+def sqlite_uri(database: Path) -> str:
+    """A database's address for SQLAlchemy, which takes the path up to a `?` and decodes every `%41` in it.
+
+    MLflow makes the folder of `sqlite:///...`, and does not decode its name; it leaves those of `sqlite+pysqlite:` alone.
+    """
+    path = str(database).replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{path}" if path == str(database) else f"sqlite+pysqlite:///{path}"
+
+
+def _artifacts(database: Path) -> str:
+    """Where the files of a database's runs go: a path, but as a URI where MLflow would decode it."""
+    folder = database.with_name("mlartifacts")
+    return folder.as_uri() if "%" in str(folder) else str(folder)
 
 
 class Store:
@@ -198,7 +213,7 @@ def _require_answer(uri: str) -> None:
 
 def _require_writable(uri: str) -> None:
     """sqlite3.Error unless an SQLite file that is there can be written now; MLflow would try for minutes to open it."""
-    path = re.sub(r"^(sqlite(\+\w+)?:///)(file:)?|\?.*$", "", uri)
+    path = unquote(re.sub(r"^(sqlite(\+\w+)?:///)(file:)?|\?.*$", "", uri))
     if not uri.lower().startswith(("sqlite:", "sqlite+")) or not Path(path).exists():
         return
     import sqlite3  # where it is needed: not every Python has it

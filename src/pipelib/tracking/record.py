@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, as_typed
 from pipelib.files import write_text
 
 _SECRET_NAMES = re.compile(
@@ -80,7 +80,8 @@ def _redacted(value: object) -> object:
 
 
 def say(text: str) -> None:
-    print(f"tracking: {redact(text)}", file=sys.stderr, flush=True)
+    """Print a line about tracking, without secrets, its commands as they must be typed."""
+    print(f"tracking: {as_typed(redact(text))}", file=sys.stderr, flush=True)
 
 
 def brief(error: BaseException) -> str:

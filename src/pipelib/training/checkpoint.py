@@ -18,11 +18,30 @@ import torch
 from torch import Tensor
 
 from pipelib.files import files_under, read_json, remove, sha256_file, sync_folder, write_atomic, write_json
+from pipelib.model.params import ModelParams
 from pipelib.training.machines import wait_until_seen
+from pipelib.training.memory import checkpoint_copy
+from pipelib.training.params import TrainParams
 
 VERSION = 1
 KEPT = 2
 """The newest, and one to fall back on; the one with the least validation loss stays besides."""
+CHECKPOINTS = "checkpoints"
+"""The folder of a training's checkpoints, in its state."""
+
+
+def checkpoint_bytes(model: ModelParams, train: TrainParams, checkpoint_every: int) -> int:
+    """The most bytes that a training's checkpoints take on disk at a time."""
+    return most_checkpoints(train.spike.batches if train.spike else 0, checkpoint_every) * checkpoint_copy(model)
+
+
+def most_checkpoints(reach: int, checkpoint_every: int) -> int:
+    """The most checkpoints that are on disk at a time: those that stay, the best one, and the one being written.
+
+    Args:
+        reach: of `Checkpoints`. Within it and one before it all stay, also one of a step at which the training was stopped.
+    """
+    return max(KEPT, -(-reach // checkpoint_every) + 2 if reach else 0) + 2
 
 
 class Stateful(Protocol):

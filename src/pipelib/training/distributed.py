@@ -114,7 +114,7 @@ def backward_on_nothing(
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Take this process's place: alone, or as the rank that torchrun's environment says.
+    """Take this process's place: alone, or as the rank that torchrun's environment says; a stage has removed that of others.
 
     One rank a GPU over NCCL where there are GPUs, else ranks on the CPU over gloo, which share its cores equally.
     """

@@ -6,8 +6,10 @@ Under torchrun, ranks read their job from `work/job.json` and not from params.ya
 import signal
 import sys
 
+from pipelib.processes import die_of_signals, outlive_terminal, tie_to_parent
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while torch is imported ends a rank without a traceback
+    die_of_signals()  # importing torch takes seconds
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +20,6 @@ from pipelib.files import read_json, write_json, write_text
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model, readme
 from pipelib.model.params import InitialisedModelParams
-from pipelib.processes import tie_to_parent
 from pipelib.tokens.shards import Manifest, read_manifest
 from pipelib.tracking.run import NullRun, Run, attach_run
 from pipelib.training.distributed import World, join_world
@@ -40,6 +41,8 @@ class Job:
     cadence: Cadence
     tokens: str
     """The folder of the shards."""
+    benchmarks: str
+    """The folder of the benchmarks."""
     record: str
     """The file of the run's record; empty where there is none."""
     code: str
@@ -72,7 +75,9 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
         recorder = Recorder(
             work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
         )
-    trainer = Trainer(job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial)
+    trainer = Trainer(
+        job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial, Path(job.benchmarks)
+    )
     model = trainer.run()
     if world.is_main:
         export(job, manifest, model, recorder, work / "outs")
@@ -134,6 +139,7 @@ def _run_of(job: Job, world: World) -> Run:
 def _rank_main(work: Path) -> None:
     """A rank under torchrun."""
     tie_to_parent(signal.SIGKILL)
+    outlive_terminal()
     try:
         with join_world() as world:
             # The first rank reads for all: another machine may still see what lay there before.

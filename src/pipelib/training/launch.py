@@ -1,27 +1,28 @@
 """Start a training: in this process, or as one rank a GPU under torchrun, on this machine or on several."""
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 from pipelib.errors import UserError
-from pipelib.files import read_json, remove, require_free_space, sha256_json
+from pipelib.files import files_under, read_json, remove, require_free_space, sha256_json
 from pipelib.model.params import InitialisedModelParams
+from pipelib.processes import on_first_signal
 from pipelib.stage import Build
 from pipelib.state import State
 from pipelib.tokens.shards import read_manifest, require_sound
 from pipelib.training.batches import check_plan
-from pipelib.training.checkpoint import KEPT
+from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
 from pipelib.training.distributed import join_world
 from pipelib.training.initial_weights import InitialWeights
 from pipelib.training.job import ERROR, RESULT, Job, run_job
 from pipelib.training.loop import Cadence
 from pipelib.training.machines import Machines, find_machines, wait_until_seen
-from pipelib.training.memory import checkpoint_copy
 from pipelib.training.params import TrainParams
-from pipelib.training.stopping import STOP, ask_to_stop, on_first_signal
+from pipelib.training.stopping import STOP, ask_to_stop
 from pipelib.training.torchrun import start_torchrun
 
 
@@ -31,9 +32,13 @@ def launch(
     train: TrainParams,
     cadence: Cadence,
     tokens: Path,
+    benchmarks: Path,
     initial: InitialWeights,
 ) -> tuple[Any, Any]:
     """Train on the shards in `tokens` and build `models/` and `curves/`; the stage's result and speed.
+
+    Args:
+        benchmarks: the folder of the items that `train.hellaswag_every` scores.
 
     Raises:
         UserError: the data and parameters do not go together, or the training said what went wrong.
@@ -42,13 +47,15 @@ def launch(
     manifest = read_manifest(tokens)
     check_plan(train, manifest, machines.world_size)
     require_sound(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
-    checkpoints = KEPT + 2 + (train.spike is not None)  # the best, the one being written, one to go back to
-    require_free_space(build.work, checkpoints * checkpoint_copy(model), "training, with its checkpoints,")
+    needed = checkpoint_bytes(model, train, cadence.checkpoint_every)
+    have = sum(path.stat().st_size for path in files_under(build.work / CHECKPOINTS))  # of a training that resumes
+    require_free_space(build.work, needed - have, "training, with its checkpoints,")
     job = Job(
         model,
         train,
         cadence,
         str(tokens),
+        str(benchmarks),
         str(build.run.path or ""),
         sha256_json(build.code),
         build.resumed_with_other_code,
@@ -89,14 +96,20 @@ def join(find_state: Callable[[], State]) -> None:
 
 
 def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
-    """Run the job of `work` under torchrun and wait for it; a wish to stop reaches the ranks."""
+    """Run the job of `work` under torchrun and wait for it; a request to stop reaches the ranks."""
     if machines.restarts:  # else ranks that start again find the addresses of those that died (torch 2.13)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     about_ranks = machines.arguments(work.parent.name, first=first)
-    with on_first_signal(lambda number: ask_to_stop(work, number)):
+    asked: list[int] = []
+
+    def stop(number: int) -> None:
+        asked.append(number)
+        ask_to_stop(work, number)
+
+    with on_first_signal(stop):
         status = _wait(start_torchrun([*about_ranks, "-m", "pipelib.training.job", str(work)]))
     if status or (work / ERROR).exists():  # ranks that were started again leave it at what was said before
-        raise UserError(_what_went_wrong(work / ERROR, status))
+        raise UserError(_what_went_wrong(work / ERROR, status, asked))
     if first and machines.count > 1:
         wait_until_seen(work / RESULT)
 
@@ -108,11 +121,16 @@ def _wait(status: Future[int]) -> int:
     return status.result()
 
 
-def _what_went_wrong(said: Path, status: int) -> str:
-    """What a rank left to say, else what its status tells."""
+def _what_went_wrong(said: Path, status: int, asked: Sequence[int]) -> str:
+    """What a rank left to say, else what its status tells, unless it died of a signal that asked all of them to stop."""
     if said.exists():
         return said.read_text(encoding="utf-8")
+    if asked:
+        return (
+            f"stopped by {signal.Signals(asked[0]).name} before the ranks could save a step; run dvc repro to resume from the "
+            "last checkpoint."
+        )
     return (
         f"a rank ended with status {status} before the training was done; what it printed is above. The last checkpoint is "
-        "kept: dvc repro goes on from there."
+        "kept; run dvc repro to resume from there."
     )

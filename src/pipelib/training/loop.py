@@ -21,10 +21,11 @@ from pipelib.evaluation.samples import write_samples
 from pipelib.model.device import autocast
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
+from pipelib.processes import on_first_signal
 from pipelib.tokens.loader import BatchPlan
 from pipelib.tokens.shards import Manifest
 from pipelib.training.batches import TensorBatch, make_loader
-from pipelib.training.checkpoint import Checkpoints, Counters, RandomState, Stateful
+from pipelib.training.checkpoint import CHECKPOINTS, Checkpoints, Counters, RandomState, Stateful
 from pipelib.training.distributed import World
 from pipelib.training.initial_weights import RANDOM_WEIGHTS, InitialWeights, initial_model
 from pipelib.training.memory import memory_of_a_rank, out_of_memory_named
@@ -33,7 +34,7 @@ from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
 from pipelib.training.spikes import Spike, Spikes
-from pipelib.training.stopping import StopRequest, on_first_signal
+from pipelib.training.stopping import StopRequest
 from pipelib.training.validation import HellaSwag, validation_loss
 from pipelib.training.watch import Watch
 
@@ -60,11 +61,13 @@ class Trainer:
         world: World,
         recorder: Recorder,
         initial: InitialWeights = RANDOM_WEIGHTS,
+        benchmarks: Path = Path(),
     ) -> None:
         """Args:
             tokens: the folder of shards that `manifest` describes.
             work: where checkpoints go, and are found again.
             initial: what the model starts from, where no checkpoint is found.
+            benchmarks: the folder with the items that `hellaswag_every` scores.
 
         Raises:
             UserError: no checkpoint, data or micro-batch fits the parameters.
@@ -74,7 +77,7 @@ class Trainer:
         free = world.least(memory_of_a_rank(model_params, world.device, world.local_ranks))
         self._state, self._spikes = Counters(), Spikes(params.spike)
         identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
-        self._checkpoints = Checkpoints(work / "checkpoints", identity, self._spikes.reach)
+        self._checkpoints = Checkpoints(work / CHECKPOINTS, identity, self._spikes.reach)
         with out_of_memory_named(model_params, params, world.world_size, free):
             self._model = initial_model(model_params, params.seed, initial)
             self._model.activation_checkpointing = params.activation_checkpointing
@@ -93,7 +96,7 @@ class Trainer:
         self._cadence, self._tokens, self._world, self._recorder = cadence, tokens, world, recorder
         self._watch = Watch(self._params, self._plan, self._spikes, self._checkpoints, world)
         self._stop = StopRequest(work if world.world_size > 1 else None)
-        self._hellaswag = HellaSwag()
+        self._hellaswag = HellaSwag(benchmarks)
         self._memory = out_of_memory_named(model_params, self._params, world.world_size, free)
 
     @property
@@ -148,8 +151,8 @@ class Trainer:
                     self._checkpoints.wait()
                     self._world.barrier()  # the first rank that ends has torchrun end the others
                     raise UserError(
-                        f"stopped by {signal.Signals(stopping).name} after step {state.step:,}, which is saved; dvc repro "
-                        "goes on from there."
+                        f"stopped by {signal.Signals(stopping).name} after step {state.step:,}, which is saved; run dvc "
+                        "repro to resume from there."
                     )
         return self._model
 

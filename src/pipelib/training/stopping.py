@@ -1,15 +1,11 @@
-"""Being asked to stop: by SIGTERM or Ctrl-C, once to end after a step that is saved, twice to end at once.
+"""Being asked to stop, by a signal (`pipelib.processes.on_first_signal`): a training ends after a step that is saved.
 
-With several ranks the launcher passes the wish on in a file and not as a signal: a terminal or a scheduler may signal every
-process of a job at once, and one that got it twice would die before it has saved.
+With several ranks the launcher passes the request on in a file and not as a signal: a terminal or a scheduler may signal
+every process of a job at once, and one that got SIGTERM twice would die before it has saved.
 """
 
-import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from pipelib.files import write_text
 
@@ -22,38 +18,8 @@ def ask_to_stop(work: Path, number: int) -> None:
     write_text(work / STOP, signal.Signals(number).name)
 
 
-@contextmanager
-def on_first_signal(act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block a first SIGTERM or Ctrl-C calls `act` with its number; a second one does what it always did.
-
-    The system's SIGTERM for the death of the process that started this one (`tie_to_parent`) is no second one: who stops a
-    whole job signals DVC, which dies of it, and the stage.
-    """
-    parent = os.getppid()
-
-    def first(number: int, _: FrameType | None) -> None:
-        restore()
-        signal.signal(signal.SIGTERM, second)
-        act(number)
-
-    def second(number: int, _: FrameType | None) -> None:
-        if os.getppid() == parent:
-            restore()
-            signal.raise_signal(number)
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, first) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        restore()
-
-
 class StopRequest:
-    """Whether this rank knows of a wish to stop.
+    """Whether this rank has been asked to stop.
 
     Args:
         work: where `ask_to_stop` leaves one; None where there is nobody else to ask.

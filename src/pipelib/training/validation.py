@@ -17,7 +17,8 @@ from pipelib.tokens.shards import VALIDATION_SHARD
 from pipelib.training.distributed import World
 from pipelib.training.params import TrainParams
 
-HELLASWAG = Path("data/benchmarks/hellaswag.jsonl")
+HELLASWAG = "hellaswag.jsonl"
+"""The items' file in the folder of benchmarks."""
 
 
 def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World) -> Loss:
@@ -31,11 +32,14 @@ def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World)
 
 
 class HellaSwag:
-    """The items of data/benchmarks/hellaswag.jsonl, read when they are first needed."""
+    """The items of a folder of benchmarks, read when they are first needed."""
+
+    def __init__(self, benchmarks: Path) -> None:
+        self._benchmarks = benchmarks
 
     @cached_property
     def _items(self) -> list[Item]:
-        return read_items(HELLASWAG, tiktoken_encoding())
+        return read_items(self._benchmarks / HELLASWAG, tiktoken_encoding())
 
     def score(self, model: GPT, params: TrainParams, world: World) -> Scores:
         """The model's losses on all items, shared among the ranks; the same on every rank."""
@@ -49,7 +53,7 @@ class HellaSwag:
         return Scores(whole[0], whole[1], self._items)
 
 
-def require_hellaswag(params: TrainParams) -> dict[str, object]:
+def require_hellaswag(params: TrainParams, benchmarks: Path) -> dict[str, object]:
     """What `hellaswag_every` adds to what decides a training: the hash of the items; nothing where it is null.
 
     Raises:
@@ -57,9 +61,10 @@ def require_hellaswag(params: TrainParams) -> dict[str, object]:
     """
     if params.hellaswag_every is None:
         return {}
-    if not holds_items(HELLASWAG):
+    items = benchmarks / HELLASWAG
+    if not holds_items(items):
         raise UserError(
-            f"train.hellaswag_every: {params.hellaswag_every} needs the items of {HELLASWAG}, and there are none; name "
+            f"train.hellaswag_every: {params.hellaswag_every} needs the items of {items}, and there are none; name "
             "hellaswag in download.benchmarks and run dvc repro, or set it to null."
         )
-    return {"hellaswag": sha256_file(HELLASWAG)}
+    return {"hellaswag": sha256_file(items)}
