@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class Bounds:
 
     def problem(self, value: float) -> str | None:
         """What is wrong with `value`, or None."""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # a whole number may be too large for a float
             return "is not a finite number"
         if value <= self.above:
             return f"must be greater than {self.above:g}"
@@ -128,6 +129,8 @@ def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
         raise UserError(f"{name} is not UTF-8 ({error}), so it cannot be read; save it as UTF-8.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML, so nothing was run: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of more digits than Python reads; thousands of brackets
+        raise UserError(f"{name} cannot be read ({error}), so nothing was run; write it shorter.") from None
     if not isinstance(value, dict):
         raise UserError(f"{name} holds {_kind(value)}, not sections of parameters; copy a file from presets/.")
     return value
@@ -211,7 +214,7 @@ def _convert_choice(kinds: list[Any], value: Any, key: str, problems: list[str])
 
 
 def _convert_scalar(kind: type, value: Any, key: str, problems: list[str]) -> Any:
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)  # 1e9 tokens is a natural thing to type
