@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipelib.config import parse
 from pipelib.errors import UserError
@@ -130,7 +131,7 @@ class Found:
     """A GPT-2 in a folder, judged by its config.json, its tokenizer, and the names and shapes of its tensors."""
 
     model: GPT
-    """Without numbers, on the meta device."""
+    """Its numbers are not set yet; memory that nobody has written to takes no room."""
     entries: Mapping[str, Entry]
     """The folder's tensors under our names."""
     note: str
@@ -150,7 +151,7 @@ def import_model(folder: Path, *, quiet: bool = False) -> GPT:
         found = _look_at(folder, weights)
         if found.note and not quiet:
             print(found.note, file=sys.stderr, flush=True)
-        model = found.model.to_empty(device="cpu")
+        model = found.model
         state = model.state_dict()
         for name, target in state.items():
             _fill(target, name, weights.read(found.entries[name]))
@@ -228,7 +229,7 @@ def _look_at(folder: Path, weights: Weights) -> Found:
     rows = _embedding_rows(entries, config["vocab_size"])
     lines = list(_outer_differences(params, entries, rows))
     if not lines:  # else the file bounds nothing of what would be made here
-        with torch.device("meta"):
+        with _NoInitialisation():
             model = GPT(params)
         lines = list(_differences(_shapes_in_files(model, rows), entries))
     if not lines and _HEAD not in entries and config.get("tie_word_embeddings", True) is not True:
@@ -242,6 +243,20 @@ def _look_at(folder: Path, weights: Weights) -> Found:
     extra = rows - VOCAB_SIZE
     note = f"{folder}: the {extra} rows of its embedding beyond GPT-2's 50,257 tokens are padding, and not used"
     return Found(model, entries, note if extra else "")
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leave new weights as the memory is: drawing numbers that are overwritten takes longer than reading those of a file.
+
+    torch's own ways load 800 modules first (the device `meta`: a second), or know single layers alone (`skip_init`).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_):
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
 
 
 def _embedding_rows(entries: Mapping[str, Entry], vocab_size: int) -> int:
@@ -319,8 +334,8 @@ def _fill(target: Tensor, name: str, tensor: Tensor) -> None:
 
 
 def _require_finite(tensor: Tensor, entry: Entry) -> None:
-    bad = tensor.numel() - int(tensor.isfinite().sum())
-    if bad:
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # without a copy: what is not a number is least and greatest
+        bad = tensor.numel() - int(tensor.isfinite().sum())
         raise UserError(
             f"{entry.file}: {entry.name} has {bad:,} numbers of {tensor.numel():,} that are infinite or not numbers, so "
             "nothing could be computed with it: its training diverged, or the file is damaged; use an earlier checkpoint, "
