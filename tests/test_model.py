@@ -416,6 +416,8 @@ def test_a_model_that_gives_no_numbers_is_refused(small: GPT, value: float) -> N
         ([1], {"top_k": 0}, "no token to draw"),
         ([1], {"top_p": 0.0}, "top_p 0 is no share"),
         ([1], {"top_p": 1.5}, "top_p 1.5 is no share"),
+        ([1], {"seed": -1}, "seed -1 does not fit"),
+        ([1], {"seed": 2**63}, "seed 9223372036854775808 does not fit"),
     ],
 )
 def test_what_means_nothing_is_refused(small: GPT, prompt: list[int], options: Any, message: str) -> None:

@@ -225,7 +225,7 @@ def test_an_absurd_size_makes_no_model(folder: Path, changes: dict[str, int], mo
 
     monkeypatch.setattr(huggingface, "GPT", no_model)
     change_config(folder, **changes)
-    refused(folder, "does not fit its config.json")
+    refused(folder, "config.json")
 
 
 # ---- The vocabulary --------------------------------------------------------------------------------------------------

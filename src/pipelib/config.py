@@ -54,12 +54,14 @@ class Bounds:
         if value < self.least:
             return f"must be at least {self.least:g}"
         if value > self.most:
-            return f"must be at most {self.most:g}"
+            return f"must be at most {self.most if isinstance(self.most, int) else f'{self.most:g}'}"
         return None
 
 
-PositiveInt = Annotated[int, Bounds(above=0)]
-NaturalInt = Annotated[int, Bounds(least=0)]
+MAX_INT = 2**63 - 1
+"""The largest whole number that a parameter may be: what torch and NumPy take, and floats can be computed from."""
+PositiveInt = Annotated[int, Bounds(above=0, most=MAX_INT)]
+NaturalInt = Annotated[int, Bounds(least=0, most=MAX_INT)]
 PositiveFloat = Annotated[float, Bounds(above=0)]
 NaturalFloat = Annotated[float, Bounds(least=0)]
 
@@ -214,7 +216,10 @@ def _convert_choice(kinds: list[Any], value: Any, key: str, problems: list[str])
 
 
 def _convert_scalar(kind: type, value: Any, key: str, problems: list[str]) -> Any:
-    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+    if kind is float and type(value) is int and abs(value) > sys.float_info.max:
+        problems.append(f"{key}: {value} is not a finite number.")
+        return None
+    if kind is float and type(value) is int:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)  # 1e9 tokens is a natural thing to type

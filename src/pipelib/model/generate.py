@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipelib.config import MAX_INT
 from pipelib.errors import UserError
 from pipelib.model.gpt import GPT
 from pipelib.model.kv_cache import KVCache
-from pipelib.model.params import MAX_SEED
 from pipelib.model.vocabulary import VOCAB_SIZE
 
 BATCH = 16
@@ -59,9 +59,9 @@ def generate(
         raise UserError(f"top_k {top_k} leaves no token to draw; use 1 or more.")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p {top_p:g} is no share of the probability; use more than 0 and at most 1.")
-    if not 0 <= seed <= MAX_SEED:
+    if not 0 <= seed <= MAX_INT:
         raise UserError(
-            f"seed {seed} does not fit torch's random streams, so no text could be drawn; use 0 to {MAX_SEED}."
+            f"seed {seed} does not fit torch's random streams, so no text could be drawn; use 0 to {MAX_INT}."
         )
     texts = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(texts))]

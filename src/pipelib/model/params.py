@@ -6,9 +6,6 @@ from dataclasses import dataclass, fields
 from pipelib.config import PositiveInt
 from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
 
-MAX_SEED = 2**63 - 1
-"""The largest seed of a random stream: torch takes 64 bits, and texts that are drawn together count on from it."""
-
 
 @dataclass(frozen=True)
 class ModelParams:

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pipelib.config import Bounds, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt
-from pipelib.model.params import MAX_SEED
 
-Seed = Annotated[int, Bounds(least=0, most=MAX_SEED)]
 Beta = Annotated[float, Bounds(least=0, most=0.9999999)]
 
 
@@ -34,7 +32,7 @@ class SpikeParams:
 class TrainParams:
     """Section `train` of params.yaml."""
 
-    seed: Seed
+    seed: NaturalInt
     """Decides the initial weights, the order of the sequences and the samples."""
     max_tokens: PositiveInt
     """Tokens to train on; the number of steps follows from it."""
