@@ -115,8 +115,10 @@ def test_weights_that_are_lost_are_refused(capsys: pytest.CaptureFixture[str]) -
     with torch.no_grad():
         lost.ln_f.bias.fill_(math.nan)
     export_model(lost, Path("mine"), "")
-    assert "its weights are lost" in refuses(capsys, "--model", "mine", "--out", "out")
+    assert "ln_f.bias has 16 numbers of 16 that are infinite or not numbers" in refuses(
+        capsys, "--model", "mine", "--out", "out"
+    )
 
 
 def test_a_folder_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nowhere is no folder with a model" in refuses(capsys, "--model", "nowhere")
+    assert "nowhere is not a folder with a model" in refuses(capsys, "--model", "nowhere")

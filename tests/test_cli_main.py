@@ -181,6 +181,36 @@ def test_the_summary_fits_on_a_screen(
     assert starts["Then"] - starts["Try"] == 3, "three commands to try"
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "holds '[]' and not a JSON object"),
+        ("3", "holds '3' and not a JSON object"),
+        ("{}", "does not have the numbers of a whole run (KeyError("),
+        ('{"parameters": "many", "steps": 1, "tokens": 1}', "does not have the numbers of a whole run (ValueError("),
+        ('{"parameters": null, "steps": 1, "tokens": 1}', "does not have the numbers of a whole run (TypeError("),
+        ("<<<<<<< HEAD", "is not JSON"),
+        (None, "does not exist; run the stage that makes it"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train.json", "evaluate.json", "speed/train.json"])
+def test_a_summary_of_other_files_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, words: str
+) -> None:
+    shutil.copytree(CHECKOUT / "metrics", here / "metrics")
+    path = here / "metrics" / name
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    optional = name.startswith("speed") and content in (None, "{}")  # git does not have it
+    assert main(["summary"]) == (0 if optional else 1)
+    if not optional:
+        message = capsys.readouterr().err
+        assert words in message or ((content or "").startswith("{") and "the numbers of a whole run" in message)
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -10,13 +10,17 @@ import pytest
 import torch
 import yaml
 from small_corpus import write_shards
+from small_run import random_model
 
 from pipelib.cli import measure
 from pipelib.cli.estimates import disk_of
 from pipelib.cli.main import main
 from pipelib.config import read_yaml
+from pipelib.files import read_json, write_json
 from pipelib.model.device import autocast
 from pipelib.model.gpt import GPT
+from pipelib.model.huggingface import export_model
+from pipelib.model.params import ModelParams
 from pipelib.params import Params, load_params
 from pipelib.tokens.shards import Manifest
 from pipelib.training import memory
@@ -122,6 +126,116 @@ def test_a_check_finds_wrong_parameters_before_a_stage_does(capsys: pytest.Captu
     write_params({"train.max_lr": -1})
     assert main(["plan", "--check"]) == 1
     assert "train.max_lr: -1 must be greater than 0" in capsys.readouterr().err
+
+
+def make_model(folder: str, **changes: int) -> ModelParams:
+    """A small model in a Hugging Face folder, without its tokenizer."""
+    shape = ModelParams(**{"n_layer": 1, "n_head": 1, "n_embd": 4, "context_length": 128, **changes})
+    export_model(random_model(shape), Path(folder), "")
+    (Path(folder) / "vocab.json").unlink()
+    return shape
+
+
+SMALL = {"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 4}
+"""Section `model` that fits `make_model`."""
+
+
+def test_a_check_of_models_that_are_there_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    make_model("mine")
+    make_model("yours", n_layer=2, context_length=32)
+    write_params({**SMALL, "model.init_from": "./mine", "evaluate.baselines": ["./yours", "./mine"]})
+    assert len(plan(capsys, "--check").splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.init_from": "./nowhere"}, "model.init_from: nowhere is not a folder with a model"),
+        ({"model.init_from": "openai-community/gpt2"}, "write gpt2 and add it to download.models"),
+        ({"model.init_from": "me/mine"}, "run `hf download me/mine --local-dir ./mine`"),
+        ({"model.init_from": "./mine"}, "./mine has n_layer = 1, not 2"),
+        ({"model.init_from": "./broken"}, "model.init_from: broken/model.safetensors is missing"),
+        ({"evaluate.baselines": ["./nowhere"]}, "evaluate.baselines: nowhere is not a folder with a model"),
+        ({"evaluate.baselines": ["./llama"]}, "llama/config.json has model_type = 'llama' where GPT-2 has 'gpt2'"),
+        ({"evaluate.baselines": ["gpt2"]}, "evaluate.baselines: gpt2 is not in download.models"),
+        ({"evaluate.tasks": ["piqa"]}, "evaluate.tasks: piqa needs data that download makes"),
+        ({"train.max_tokens": 13 * 7_400_214}, "passes over the 7,"),
+        ({"train.max_tokens": 10**6, "train.global_batch_tokens": 10**6, "train.micro_batch_size": 3,
+          "train.sequence_length": 125, "train.warmup_steps": 0}, "do not divide"),
+    ],
+)  # fmt: skip
+def test_a_check_finds_what_a_later_stage_would_refuse(
+    capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+) -> None:
+    make_model("mine")
+    for name, kind in (("broken", "gpt2"), ("llama", "llama")):
+        make_model(name)
+        config = read_json(Path(name) / "config.json")
+        write_json(Path(name) / "config.json", {**config, "model_type": kind})
+    Path("broken/model.safetensors").unlink()
+    write_params({"model.n_layer": 2, "model.n_head": 1, "model.n_embd": 4, **changes})
+    assert main(["plan", "--check"]) == 1
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.out == ""
+
+
+def test_a_check_says_all_that_is_wrong_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a rank needs a GPU of its own")
+    monkeypatch.setenv("PIPELIB_NPROC", "7")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    write_params({"model.init_from": "a/b", "evaluate.baselines": ["./c", "./d"], "train.max_tokens": 13 * 7_400_214})
+    assert main(["plan", "--check"]) == 1
+    said = capsys.readouterr().err
+    for words in (
+        "model.init_from: a/b is not a folder",
+        "evaluate.baselines: c is not a folder",
+        "evaluate.baselines: d is not a folder",
+        "7 ranks with train.micro_batch_size",
+        "passes over the",
+        "too little, so a stage would stop half-way",
+    ):
+        assert words in said
+    assert said.count("pipelib: ") == 1
+
+
+def test_the_plan_refuses_what_the_check_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params({"evaluate.baselines": ["./nowhere"]})
+    assert main(["plan", "--no-measure"]) == 1
+    said = capsys.readouterr()
+    assert "evaluate.baselines: nowhere is not a folder with a model" in said.err
+    assert "parameters: " in said.out
+
+
+def test_an_estimate_refuses_nothing_that_could_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """The offline corpus varies with versions; what the hub counted does not."""
+    params = read_yaml(Path(__file__).parents[1] / "params.yaml")
+    step = params["train"]["global_batch_tokens"]
+    tokens = 7_400_214 - params["tokenize"]["shard_tokens"]
+    for factor, status in ((1.015, 0), (1.04, 1)):
+        write_params({"train.max_tokens": int(factor * tokens) // step * step})
+        assert main(["plan", "--check"]) == status
+    capsys.readouterr()
+    write_params({**GPT2, "train.max_tokens": 9_990_000_000})  # 1.011 passes
+    assert main(["plan", "--check"]) == 1
+    assert "passes over the 9,882,590,278 training tokens" in capsys.readouterr().err
+
+
+def test_text_that_may_have_grown_refuses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """With `source: local`, data/tokens may be of text that is no longer all there is."""
+    changes = {"download.source": "local", "tokenize.shard_tokens": 100_000, "train.max_tokens": 20 * 400_000}
+    write_params(changes)
+    Manifest({"name": "gpt2"}, {"kind": "local", "max_tokens": None}, tuple(
+        write_shards(Path("data/tokens"), [np.zeros(500_000, np.uint16)], 100_000)
+    )).write(Path("data/tokens"))  # fmt: skip
+    assert len(plan(capsys, "--check").splitlines()) == 1
+    assert main(["plan", "--no-measure"]) == 1
+    assert "20.005 passes over the 400,000 training tokens" in capsys.readouterr().err
+    write_params({**changes, "tokenize.dedup": "exact"})
+    assert "unknown until tokenize has run" in plan(capsys, "--no-measure"), "duplicates may have been counted"
 
 
 def test_data_that_is_there_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,9 +69,12 @@ def test_top_p_draws_among_all_tokens_unless_top_k_is_given(model: Path, capsys:
         (["--temperature", "-1"], "temperature -1 is negative"),
         (["--top-k", "0"], "top_k 0 leaves no token"),
         (["--top-p", "1.2"], "top_p 1.2 is no share of the probability"),
+        (["--seed", "-1"], "seed -1 does not fit"),
+        (["--seed", str(2**63)], "seed 9223372036854775808 does not fit"),
+        (["--seed", str(2**64)], "seed 18446744073709551616 does not fit"),
         (["--num-samples", "0"], "--num-samples 0 would write nothing"),
         (["--num-samples", "3", "--temperature", "0"], "--temperature 0 would write the same text 3 times"),
-        (["--model", "nowhere"], "nowhere is no folder with a model"),
+        (["--model", "nowhere"], "nowhere is not a folder with a model"),
     ],
 )
 def test_mistakes(arguments: list[str], words: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,8 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object)
         ("a: !!python/object:os.system {}\n", "is not valid YAML"),
         ("- a\n", "holds a list, not sections"),
         ("", "holds empty, not sections"),
+        ("a: " + "9" * 5000, "cannot be read .* digits"),
+        ("a: " + "[" * 10**4, "cannot be read .*recursion"),
     ],
 )
 def test_what_is_no_parameter_file_is_one_message(tmp_path: Path, text: str, message: str) -> None:
@@ -129,6 +131,9 @@ def test_numbers_that_mean_the_same_are_taken() -> None:
         ({"steps": True}, "part.steps: True is true/false; it must be a whole number."),
         ({"steps": None}, "part.steps: None is empty; it must be a whole number."),
         ({"steps": -1}, "part.steps: -1 must be at least 0."),
+        ({"steps": 2**63}, "part.steps: 9223372036854775808 must be at most 9223372036854775807."),
+        ({"steps": 10**400}, f"part.steps: {10**400} must be at most 9223372036854775807."),
+        ({"optimizer": {"max_lr": 10**400, "beta": 0}}, f"part.optimizer.max_lr: {10**400} is not a finite number."),
         ({"name": 5}, "part.name: 5 is a whole number; it must be text."),
         ({"compile": "on"}, "part.compile: 'on' is text; it must be true or false."),
         ({"compile": 1}, "part.compile: 1 is a whole number; it must be true or false."),

@@ -15,7 +15,7 @@ from small_project import PARAMS, Project
 
 from pipelib.corpus import experiment_copy
 from pipelib.corpus.experiment_copy import QUEUED, lacking_files, queued_at, require_corpus, was_there
-from pipelib.corpus.params import READABLE, DownloadParams
+from pipelib.corpus.params import DownloadParams
 from pipelib.errors import UserError
 
 

@@ -151,13 +151,25 @@ def test_json_goes_there_and_back(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == value
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff"])
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"[" * 10**5, b"9" * 5000])
 def test_what_is_not_json_is_one_message(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.json is not JSON .*so it cannot be trusted"):
+    with pytest.raises(UserError, match=r"a\.json is not JSON .*; run `pipelib verify --repair`"):
         read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match=r"does not exist; run the stage"):
         read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "3", "NaN", "true", "[" + "9," * 10**5 + "9]"])
+def test_json_that_is_not_an_object_is_one_message(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=r"a\.json holds .{1,30} and not a JSON object with keys.*; get it again\."):
+        read_json(tmp_path / "a.json", "get it again")
+
+
+def test_a_folder_in_place_of_a_json_file_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read_json(tmp_path)
 
 
 def test_hashes(tmp_path: Path) -> None:

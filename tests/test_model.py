@@ -159,7 +159,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped byte": (flip_header_byte, "model.safetensors is damaged"),
     "a tensor missing": (drop_a_tensor, "h.1.mlp.c_fc.bias is missing"),
     "another shape": (change_config(n_embd=32), "does not fit its config.json"),
-    "more blocks": (change_config(n_layer=3), "h.2.attn.c_attn.bias is missing"),
+    "more blocks": (change_config(n_layer=3), "it has 2 blocks, and n_layer is 3"),
     "no shape": (change_config(n_layer="two"), "does not describe a GPT-2"),
     "another architecture": (change_config(model_type="llama"), "model_type = 'llama'"),
     "another vocabulary": (change_config(vocab_size=32000), "vocab_size = 32000"),
@@ -179,7 +179,7 @@ def test_a_bad_folder_is_refused_and_says_why(exported: Path, tmp_path: Path, ca
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder with a model"):
+    with pytest.raises(UserError, match="not a folder with a model"):
         import_model(tmp_path / "nowhere")
 
 
@@ -416,6 +416,8 @@ def test_a_model_that_gives_no_numbers_is_refused(small: GPT, value: float) -> N
         ([1], {"top_k": 0}, "no token to draw"),
         ([1], {"top_p": 0.0}, "top_p 0 is no share"),
         ([1], {"top_p": 1.5}, "top_p 1.5 is no share"),
+        ([1], {"seed": -1}, "seed -1 does not fit"),
+        ([1], {"seed": 2**63}, "seed 9223372036854775808 does not fit"),
     ],
 )
 def test_what_means_nothing_is_refused(small: GPT, prompt: list[int], options: Any, message: str) -> None:

@@ -217,6 +217,15 @@ def test_damaged_finished_outs_are_dropped_and_named(damage: str, capsys: pytest
     assert Path("models/deep/b").read_text() == "tokens models/deep/b"
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"final": {}}', '{"code": []}', '{"code": {}, "final": 3}'])
+def test_a_damaged_meta_is_refused_with_what_to_remove(content: str) -> None:
+    build()
+    (meta,) = Path(".pipelib/stage").glob("*/meta.json")
+    meta.write_text(content)
+    with pytest.raises(UserError, match=rf"meta\.json .*; remove {meta.parent}, and its work is done again"):
+        build()
+
+
 # ---- Publishing ------------------------------------------------------------------------------------------------------
 
 

@@ -158,11 +158,23 @@ def test_the_fingerprint_follows_every_token_and_the_source() -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "has version None"),
+        ("[]", "holds '\\[\\]' and not a JSON object"),
         ('{"version": 2}', "has version 2 and this code reads 1"),
-        ('{"version": 1}', "is no manifest of shards"),
-        ('{"version": 1, "encoding": {}, "source": {}, "shards": [{"name": "a"}]}', "is no manifest of shards"),
-        (json.dumps({"version": 1, "encoding": {}, "source": {}, "shards": None}), "is no manifest of shards"),
+        ('{"version": 1}', "is not a manifest of shards"),
+        ('{"version": 1, "encoding": {}, "source": {}, "shards": [{"name": "a"}]}', "is not a manifest of shards"),
+        (json.dumps({"version": 1, "encoding": {}, "source": {}, "shards": None}), "is not a manifest of shards"),
+        (json.dumps({"version": 1, "encoding": {}, "source": [], "shards": []}), "is not a manifest of shards"),
+        (
+            json.dumps(
+                {
+                    "version": 1,
+                    "encoding": {},
+                    "source": {},
+                    "shards": [{"name": "a", "split": "val", "tokens": "9", "documents": 1, "sha256": ""}],
+                }
+            ),
+            "tokens is '9'",
+        ),
     ],
 )
 def test_what_is_no_manifest_is_one_message(tmp_path: Path, text: str, message: str) -> None:

@@ -69,9 +69,11 @@ def test_what_does_not_fit_is_refused_with_what_to_write() -> None:
         UserError, match=r"n_layer = 2, not 3, context_length = 16, not 32.*write model.n_layer: 2, model.c"
     ):
         find_initial_weights(section("./mine", n_layer=3, context_length=32))
-    with pytest.raises(UserError, match=r"nowhere/model.safetensors is missing.*give a Hugging Face folder"):
+    with pytest.raises(UserError, match=r"model.init_from: nowhere is not a folder with a model.*name a folder"):
         find_initial_weights(section("./nowhere"))
-    with pytest.raises(UserError, match=r"gpt2-xl/model.safetensors is missing.*dvc repro download fetches it"):
+    with pytest.raises(
+        UserError, match=r"data/models/gpt2-xl is not a folder with a model.*dvc repro download fetches it"
+    ):
         find_initial_weights(section("gpt2-xl"))
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,19 +47,21 @@ class Bounds:
 
     def problem(self, value: float) -> str | None:
         """What is wrong with `value`, or None."""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # a whole number may be too large for a float
             return "is not a finite number"
         if value <= self.above:
             return f"must be greater than {self.above:g}"
         if value < self.least:
             return f"must be at least {self.least:g}"
         if value > self.most:
-            return f"must be at most {self.most:g}"
+            return f"must be at most {self.most if isinstance(self.most, int) else f'{self.most:g}'}"
         return None
 
 
-PositiveInt = Annotated[int, Bounds(above=0)]
-NaturalInt = Annotated[int, Bounds(least=0)]
+MAX_INT = 2**63 - 1
+"""The largest whole number that a parameter may be: what torch and NumPy take, and floats can be computed from."""
+PositiveInt = Annotated[int, Bounds(above=0, most=MAX_INT)]
+NaturalInt = Annotated[int, Bounds(least=0, most=MAX_INT)]
 PositiveFloat = Annotated[float, Bounds(above=0)]
 NaturalFloat = Annotated[float, Bounds(least=0)]
 
@@ -133,6 +136,8 @@ def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
                 "each conflict and delete the lines that start with <<<<<<<, ======= and >>>>>>>."
             ) from None
         raise UserError(f"{name} is not valid YAML, so nothing was run: {error}") from None
+    except RecursionError as error:  # thousands of brackets
+        raise UserError(f"{name} cannot be read ({error}), so nothing was run; write it shorter.") from None
     if not isinstance(value, dict):
         raise UserError(f"{name} holds {kind_of(value)}, not sections of parameters; copy a file from presets/.")
     return value
@@ -241,6 +246,9 @@ def _convert_choice(kinds: list[Any], value: Any, key: str, problems: list[str])
 
 
 def _convert_scalar(kind: type, value: Any, key: str, problems: list[str]) -> Any:
+    if kind is float and type(value) is int and abs(value) > sys.float_info.max:
+        problems.append(f"{key}: {value} is not a finite number.")
+        return None
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():

@@ -75,18 +75,31 @@ def format_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        remedy: what to do about a damaged file, for the message; that of the pipeline's own outs by default.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: the file is missing, cannot be read, is not JSON, or holds something other than an object.
     """
+    remedy = remedy or how_to_repair()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the stage that makes it (dvc repro).") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}), so it cannot be trusted; {how_to_repair()}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it a file that you may read.") from None
+    except RecursionError:
+        raise UserError(f"{path} is not JSON that can be read (it is nested too deeply); {remedy}.") from None
+    except ValueError as error:  # also numbers of more digits than Python reads
+        raise UserError(f"{path} is not JSON ({error}), so it cannot be trusted; {remedy}.") from None
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path} holds {str(value)[:20]!r} and not a JSON object with keys, so it cannot be trusted; {remedy}."
+        )
+    return value
 
 
 def sha256_file(path: Path) -> str:

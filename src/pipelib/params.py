@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipelib.config import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.corpus.params import DownloadParams
-from pipelib.evaluation.params import BASELINES, EvaluateParams, benchmark_of, known_tasks
+from pipelib.evaluation.params import BASELINES, EvaluateParams, benchmark_of, is_folder, known_tasks
 from pipelib.model.params import PUBLISHED, InitialisedModelParams
 from pipelib.tokens.params import TokenizeParams
 from pipelib.training.params import TrainParams
@@ -62,6 +62,11 @@ class Params:
                     f"download.benchmarks; add it there, or drop the task."
                 )
         for name in self.evaluate.baselines:
+            if is_folder(name) and _is_trained(name):
+                yield (
+                    f"evaluate.baselines: {name} is what train makes, so the model would be compared with itself; drop it, or "
+                    "name a copy of an earlier one."
+                )
             if name in BASELINES and name not in self.download.models:
                 yield (
                     f"evaluate.baselines: {name} is not in download.models, so there would be no weights to measure; add it "
@@ -98,11 +103,16 @@ class Params:
                 )
             if differing := self.model.difference(PUBLISHED[name]):
                 yield f"model.init_from: {name} has {differing}"
-        elif Path(name).resolve() == Path("models").resolve():
+        elif _is_trained(name):
             yield (
                 f"model.init_from: {name} is what train makes, and DVC removes it before train runs; copy the folder, and "
                 "name the copy."
             )
+
+
+def _is_trained(folder: str) -> bool:
+    """Whether a folder is the one that train makes."""
+    return "\0" not in folder and Path(folder).resolve() == Path("models").resolve()
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:

@@ -125,7 +125,17 @@ class State:
 
     def _read_meta(self) -> dict[str, dict[str, str]]:
         """SHA-256 by path: `code`, `mixed` (other code that also worked here), `final` once finished; `inputs` for people."""
-        return dict(read_json(self._meta)) if self._meta.exists() else {}
+        if not self._meta.exists():
+            return {}
+        remedy = f"remove {self.folder}, and its work is done again"
+        meta = read_json(self._meta, remedy)
+        if meta and not (
+            isinstance(meta.get("code"), dict) and all(isinstance(value, dict) for value in meta.values())
+        ):
+            raise UserError(
+                f"{self._meta} does not say which code made what is beside it, so it cannot be used; {remedy}."
+            )
+        return meta
 
     def _settle(self) -> None:
         """Decide what of the folder's content to keep, and note the code that goes on from here."""

@@ -20,6 +20,8 @@ class Corpus:
     """Of data/raw."""
     origin: str
     """How that is known."""
+    is_exact: bool = False
+    """Whether `tokens` is a count and not an estimate."""
     files: int = 1
     """Of data/raw, about equally large; `download.max_tokens` takes whole ones of the hub."""
 
@@ -30,7 +32,7 @@ class Corpus:
         share = max_tokens / self.tokens
         files = math.ceil(self.files * share)
         raw_bytes = round(self.raw_bytes * (files / self.files if self.files > 1 else share))
-        return Corpus(max_tokens, raw_bytes, f"download.max_tokens, about, of {self.origin}", files)
+        return Corpus(max_tokens, raw_bytes, f"download.max_tokens, about, of {self.origin}", files=files)
 
 
 _DOCS = Corpus(7_400_214, 7_428_143, "the offline corpus, about: it varies with the packages' versions")
@@ -39,6 +41,7 @@ _HUB = {
         9_972_918_177 + 9_672_101,
         28_518_193_415,
         "the hub's own count of tokens, and one for each of 9,672,101 documents",
+        is_exact=True,
         files=14,
     )
 }
@@ -67,16 +70,18 @@ def _known_corpus(params: Params) -> Corpus | None:
 def _made_corpus(params: Params, root: Path) -> Corpus | None:
     try:
         manifest = read_manifest(root / "data/tokens")
-    except (UserError, KeyError, TypeError, AttributeError):
+    except UserError:
         return None
     download, source = params.download, manifest.source
     wanted: dict[str, object] = {"kind": download.source, "max_tokens": download.max_tokens}
     if download.source == "hub":
         wanted |= {"repo": download.repo, "revision": download.revision, "folder": download.folder}
-    if any(source.get(key) != value for key, value in wanted.items()):
+    has_dedup = manifest.dedup.get("method") if manifest.dedup else "none"
+    if has_dedup != params.tokenize.dedup or any(source.get(key) != value for key, value in wanted.items()):
         return None
     raw_bytes = sum(path.stat().st_size for path in (root / "data/raw").glob("*.parquet"))
-    return Corpus(sum(shard.tokens for shard in manifest.shards), raw_bytes, "as data/tokens/manifest.json says")
+    tokens = sum(shard.tokens for shard in manifest.shards)
+    return Corpus(tokens, raw_bytes, "as data/tokens/manifest.json says", is_exact=True)
 
 
 def manifest_of(corpus: Corpus, shard_tokens: int) -> Manifest:

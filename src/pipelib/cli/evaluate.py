@@ -93,9 +93,10 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
     from pipelib.evaluation.measure import measure
     from pipelib.evaluation.report import Subject, rows_of, write_report
     from pipelib.evaluation.samples import write_samples
-    from pipelib.files import sha256_file, write_json
+    from pipelib.files import write_json
     from pipelib.model.device import pick_device
-    from pipelib.model.huggingface import WEIGHTS, import_model
+    from pipelib.model.huggingface import import_model
+    from pipelib.model.weights import weights_sha256
     from pipelib.provenance import code_hashes
 
     require_data(params, data.benchmarks)
@@ -116,7 +117,7 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
     samples = write_samples(model, params.sample_prompts, params.precision, seed=0) if out else []
     facts = {
         "model": f"`{folder}`",
-        "weights": f"SHA-256 `{sha256_file(folder / WEIGHTS)}`",
+        "weights": f"SHA-256 `{weights_sha256(folder)}`",
         **describe_model(model.params),
         **describe_environment(model, code),
     }

@@ -1,10 +1,13 @@
 """`pipelib plan`: what a parameter file would cost, without doing any of it."""
 
 import argparse
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,9 @@ from pipelib.errors import UserError
 from pipelib.files import format_bytes
 from pipelib.progress import format_seconds
 from pipelib.state import state_root
+
+SLACK = 1.02
+"""How much more text than estimated there may be: versions of packages, and whole documents, make a difference."""
 
 if TYPE_CHECKING:
     from pipelib.cli.estimates import Corpus
@@ -23,7 +29,7 @@ EXAMPLES = """examples:
   pipelib plan
   pipelib plan --params presets/gpt2-124m.yaml
   PIPELIB_NPROC=8 pipelib plan --no-measure      for eight ranks, by arithmetic alone
-  pipelib plan --check                           are the parameters right and the disk large enough? as make repro asks
+  pipelib plan --check                           would a stage refuse something of it? as make repro asks
 """
 
 
@@ -34,13 +40,13 @@ def add_parser(subparsers: Any) -> None:
         help="say what params.yaml would cost, and do nothing",
         description="Read a parameter file as strictly as the stages do and print its parameters, steps, tokens, FLOPs, bytes "
         "on disk, memory per GPU, and the time on this machine from a measurement of a few seconds. Exit status 1 where the "
-        "data or the ranks here do not fit it.",
+        "data, the models that it names, or the ranks here do not fit it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="default: params.yaml")
     parser.add_argument("--no-measure", action="store_true", help="run nothing: leave the time out")
-    parser.add_argument("--check", action="store_true", help="check the parameters and the disk alone, in a line")
+    parser.add_argument("--check", action="store_true", help="only look for what a stage would refuse later on")
     parser.set_defaults(run=run)
 
 
@@ -48,19 +54,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan as it is worked out.
 
     Raises:
-        UserError: the parameters are wrong, or the data or the ranks here do not fit them.
+        UserError: the parameters are wrong, or the data, the models or the ranks here do not fit them.
     """
     from pipelib.cli.estimates import corpus_of
     from pipelib.params import load_params
-
-    params = load_params(arguments.params)
-    corpus = corpus_of(params, Path.cwd())
-    if arguments.check:
-        print(check_disk(arguments.params, params, corpus), flush=True)
-        return 0
     from pipelib.training.machines import find_machines
 
-    machines = find_machines()
+    params = load_params(arguments.params)
+    corpus, machines = corpus_of(params, Path.cwd()), find_machines()
+    if arguments.check:
+        print(_check_all(arguments.params, params, corpus, machines.world_size), flush=True)
+        return 0
     ranks = machines.world_size
     params = _with_micro_batch(params, machines)
     where = "this machine" if machines.count == 1 else f"{machines.count} machines"
@@ -72,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         _memory(params, machines),
     ):
         _print(lines)
-    _check(params, corpus, ranks)
+    _require_all(checks(params, corpus, ranks))
     if not arguments.no_measure:
         _print(_time(params, ranks))
     return 0
@@ -219,16 +223,63 @@ def _memory(params: "Params", machines: "Machines") -> Iterator[tuple[str, str]]
     yield "", f"{what} has {format_bytes(here)}: {verdict}"
 
 
-def _check(params: "Params", corpus: "Corpus | None", ranks: int) -> None:
-    """Refuse what the train stage would refuse."""
-    from pipelib.cli.estimates import manifest_of
-    from pipelib.training.batches import check_plan
+def _check_all(file: Path, params: "Params", corpus: "Corpus | None", ranks: int) -> str:
+    """Everything that can be known before the first stage; the line of `check_disk`.
+
+    Raises:
+        UserError: with all that is wrong.
+    """
+    said: list[str] = []
+    sure = (
+        None if params.download.source == "local" else corpus
+    )  # text that was added or removed since is not known yet
+    _require_all([*checks(params, sure, ranks), lambda: said.append(check_disk(file, params, corpus))])
+    return said[0]
+
+
+def _require_all(found: Iterable[Callable[[], object]]) -> None:
+    """Raise what several checks raise as one error."""
+    problems: list[str] = []
+    for check in found:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def checks(params: "Params", corpus: "Corpus | None", ranks: int) -> Iterator[Callable[[], object]]:
+    """What a stage would refuse after those before it have done their work.
+
+    Args:
+        corpus: None where nobody knows how much text there is.
+    """
+    from pipelib.evaluation.baselines import require_baseline
+    from pipelib.evaluation.params import is_folder
+    from pipelib.training.batches import check_shares
     from pipelib.training.initial_weights import require_weights
 
-    if "/" in params.model.init_from:
-        require_weights(params.model, Path(params.model.init_from))
+    if "/" in params.model.init_from:  # the others are what download fetches
+        yield partial(require_weights, params.model)
+    for name in params.evaluate.baselines:
+        if is_folder(name):
+            yield partial(require_baseline, name)
+    yield partial(check_shares, params.train, ranks)
     if corpus is not None:
-        check_plan(params.train, manifest_of(corpus, params.tokenize.shard_tokens), ranks)
+        yield partial(_check_tokens, params, corpus)
+
+
+def _check_tokens(params: "Params", corpus: "Corpus") -> None:
+    """Refuse more passes over the corpus than `train.max_epochs`; of an estimate, only where a little more text is too little."""
+    from pipelib.cli.estimates import manifest_of
+    from pipelib.training.batches import check_tokens
+
+    if not corpus.is_exact:
+        with suppress(UserError):
+            more = replace(corpus, tokens=math.ceil(SLACK * corpus.tokens))
+            return check_tokens(params.train, manifest_of(more, params.tokenize.shard_tokens))
+    return check_tokens(params.train, manifest_of(corpus, params.tokenize.shard_tokens))
 
 
 def _time(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:

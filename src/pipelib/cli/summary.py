@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipelib.errors import as_typed
+from pipelib.errors import UserError, as_typed
 from pipelib.files import read_json
 
 EXAMPLES = """example:
@@ -27,13 +27,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(_: argparse.Namespace) -> int:
-    """Print the summary of the metrics and the report in the workspace."""
+    """Print the summary of the metrics and the report in the workspace.
+
+    Raises:
+        UserError: metrics are missing, or are not those of a run.
+    """
     tokens, train, evaluate = (read_json(METRICS / f"{stage}.json") for stage in ("tokenize", "train", "evaluate"))
     speed_file = METRICS / "speed" / "train.json"
     speed = read_json(speed_file) if speed_file.exists() else {}  # git does not have it, so a fresh clone may lack it
-    print(f"\n{title(train, tokens)}")
-    for name, value in rows(evaluate, speed):
-        print(f"  {name:<22}{value}")
+    try:
+        lines = [title(train, tokens), *(f"  {name:<22}{value}" for name, value in rows(evaluate, speed))]
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{METRICS}/ does not have the numbers of a whole run ({error!r}), so there is nothing to sum up; `git diff "
+            f"{METRICS}` shows what changed, and `dvc repro --force` makes them again."
+        ) from None
+    print()
+    for line in lines:
+        print(line)
     sample = first_sample(Path("reports/evaluation.md"))
     if sample:
         print("It writes")
@@ -98,8 +109,8 @@ def shorten(line: str) -> str:
 def first_sample(report: Path) -> str:
     """The first sample in a report; empty where there is none."""
     try:
-        text = report.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        text = report.read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return ""
     fence = "````"
     parts = text.split(fence + "text\n", 1)

@@ -14,16 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelib.errors import UserError, how_to_repair
+from pipelib.errors import UserError
 from pipelib.evaluation.items import read_items_file, write_items
 from pipelib.evaluation.measure import Measured
 from pipelib.evaluation.params import is_folder
 from pipelib.files import read_json, sha256_file, sha256_json, write_json
-from pipelib.model.huggingface import CONFIG, WEIGHTS, read_params
+from pipelib.model.huggingface import find_model
 from pipelib.model.params import PUBLISHED, ModelParams
+from pipelib.model.weights import CONFIG, MODELS, WEIGHTS, is_file, published_sha256, require_published, weights_sha256
 from pipelib.state import lock_folder, state_root
-
-MODELS = Path("data/models")
 
 
 @dataclass(frozen=True)
@@ -50,39 +49,32 @@ class Baseline:
         Raises:
             UserError: saying how to get them.
         """
+        if is_folder(self.name):
+            if weights_sha256(self.folder) != self.sha256:
+                raise UserError(f"evaluate.baselines: {self.name} has changed since this run began; run it again.")
+            return
         path = self.folder / WEIGHTS
-        remedy = (
-            "give a Hugging Face folder" if is_folder(self.name) else f"run `dvc pull {MODELS}`, or dvc repro download"
-        )
-        if not (path.is_file() and (self.folder / CONFIG).is_file()):
+        if not (is_file(path) and is_file(self.folder / CONFIG)):
             raise UserError(
-                f"evaluate.baselines: {self.name}: {path} or its {CONFIG} is missing, so it cannot be measured; {remedy}."
+                f"evaluate.baselines: {self.name}: {path} or its {CONFIG} is missing, so it cannot be measured; run "
+                f"`dvc pull {MODELS}`, or dvc repro download."
             )
-        if sha256_file(path) != self.sha256:
-            raise UserError(
-                f"{path} is not the file that {MODELS}/manifest.json names, so its weights cannot be trusted; "
-                f"{how_to_repair(str(MODELS))}."
-            )
+        require_published(self.name, sha256_file(path))
 
 
 def find_baselines(names: Sequence[str]) -> list[Baseline]:
     """The models that `evaluate.baselines` names.
 
     Raises:
-        UserError: one is not there.
+        UserError: one is not there, or is not a GPT-2.
     """
     found = []
     for name in names:
         if is_folder(name):
-            path = Path(name) / WEIGHTS
-            if not (path.is_file() and (Path(name) / CONFIG).is_file()):
-                raise UserError(
-                    f"evaluate.baselines: {name}: {path} or its {CONFIG} is missing, so there is nothing to compare with; give a "
-                    "Hugging Face folder."
-                )
-            found.append(Baseline(name, Path(name), sha256_file(path), read_params(Path(name))))
+            shape = require_baseline(name)
+            found.append(Baseline(name, Path(name), weights_sha256(Path(name)), shape))
         else:
-            sha256 = read_json(MODELS / "manifest.json").get(name, {}).get("sha256")
+            sha256 = published_sha256(name)
             if sha256 is None:
                 raise UserError(
                     f"evaluate.baselines: {name} is not in {MODELS}/manifest.json, so there are no weights of it; name it in "
@@ -90,6 +82,18 @@ def find_baselines(names: Sequence[str]) -> list[Baseline]:
                 )
             found.append(Baseline(name, MODELS / name, sha256, PUBLISHED[name]))
     return found
+
+
+def require_baseline(name: str) -> ModelParams:
+    """The shape of a folder among `evaluate.baselines`.
+
+    Raises:
+        UserError: it is not there, or not a GPT-2.
+    """
+    try:
+        return find_model(Path(name)).model.params
+    except UserError as error:
+        raise UserError(f"evaluate.baselines: {error}") from None
 
 
 def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: Callable[[], Measured]) -> Measured:
@@ -121,7 +125,13 @@ def _read(folder: Path, inputs: Mapping[str, object]) -> Measured | None:
     result, items = folder / "result.json", folder / "items.npz"
     if not (result.is_file() and items.is_file()):
         return None
-    kept = read_json(result)
-    if sha256_json(kept["inputs"]) != sha256_json(inputs) or kept["items"] != sha256_file(items):
+    try:
+        kept = read_json(result)
+    except UserError as error:
+        print(f"evaluate: {error} It is measured again.", flush=True)
+        return None
+    if sha256_json(kept.get("inputs")) != sha256_json(inputs) or kept.get("items") != sha256_file(items):
+        return None
+    if not isinstance(kept.get("result"), dict):
         return None
     return Measured(kept["result"], read_items_file(items), {})

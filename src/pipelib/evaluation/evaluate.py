@@ -23,8 +23,9 @@ from pipelib.evaluation.samples import write_samples
 from pipelib.files import files_under, sha256_file, sha256_json
 from pipelib.model.device import pick_device
 from pipelib.model.gpt import GPT
-from pipelib.model.huggingface import CONFIG, WEIGHTS, import_model
+from pipelib.model.huggingface import import_model
 from pipelib.model.params import ModelParams
+from pipelib.model.weights import CONFIG, weights_sha256
 from pipelib.provenance import import_closure
 from pipelib.stage import Build
 from pipelib.tokens.encoding import tiktoken_encoding
@@ -156,7 +157,7 @@ def facts(models: Path, model: GPT, manifest: Manifest, code: Mapping[str, str],
     seen = tokens_seen(curves / "train.csv")
     return {
         **describe_model(model.params),
-        "weights": f"SHA-256 `{sha256_file(models / WEIGHTS)}`",
+        "weights": f"SHA-256 `{weights_sha256(models)}`",
         "tokens trained on": f"{seen:,} of {manifest.tokens('train'):,} in the data",
         "training compute": f"{seen * model.params.flops_per_token(model.params.context_length) / 1e15:,.3f} PFLOP, by the "
         "formula of `ModelParams.flops_per_token`; `device_hours` stand in `metrics/speed/train.json`",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipelib.config import MAX_INT
 from pipelib.errors import UserError
 from pipelib.model.gpt import GPT
 from pipelib.model.kv_cache import KVCache
@@ -47,7 +48,7 @@ def generate(
         The new token ids alone, for each prompt.
 
     Raises:
-        UserError: an empty prompt, a temperature, top_k or top_p that means nothing, or a model whose logits are no numbers.
+        UserError: an empty prompt, a temperature, top_k, top_p or seed that means nothing, or logits that are not numbers.
     """
     if not all(prompts):
         raise UserError("the prompt is empty, so there is nothing to go on from; give a word, or <|endoftext|> alone.")
@@ -58,6 +59,10 @@ def generate(
         raise UserError(f"top_k {top_k} leaves no token to draw; use 1 or more.")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p {top_p:g} is no share of the probability; use more than 0 and at most 1.")
+    if not 0 <= seed <= MAX_INT:
+        raise UserError(
+            f"seed {seed} does not fit torch's random streams, so no text could be drawn; use 0 to {MAX_INT}."
+        )
     texts = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(texts))]
     for first in range(0, len(texts), BATCH):

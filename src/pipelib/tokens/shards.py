@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     value = read_json(path)
-    version = value.get("version") if isinstance(value, dict) else None
+    version = value.get("version")
     if version != VERSION:
         raise UserError(
             f"{path} has version {version!r} and this code reads {VERSION}, so its shards could be misread; "
@@ -93,9 +93,18 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         shards = tuple(Shard(**shard) for shard in value["shards"])
-        return Manifest(value["encoding"], value["source"], shards, value.get("dedup"))
+        manifest = Manifest(value["encoding"], value["source"], shards, value.get("dedup"))
+        for shard in shards:
+            for name, kind in Shard.__annotations__.items():
+                if type(getattr(shard, name)) is not kind:
+                    raise TypeError(f"{name} is {getattr(shard, name)!r}")
+        if not (isinstance(manifest.source, dict) and isinstance(manifest.dedup, dict | None)):
+            raise TypeError("source or dedup is not an object")
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no manifest of shards ({error!r}), so they cannot be trusted; {_REPAIR}") from None
+        raise UserError(
+            f"{path} is not a manifest of shards ({error!r}), so they cannot be trusted; {_REPAIR}"
+        ) from None
+    return manifest
 
 
 def shard_name(index: int) -> str:

@@ -41,6 +41,16 @@ def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None
     Raises:
         UserError: too few tokens for one batch or for `max_tokens`, or a batch that the ranks cannot share equally.
     """
+    check_tokens(params, manifest)
+    check_shares(params, world_size)
+
+
+def check_tokens(params: TrainParams, manifest: Manifest) -> None:
+    """Refuse more steps than the training tokens allow.
+
+    Raises:
+        UserError: too few tokens for one batch, or for `max_tokens`.
+    """
     available = manifest.tokens("train")
     row_count = (available - 1) // params.sequence_length
     if row_count < params.rows_per_step:
@@ -57,7 +67,6 @@ def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None
             f"rows would repeat; allow it with train.max_epochs: {math.ceil(epochs * 1000) / 1000:g}, lower max_tokens, or "
             "add text."
         )
-    check_shares(params, world_size)
 
 
 def check_shares(params: TrainParams, world_size: int) -> None:

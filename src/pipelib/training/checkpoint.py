@@ -224,7 +224,9 @@ class Checkpoints:
             return f"has format {meta.get('version')} and this code reads {VERSION}"
         if foreign := self._foreign(meta):
             return f"belongs to another run, with another {' and '.join(foreign)}"
-        if sha256_file(path / "state.pt") != meta["sha256"]:
+        if not isinstance(meta.get("step"), int):
+            return "has a meta.json that does not say its step"
+        if sha256_file(path / "state.pt") != meta.get("sha256"):
             return "is damaged: its bytes are not those that were saved"
         return None
 

@@ -1,15 +1,14 @@
 """What a training starts from: random weights, OpenAI's as download fetched them, or those of a Hugging Face folder."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelib.errors import UserError, how_to_repair
-from pipelib.files import read_json, sha256_file
+from pipelib.errors import UserError
 from pipelib.model.gpt import GPT, initialise
-from pipelib.model.huggingface import WEIGHTS, import_model, read_params
+from pipelib.model.huggingface import find_model, import_model
 from pipelib.model.params import InitialisedModelParams, ModelParams
-
-MODELS = Path("data/models")
+from pipelib.model.weights import MODELS, require_published, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class InitialWeights:
     folder: str
     """A Hugging Face folder; empty for random weights, which follow from `train.seed`."""
     sha256: str
-    """Of its weights file, which decides the result; empty for random weights."""
+    """Of its weights, which decide the result; empty for random weights."""
 
 
 RANDOM_WEIGHTS = InitialWeights("", "")
@@ -33,36 +32,41 @@ def find_initial_weights(model: InitialisedModelParams) -> InitialWeights:
     """
     if model.init_from == "scratch":
         return RANDOM_WEIGHTS
-    folder = MODELS / model.init_from if model.init_is_published else Path(model.init_from)
-    require_weights(model, folder)
-    found = sha256_file(folder / WEIGHTS)
-    if model.init_is_published and read_json(MODELS / "manifest.json").get(model.init_from, {}).get("sha256") != found:
-        raise UserError(
-            f"{folder / WEIGHTS} is not the file that {MODELS}/manifest.json names, so its weights cannot be trusted; "
-            f"{how_to_repair(str(MODELS))}."
-        )
+    if note := require_weights(model):
+        print(f"train: {note}", file=sys.stderr, flush=True)
+    folder = _folder_of(model)
+    found = weights_sha256(folder)
+    if model.init_is_published:
+        require_published(model.init_from, found)
     return InitialWeights(str(folder), found)
 
 
-def require_weights(model: InitialisedModelParams, folder: Path) -> None:
+def require_weights(model: InitialisedModelParams) -> str:
     """Refuse a folder without weights, or with weights that do not have the shape of section `model`.
+
+    Returns:
+        What of the folder is not used; empty where everything is.
 
     Raises:
         UserError: saying what to write there instead.
     """
-    if not (folder / WEIGHTS).is_file():
-        remedy = "dvc repro download fetches it" if model.init_is_published else "give a Hugging Face folder"
-        raise UserError(
-            f"model.init_from: {model.init_from}: {folder / WEIGHTS} is missing, so there are no weights to start from; {remedy}."
-        )
-    if differing := model.difference(read_params(folder)):
+    try:
+        found = find_model(_folder_of(model))
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+    if differing := model.difference(found.model.params):
         raise UserError(f"model.init_from: {model.init_from} has {differing}")
+    return found.note
+
+
+def _folder_of(model: InitialisedModelParams) -> Path:
+    return MODELS / model.init_from if model.init_is_published else Path(model.init_from)
 
 
 def initial_model(params: ModelParams, seed: int, weights: InitialWeights) -> GPT:
     """The model before its first step, in fp32 on the CPU; the same for every rank."""
     if weights.folder:
-        return import_model(Path(weights.folder)).train()
+        return import_model(Path(weights.folder), quiet=True).train()
     model = GPT(params)
     initialise(model, seed)
     return model

@@ -1,0 +1,79 @@
+"""Whether the tokenizer that lies in a model's folder is GPT-2's: with another one the data's tokens would mean other text."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelib.errors import UserError
+from pipelib.files import read_json
+from pipelib.model.vocabulary import VOCAB_SIZE, vocabulary_file
+from pipelib.model.weights import restore
+
+RESIZE = (
+    "python -c 'import sys, transformers; model = transformers.GPT2LMHeadModel.from_pretrained(sys.argv[1]); "
+    f"model.resize_token_embeddings({VOCAB_SIZE}); model.save_pretrained(sys.argv[2])'"
+)
+"""The command that copies a model without the tokens that were added to GPT-2's; two folders come after it."""
+
+
+def how_to_cut_off(folder: Path) -> str:
+    """The remedy for a model with more tokens than GPT-2."""
+    name = shlex.quote(str(folder))
+    return (
+        f"if it is GPT-2's vocabulary with tokens added, `{RESIZE} {name} {name}-{VOCAB_SIZE}` makes a copy without them; "
+        "otherwise use another model."
+    )
+
+
+def require_gpt2s_tokens(folder: Path, rows: int) -> None:
+    """Refuse a folder whose tokenizer, where it has one, is not GPT-2's.
+
+    Args:
+        rows: of the token embedding; tokens beyond them do not count.
+
+    Raises:
+        UserError: naming tokens that differ.
+    """
+    ours: dict[str, int] = {}
+    named: dict[int, str] = {}
+    for path, vocabulary in _vocabularies(folder):
+        ours = ours or read_json(vocabulary_file("encoder.json"))
+        differing = [token for token, number in ours.items() if vocabulary.get(token) != number]
+        if differing:
+            raise UserError(
+                f"{path} is not GPT-2's vocabulary ({len(differing):,} of {VOCAB_SIZE:,} tokens differ, {differing[0]!r} for "
+                "one), so the model would take the data's tokens for others; use a model with GPT-2's tokenizer."
+            )
+        named |= {number: token for token, number in vocabulary.items() if type(number) is int}
+    named |= dict(_added(folder))
+    extra = sorted((number, token) for number, token in named.items() if VOCAB_SIZE <= number < rows)
+    if extra:
+        tokens = ", ".join(f"{token} = {number}" for number, token in extra[:5])
+        raise UserError(
+            f"{folder} has {len(extra)} tokens that GPT-2 does not have ({tokens}), which are in no data of ours and would be "
+            f"left out; {how_to_cut_off(folder)}"
+        )
+
+
+def _vocabularies(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The number of each token, by the file that says so."""
+    if (path := folder / "vocab.json").is_file():
+        yield path, read_json(path, restore(folder))
+    if (path := folder / "tokenizer.json").is_file():
+        model = read_json(path, restore(folder)).get("model")
+        found = model.get("vocab") if isinstance(model, dict) else None
+        yield path, found if isinstance(found, dict) else {}
+
+
+def _added(folder: Path) -> Iterator[tuple[int, str]]:
+    """Tokens that were added to a vocabulary: (number, text)."""
+    if (path := folder / "added_tokens.json").is_file():
+        for token, number in read_json(path, restore(folder)).items():
+            if type(number) is int:
+                yield number, token
+    if (path := folder / "tokenizer.json").is_file():
+        listed = read_json(path, restore(folder)).get("added_tokens")
+        for entry in listed if isinstance(listed, list) else ():
+            if isinstance(entry, dict) and type(entry.get("id")) is int:
+                yield entry["id"], str(entry.get("content"))

@@ -1,0 +1,278 @@
+"""The weights of a Hugging Face folder as they lie there: `model.safetensors`, or several files and their index.
+
+Names and shapes come from the files' headers, so that a folder that does not fit is refused before a tensor is read. Where
+there are no such files, the message says what is there instead and which command makes them of it.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipelib.errors import UserError, how_to_repair
+from pipelib.files import read_json, sha256_file, sha256_files, sha256_json
+from pipelib.model.params import PUBLISHED
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MODELS, OWN_MODEL = Path("data/models"), Path("models")
+"""Published models, as download fetched them; and the one that train makes."""
+GUIDE = "docs/how-to/initial-weights.md"
+CONVERT = (
+    "python -c 'import sys, transformers; [transformers.GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder) "
+    "for folder in sys.argv[1:]]'"
+)
+"""The command that writes `model.safetensors` beside what else transformers reads; the folder comes after it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file, not read yet."""
+
+    file: Path
+    name: str
+    """In the file."""
+    shape: tuple[int, ...]
+    dtype: str
+    """In safetensors' words: F32, BF16, ..."""
+
+
+class Weights:
+    """The open files of a folder."""
+
+    def __init__(self, files: Mapping[Path, Any]) -> None:
+        self._files = files
+        self.entries = tuple(
+            Entry(path, name, tuple(part.get_shape()), str(part.get_dtype()))
+            for path, file in files.items()
+            for name in file.keys()  # noqa: SIM118 (it is no mapping)
+            for part in [file.get_slice(name)]
+        )
+
+    def read(self, entry: Entry) -> Tensor:
+        """The tensor, as it is in the file, which it stays mapped to."""
+        tensor: Tensor = self._files[entry.file].get_tensor(entry.name)
+        return tensor
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[Weights]:
+    """The weights of a folder.
+
+    Raises:
+        UserError: there are none, a file is damaged, or the index and the files do not agree.
+    """
+    paths = weight_files(folder)
+    with ExitStack() as stack:
+        weights = Weights({path: stack.enter_context(_open(path)) for path in paths})
+        if paths != [folder / WEIGHTS]:
+            _check_index(folder, weights)
+        yield weights
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), so there are no weights; make it a file that you may read."
+        ) from None
+    except SafetensorError as error:
+        what = by_first_bytes(path) or f"is damaged ({error}), so its weights cannot be trusted; {restore(path.parent)}"
+        raise UserError(f"{path} {what}.") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file; false also where nobody may look."""
+    return os.path.isfile(path)  # noqa: PTH113 (Path's raises where a name is too long or a folder not to be read)
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 (likewise)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights, in order; `model.safetensors` wins over an index, as in transformers.
+
+    Raises:
+        UserError: there are none.
+    """
+    if is_file(folder / WEIGHTS):
+        return [folder / WEIGHTS]
+    if not is_file(folder / INDEX):
+        raise UserError(f"{folder / WEIGHTS} is missing, so there are no weights; {_instead(folder)}.")
+    names = sorted(set(_weight_map(folder).values()))
+    if missing := [name for name in names if not is_file(folder / name)]:
+        raise UserError(
+            f"{folder / INDEX} names {missing[0]}, which is missing ({len(missing)} of {len(names)} files are), so some "
+            f"weights are not there; {restore(folder)}."
+        )
+    return [folder / name for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index has it; always one beside the index."""
+    path = folder / INDEX
+    found = read_json(path, restore(folder)).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path} has no weight_map, so the files of the weights are not known; {restore(folder)}.")
+    for file in found.values():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
+            raise UserError(
+                f"{path} names {file!r}, which is not a .safetensors file beside it, so it was not read; {restore(folder)}."
+            )
+    return found
+
+
+def _check_index(folder: Path, weights: Weights) -> None:
+    """Refuse files that hold other tensors than their index says."""
+    listed = set(_weight_map(folder).items())
+    found = {(entry.name, entry.file.name) for entry in weights.entries}
+    if differing := sorted(listed ^ found):
+        name, file = differing[0]
+        says, has = ("says", "does not have it") if (name, file) in listed else ("does not say", "has it")
+        raise UserError(
+            f"{folder / INDEX} {says} that {name} is in {file}, which {has} ({len(differing)} such tensors), so the files are "
+            f"not of one model; {restore(folder)}."
+        )
+
+
+def weights_sha256(folder: Path) -> str:
+    """The hash of a folder's weights: of its file, or of the names and hashes of its files.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = weight_files(folder)
+    if paths == [folder / WEIGHTS]:
+        return sha256_file(paths[0])
+    return sha256_json(dict(zip((path.name for path in paths), sha256_files(paths), strict=True)))
+
+
+def require_published(name: str, sha256: str) -> None:
+    """Refuse weights of a published model that are not those that download verified.
+
+    Raises:
+        UserError: saying how to get them.
+    """
+    if published_sha256(name) != sha256:
+        raise UserError(
+            f"{MODELS / name / WEIGHTS} is not the file that {MODELS}/manifest.json names, so its weights cannot be trusted; "
+            f"{how_to_repair(str(MODELS))}."
+        )
+
+
+def published_sha256(name: str) -> str | None:
+    """What download noted of a published model; None where it has not fetched it."""
+    entry = read_json(MODELS / "manifest.json", how_to_repair(str(MODELS))).get(name)
+    sha256 = entry.get("sha256") if isinstance(entry, dict) else None
+    return sha256 if isinstance(sha256, str) else None
+
+
+# ---- What to do ------------------------------------------------------------------------------------------------------
+
+
+def restore(folder: Path) -> str:
+    """The remedy for a damaged folder: our own outs are made again, somebody else's is copied again."""
+    return how_to_repair(str(out)) if (out := _our_out(folder)) else "copy or download it again"
+
+
+def _our_out(folder: Path) -> Path | None:
+    """The out of the pipeline that a folder is, or is in."""
+    here = Path(os.path.abspath(folder))
+    return next((out for out in (OWN_MODEL, MODELS) if here.is_relative_to(os.path.abspath(out))), None)
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse a model that is not a folder.
+
+    Raises:
+        UserError: with what was perhaps meant.
+    """
+    if not _is_folder(folder):
+        raise UserError(f"{folder} is not a folder with a model, so there are no weights to read; {_meant(folder)}.")
+
+
+def _meant(folder: Path) -> str:
+    name, out = str(folder), _our_out(folder)
+    published = folder.name if folder.name in PUBLISHED else ""
+    filled_in = os.path.expandvars(os.path.expanduser(name))  # noqa: PTH111 (it leaves ~nobody as it is)
+    if is_file(folder):
+        return f"it is a file: name its folder, {folder.parent}/"
+    if filled_in != name:
+        return f"~ and $NAME are not filled in here: write {filled_in}"
+    if out == MODELS:
+        return f"dvc repro download fetches it where download.models names it: [{published or 'gpt2'}]"
+    if out:
+        return "run dvc repro, which makes it, or name another folder"
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        fetched = f"run `hf download {name} --local-dir ./{folder.name}` and name ./{folder.name}"
+        ours = (
+            f"write {published} and add it to download.models, or " if published and folder.parent.name == HUB else ""
+        )
+        return f"if it is a model of the Hugging Face hub, {ours}{fetched}"
+    return "name a folder with a model, for example ./gpt2"
+
+
+HUB = "openai-community"
+"""Who publishes OpenAI's models on the hub."""
+
+_OTHER_FORMATS = {
+    "adapter_config.json": f"it holds a LoRA adapter: merge it into its base model first, see {GUIDE}",
+    "pytorch_model.bin": "{convert} makes them of pytorch_model.bin",
+    "pytorch_model.bin.index.json": "{convert} makes them of pytorch_model-*.bin",
+    "model-*.safetensors": "{found} is one of several files, and their index is missing: get model.safetensors.index.json",
+    "*.safetensors": "name {found} model.safetensors, if that is the model",
+    "*.pt": f"{{found}} is a file of torch.save: {GUIDE} has the script that makes a folder of a nanoGPT checkpoint",
+    "*.pth": f"{{found}} is a file of torch.save: {GUIDE} says how to make a folder of it",
+    "*.bin": f"{{found}} is not a file that transformers writes: {GUIDE} says what can be read",
+    "*.gguf": "{found} is llama.cpp's format, from which the weights do not come back: get the folder it was made from",
+    "flax_model.msgpack": "flax_model.msgpack is Flax's format: get the model's PyTorch weights",
+    "tf_model.h5": "tf_model.h5 is TensorFlow's format: get the model's PyTorch weights",
+    "*.ckpt.index": "{found} is TensorFlow's format: get the model's PyTorch weights",
+    "*.onnx": "{found} is ONNX's format: get the model's PyTorch weights",
+    "*/model.safetensors": "name the folder {found}",
+    "*/*/model.safetensors": "name the folder {found}",
+}
+"""What a folder without our file may hold, by a pattern of names, and what to do then; the first that is there counts."""
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a folder without safetensors, by what lies there."""
+    for pattern, remedy in _OTHER_FORMATS.items():
+        found = next(iter(sorted(folder.glob(pattern))), None)
+        if found:
+            what = found.name if "/" not in pattern else found.parent
+            return remedy.format(found=what, convert=f"`{CONVERT} {shlex.quote(str(folder))}`")
+    if out := _our_out(folder):
+        return "dvc repro download fetches it" if out == MODELS else "run dvc repro"
+    return f"give a Hugging Face folder with safetensors, and see {GUIDE} for other formats"
+
+
+_MAGIC = {
+    b"version https://git-lfs": "is a git-lfs pointer in place of the file; run `git lfs pull` in its folder",
+    b"PK\x03\x04": f"is a file of torch.save and not of safetensors; {GUIDE} says how to make a folder of it",
+    b"\x80\x02": f"is a pickle and not of safetensors; {GUIDE} says how to make a folder of it",
+    b"GGUF": "is a GGUF file and not of safetensors; get the folder it was made from",
+    b"\x89HDF": "is a file of TensorFlow and not of safetensors; get the model's PyTorch weights",
+    b"<": "is a web page and not the file itself; download the file again",
+}
+
+
+def by_first_bytes(path: Path) -> str:
+    """What a file is that is not of safetensors; empty where its first bytes do not tell."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return ""
+    if not start:
+        return f"is empty, so there is nothing to read; {restore(path.parent)}"
+    return next((text for magic, text in _MAGIC.items() if start.startswith(magic)), "")
