@@ -1,5 +1,6 @@
 """The plan's numbers against published ones, and against what torch really saves."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPELIB_NPROC", "1")
     monkeypatch.delenv("PIPELIB_STATE_DIR", raising=False)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/a.txt").write_text("text")
     return tmp_path
 
 
@@ -74,7 +77,7 @@ def test_gpt2_124m_by_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert words in said
     assert "time" not in said
-    assert list(Path().iterdir()) == [Path("params.yaml")]  # it does nothing
+    assert {path.name for path in Path().iterdir()} == {"corpus", "params.yaml"}  # it does nothing
 
 
 def test_ranks_share_the_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,3 +345,19 @@ def test_a_prefix_of_the_corpus_takes_whole_files_of_the_hub(capsys: pytest.Capt
     said = plan(capsys, "--no-measure")
     assert "1,000,000,000 tokens (download.max_tokens, about, of the hub's own count" in said
     assert "data/raw     4.1 GB" in said  # 2 of 14 files
+
+
+def test_what_dvc_cannot_track_is_refused_before_the_first_stage(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DVC hashes download.path whatever the source is, and a FIFO in it hangs it."""
+    os.mkfifo(workspace / "corpus/fifo")
+    (workspace / "corpus/linked").symlink_to(workspace)
+    write_params({"download.source": "docs"})
+    assert main(["plan", "--check"]) == 1
+    said = capsys.readouterr().err
+    assert "corpus/fifo is not a file" in said
+    assert "linked" not in said
+    write_params({"download.source": "local"})
+    assert main(["plan", "--check"]) == 1
+    assert "corpus/linked is a link to a folder" in capsys.readouterr().err

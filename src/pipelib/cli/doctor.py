@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
         "doctor",
         help="check this machine, with a remedy for whatever is wrong",
         description="Check versions, torch and driver, GPUs, memory, disk, links, DVC, git, vocabulary, locks, compiler, "
-        "dvc.lock, metrics, params.yaml and MLflow's database. Exit status 1 if anything FAILs.",
+        "dvc.lock, metrics, params.yaml, download.path and MLflow's database. Exit status 1 if anything FAILs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -322,6 +322,15 @@ def check_params() -> Iterator[Finding]:
     )
 
 
+def check_corpus() -> Iterator[Finding]:
+    """What lies under download.path, which DVC hashes whatever the source is."""
+    from pipelib.corpus.local_files import require_readable
+
+    download = _params().download
+    require_readable(Path(download.path), links=download.source == "local")
+    yield Finding("ok", f"DVC can track everything in download.path ({download.path})")
+
+
 def check_vocabulary() -> Iterator[Finding]:
     """GPT-2's vocabulary by its SHA-256, and that both tokenizers agree on strings where encoders go wrong."""
     from pipelib.tokens.encoding import HARD_STRINGS, load_engine
@@ -413,8 +422,8 @@ def _output(*command: str) -> str:
 
 CHECKS: dict[str, Check] = {
     "python": check_python, "packages": check_packages, "torch": check_torch, "gpu": check_gpus, "memory": check_memory,
-    "git": check_git, "dvc": check_dvc, "results": check_results, "params": check_params, "disk": check_disk,
-    "links": check_links, "compiler": check_compiler, "vocabulary": check_vocabulary, "locks": check_locks,
+    "git": check_git, "dvc": check_dvc, "results": check_results, "params": check_params, "corpus": check_corpus,
+    "disk": check_disk, "links": check_links, "compiler": check_compiler, "vocabulary": check_vocabulary, "locks": check_locks,
     "mlflow": check_mlflow, "leftovers": check_leftovers,
 }  # fmt: skip
 """In the order in which a remedy for one mends the next."""

@@ -230,9 +230,8 @@ def _check_all(file: Path, params: "Params", corpus: "Corpus | None", ranks: int
         UserError: with all that is wrong.
     """
     said: list[str] = []
-    sure = (
-        None if params.download.source == "local" else corpus
-    )  # text that was added or removed since is not known yet
+    # of local text nobody knows yet what was added or removed since it was tokenized
+    sure = None if params.download.source == "local" else corpus
     _require_all([*checks(params, sure, ranks), lambda: said.append(check_disk(file, params, corpus))])
     return said[0]
 
@@ -255,11 +254,17 @@ def checks(params: "Params", corpus: "Corpus | None", ranks: int) -> Iterator[Ca
     Args:
         corpus: None where nobody knows how much text there is.
     """
+    from pipelib.corpus.local_files import find_files, require_readable
     from pipelib.evaluation.baselines import require_baseline
     from pipelib.evaluation.params import is_folder
     from pipelib.training.batches import check_shares
     from pipelib.training.initial_weights import require_weights
 
+    path = Path(params.download.path)
+    if params.download.source == "local":
+        yield partial(find_files, path, params.download.pattern)
+    else:  # not read, and yet DVC hashes it
+        yield partial(require_readable, path, links=False)
     if "/" in params.model.init_from:  # the others are what download fetches
         yield partial(require_weights, params.model)
     for name in params.evaluate.baselines:
