@@ -381,7 +381,7 @@ def test_an_index_that_says_nothing_is_refused(folder: Path, content: str) -> No
         (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter: merge it into its base model"),
         (["pytorch_model.bin", "config.json"], "from_pretrained(folder).save_pretrained(folder) for folder in"),
         (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"], "makes them of pytorch_model-*.bin"),
-        (["ckpt.pt"], "ckpt.pt is a file of torch.save: docs/how-to/initial-weights.md has the script"),
+        (["ckpt.pt"], "`python docs/how-to/nanogpt_checkpoint.py there/ckpt.pt there-converted` makes a folder of it"),
         (["model-00001-of-00002.safetensors"], "their index is missing: get model.safetensors.index.json"),
         (["model.fp16.safetensors"], "name model.fp16.safetensors model.safetensors"),
         (["consolidated.00.pth"], "consolidated.00.pth is a file of torch.save"),

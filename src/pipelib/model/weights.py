@@ -221,6 +221,8 @@ def _meant(folder: Path) -> str:
     return "name a folder with a model, for example ./gpt2"
 
 
+NANOGPT = "python docs/how-to/nanogpt_checkpoint.py"
+"""The command that makes a folder of a checkpoint of nanoGPT; the checkpoint and the folder come after it."""
 HUB = "openai-community"
 """Who publishes OpenAI's models on the hub."""
 
@@ -230,7 +232,7 @@ _OTHER_FORMATS = {
     "pytorch_model.bin.index.json": "{convert} makes them of pytorch_model-*.bin",
     "model-*.safetensors": "{found} is one of several files, and their index is missing: get model.safetensors.index.json",
     "*.safetensors": "name {found} model.safetensors, if that is the model",
-    "*.pt": f"{{found}} is a file of torch.save: {GUIDE} has the script that makes a folder of a nanoGPT checkpoint",
+    "*.pt": "if {found} is a checkpoint of nanoGPT or build-nanogpt, {nanogpt} makes a folder of it",
     "*.pth": f"{{found}} is a file of torch.save: {GUIDE} says how to make a folder of it",
     "*.bin": f"{{found}} is not a file that transformers writes: {GUIDE} says what can be read",
     "*.gguf": "{found} is llama.cpp's format, from which the weights do not come back: get the folder it was made from",
@@ -250,7 +252,9 @@ def _instead(folder: Path) -> str:
         found = next(iter(sorted(folder.glob(pattern))), None)
         if found:
             what = found.name if "/" not in pattern else found.parent
-            return remedy.format(found=what, convert=f"`{CONVERT} {shlex.quote(str(folder))}`")
+            name, new = shlex.quote(str(folder)), shlex.quote(f"{folder}-converted")
+            nanogpt = f"`{NANOGPT} {shlex.quote(str(found))} {new}`"
+            return remedy.format(found=what, convert=f"`{CONVERT} {name}`", nanogpt=nanogpt)
     if out := _our_out(folder):
         return "dvc repro download fetches it" if out == MODELS else "run dvc repro"
     return f"give a Hugging Face folder with safetensors, and see {GUIDE} for other formats"
