@@ -9,7 +9,7 @@ A text that is null or only white space is left out and counted. A text that is 
 an error that names the file and the row: a corpus that silently lost rows would be a different one. A value of an optional
 column that does not fit it becomes null and is counted.
 
-Nothing here makes a request. Expect 100 MB/s (`make bench-import`).
+Nothing here makes a request. `make bench-import` times it.
 """
 
 import gzip
