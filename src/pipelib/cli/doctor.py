@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelib import dvc_files
 from pipelib.cli.plan import nearest_folder
 from pipelib.errors import UserError, as_typed
 from pipelib.files import format_bytes, remove
@@ -310,6 +309,8 @@ def check_dvc() -> Iterator[Finding]:
 
 def check_results() -> Iterator[Finding]:
     """dvc.lock and the metrics, which git tracks and a merge or an editor may break."""
+    from pipelib import dvc_files
+
     problems = [Finding("FAIL", text) for text in dvc_files.problems(Path())]
     yield from problems or [Finding("ok", "dvc.lock and the metrics can be read, as far as they are here")]
 
