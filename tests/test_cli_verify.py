@@ -150,7 +150,7 @@ def test_what_is_whole_is_named_and_left(
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("manifest", ['{"version": 1}', "[]", '{"source": {}, "files": [], "documents": 0}'])
+@pytest.mark.parametrize("manifest", ['{"version": 1}', '{"source": {}, "files": [], "documents": 0}'])
 def test_a_folder_whose_manifest_lists_no_shards_is_not_taken_for_shards(
     manifest: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,7 +118,7 @@ def test_another_checkout_that_was_imported_first_is_an_error(bare: Project, tmp
 
 
 def test_an_empty_corpus(bare: Project) -> None:
-    bare.refuses("download", "download.path: texts is not a folder")
+    bare.refuses("download", "download.path: texts does not exist")
     (bare.root / "texts").mkdir()
     bare.refuses("download", "texts has no file that matches")
     (bare.root / "texts/a.jsonl").write_text("")

@@ -136,8 +136,6 @@ def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
                 "each conflict and delete the lines that start with <<<<<<<, ======= and >>>>>>>."
             ) from None
         raise UserError(f"{name} is not valid YAML, so nothing was run: {error}") from None
-    except RecursionError as error:  # thousands of brackets
-        raise UserError(f"{name} cannot be read ({error}), so nothing was run; write it shorter.") from None
     if not isinstance(value, dict):
         raise UserError(f"{name} holds {kind_of(value)}, not sections of parameters; copy a file from presets/.")
     return value
