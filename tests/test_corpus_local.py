@@ -208,9 +208,9 @@ def test_values_of_optional_columns_that_do_not_fit_are_null_and_counted(
     )
     (folder / "a.jsonl").write_bytes(content)
     written, rows = read(folder)
-    assert written.counts["values_dropped"] == 7
+    assert written.counts["values_dropped"] == 6
     assert [(row["id"], row["token_count"], row["score"]) for row in rows] == [
-        ("a.jsonl:1", None, None),
+        ("a.jsonl:1", None, 2.0**53),
         ("a.jsonl:2", None, 3.0),
     ]
     assert "2 values do not fit the column `token_count` (int64), so they are null" in capsys.readouterr().out
@@ -234,6 +234,8 @@ def test_no_value_of_an_optional_column_stops_the_import(rows: list[dict[str, ob
 
 
 def same(value: object, stored: object) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool) and isinstance(stored, float):
+        value = float(value)
     return value == stored or (value != value and stored != stored)  # NaN
 
 

@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
 import pyarrow as pa
 
 from pipelib.corpus.local_files import LocalFiles, find_files
@@ -302,10 +303,13 @@ def _as_text(value: object) -> object:
 
 
 def _as_float(value: object) -> object:
-    if isinstance(value, float):
-        return value
-    exact = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53
-    return value if exact else None
+    """A whole number becomes the nearest float, as JSON's decimal numbers do."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _as_int(value: object) -> object:
@@ -383,7 +387,7 @@ def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
             if line.isspace():
                 continue
             try:
-                row = json.loads(line)
+                row = _parse(line)
             except (ValueError, RecursionError) as error:
                 if "\0" in line:
                     raise _not_text(path, name) from None
@@ -396,6 +400,14 @@ def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
                     "this row."
                 )
             yield number, row
+
+
+def _parse(line: str) -> Any:
+    """The value of a line of JSON. orjson takes half the time, and refuses what `json` takes or can say better."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line)
 
 
 def _txt_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
