@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelib.corpus.local import TXT_CHARACTERS, LocalSource
+from pipelib.corpus.local import LocalSource
 from pipelib.corpus.local_files import require_readable
+from pipelib.corpus.local_formats import TXT_CHARACTERS
 from pipelib.corpus.raw import SCHEMA, Written, iterate_raw, write_manifest
 from pipelib.errors import UserError
 

@@ -197,6 +197,15 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; half a surrogate pair cannot, and stands for a byte of a name that is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def format_bytes(count: float) -> str:
     """A number of bytes for people: 28.5 GB."""
     for unit in ("B", "KB", "MB", "GB"):

@@ -22,6 +22,7 @@ from typing import Any
 
 from pipelib.corpus.raw import Document, Written, first_documents, write_raw
 from pipelib.errors import UserError
+from pipelib.files import is_unicode
 from pipelib.pool import Pool
 from pipelib.processes import worker_count
 from pipelib.progress import Progress
@@ -163,7 +164,7 @@ def read_documents(path: Path, name: str, dump: str) -> list[Document]:
     return [
         Document(text, identity, dump=dump, file_path=name, language="en")
         for identity, text in texts
-        if len(text) >= MIN_CHARACTERS and _is_unicode(text)
+        if len(text) >= MIN_CHARACTERS and is_unicode(text)
     ]
 
 
@@ -204,12 +205,3 @@ def clean(docstring: str) -> str:
     margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip(" ")), default=sys.maxsize)
     lines = [first.lstrip(" "), *(line[margin:] for line in rest)]
     return "\n".join(line.rstrip(" ") for line in lines).strip("\n")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8; an escape in a docstring can spell half a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

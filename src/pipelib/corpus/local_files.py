@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipelib.corpus.params import READABLE
 from pipelib.errors import UserError
+from pipelib.files import is_unicode
 
 _SHOWN = 5  # names in one message
 
@@ -110,7 +111,7 @@ def _problems(folder: Path, links: bool) -> Iterator[str]:
 
 def _problem(entry: os.DirEntry[str], path: Path, links: bool) -> str:
     """What is wrong with one entry of a folder; empty if nothing is."""
-    if not _is_utf8(entry.name):
+    if not is_unicode(entry.name):
         return "has a name that is not UTF-8; rename it"
     if entry.name == ".dvcignore":
         return "is not allowed inside a dependency; put its lines into the .dvcignore of the repository"
@@ -138,14 +139,6 @@ def _problem_of_link(path: Path, links: bool) -> str:
     if not links or path.name.startswith("."):
         return ""
     return "is a link to a folder, and DVC would not see it change; move the folder here, or set download.path to it"
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def shown(path: Path | str) -> str:
