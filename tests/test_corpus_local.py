@@ -132,7 +132,7 @@ NOT_USABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "message"), NOT_USABLE)
+@pytest.mark.parametrize(("name", "content", "message"), NOT_USABLE, ids=range(len(NOT_USABLE)))
 def test_what_cannot_be_used_is_named(folder: Path, name: str, content: bytes, message: str) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
