@@ -214,7 +214,10 @@ def test_values_of_optional_columns_that_do_not_fit_are_null_and_counted(
         ("a.jsonl:1", None, 2.0**53),
         ("a.jsonl:2", None, 3.0),
     ]
-    assert "2 values do not fit the column `token_count` (int64), so they are null" in capsys.readouterr().out
+    assert (
+        "values that do not fit the column `token_count` (int64) are null in the corpus: 2, the first in a.jsonl, row 1"
+        in capsys.readouterr().out
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -340,7 +343,7 @@ def test_end_of_text_in_a_file_is_text_and_said(folder: Path, capsys: pytest.Cap
     assert len(rows) == 2
     assert written.counts["end_of_text_strings"] == 3
     said = capsys.readouterr().out
-    assert "<|endoftext|> occurs 3 times in 2 documents, first in stories.txt, row 1" in said
+    assert "texts contain <|endoftext|> (occurrences: 3, documents: 2, first in stories.txt, row 1)" in said
     assert "docs/how-to/own-data.md" in said
 
 

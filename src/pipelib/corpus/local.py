@@ -67,15 +67,15 @@ class _Tally:
         """Say what the user should know."""
         for column, count in self.dropped.items():
             print(
-                f"local: {count:,} values do not fit the column `{column}` ({SCHEMA.field(column).type}), so they are null in "
-                f"the corpus; the first is in {self.first[column]}",
+                f"local: values that do not fit the column `{column}` ({SCHEMA.field(column).type}) are null in the corpus: "
+                f"{count:,}, the first in {self.first[column]}",
                 flush=True,
             )
         if self.separators:
             print(
-                f"local: {_SEPARATOR} occurs {self.separators:,} times in {self.with_separator:,} documents, first in "
-                f"{self.first[_SEPARATOR]}. It is taken as text and separates nothing: if it stands between documents, "
-                "split them first (docs/how-to/own-data.md says how)",
+                f"local: texts contain {_SEPARATOR} (occurrences: {self.separators:,}, documents: {self.with_separator:,}, "
+                f"first in {self.first[_SEPARATOR]}). It is taken as text and separates nothing: if it stands between "
+                "documents, split them first (docs/how-to/own-data.md says how)",
                 flush=True,
             )
 
