@@ -66,7 +66,10 @@ def test_an_ignored_hangup_and_ctrl_c_stay_ignored(number: signal.Signals) -> No
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_stage_says_by_what_it_was_stopped(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_says_by_what_it_was_stopped(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelib.stage.STOP_SECONDS", 3600.0)  # after which this process would end, tests and all
     with pytest.raises(SystemExit) as caught:
         run_stage("tokenize", lambda: signal.raise_signal(number))
     assert caught.value.code == 128 + number
