@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def test_signals_that_are_held_back_arrive_later() -> None:
     happened: list[object] = []
     with on_first_signal(happened.append):
         with signals_held_back():
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.pthread_kill(threading.get_ident(), signal.SIGHUP)
             happened.append("held back")
         happened.append("over")
     assert happened == ["held back", signal.SIGHUP, "over"]

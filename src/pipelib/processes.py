@@ -226,7 +226,10 @@ def die_of_signals() -> None:
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Within the block no signal that asks to stop arrives; it does after it. Processes started in it never get one."""
+    """Within the block this thread gets no signal that asks to stop; it does after it. Processes started in it never get one.
+
+    A signal to the whole process can still arrive through another thread.
+    """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*ORDERS, *WARNINGS))
     try:
         yield
