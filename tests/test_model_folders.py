@@ -207,7 +207,7 @@ def test_doubles_that_fp32_cannot_hold_are_refused(folder: Path) -> None:
                 name: tensor.T.contiguous() if tensor.dim() == 2 and ".h." in name else tensor
                 for name, tensor in found.items()
             },
-            "as nanoGPT has them: docs/how-to/initial-weights.md has the script",
+            "as nanoGPT has them: convert the checkpoint itself, see docs/how-to/initial-weights.md",
         ),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import os
 import shlex
 from pathlib import Path
 
+from pipelib.corpus.local_files import visible_matches
 from pipelib.corpus.params import READABLE, DownloadParams
 from pipelib.errors import UserError
 from pipelib.provenance import GitError, run_git
@@ -49,12 +50,12 @@ def lacking_files(params: DownloadParams, workspace: Path) -> list[str]:
     paths inside that folder, sorted. Linked folders count too, since the stage refuses them."""
     folder, own = workspace / params.path, Path(params.path)
     try:
-        found = [path for path in folder.glob(params.pattern) if path.is_symlink() or not path.is_dir()]
-    except (ValueError, NotImplementedError):
+        found = visible_matches(folder, params.pattern)
+    except UserError:
         return []  # not a glob, which the stage itself refuses
-    names = [path.relative_to(folder) for path in found if path.is_dir() or path.name.lower().endswith(READABLE)]
-    visible = (name for name in names if not any(part.startswith(".") for part in name.parts))
-    return sorted(str(name) for name in visible if not (own / name).exists())
+    names = [name for name in found if (folder / name).is_symlink() or not (folder / name).is_dir()]
+    read = (name for name in names if (folder / name).is_dir() or name.name.lower().endswith(READABLE))
+    return sorted(str(name) for name in read if not (own / name).exists())
 
 
 def queued_at() -> float:

@@ -40,7 +40,8 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
     if path.is_file():
         names, root = [path.name], path.parent
     else:
-        names, root = _matching(path, pattern), path
+        names = sorted(name.as_posix() for name in visible_matches(path, pattern) if (path / name).is_file())
+        root = path
     readable = [name for name in names if name.lower().endswith(READABLE)]
     if not readable:
         where = (
@@ -55,12 +56,17 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
     return LocalFiles(root, readable, sorted({*names} - {*readable}))
 
 
-def _matching(folder: Path, pattern: str) -> list[str]:
+def visible_matches(folder: Path, pattern: str) -> list[Path]:
+    """What matches a glob in a folder, of any kind, by its path inside the folder; nothing hidden.
+
+    Raises:
+        UserError: it is not a glob.
+    """
     try:
-        matches = [path.relative_to(folder) for path in folder.glob(pattern) if path.is_file()]
+        matches = [path.relative_to(folder) for path in folder.glob(pattern)]
     except (ValueError, NotImplementedError, IndexError) as error:
         raise UserError(f"download.pattern: {pattern!r} is not a glob ({error}); **/* takes everything.") from None
-    return sorted(path.as_posix() for path in matches if not any(part.startswith(".") for part in path.parts))
+    return [path for path in matches if not any(part.startswith(".") for part in path.parts)]
 
 
 def require_readable(path: Path, links: bool) -> None:

@@ -57,7 +57,10 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     number = 0
     try:
         with path.open("rb") as file:
-            _refuse_foreign(file.read(_LONGEST), ending, name)
+            head = file.read(_LONGEST)
+        if not head and ending in (".gz", ".zst"):
+            raise EOFError("it is empty")  # gzip and zstd would take it for a text of nothing
+        _refuse_foreign(head, ending, name)
         for number, row in read(path, name):
             yield number, row
     except UserError:

@@ -298,7 +298,7 @@ def _other_layout(params: ModelParams, entries: Mapping[str, Entry]) -> str:
     """The remedy where the matrices are those of torch's Linear, (out, in), as nanoGPT has them."""
     matrix = entries.get("h.0.attn.c_attn.weight")
     turned = matrix is not None and matrix.shape == (3 * params.n_embd, params.n_embd)
-    return f"its matrices are as nanoGPT has them: {GUIDE} has the script that turns them" if turned else ""
+    return f"its matrices are as nanoGPT has them: convert the checkpoint itself, see {GUIDE}" if turned else ""
 
 
 def _by_own_names(weights: Weights) -> dict[str, Entry]:
