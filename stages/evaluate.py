@@ -6,14 +6,13 @@ if not __package__:
         "later on; run it as a module from the root of the checkout: python -m stages.evaluate"
     )
 
-from pathlib import Path
-
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.evaluation.evaluate import evaluate, evaluation_inputs
 from pipelib.params import load_params
 from pipelib.stage import build_outs, run_stage
+from pipelib.workspace.places import HERE
 
-FOLDERS = Path("models"), Path("data/tokens"), Path("data/benchmarks"), Path("curves")
+FOLDERS = HERE.model, HERE.tokens, HERE.benchmarks, HERE.curves
 
 
 def main() -> None:

@@ -12,18 +12,18 @@ if not __package__:
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from pipelib.corpus.experiment_copy import require_corpus
-from pipelib.corpus.raw import MANIFEST, read_manifest
+from pipelib.corpus.raw import read_manifest
 from pipelib.files import sha256_file
 from pipelib.params import load_params
-from pipelib.provenance import code_hashes
 from pipelib.stage import build_outs, run_stage
 from pipelib.tokens.encode_corpus import encode_corpus, encode_share
 from pipelib.tokens.unit_store import Share
+from pipelib.workspace.places import HERE, MANIFEST
+from pipelib.workspace.provenance import code_hashes
 
-RAW = Path("data/raw")
+RAW = HERE.raw
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     read_manifest(RAW)  # says what to run where it is missing
     if arguments.unit is not None:
         share = Share.parse(arguments.unit)
-        count = encode_share(code_hashes(Path("stages/tokenize.py"), Path.cwd()), RAW, share)
+        count = encode_share(code_hashes("tokenize"), RAW, share)
         print(f"tokenize: share {arguments.unit} is complete: {count} units", flush=True)
         return
     documents = params.download.benchmark_documents

@@ -11,20 +11,20 @@ if not __package__:
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import Params, load_params
-from pipelib.provenance import code_hashes
 from pipelib.stage import build_outs, run_stage
-from pipelib.state import State
 from pipelib.tokens.shards import read_manifest
 from pipelib.training.initial_weights import InitialWeights, find_initial_weights
 from pipelib.training.launch import join, launch
 from pipelib.training.loop import Cadence
 from pipelib.training.validation import require_hellaswag
+from pipelib.workspace.places import HERE
+from pipelib.workspace.provenance import code_hashes
+from pipelib.workspace.workdir import WorkDir
 
-TOKENS, BENCHMARKS = Path("data/tokens"), Path("data/benchmarks")
+TOKENS, BENCHMARKS = HERE.tokens, HERE.benchmarks
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def main() -> None:
     arguments, params = parser.parse_args(), load_params()
     require_corpus(params.download)
     if arguments.join:
-        code = code_hashes(Path("stages/train.py"), Path.cwd())
-        join(lambda: State("train", inputs(params, find_initial_weights(params.model)), code))
+        code = code_hashes("train")
+        join(lambda: WorkDir("train", inputs(params, find_initial_weights(params.model)), code))
         return
     cadence = Cadence(params.logging.log_every, params.logging.checkpoint_every)
     initial = find_initial_weights(params.model)

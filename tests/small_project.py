@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from pipelib.workspace.locks import LOCK, locked
 
 CHECKOUT = Path(__file__).absolute().parents[1]
 
@@ -97,3 +100,10 @@ class Project:
         """What the stages made, outside of their state."""
         made = (self.root / top for top in ("data", "models", "curves", "reports", "metrics"))
         return {path.relative_to(self.root).as_posix() for top in made for path in top.rglob("*") if path.is_file()}
+
+
+def hold(folder: Path, name: str = LOCK) -> ExitStack:
+    """A lock of a state folder, held until it is closed."""
+    stack = ExitStack()
+    stack.enter_context(locked(folder / name))
+    return stack

@@ -21,11 +21,11 @@ import yaml
 from small_corpus import write_shards
 
 import pipelib
-from pipelib.config import read_yaml
 from pipelib.files import files_under
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
 from pipelib.model.vocabulary import EOT_TOKEN_ID
+from pipelib.schema import read_yaml
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest
 from pipelib.tracking.run import NullRun
 from pipelib.training import loop

@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_project import hold
 
-from pipelib.cli.clean import delete, find_state, freed_bytes
 from pipelib.cli.main import main
 from pipelib.errors import UserError
-from pipelib.state import State, is_locked, lock_folder
+from pipelib.inspection.kept import delete, find_kept, freed_bytes
+from pipelib.workspace.locks import is_locked
+from pipelib.workspace.places import StatePlaces
+from pipelib.workspace.workdir import WorkDir
 
 DAY = 86400
 
@@ -37,7 +40,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def finished(stage: str, value: int, size: int) -> Path:
     """A finished state with one file, published and so linked into the workspace."""
-    with State(stage, {"value": value}, {}) as state:
+    with WorkDir(stage, {"value": value}, {}) as state:
         out = state.work / "outs/data" / f"{stage}{value}"
         out.mkdir(parents=True)
         (out / "shard").write_bytes(bytes(size))
@@ -47,7 +50,7 @@ def finished(stage: str, value: int, size: int) -> Path:
 
 
 def unfinished(stage: str, value: int, size: int) -> Path:
-    with State(stage, {"value": value}, {}) as state:
+    with WorkDir(stage, {"value": value}, {}) as state:
         (state.work / "checkpoint").write_bytes(bytes(size))
     return state.folder
 
@@ -79,18 +82,18 @@ def test_what_is_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_links_between_two_states_are_freed_together(root: Path) -> None:
     first, second = unfinished("train", 1, 1_000_000), unfinished("train", 2, 10)
     os.link(first / "work/checkpoint", second / "work/same")
-    states = find_state(root)
+    states = find_kept(StatePlaces(root))
     assert [freed_bytes([kept]) < 1000 for kept in states] == [True, True]
     assert 1_000_000 < freed_bytes(states) < 1_002_000
 
 
 def test_yes_deletes_what_is_unused_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenized, training, used = finished("tokenize", 1, 10), unfinished("train", 1, 10), unfinished("train", 2, 10)
-    lock = lock_folder(used)
+    lock = hold(used)
     try:
         assert main(["clean", "--yes"]) == 0
     finally:
-        os.close(lock)
+        lock.close()
     assert "in use" in capsys.readouterr().out
     assert [path.exists() for path in (tokenized, training, used / "work/checkpoint")] == [False, False, True]
     assert Path("data/tokenize1/shard").stat().st_size == 10
@@ -113,15 +116,15 @@ def test_encoded_text_has_its_own_row_and_stays_while_a_share_is_encoded(
     (store / "file").mkdir(parents=True)
     (store / "file/000000-000003-100.unit").write_bytes(bytes(2_000_000))
     (store / "lock").touch()
-    share = lock_folder(store, "lock-0-of-2")
+    share = hold(store, "lock-0-of-2")
     assert main(["clean", "--stage", "units", "--yes"]) == 0
     (_, row, *_) = capsys.readouterr().out.splitlines()
     assert row.split()[:6] == ["units", "0123456789abcdef", "in", "use", "2.0", "MB"]
-    (kept,) = find_state(root)
+    (kept,) = find_kept(StatePlaces(root))
     delete(replace(kept, locked=False))  # as if it had started after the list was made
     assert "encodes a share" in capsys.readouterr().out
     assert (store / "file/000000-000003-100.unit").exists()
-    os.close(share)
+    share.close()
     assert main(["clean", "--stage", "units", "--yes"]) == 0
     assert "stored" in capsys.readouterr().out
     assert not store.exists()
@@ -130,7 +133,7 @@ def test_encoded_text_has_its_own_row_and_stays_while_a_share_is_encoded(
 def test_the_hubs_files_have_their_own_rows(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stores = [root / "hub/someone--corpus" / (digit * 40) for digit in "ab"]
     for store in stores:
-        os.close(lock_folder(store))
+        hold(store).close()
         (store / "sample").mkdir()
         (store / "sample/000_00000.parquet").write_bytes(bytes(2_000_000))
     training, out = unfinished("train", 1, 10), root.parent / "out"
@@ -139,9 +142,9 @@ def test_the_hubs_files_have_their_own_rows(root: Path, capsys: pytest.CaptureFi
     assert main(["clean", "--stage", "hub", "--older-than", "7", "--dry-run"]) == 0
     (row,) = capsys.readouterr().out.splitlines()[1:-1]
     assert row.split()[:5] == ["hub", "someone--corpus@aaaaaaa", "stored", "2.0", "MB"]
-    lock = lock_folder(stores[0])
+    lock = hold(stores[0])
     assert main(["clean", "--stage", "hub", "--yes"]) == 0
-    os.close(lock)
+    lock.close()
     assert [store.exists() for store in stores] == [True, False]
     assert out.stat().st_size == 2_000_000
     assert main(["clean", "--yes"]) == 0
@@ -154,7 +157,7 @@ def test_the_hubs_lists_are_deleted_without_the_files(root: Path, capsys: pytest
     for folder in (store, only_listed):
         (folder / ".lists").mkdir(parents=True)
         (folder / ".lists/top.json").write_bytes(bytes(3000))
-    os.close(lock_folder(store))
+    hold(store).close()
     (store / "000_00000.parquet").write_bytes(bytes(2_000_000))
     assert main(["clean", "--dry-run"]) == 0
     rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()[1:-1]]
@@ -173,7 +176,7 @@ def test_the_hubs_lists_are_deleted_without_the_files(root: Path, capsys: pytest
 def test_a_state_that_a_run_used_lately_is_not_old(root: Path) -> None:
     folder = finished("tokenize", 1, 10)
     age(folder, 8)
-    os.close(lock_folder(folder))  # a run linked it again and changed nothing in it
+    hold(folder).close()  # a run linked it again and changed nothing in it
     assert main(["clean", "--older-than", "7", "--yes"]) == 0
     assert (folder / "final").is_relative_to(root)
     assert (folder / "final").exists()
@@ -190,19 +193,19 @@ def test_looking_leaves_no_trace(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
     assert (tmp_path / "lock").read_text() == "123\n"
     assert (tmp_path / "lock").stat().st_mtime == 5
-    lock = lock_folder(tmp_path)
+    lock = hold(tmp_path)
     assert is_locked(tmp_path)
-    os.close(lock)
+    lock.close()
 
 
 def test_a_stage_that_starts_while_somebody_looks_starts(tmp_path: Path) -> None:
-    os.close(lock_folder(tmp_path))
+    hold(tmp_path).close()
     looker = os.open(tmp_path / "lock", os.O_RDONLY)
     fcntl.flock(looker, fcntl.LOCK_SH)
     assert not is_locked(tmp_path)  # two may look at once
     away = threading.Timer(0.1, os.close, (looker,))
     away.start()
-    os.close(lock_folder(tmp_path))
+    hold(tmp_path).close()
     away.join()
 
 
@@ -218,11 +221,11 @@ def test_a_lock_on_a_deleted_file_is_not_enough(tmp_path: Path, monkeypatch: pyt
 
     flock = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", deleted_meanwhile)
-    lock = lock_folder(folder)
+    lock = hold(folder)
     assert is_locked(folder)
     with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-        lock_folder(folder)
-    os.close(lock)
+        hold(folder)
+    lock.close()
 
 
 def test_nobody_to_ask_deletes_nothing(
@@ -254,13 +257,13 @@ def test_a_stage_that_started_meanwhile_is_kept(
     locks = []
 
     def start_and_agree(_: str) -> str:
-        locks.append(lock_folder(folder))
+        locks.append(hold(folder))
         return "y"
 
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", start_and_agree)
     assert main(["clean"]) == 0
-    os.close(locks[0])
+    locks[0].close()
     assert "kept: " in capsys.readouterr().out
     assert root.is_dir()
     assert (folder / "work/checkpoint").exists()

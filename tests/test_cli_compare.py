@@ -13,10 +13,10 @@ import yaml
 from small_project import PARAMS
 
 from pipelib.cli.main import main
-from pipelib.cli.paired import mean, measures, paired_difference
-from pipelib.cli.runs import find_run
 from pipelib.errors import UserError
 from pipelib.evaluation.items import ItemScores, item_ids, write_items
+from pipelib.inspection.bootstrap import mean, measures, paired_difference
+from pipelib.inspection.runs import find_run
 
 # ---- Paired bootstrap ------------------------------------------------------------------------------------------------
 

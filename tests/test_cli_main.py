@@ -19,8 +19,8 @@ from pipelib.cli import verify
 from pipelib.cli.main import main, make_parser
 from pipelib.cli.summary import next_steps
 from pipelib.errors import UserError, as_typed
-from pipelib.state import State
 from pipelib.tracking.record import say
+from pipelib.workspace.workdir import WorkDir
 
 COMMANDS = ("plan", "doctor", "compare", "verify", "sample", "publish", "clean")
 
@@ -237,7 +237,7 @@ def test_our_own_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_reader_that_went_away_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path))
-    with State("train", {"a": 1}, {}):
+    with WorkDir("train", {"a": 1}, {}):
         pass
     reader, writer = os.pipe()
     os.close(reader)

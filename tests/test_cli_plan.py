@@ -13,16 +13,16 @@ import yaml
 from small_corpus import write_shards
 from small_run import random_model
 
-from pipelib.cli import measure
-from pipelib.cli.estimates import disk_of
 from pipelib.cli.main import main
-from pipelib.config import read_yaml
 from pipelib.files import read_json, write_json
+from pipelib.inspection import speed
+from pipelib.inspection.disk import disk_of
 from pipelib.model.device import autocast
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import ModelParams
 from pipelib.params import Params, load_params
+from pipelib.schema import read_yaml
 from pipelib.tokens.shards import Manifest
 from pipelib.training import memory
 from pipelib.training.memory import memory_of, padded_parameters
@@ -308,7 +308,7 @@ def test_parameters_disk_and_fixed_memory() -> None:
 
 
 def test_time_is_measured_on_the_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "SECONDS", 0.0)
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
     write_params({"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 16})
     said = plan(capsys)
     assert "of training and validation, at " in said
@@ -318,10 +318,10 @@ def test_time_is_measured_on_the_model(capsys: pytest.CaptureFixture[str], monke
 def test_a_model_that_does_not_fit_is_guessed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(speed, "free_memory", lambda _: 1000)
     write_params({})
     assert "a guess: one short step would not fit in the memory that is free" in plan(capsys)
-    monkeypatch.setattr(measure, "MICRO_STEP_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "MICRO_STEP_SECONDS", 0.0)
     assert "a guess: one short step would take too long" in plan(capsys)
 
 

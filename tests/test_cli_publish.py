@@ -11,8 +11,8 @@ import yaml
 from fake_model_hub import FakeModelHub
 
 from pipelib.cli.main import main
-from pipelib.cli.outs import _folder_md5, _sums
 from pipelib.evaluation.model_card import evaluation_rows, licence, write_model_card
+from pipelib.inspection.verify import _folder_md5, _sums
 from pipelib.model.huggingface import readme
 from pipelib.model.params import ModelParams
 from pipelib.tokens.shards import Manifest, Shard

@@ -17,13 +17,13 @@ from pipelib.cli.main import main
 from pipelib.files import sha256_file
 from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.tokens.shards import (
-    MANIFEST,
     UNIGRAM_COUNTS,
     Manifest,
     count_tokens,
     open_shard,
     read_manifest,
 )
+from pipelib.workspace.places import MANIFEST
 
 SOURCE = Path(pipelib.__file__).absolute().parents[1]
 TRAIN = "train_000001.bin"
@@ -191,9 +191,9 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from test_cli_verify import make_tokens
-from pipelib.state import State
+from pipelib.workspace.workdir import WorkDir
 
-with State("tokenize", {{"params": 1}}, {{}}) as state:
+with WorkDir("tokenize", {{"params": 1}}, {{}}) as state:
     if not state.finished:
         print("BUILDING", flush=True)
         make_tokens(state.work / "outs/data/tokens")

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import Answer, FakeHub, cut, flip, stall
+from small_project import hold
 
 from pipelib.corpus import hub_transfer
 from pipelib.corpus.benchmarks import HUB_BENCHMARKS, hellaswag_items, hub_rows
@@ -35,7 +36,7 @@ from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import iterate_raw, write_manifest
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
-from pipelib.state import State, lock_folder
+from pipelib.workspace.workdir import WorkDir
 
 REPO, REVISION, FOLDER = "someone/corpus", "a" * 40, "sample/tiny"
 QUICK = Retry(attempts=4, first_wait=0.0)
@@ -465,9 +466,9 @@ def test_other_parameters_and_other_code_make_no_request(
         texts = [" ".join(f"d{number}{row}w{word}" for word in range(99)) for row in range(3)]
         hub.files[f"{FOLDER}/{number:03d}_00000.parquet"] = parquet_bytes(text=texts, id=[None] * 3)
 
-    def run(params: DownloadParams, code: str) -> State:
+    def run(params: DownloadParams, code: str) -> WorkDir:
         origin = source(max_tokens=params.max_tokens)
-        with State("download", download_inputs(params, origin), {"c": code}) as state:
+        with WorkDir("download", download_inputs(params, origin), {"c": code}) as state:
             assert not state.finished
             download(params, origin, state.work / "outs", state.work)
             state.finish()
@@ -484,13 +485,13 @@ def test_other_parameters_and_other_code_make_no_request(
 
 
 def test_a_second_run_waits_for_the_store(hub: FakeHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    lock = lock_folder(tmp_path / "state/hub/someone--corpus" / REVISION)
+    lock = hold(tmp_path / "state/hub/someone--corpus" / REVISION)
     second = threading.Thread(target=source().write, args=(tmp_path / "raw", tmp_path / "work"))
     second.start()
     while "waiting for it" not in capfd.readouterr().out:
         second.join(0.01)
     assert hub.gets() == []
-    os.close(lock)
+    lock.close()
     second.join()
     assert len(hub.gets()) == 3
 

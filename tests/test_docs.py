@@ -174,8 +174,8 @@ def parameters() -> str:
 
 
 def test_every_parameter_says_what_it_is() -> None:
-    from pipelib.config import flatten
     from pipelib.params import load_params
+    from pipelib.schema import flatten
 
     table = parameters()
     for key, _ in flatten(load_params(ROOT / "params.yaml")):

@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from pipelib.cli.plots_page import make_page
-from pipelib.provenance import EXEMPT, import_closure
-from pipelib.stage import RESULT, SPEED
+from pipelib.workspace.places import HERE
+from pipelib.workspace.provenance import EXEMPT, import_closure, versions
+from pipelib.workspace.stages import LAST, Stage, upstream
+from pipelib.workspace.stages import STAGES as TABLE
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("download", "tokenize", "train", "evaluate")
+STAGES = tuple(TABLE)
 DATA_DEPS = {
     "download": ["${download.path}", "constraints.txt"],
     "tokenize": ["data/raw"],
@@ -62,7 +64,7 @@ def test_the_four_stages_run_as_modules() -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_dependencies_are_the_import_closure(name: str) -> None:
-    code = [path.as_posix() for path in import_closure(Path("stages") / f"{name}.py", ROOT)]
+    code = [path.as_posix() for path in import_closure(HERE.stage(name), ROOT)]
     expected = {*code, *DATA_DEPS[name], *BESIDE_CODE.get(name, [])}
     listed = stage_of(name)["deps"]
     assert len(set(listed)) == len(listed), "a dependency is listed twice"
@@ -83,7 +85,7 @@ def test_exempt_files_exist_have_a_reason_and_are_no_dependency() -> None:
 
 def test_an_edit_reruns_no_more_than_it_must() -> None:
     """The model does not re-tokenize, a training parameter does not re-download, evaluation does not re-train."""
-    stages = {name: {path.as_posix() for path in import_closure(Path(f"stages/{name}.py"), ROOT)} for name in STAGES}
+    stages = {name: {path.as_posix() for path in import_closure(HERE.stage(name), ROOT)} for name in STAGES}
 
     def rerun_by(path: str) -> set[str]:
         return {name for name in STAGES if f"src/pipelib/{path}" in stages[name]}
@@ -96,20 +98,43 @@ def test_an_edit_reruns_no_more_than_it_must() -> None:
     assert rerun_by("tokens/encode_corpus.py") == {"tokenize"}
     assert rerun_by("tokens/loader.py") == {"train", "evaluate"}
     assert rerun_by("progress.py") == rerun_by("tracking/run.py") == set()
-    assert rerun_by("config.py") == set(STAGES)
+    assert rerun_by("schema.py") == set(STAGES)
 
 
-@pytest.mark.parametrize(
-    ("name", "params"),
-    [
-        ("download", ["download"]),
-        ("tokenize", ["tokenize", "download.benchmark_documents"]),
-        ("train", ["model", "train"]),
-        ("evaluate", ["evaluate"]),
-    ],
-)
-def test_parameters_of_each_stage(name: str, params: list[str]) -> None:
-    assert stage_of(name)["params"] == params
+OTHER_SECTIONS = {"tokenize": ["download.benchmark_documents"]}
+"""Single parameters of other sections that decide what a stage makes."""
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_parameters_of_each_stage(name: str) -> None:
+    assert stage_of(name)["params"] == [*TABLE[name].sections, *OTHER_SECTIONS.get(name, [])]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_table_says_what_each_stage_reads(name: str) -> None:
+    made_by = {out: stage for stage in STAGES for out in stage_of(stage)["outs"]}
+    data = [Path(dep) for dep in DATA_DEPS[name]]
+    read = {made_by[folder] for dep in data for folder in map(str, (dep, *dep.parents)) if folder in made_by}
+    assert set(TABLE[name].reads) == read
+    assert TABLE[name].dataset == "" or made_by[TABLE[name].dataset] in read
+
+
+def test_the_last_stage_is_the_one_that_no_other_reads() -> None:
+    assert [name for name in STAGES if not any(name in stage.reads for stage in TABLE.values())] == [LAST]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_packages_that_decide_are_installed(name: str) -> None:
+    assert "not installed" not in versions(*TABLE[name].packages).values()
+
+
+def test_a_branch_has_its_own_lineage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands before a stage in the table is not what it depends on."""
+    branch = Stage("finetune", "A tuned model", ("train",), "", ("finetune",), ())
+    monkeypatch.setitem(TABLE, "finetune", branch)
+    assert [*upstream("finetune")] == ["download", "tokenize", "train"]
+    assert [*upstream("tokenize")] == ["download"]
+    assert "finetune" not in upstream("evaluate")
 
 
 # ---- Outs, metrics, plots --------------------------------------------------------------------------------------------
@@ -126,9 +151,9 @@ def test_nothing_switches_the_run_cache_off() -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_metrics_are_those_that_the_stage_writes(name: str) -> None:
     """Speed is an out and no metric: it changes with every run, and would bury what changed in `dvc metrics diff`."""
-    assert set(metrics_of(name)) == {RESULT.format(name)}
-    curve = {"metrics/speed/train.csv"} if name == "train" else set()
-    assert {path for path in stage_of(name)["outs"] if path.startswith("metrics/")} == {SPEED.format(name), *curve}
+    assert set(metrics_of(name)) == {str(HERE.result(name))}
+    curve = {str(HERE.speed("train", "csv"))} if name == "train" else set()
+    assert {path for path in stage_of(name)["outs"] if path.startswith("metrics/")} == {str(HERE.speed(name)), *curve}
 
 
 def is_ignored(path: str) -> bool:
@@ -188,13 +213,20 @@ def test_the_page_of_the_plots_needs_no_server() -> None:
 # ---- Imports point one way -------------------------------------------------------------------------------------------
 
 FLOORS = (
+    {"errors", "files", "processes", "pool", "progress", "schema"},
+    {"workspace"},
+    {"tracking"},
+    {"stage"},
     {"model", "corpus"},
     {"tokens"},
     {"evaluation"},
     {"training"},
+    {"params"},
+    {"inspection"},
     {"cli"},
 )
-"""The wings from the ground up; single files and tracking/ lie below them all, and stages/ above."""
+"""The wings and single files from the ground up; stages/ is above them all."""
+HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 
 
 @cache
@@ -221,36 +253,34 @@ def imports_of(path: Path, top_level: bool) -> set[str]:
     return {name for name in names if name in modules() and name != "pipelib"}
 
 
-def wing_of(module: str) -> str | None:
-    wing = module.split(".")[1]
-    return wing if any(wing in floor for floor in FLOORS) else None
+def room_of(module: str) -> str:
+    """The wing or single file of pipelib that a module is or is in."""
+    return module.split(".")[1]
 
 
-def test_every_folder_has_its_floor() -> None:
-    folders = {path.name for path in (ROOT / "src/pipelib").iterdir() if (path / "__init__.py").exists()}
-    assert folders == {"tracking"}.union(*FLOORS)
+def test_everything_has_its_floor() -> None:
+    assert {room_of(module) for module in modules() if module != "pipelib"} == set(HEIGHT)
 
 
 def test_imports_point_down() -> None:
-    height = {wing: number for number, floor in enumerate(FLOORS) for wing in floor}
-    for module, path in modules().items():
-        if module == "pipelib":
-            continue
-        own = wing_of(module)
-        for imported in imports_of(path, top_level=False):
-            wing = wing_of(imported)
-            if wing is None or wing == own:
+    for module in modules().keys() - {"pipelib"}:
+        own = room_of(module)
+        for imported in imports_of(modules()[module], top_level=False):
+            room = room_of(imported)
+            if room == own or HEIGHT[room] == HEIGHT[own] == 0:
                 continue
-            if module == "pipelib.params":  # puts the wings' parameters together
-                assert imported.endswith(".params") or imported.count(".") == 1, f"{module} imports {imported}"
-                continue
-            assert own is not None, f"{module} lies on the ground and imports {imported}"
-            assert height[wing] < height[own], f"{module} imports {imported}, which does not lie below it"
+            assert HEIGHT[room] < HEIGHT[own], f"{module} imports {imported}, which is not below it"
 
 
-def test_only_stages_and_the_command_read_all_parameters() -> None:
+def test_params_puts_the_parameters_of_the_wings_together_and_needs_nothing_else_of_them() -> None:
+    wings = {name for floor in FLOORS[4:8] for name in floor}
+    for imported in imports_of(modules()["pipelib.params"], top_level=False):
+        assert room_of(imported) not in wings or imported.endswith(".params") or imported.count(".") == 1, imported
+
+
+def test_only_stages_and_what_commands_look_at_read_all_parameters() -> None:
     readers = {name for name, path in modules().items() if "pipelib.params" in imports_of(path, top_level=False)}
-    assert {name for name in readers if wing_of(name) != "cli"} == set()
+    assert {room_of(name) for name in readers} == {"inspection", "cli"}
 
 
 def test_there_are_no_circles() -> None:

@@ -11,7 +11,6 @@ import torch
 from small_run import CHECKOUT, model_params, one_thread, random_model  # noqa: F401 (one_thread is a fixture)
 from torch import Tensor
 
-from pipelib.config import read_yaml
 from pipelib.errors import UserError
 from pipelib.files import files_under
 from pipelib.model.generate import generate
@@ -20,6 +19,7 @@ from pipelib.model.huggingface import CONFIG, WEIGHTS, export_model, import_mode
 from pipelib.model.kv_cache import KVCache
 from pipelib.model.params import InitialisedModelParams, ModelParams
 from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
+from pipelib.schema import read_yaml
 from pipelib.tokens.encoding import HARD_STRINGS, tiktoken_encoding
 
 SIZES = {

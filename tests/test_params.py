@@ -9,8 +9,8 @@ import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
-from pipelib.config import ParamsError
 from pipelib.params import Params, load_params
+from pipelib.schema import ParamsError
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))

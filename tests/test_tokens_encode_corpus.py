@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import make_texts, write_raw_files
+from small_project import hold
 from test_tokens_shards import read_as_llm_c
 
 from pipelib.errors import UserError
 from pipelib.files import files_under, sha256_file, sha256_json, write_json
 from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.stage import Build
-from pipelib.state import lock_folder, state_root
 from pipelib.tokens import encode_corpus as module
 from pipelib.tokens import units as units_module
 from pipelib.tokens.dedup import find_duplicates
@@ -34,6 +34,7 @@ from pipelib.tokens.shards import UNIGRAM_COUNTS, read_manifest, shard_problems
 from pipelib.tokens.unit_store import Share
 from pipelib.tokens.units import Unit, encode_unit
 from pipelib.tracking.run import NullRun
+from pipelib.workspace.places import state_root
 
 SHARD_TOKENS = 100_000
 RUNS = int(os.environ.get("PIPELIB_TEST_RUNS", "3"))
@@ -251,10 +252,10 @@ def test_what_killed_processes_leave_is_removed(tmp_path: Path, raw: Path) -> No
     leftover = units_of(build.code) / "abc/.000000-000001-100.unit.0123.tmp"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
-    share = lock_folder(units_of(build.code), "lock-0-of-2")
+    share = hold(units_of(build.code), "lock-0-of-2")
     run(raw, build)
     assert leftover.exists(), "a share may be writing it"
-    os.close(share)
+    share.close()
     run(raw, build)
     assert not leftover.exists()
 

@@ -18,7 +18,6 @@ from pipelib.errors import UserError
 from pipelib.files import sha256_file
 from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
 from pipelib.tokens.shards import (
-    MANIFEST,
     Manifest,
     Shard,
     count_tokens,
@@ -28,6 +27,7 @@ from pipelib.tokens.shards import (
     shard_problems,
     write_shard,
 )
+from pipelib.workspace.places import MANIFEST
 
 
 def read_as_llm_c(path: Path) -> list[int]:

@@ -92,9 +92,9 @@ def test_a_final_number_is_recorded_again_only_when_it_changed() -> None:
     assert points(record_path()) == [("evaluate.acc", None)] * 2
 
 
-def test_a_stage_that_begins_anew_does_not_meet_the_old_points() -> None:
-    for code, begins_anew in ((CODE, True), (CODE, True), ({"stages/train.py": "bb"}, False)):
-        with start(mlflow=False, code=code, begins_anew=begins_anew) as run:
+def test_a_stage_that_is_fresh_does_not_meet_the_old_points() -> None:
+    for code, is_fresh in ((CODE, True), (CODE, True), ({"stages/train.py": "bb"}, False)):
+        with start(mlflow=False, code=code, is_fresh=is_fresh) as run:
             run.log({"train/loss": 1.0}, 1)
         assert points(record_path()) == [("train/loss", 1)]
     assert len(list(record_path().parent.iterdir())) == 3

@@ -12,13 +12,13 @@ from small_corpus import make_texts, write_jsonl
 from small_project import PARAMS, Project, write_params
 from small_run import model_params, one_thread, random_model, train_params, train_small, write_tokens  # noqa: F401
 
-from pipelib.config import ParamsError
 from pipelib.corpus.baselines import BASELINES
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_json
 from pipelib.model.huggingface import WEIGHTS, export_model
 from pipelib.model.params import PUBLISHED, InitialisedModelParams
 from pipelib.params import load_params
+from pipelib.schema import ParamsError
 from pipelib.training.initial_weights import find_initial_weights, initial_model
 
 

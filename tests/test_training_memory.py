@@ -17,10 +17,10 @@ from small_run import (
 )
 from torch import Tensor
 
-from pipelib.config import parse
 from pipelib.errors import UserError
 from pipelib.model.gpt import GPT
 from pipelib.model.params import InitialisedModelParams
+from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop
 from pipelib.training.batches import check_plan

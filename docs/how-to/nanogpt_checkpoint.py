@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelib.config import parse
 from pipelib.errors import UserError
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import ModelParams
 from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
+from pipelib.schema import parse
 
 SHAPE = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "context_length": "block_size"}
 

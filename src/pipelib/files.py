@@ -197,6 +197,12 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder, or the nearest one above it that is there: both lie on the same disk."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8; half a surrogate pair cannot, and stands for a byte of a name that is not UTF-8."""
     try:

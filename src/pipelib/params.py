@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelib.config import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.corpus.params import DownloadParams
 from pipelib.evaluation.params import BASELINES, EvaluateParams, benchmark_of, is_folder, known_tasks
 from pipelib.model.params import PUBLISHED, InitialisedModelParams
+from pipelib.schema import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.tokens.params import TokenizeParams
 from pipelib.training.params import TrainParams
-
-PARAMS_FILE = Path("params.yaml")
+from pipelib.workspace.places import HERE
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,10 @@ class Params:
 
 def _is_trained(folder: str) -> bool:
     """Whether a folder is the one that train makes."""
-    return "\0" not in folder and Path(folder).resolve() == Path("models").resolve()
+    return "\0" not in folder and Path(folder).resolve() == HERE.model.resolve()
 
 
-def load_params(path: Path = PARAMS_FILE) -> Params:
+def load_params(path: Path = HERE.params) -> Params:
     """Read and check a parameter file.
 
     Raises:

@@ -15,14 +15,11 @@ from typing import NoReturn
 from pipelib.errors import as_typed, user_message
 from pipelib.files import write_json
 from pipelib.processes import Stopped, leave_other_jobs, on_first_signal, outlive_terminal
-from pipelib.provenance import code_hashes, git_state
-from pipelib.state import State
 from pipelib.tracking.run import Run, is_mirroring, open_run
-
-RESULT = "metrics/{}.json"
-"""Where a stage writes what it found out: a function of its inputs."""
-SPEED = "metrics/speed/{}.json"
-"""Where a stage writes what differs between runs of the same inputs: durations, throughput, the commit."""
+from pipelib.workspace.git import git_state
+from pipelib.workspace.places import Places
+from pipelib.workspace.provenance import code_hashes
+from pipelib.workspace.workdir import WorkDir
 
 STOP_SECONDS = 10.0
 """How long a stage that is asked to stop may take to record that and to end; `docker stop` waits as long."""
@@ -39,7 +36,7 @@ class Build:
     run: Run
     """The record of this run, mirrored to MLflow."""
     code: Mapping[str, str]
-    """What makes the outs: SHA-256 of every file, versions of packages."""
+    """What makes the outs: see `provenance.code_hashes`."""
     resumed_with_other_code: bool
     """The user chose to go on with unfinished work of other code."""
 
@@ -106,10 +103,10 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
         inputs: what decides the result: the stage's parameters and the fingerprints of its data.
         work: builds the outs.
     """
-    code = code_hashes(Path("stages") / f"{name}.py", Path.cwd())
+    code = code_hashes(name)
     with (
-        State(name, inputs, code) as state,
-        open_run(name, params, state.fingerprint, code, begins_anew=state.begins_anew) as run,
+        WorkDir(name, inputs, code) as state,
+        open_run(name, params, state.fingerprint, code, is_fresh=state.is_fresh) as run,
     ):
         if state.resumed_with_other_code:
             run.log_params({"resumed_with_other_code": True})
@@ -120,13 +117,14 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
             )
         else:
             outs = state.work / "outs"
+            places = Places(outs)
             shutil.rmtree(outs, ignore_errors=True)
             outs.mkdir()
             started = time.monotonic()
             result, speed = work(Build(outs, state.work, run, code, state.resumed_with_other_code))
-            write_json(outs / RESULT.format(name), result)
+            write_json(places.result(name), result)
             git = {f"git_{key}": value for key, value in git_state(Path.cwd()).items()}
-            write_json(outs / SPEED.format(name), {"seconds": round(time.monotonic() - started, 2), **speed, **git})
+            write_json(places.speed(name), {"seconds": round(time.monotonic() - started, 2), **speed, **git})
             state.finish()
         state.publish()
         run.log_outs(state.final)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from pipelib.errors import as_typed
 from pipelib.progress import format_seconds
+from pipelib.workspace.places import HERE
 
 if TYPE_CHECKING:
-    from pipelib.cli.paired import Scores
-    from pipelib.cli.runs import Run
+    from pipelib.inspection.bootstrap import Scores
+    from pipelib.inspection.runs import Run
 
 EXAMPLES = """examples:
   pipelib compare HEAD workspace             the last commit, and the workspace
@@ -49,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: a run was not found.
     """
-    from pipelib.cli.runs import find_run
     from pipelib.cli.table import aligned
     from pipelib.evaluation.document import Table, to_markdown
+    from pipelib.inspection.runs import find_run
 
     names = arguments.runs if len(arguments.runs) > 1 else ["HEAD", *arguments.runs]
     runs = [find_run(name) for name in names]
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _params(runs: Sequence["Run"]) -> Iterator[list[str]]:
-    from pipelib.cli.runs import differing_params
+    from pipelib.inspection.runs import differing_params
 
     for key, values in differing_params(runs):
         yield [key, *("" if value is None else str(value) for value in values)]
@@ -85,7 +86,7 @@ def _metrics(runs: Sequence["Run"]) -> Iterator[list[str]]:
             if len(set(values)) == 1 or is_part(key):
                 continue
             yield [f"{stage} {key.removesuffix('.value')}", *_cells(values, name, scores)]
-    from pipelib.cli.paired import mean, measures
+    from pipelib.inspection.bootstrap import mean, measures
 
     for name in dict.fromkeys(name for score in scores for name in measures(score)):
         if name not in shown:
@@ -104,7 +105,7 @@ def measure_of(key: str) -> str:
 
 def _cells(values: Sequence[float | None], name: str, scores: Sequence["Scores"]) -> Iterator[str]:
     """The value of each run, after the first with the difference from it."""
-    from pipelib.cli.paired import paired_difference
+    from pipelib.inspection.bootstrap import paired_difference
 
     for number, value in enumerate(values):
         first = values[0]
@@ -131,7 +132,7 @@ def _circumstances(runs: Sequence["Run"]) -> Iterator[list[str]]:
     hours = [_number(run.speed["train"].get("device_hours")) for run in runs]
     yield ["device hours, train", *("" if value is None else f"{value:,.4f}" for value in hours)]
     yield ["tokens/s", *(_count(run.speed["train"].get("tokens_per_second")) for run in runs)]
-    for out in ("data/tokens", "models"):
+    for out in map(str, (HERE.tokens, HERE.model)):
         yield [f"md5 of {out}", *(run.md5(out)[:8] for run in runs)]
 
 
@@ -139,8 +140,8 @@ def _circumstances(runs: Sequence["Run"]) -> Iterator[list[str]]:
 
 
 def _notes(runs: Sequence["Run"]) -> Iterator[str]:
-    from pipelib.cli.paired import measures, paired_difference
-    from pipelib.cli.runs import changed_code
+    from pipelib.inspection.bootstrap import measures, paired_difference
+    from pipelib.inspection.runs import changed_code
 
     yield (
         "Metrics that are equal in all runs are left out. Differences are from the first run; in brackets the 95 % interval over "
@@ -170,7 +171,7 @@ def _noise(runs: Sequence["Run"]) -> Iterator[str]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         rest = sorted((key, str(value)) for key, value in run.params.items() if key != SEED)
-        groups.setdefault(repr((rest, run.md5("data/tokens"), sorted(run.code().items()))), []).append(run)
+        groups.setdefault(repr((rest, run.md5(str(HERE.tokens)), sorted(run.code.items()))), []).append(run)
     too_few: dict[int, list[str]] = {}
     for group in groups.values():
         seeds = {str(run.params.get(SEED)): run for run in group}

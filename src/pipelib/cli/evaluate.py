@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelib.errors import UserError
+from pipelib.workspace.places import HERE
 
 if TYPE_CHECKING:
     from pipelib.evaluation.measure import Data
@@ -17,7 +18,7 @@ EXAMPLES = """examples:
   pipelib evaluate --model data/models/gpt2 --out gpt2-report         the report, the numbers and every item
   pipelib evaluate --model ./mine --baselines ./yours                 two models in one table
 """
-TOKENS, BENCHMARKS = Path("data/tokens"), Path("data/benchmarks")
+TOKENS, BENCHMARKS = HERE.tokens, HERE.benchmarks
 
 
 def add_parser(subparsers: Any) -> None:
@@ -97,7 +98,7 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
     from pipelib.model.device import pick_device
     from pipelib.model.huggingface import import_model
     from pipelib.model.weights import weights_sha256
-    from pipelib.provenance import code_hashes
+    from pipelib.workspace.provenance import code_hashes
 
     require_data(params, data.benchmarks)
     if not (data.tokens or data.completions or params.tasks):
@@ -109,7 +110,7 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
     manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
     model = import_model(folder).to(device)
-    code = code_hashes(Path("stages/evaluate.py"), CHECKOUT)
+    code = code_hashes("evaluate", CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(str(folder), model, params, data, Path(scratch) / "harness")
         others = measure_baselines(params, data, code, device, Path(scratch) / "harness")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelib.errors import UserError
+from pipelib.workspace.places import HERE
 
 EXAMPLES = """examples:
   pipelib export-tokens --format npy --out edu_fineweb10B
@@ -23,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tokens", type=Path, default=Path("data/tokens"), metavar="DIR", help="default: data/tokens")
+    parser.add_argument("--tokens", type=Path, default=HERE.tokens, metavar="DIR", help="default: data/tokens")
     parser.add_argument("--format", choices=("npy",), required=True, help="npy: NumPy arrays")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; a new or an empty folder")
     parser.add_argument("--name", default="edufineweb", help="what the files' names begin with; default: edufineweb")

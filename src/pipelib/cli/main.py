@@ -25,7 +25,7 @@ from pipelib.cli import (
 )
 from pipelib.errors import UserError, as_typed
 from pipelib.processes import leave_other_jobs
-from pipelib.provenance import versions
+from pipelib.workspace.provenance import versions
 
 EXAMPLES = """examples:
   pipelib plan                        what params.yaml would cost, before it costs it

@@ -1,27 +1,18 @@
 """`pipelib plan`: what a parameter file would cost, without doing any of it."""
 
 import argparse
-import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
-from pipelib.errors import UserError
-from pipelib.files import format_bytes
+from pipelib.files import format_bytes, nearest_folder
 from pipelib.progress import format_seconds
-from pipelib.state import state_root
-
-SLACK = 1.02
-"""How much more text than estimated there may be: versions of packages, and whole documents, make a difference."""
+from pipelib.workspace.places import HERE, state_root
 
 if TYPE_CHECKING:
-    from pipelib.cli.estimates import Corpus
+    from pipelib.inspection.disk import Corpus
     from pipelib.params import Params
     from pipelib.training.machines import Machines
 
@@ -44,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="default: params.yaml")
+    parser.add_argument("--params", type=Path, default=HERE.params, metavar="FILE", help="default: params.yaml")
     parser.add_argument("--no-measure", action="store_true", help="run nothing: leave the time out")
     parser.add_argument("--check", action="store_true", help="only look for what a stage would refuse later on")
     parser.set_defaults(run=run)
@@ -56,14 +47,15 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: the parameters are wrong, or the data, the models or the ranks here do not fit them.
     """
-    from pipelib.cli.estimates import corpus_of
+    from pipelib.inspection.checks import check_all, checks, require_all
+    from pipelib.inspection.disk import corpus_of
     from pipelib.params import load_params
     from pipelib.training.machines import find_machines
 
     params = load_params(arguments.params)
     corpus, machines = corpus_of(params, Path.cwd()), find_machines()
     if arguments.check:
-        print(_check_all(arguments.params, params, corpus, machines.world_size), flush=True)
+        print(check_all(arguments.params, params, corpus, machines.world_size), flush=True)
         return 0
     ranks = machines.world_size
     params = _with_micro_batch(params, machines)
@@ -76,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         _memory(params, machines),
     ):
         _print(lines)
-    _require_all(checks(params, corpus, ranks))
+    require_all(checks(params, corpus, ranks))
     if not arguments.no_measure:
         _print(_time(params, ranks))
     return 0
@@ -146,7 +138,7 @@ def _data(params: "Params", corpus: "Corpus | None") -> Iterator[tuple[str, str]
 
 
 def _disk(params: "Params", corpus: "Corpus | None") -> Iterator[tuple[str, str]]:
-    from pipelib.cli.estimates import disk_of
+    from pipelib.inspection.disk import disk_of
 
     disk = disk_of(params, corpus)
 
@@ -158,49 +150,6 @@ def _disk(params: "Params", corpus: "Corpus | None") -> Iterator[tuple[str, str]
     yield "", f"train     models       {size(disk.model)}; while it runs {size(disk.checkpoints)} of checkpoints"
     free = shutil.disk_usage(nearest_folder(state_root())).free
     yield "", f"together at most {size(disk.total)}, where hard links work; {size(free)} are free"
-
-
-def check_disk(file: Path, params: "Params", corpus: "Corpus | None") -> str:
-    """A line that says how much space the stages will take, what of it is taken already, and what is free.
-
-    Raises:
-        UserError: it is clearly not enough. What earlier runs left counts as space that this one has already.
-    """
-    from pipelib.cli.estimates import disk_of
-
-    need, folder = disk_of(params, corpus).total, nearest_folder(state_root())
-    have, free = used_bytes([Path("data"), Path("models"), state_root()]), shutil.disk_usage(folder).free
-    known = "" if corpus else " and the text, whose size only tokenize will know"
-    said = f"{file}: the stages take at most {format_bytes(need)} of disk{known}; {format_bytes(have)} are in use"
-    if need - have > free:
-        raise UserError(
-            f"{said}, and {folder} has {format_bytes(free)} free: {format_bytes(need - have - free)} too little, so a stage "
-            "would stop half-way; free some space (`pipelib clean` lists old state, `dvc gc -w` old cache), set "
-            "PIPELIB_STATE_DIR to a larger disk, or lower download.max_tokens."
-        )
-    return f"{said} by earlier runs, {format_bytes(free)} are free."
-
-
-def used_bytes(folders: Iterable[Path]) -> int:
-    """What the files in folders take on disk; several names of one file count once."""
-    files = {(stat.st_dev, stat.st_ino): stat.st_size for folder in folders for stat in _stats(folder)}
-    return sum(files.values())
-
-
-def _stats(folder: Path) -> Iterator[os.stat_result]:
-    for path in folder.rglob("*"):
-        try:
-            stat = path.stat()
-        except OSError:  # gone, or a link to nothing
-            continue
-        if S_ISREG(stat.st_mode):
-            yield stat
-
-
-def nearest_folder(path: Path) -> Path:
-    """The folder, or the nearest one above it that is there: both lie on the same disk."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _memory(params: "Params", machines: "Machines") -> Iterator[tuple[str, str]]:
@@ -223,72 +172,8 @@ def _memory(params: "Params", machines: "Machines") -> Iterator[tuple[str, str]]
     yield "", f"{what} has {format_bytes(here)}: {verdict}"
 
 
-def _check_all(file: Path, params: "Params", corpus: "Corpus | None", ranks: int) -> str:
-    """Everything that can be known before the first stage; the line of `check_disk`.
-
-    Raises:
-        UserError: with all that is wrong.
-    """
-    said: list[str] = []
-    # of local text nobody knows yet what was added or removed since it was tokenized
-    sure = None if params.download.source == "local" else corpus
-    _require_all([*checks(params, sure, ranks), lambda: said.append(check_disk(file, params, corpus))])
-    return said[0]
-
-
-def _require_all(found: Iterable[Callable[[], object]]) -> None:
-    """Raise what several checks raise as one error."""
-    problems: list[str] = []
-    for check in found:
-        try:
-            check()
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def checks(params: "Params", corpus: "Corpus | None", ranks: int) -> Iterator[Callable[[], object]]:
-    """What a stage would refuse after those before it have done their work.
-
-    Args:
-        corpus: None where nobody knows how much text there is.
-    """
-    from pipelib.corpus.local_files import find_files, require_readable
-    from pipelib.evaluation.baselines import require_baseline
-    from pipelib.evaluation.params import is_folder
-    from pipelib.training.batches import check_shares
-    from pipelib.training.initial_weights import require_weights
-
-    path = Path(params.download.path)
-    if params.download.source == "local":
-        yield partial(find_files, path, params.download.pattern)
-    else:  # not read, and yet DVC hashes it
-        yield partial(require_readable, path, links=False)
-    if "/" in params.model.init_from:  # the others are what download fetches
-        yield partial(require_weights, params.model)
-    for name in params.evaluate.baselines:
-        if is_folder(name):
-            yield partial(require_baseline, name)
-    yield partial(check_shares, params.train, ranks)
-    if corpus is not None:
-        yield partial(_check_tokens, params, corpus)
-
-
-def _check_tokens(params: "Params", corpus: "Corpus") -> None:
-    """Refuse more passes over the corpus than `train.max_epochs`; of an estimate, only where a little more text is too little."""
-    from pipelib.cli.estimates import manifest_of
-    from pipelib.training.batches import check_tokens
-
-    if not corpus.is_exact:
-        with suppress(UserError):
-            more = replace(corpus, tokens=math.ceil(SLACK * corpus.tokens))
-            return check_tokens(params.train, manifest_of(more, params.tokenize.shard_tokens))
-    return check_tokens(params.train, manifest_of(corpus, params.tokenize.shard_tokens))
-
-
 def _time(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
-    from pipelib.cli.measure import measure_speed
+    from pipelib.inspection.speed import measure_speed
 
     train = params.train
     speed = measure_speed(params, ranks)

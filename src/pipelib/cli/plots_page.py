@@ -1,8 +1,6 @@
 """`pipelib plots-page`: a page for DVC's plots that needs no network."""
 
 import argparse
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,12 +57,13 @@ def add_parser(subparsers: Any) -> None:
 def run(_arguments: argparse.Namespace) -> int:
     """Write the page, and tell DVC."""
     from pipelib.files import format_bytes, write_text
+    from pipelib.workspace.dvc import run_dvc
 
     if not DVC.is_dir():
         raise UserError(f"{DVC}/ is not there, so there is nothing to set up; run this in the repository's root.")
     page = make_page()
     write_text(DVC / PAGE, page)
-    subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "plots.html_template", PAGE], check=True)
+    run_dvc(Path(), "config", "--local", "plots.html_template", PAGE)
     print(f"{DVC / PAGE}: {format_bytes(len(page.encode()))}; dvc plots needs no network")
     return 0
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from pipelib.corpus.hub_client import client, endpoint, headers, lasting_flaw, session, shown
 from pipelib.errors import UserError
 from pipelib.files import files_under, link_or_copy, write_text
-from pipelib.provenance import git_state, run_git
 from pipelib.tracking.record import redact
+from pipelib.workspace.git import git_state, run_git
+from pipelib.workspace.places import HERE
 
 EXAMPLES = """examples:
   HF_TOKEN=... pipelib publish --repo NAME/gpt2-124m-fineweb-edu --private
   pipelib publish --repo NAME/gpt2-124m-fineweb-edu --licence mit
   pipelib publish --repo NAME/gpt2-124m-fineweb-edu --out ../look     write it there and send nothing
 """
-MODEL, CARD = Path("models"), Path("reports/model_card.md")
+MODEL, CARD = HERE.model, HERE.model_card
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -68,8 +69,8 @@ def require_whole() -> None:
     Raises:
         UserError: what is wrong, and what to do.
     """
-    from pipelib.cli.outs import check_folder, find_folders
-    from pipelib.dvc_files import read_lock
+    from pipelib.inspection.verify import check_folder, find_folders
+    from pipelib.workspace.dvc import read_lock
 
     for path, what in ((MODEL / "model.safetensors", "no model"), (CARD, "no model card")):
         if not path.is_file():

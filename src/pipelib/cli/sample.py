@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelib.errors import UserError
+from pipelib.workspace.places import HERE
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--prompt", nargs="+", action="extend", required=True, metavar="TEXT", help='"" lets the model begin by itself'
     )
-    parser.add_argument("--model", type=Path, default=Path("models"), metavar="DIR", help="default: models")
+    parser.add_argument("--model", type=Path, default=HERE.model, metavar="DIR", help="default: models")
     parser.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to write at most; default: 100")
     parser.add_argument(
         "--temperature",

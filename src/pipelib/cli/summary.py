@@ -6,11 +6,11 @@ from typing import Any
 
 from pipelib.errors import UserError, as_typed
 from pipelib.files import read_json
+from pipelib.workspace.places import HERE
 
 EXAMPLES = """example:
   pipelib summary
 """
-METRICS = Path("metrics")
 SAMPLE_LINES, LINE_LENGTH = 5, 74
 
 
@@ -32,20 +32,20 @@ def run(_: argparse.Namespace) -> int:
     Raises:
         UserError: metrics are missing, or are not those of a run.
     """
-    tokens, train, evaluate = (read_json(METRICS / f"{stage}.json") for stage in ("tokenize", "train", "evaluate"))
-    speed_file = METRICS / "speed" / "train.json"
+    tokens, train, evaluate = (read_json(HERE.result(stage)) for stage in ("tokenize", "train", "evaluate"))
+    speed_file = HERE.speed("train")
     speed = read_json(speed_file) if speed_file.exists() else {}  # git does not have it, so a fresh clone may lack it
     try:
         lines = [title(train, tokens), *(f"  {name:<22}{value}" for name, value in rows(evaluate, speed))]
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"{METRICS}/ does not have the numbers of a whole run ({error!r}), so there is nothing to sum up; `git diff "
-            f"{METRICS}` shows what changed, and `dvc repro --force` makes them again."
+            f"{HERE.metrics}/ does not have the numbers of a whole run ({error!r}), so there is nothing to sum up; `git diff "
+            f"{HERE.metrics}` shows what changed, and `dvc repro --force` makes them again."
         ) from None
     print()
     for line in lines:
         print(line)
-    sample = first_sample(Path("reports/evaluation.md"))
+    sample = first_sample(HERE.evaluation)
     if sample:
         print("It writes")
         print("\n".join(f"  | {shorten(line)}" for line in sample.splitlines()[:SAMPLE_LINES]))

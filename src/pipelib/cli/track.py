@@ -11,7 +11,6 @@ from typing import Any
 
 from pipelib.cli.table import aligned
 from pipelib.errors import UserError, as_typed
-from pipelib.state import state_root
 from pipelib.tracking.mlflow_run import DeletedRun
 from pipelib.tracking.mlflow_store import Place, Store, failure
 from pipelib.tracking.record import read_events, redact
@@ -26,6 +25,7 @@ from pipelib.tracking.replay import (
     replay_record,
     settle_parents,
 )
+from pipelib.workspace.places import StatePlaces
 
 EXAMPLES = """examples:
   pipelib track                       every run's record, and what of it has arrived in MLflow
@@ -66,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """List, or send."""
-    root = state_root().absolute() / "records"
+    root = StatePlaces.chosen().records.absolute()
     kept = find_records(root, arguments.runs)
     if not kept:
         print(f"no run has been recorded in {root}")

@@ -42,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, say what is wrong, and remove it if asked; 1 if something is wrong and still there."""
-    from pipelib.cli.outs import check_folder, find_folders, repair
+    from pipelib.inspection.verify import check_folder, find_folders, repair
 
     wrong = damaged = 0
     for folder, out in find_folders(arguments.folder).items():

@@ -13,6 +13,7 @@ from typing import Any
 from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.hub_transfer import HubRepo
 from pipelib.files import link_or_copy, sha256_file, write_json
+from pipelib.workspace.places import MANIFEST
 
 WEIGHTS = "model.safetensors"
 
@@ -84,7 +85,7 @@ def write_baselines(
             "bytes": weights.stat().st_size,
             "sha256": sha256_file(weights),
         }
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / MANIFEST, manifest)
     return manifest
 
 

@@ -30,6 +30,7 @@ from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import damaged, iterate_raw
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_atomic, write_json, write_text
+from pipelib.workspace.places import MANIFEST
 
 CONTEXT_WORDS = (24, 48)
 """Fewest and most words of a context; the first endings of a document have the shorter ones."""
@@ -289,7 +290,7 @@ def write_benchmarks(
     if "hellaswag" not in params.benchmarks:
         # Train depends on this one file, so that no other set re-runs it. DVC warns of an empty one whenever it hashes it.
         write_text(folder / "hellaswag.jsonl", "\n")
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / MANIFEST, manifest)
     return manifest
 
 

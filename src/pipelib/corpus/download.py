@@ -13,10 +13,7 @@ from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import Source, write_manifest
 from pipelib.errors import UserError
-
-RAW = Path("data/raw")
-BENCHMARKS = Path("data/benchmarks")
-MODELS = Path("data/models")
+from pipelib.workspace.places import Places
 
 
 def source(params: DownloadParams) -> Source:
@@ -56,7 +53,8 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
         UserError: the source has no text, or what is wrong with it.
     """
     started = time.monotonic()
-    raw = outs / RAW
+    places = Places(outs)
+    raw = places.raw
     written = origin.write(raw, work)
     seconds = time.monotonic() - started
     if not any(file.rows for file in written.files):
@@ -70,8 +68,8 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
             flush=True,
         )
     manifest = write_manifest(raw, origin.identity(), written.files)
-    benchmarks = write_benchmarks(params, raw, outs / BENCHMARKS, fetch_pinned)
-    write_baselines(params.models, outs / MODELS, fetch_pinned)
+    benchmarks = write_benchmarks(params, raw, places.benchmarks, fetch_pinned)
+    write_baselines(params.models, places.published_models, fetch_pinned)
     parquet_bytes = sum(file.bytes for file in manifest.files)
     result = {
         "documents": manifest.documents,

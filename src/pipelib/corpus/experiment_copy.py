@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelib.corpus.local_files import visible_matches
 from pipelib.corpus.params import READABLE, DownloadParams
 from pipelib.errors import UserError
-from pipelib.provenance import GitError, run_git
+from pipelib.workspace.git import GitError, run_git
 
 QUEUED = "refs/exps/exec/EXEC_MERGE"
 """DVC's commit of what the experiment was queued with; every copy has it (observed with DVC 3.67)."""

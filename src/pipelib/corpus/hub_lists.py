@@ -19,7 +19,7 @@ from pipelib.corpus.hub_client import client, endpoint, shown
 from pipelib.corpus.hub_transfer import ForeignAnswerError, HubRepo, Retry, get_json, get_list, is_refusal, persistently
 from pipelib.errors import UserError
 from pipelib.files import read_json, sha256_files, sha256_json, write_json
-from pipelib.state import state_root
+from pipelib.workspace.places import StatePlaces
 
 _LISTS = ".lists"
 
@@ -48,7 +48,7 @@ class HubPin:
 def store_folder(repo: HubRepo) -> Path:
     """Where a repository's files at a commit are kept."""
     prefix = "models--" if repo.kind == "model" else ""
-    return state_root() / "hub" / (prefix + repo.name.replace("/", "--")) / repo.revision
+    return StatePlaces.chosen().hub / (prefix + repo.name.replace("/", "--")) / repo.revision
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from pipelib.files import (
 )
 from pipelib.processes import available_cores, positive_setting
 from pipelib.progress import Progress
-from pipelib.state import lock_folder
+from pipelib.workspace.locks import LOCK, locked
 
 _PART = ".part"
 _TAIL_BYTES = 64 << 10
@@ -57,12 +57,9 @@ def open_store(repo: HubRepo, retry: Retry) -> Iterator["HubStore"]:
     that needs it waits.
     """
     folder = store_folder(repo)
-    lock = lock_folder(folder, wait=True)
-    try:
+    with locked(folder / LOCK, wait=True):
         _remove_stale_partials(folder)
         yield HubStore(repo, retry)
-    finally:
-        os.close(lock)
 
 
 @contextmanager

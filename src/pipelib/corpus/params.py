@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelib.config import NaturalInt, PositiveInt
+from pipelib.schema import NaturalInt, PositiveInt
 
 Benchmark = Literal[
     "completion",

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from pipelib.errors import UserError, how_to_repair
 from pipelib.files import read_json, sha256_file, sha256_files, sync_folder, write_json
+from pipelib.workspace.places import HERE, MANIFEST
 
-MANIFEST = "manifest.json"
-REPAIR = how_to_repair("data/raw")
+REPAIR = how_to_repair(str(HERE.raw))
 """The remedy for a damaged file of raw text."""
 
 ROW_GROUP_ROWS = 1000

@@ -8,7 +8,6 @@ that measures. So another experiment, and another model of ours, finds it there,
     items.npz     the same item by item
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from pipelib.files import read_json, sha256_file, sha256_json, write_json
 from pipelib.model.huggingface import find_model
 from pipelib.model.params import PUBLISHED, ModelParams
 from pipelib.model.weights import CONFIG, MODELS, WEIGHTS, is_file, published_sha256, require_published, weights_sha256
-from pipelib.state import lock_folder, state_root
+from pipelib.workspace.locks import LOCK, locked
+from pipelib.workspace.places import MANIFEST, StatePlaces
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def find_baselines(names: Sequence[str]) -> list[Baseline]:
             sha256 = published_sha256(name)
             if sha256 is None:
                 raise UserError(
-                    f"evaluate.baselines: {name} is not in {MODELS}/manifest.json, so there are no weights of it; name it in "
+                    f"evaluate.baselines: {name} is not in {MODELS / MANIFEST}, so there are no weights of it; name it in "
                     "download.models and run dvc repro."
                 )
             found.append(Baseline(name, MODELS / name, sha256, PUBLISHED[name]))
@@ -103,9 +103,8 @@ def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: Cal
         decides: everything that decides the result besides the weights: parameters, hashes of data and code.
     """
     inputs: dict[str, Any] = {**baseline.identity, **decides}
-    folder = state_root() / "baselines" / sha256_json(inputs)[:16]
-    lock = lock_folder(folder, wait=True)  # of two experiments at once, the second finds what the first measured
-    try:
+    folder = StatePlaces.chosen().baselines / sha256_json(inputs)[:16]
+    with locked(folder / LOCK, wait=True):  # of two experiments at once, the second finds what the first measured
         kept = _read(folder, inputs)
         if kept is not None:
             print(f"evaluate: {baseline.name} was measured earlier on the same data", flush=True)
@@ -116,8 +115,6 @@ def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: Cal
         sha256 = sha256_file(folder / "items.npz")
         write_json(folder / "result.json", {"inputs": inputs, "items": sha256, "result": measured.result})
         return measured
-    finally:
-        os.close(lock)
 
 
 def _read(folder: Path, inputs: Mapping[str, object]) -> Measured | None:

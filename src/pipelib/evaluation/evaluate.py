@@ -26,10 +26,11 @@ from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import import_model
 from pipelib.model.params import ModelParams
 from pipelib.model.weights import CONFIG, weights_sha256
-from pipelib.provenance import import_closure
 from pipelib.stage import Build
 from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, Manifest, read_manifest, shard_problems
+from pipelib.workspace.places import MANIFEST, Places
+from pipelib.workspace.provenance import import_closure
 
 CHECKOUT = Path(__file__).absolute().parents[3]
 MEASURE = Path("src/pipelib/evaluation/measure.py")
@@ -46,7 +47,7 @@ def evaluation_inputs(
     require_data(params, benchmarks)
     files = [
         *files_under(models), *files_under(benchmarks), *files_under(curves),
-        tokens / VALIDATION_SHARD, tokens / UNIGRAM_COUNTS, tokens / "manifest.json",
+        tokens / VALIDATION_SHARD, tokens / UNIGRAM_COUNTS, tokens / MANIFEST,
     ]  # fmt: skip
     for path in (*files, models / CONFIG):
         if not path.is_file():
@@ -115,9 +116,10 @@ def evaluate(
         result, baselines, model.params.parameters, manifest.source,
         facts(models, model, manifest, build.code, curves), samples, curves,
     )  # fmt: skip
-    write_report(build.outs / "reports", subject)
-    write_items(build.outs / "reports" / "items.npz", measured.items)
-    write_model_card(build.outs / "reports" / "model_card.md", models, curves, manifest, result)
+    made = Places(build.outs)
+    write_report(made.reports, subject)
+    write_items(made.items, measured.items)
+    write_model_card(made.model_card, models, curves, manifest, result)
     build.run.log_text("samples.txt", "\n\n".join(prompt + text for prompt, text in samples))
     return result, {name: round(value, 2) for name, value in seconds.items()} | {"device": device.type}
 
@@ -128,8 +130,7 @@ def measure_baselines(
     """What is measured of each baseline, now or earlier, by its name.
 
     Args:
-        code: SHA-256 of the files that make the evaluation, and versions of packages; those that measuring does not need do
-            not count.
+        code: what makes the evaluation, see `provenance.code_hashes`; files that measuring does not need do not count.
     """
     measuring = {path.as_posix() for path in import_closure(MEASURE, CHECKOUT)}
     names = sorted({*data.completions, *params.tasks})

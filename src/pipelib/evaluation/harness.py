@@ -112,7 +112,7 @@ def check_rows(path: Path) -> None:
             if not good:
                 raise UserError(
                     f"{path}, line {number} is not an example that could be scored: no JSON object, or a choice that is empty or "
-                    f"missing; {how_to_repair('data/benchmarks')}."
+                    f"missing; {how_to_repair(str(path.parent))}."
                 )
 
 

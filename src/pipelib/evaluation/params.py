@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelib.config import PositiveInt
+from pipelib.schema import PositiveInt
 
 TASKS = Path(__file__).parent / "tasks"
 """The tasks of the lm-eval harness that need no network, one YAML file each."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipelib.config import MAX_INT
 from pipelib.errors import UserError
 from pipelib.model.gpt import GPT
 from pipelib.model.kv_cache import KVCache
 from pipelib.model.vocabulary import VOCAB_SIZE
+from pipelib.schema import MAX_INT
 
 BATCH = 16
 """Texts that are written at a time; the keys and values of a context of GPT-2 124M are 75 MB a text in fp32."""

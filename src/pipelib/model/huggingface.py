@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipelib.config import parse
 from pipelib.errors import UserError
 from pipelib.files import read_json, write_atomic, write_json, write_text
 from pipelib.model.gpt import GPT
@@ -36,6 +35,7 @@ from pipelib.model.weights import (
     restore,
     weight_files,
 )
+from pipelib.schema import parse
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _PREFIX = "transformer."

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from pipelib.config import PositiveInt
 from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
+from pipelib.schema import PositiveInt
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from torch import Tensor
 from pipelib.errors import UserError, how_to_repair
 from pipelib.files import read_json, sha256_file, sha256_files, sha256_json
 from pipelib.model.params import PUBLISHED
+from pipelib.workspace.places import HERE, MANIFEST
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-MODELS, OWN_MODEL = Path("data/models"), Path("models")
+MODELS, OWN_MODEL = HERE.published_models, HERE.model
 """Published models, as download fetched them; and the one that train makes."""
 GUIDE = "docs/how-to/initial-weights.md"
 CONVERT = (
@@ -164,14 +165,14 @@ def require_published(name: str, sha256: str) -> None:
     """
     if published_sha256(name) != sha256:
         raise UserError(
-            f"{MODELS / name / WEIGHTS} is not the file that {MODELS}/manifest.json names, so its weights cannot be trusted; "
+            f"{MODELS / name / WEIGHTS} is not the file that {MODELS / MANIFEST} names, so its weights cannot be trusted; "
             f"{how_to_repair(str(MODELS))}."
         )
 
 
 def published_sha256(name: str) -> str | None:
     """What download noted of a published model; None where it has not fetched it."""
-    entry = read_json(MODELS / "manifest.json", how_to_repair(str(MODELS))).get(name)
+    entry = read_json(MODELS / MANIFEST, how_to_repair(str(MODELS))).get(name)
     sha256 = entry.get("sha256") if isinstance(entry, dict) else None
     return sha256 if isinstance(sha256, str) else None
 

@@ -1,4 +1,4 @@
-"""What is wrong with a folder of shards, by its own manifest; DVC is not asked (`pipelib.cli.outs` does that)."""
+"""What is wrong with a folder of shards, by its own manifest; DVC is not asked (`pipelib.inspection.verify` does that)."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,6 @@ from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
 from pipelib.processes import available_cores
 from pipelib.progress import Progress
 from pipelib.tokens.shards import (
-    MANIFEST,
     UNIGRAM_COUNTS,
     VALIDATION_SHARD,
     Manifest,
@@ -24,6 +23,7 @@ from pipelib.tokens.shards import (
     read_manifest,
     shard_problems,
 )
+from pipelib.workspace.places import MANIFEST
 
 Counts = npt.NDArray[np.int64]
 

@@ -32,6 +32,7 @@ from pipelib.tokens.unit_file import UnitCounts, check_unit, read_documents, rea
 from pipelib.tokens.unit_store import Share, unit_store
 from pipelib.tokens.units import Seconds, Unit, encode_unit, plan_units
 from pipelib.tokens.workers import Workers, worker_engine
+from pipelib.workspace.places import Places
 
 
 def encode_corpus(
@@ -53,7 +54,7 @@ def encode_corpus(
     """
     source = read_manifest(raw)
     units = plan_units(raw, source.files)
-    out = build.outs / "data" / "tokens"
+    out = Places(build.outs).tokens
     started = time.monotonic()
     tasks = max(len(units), _text_bytes(units) // (4 * params.shard_tokens))
     with unit_store(build.code) as store, Workers(tasks) as workers:

@@ -21,8 +21,8 @@ from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_atomic
 from pipelib.model.vocabulary import vocabulary_file
 from pipelib.processes import resident_memory
-from pipelib.state import state_root
 from pipelib.tokens.shards import Tokens
+from pipelib.workspace.places import StatePlaces
 
 _ORIGIN = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _VOCABULARY = {
@@ -90,7 +90,7 @@ def tiktoken_encoding() -> Any:
         import tiktoken
     except ImportError:
         raise UserError("tiktoken is not installed, so text cannot be encoded; run `make setup`.") from None
-    cache = state_root() / "vocabulary"
+    cache = StatePlaces.chosen().vocabulary
     for name, sha256 in _VOCABULARY.items():
         # tiktoken looks a file up under the SHA-1 of its address
         target = cache / hashlib.sha1((_ORIGIN + name).encode("ascii")).hexdigest()
@@ -143,7 +143,7 @@ class GigatokenEngine:
     def __init__(self) -> None:
         lines = sorted((rank, token) for token, rank in tiktoken_encoding()._mergeable_ranks.items())
         expected = b"".join(b64encode(token) + b" %d\n" % rank for rank, token in lines)
-        ranks = state_root() / "vocabulary" / f"gpt2-{VOCABULARY_SHA256[:16]}.tiktoken"
+        ranks = StatePlaces.chosen().vocabulary / f"gpt2-{VOCABULARY_SHA256[:16]}.tiktoken"
         if not ranks.exists() or ranks.read_bytes() != expected:
             with write_atomic(ranks) as file:
                 file.write(expected)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pipelib.config import Bounds
+from pipelib.schema import Bounds
 
 
 @dataclass(frozen=True)

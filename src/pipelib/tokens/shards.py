@@ -19,9 +19,9 @@ from pipelib.errors import UserError, how_to_repair
 from pipelib.files import format_json, read_json, sha256_file, write_atomic, write_text
 from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
 from pipelib.processes import available_cores
+from pipelib.workspace.places import HERE, MANIFEST
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-MANIFEST = "manifest.json"
 VALIDATION_SHARD = "val_000000.bin"
 UNIGRAM_COUNTS = "unigram_counts.npy"
 _CHUNK = 1 << 20
@@ -166,7 +166,7 @@ def open_shard(path: Path) -> Tokens:
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
 
 
-_REPAIR = how_to_repair("data/tokens") + "."
+_REPAIR = how_to_repair(str(HERE.tokens)) + "."
 
 
 def shard_problems(folder: Path, shard: Shard) -> list[str]:

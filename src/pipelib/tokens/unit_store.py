@@ -4,7 +4,6 @@ Several processes may work in one folder, on one machine or on several that shar
 its share, and a file appears under its name only when it is whole.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from typing import Self
 
 from pipelib.errors import UserError
 from pipelib.files import sha256_json
-from pipelib.state import is_held, lock_folder, state_root
 from pipelib.tokens.units import Unit
+from pipelib.workspace.locks import LOCK, is_held, locked
+from pipelib.workspace.places import StatePlaces
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,16 @@ def unit_store(code: Mapping[str, str], share: Share | None = None) -> Iterator[
     """The folder of units that this code made or makes, locked while the `with` block lasts.
 
     Args:
-        code: SHA-256 of the files that make the shards, by path.
+        code: what makes the shards: see `provenance.code_hashes`.
         share: what this process does in it; None for a run that makes all of it, of which there is one at a time.
 
     Raises:
         UserError: another process works on the same share.
     """
-    store = state_root() / "units" / sha256_json(dict(code))[:16]
-    name = f"lock-{share.index}-of-{share.count}" if share else "lock"
-    lock = lock_folder(store, name, wait=share is None)
-    try:
-        if share is None and not any(map(is_held, store.glob("lock-*"))):
+    store = StatePlaces.chosen().units / sha256_json(dict(code))[:16]
+    name = f"{LOCK}-{share.index}-of-{share.count}" if share else LOCK
+    with locked(store / name, wait=share is None):
+        if share is None and not any(map(is_held, store.glob(f"{LOCK}-*"))):
             for leftover in store.glob("*/.*.tmp"):  # of processes that were killed
                 leftover.unlink(missing_ok=True)
         yield store
-    finally:
-        os.close(lock)

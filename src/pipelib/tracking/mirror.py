@@ -5,8 +5,6 @@ kill or a dead server left unsent is sent by the run's next stage, or by `pipeli
 one call that waits: at its end, for the thread, for a second where MLflow is a server.
 """
 
-import fcntl
-import os
 import threading
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from pipelib.tracking.mlflow_run import DeletedRun, MlflowRun
 from pipelib.tracking.mlflow_store import Place, failure
 from pipelib.tracking.record import read_events, say
 from pipelib.tracking.replay import opened, replay_others
+from pipelib.workspace.locks import locked
 
 POLL_SECONDS = 1.0
 """Between two looks at the record; points of one second travel in one call."""
@@ -59,9 +58,9 @@ class Mirror:
         self._said = True
 
     def _work(self) -> None:
-        descriptor = os.open(self._record, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # `pipelib track --replay` leaves this record to us
+        with locked(
+            self._record, wait=True, quiet=True, own=False
+        ):  # `pipelib track --replay` leaves this record to us
             while True:
                 last_try = self._closing.is_set()
                 try:
@@ -75,8 +74,6 @@ class Mirror:
                 # A database that was locked may be free at the end; a server that failed is not asked for a last time.
                 if last_try or (self._closing.wait(COOLDOWN_SECONDS) and not self._place.is_local):
                     return
-        finally:
-            os.close(descriptor)
 
     def _follow(self) -> None:
         """Connect and send until the stage has ended."""

@@ -9,16 +9,8 @@ from typing import Any
 
 from pipelib.tracking.mlflow_store import Store
 from pipelib.tracking.record import brief, redact, say
+from pipelib.workspace.stages import STAGES
 
-SECTIONS = {
-    "download": ("download",),
-    "tokenize": ("tokenize",),
-    "train": ("model", "train"),
-    "evaluate": ("evaluate",),
-}
-"""The stages in their order, and the sections of params.yaml that decide what each makes."""
-LAST = "evaluate"
-"""The stage whose success completes the parent run."""
 SENT = "pipelib.sent"
 """The tag of a child that says how many bytes of its record MLflow has; set when the stage ends."""
 
@@ -313,4 +305,4 @@ def _text(value: object) -> str:
 
 
 def _own(params: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    return {name: value for name, value in params.items() if name.split(".")[0] in SECTIONS[stage]}
+    return {name: value for name, value in params.items() if name.split(".")[0] in STAGES[stage].sections}

@@ -1,6 +1,5 @@
 """Where MLflow keeps the runs: the database or server, opened without harm to others, and the experiment in it."""
 
-import fcntl
 import os
 import re
 import ssl
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pipelib.state import state_root
 from pipelib.tracking.record import brief, say
+from pipelib.workspace.locks import locked
+from pipelib.workspace.places import StatePlaces, mlflow_database
 
 EXPERIMENT = "pipelib"
 EXPERIMENT_TAGS = {
@@ -40,7 +40,7 @@ class Place:
     @classmethod
     def chosen(cls) -> "Place":
         """`$MLFLOW_TRACKING_URI`, else mlflow.db in the workspace that started DVC."""
-        database = Path(os.environ.get("DVC_ROOT", ".")).absolute() / "mlflow.db"
+        database = mlflow_database()
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         return cls(uri, None) if uri else cls(sqlite_uri(database), database)
 
@@ -84,14 +84,8 @@ class Place:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Nobody else of this workspace makes a database, an experiment or a run in this block."""
-        path = state_root().absolute() / "mlflow.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(StatePlaces.chosen().mlflow_lock, wait=True, quiet=True):
             yield
-        finally:
-            os.close(descriptor)
 
 
 def sqlite_uri(database: Path) -> str:

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping
 
+from pipelib.workspace.stages import STAGES
+
 HEADLINES = (
     ("evaluate.val_loss", "validation loss", ".4f"),
     ("evaluate.perplexity", "perplexity", ",.1f"),
@@ -16,13 +18,6 @@ HEADLINES = (
     ("speed.train.device_hours", "device hours of training", ",.3f"),
 )
 """The metrics that stand on a parent's page: key, name, format."""
-DOES = {
-    "download": "The text, the benchmarks and the published models",
-    "tokenize": "Shards of tokens out of the text",
-    "train": "The model, and the curves of its training",
-    "evaluate": "The evaluation of the model",
-}
-
 DIFF = "git apply uncommitted.diff"
 
 
@@ -51,7 +46,7 @@ def _checkout(lineage: Mapping[str, str]) -> list[str]:
 
 def stage_page(stage: str, lineage: Mapping[str, str]) -> str:
     """The page of a stage's run."""
-    return f"{DOES[stage]}.\n\n{reproduce(lineage)}"
+    return f"{STAGES[stage].makes}.\n\n{reproduce(lineage)}"
 
 
 def pipeline_page(

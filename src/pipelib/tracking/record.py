@@ -174,7 +174,7 @@ def read_events(path: Path, start: int = 0, end: int | None = None) -> tuple[lis
     return events, start + data.rfind(b"\n") + 1
 
 
-def settle_record(path: Path, code: str, begins_anew: bool) -> None:
+def settle_record(path: Path, code: str, is_fresh: bool) -> None:
     """Make the record fit the state: go on with it, begin again, or go on from what another KEY recorded.
 
     The state of a stage is found by its fingerprint alone, so a killed `dvc exp run` goes on under a new experiment's
@@ -184,7 +184,7 @@ def settle_record(path: Path, code: str, begins_anew: bool) -> None:
 
     def goes_on(record: Path) -> bool:
         opened = [event for event in read_events(record)[0] if event["event"] == "open"]
-        return not begins_anew and (mixing or (bool(opened) and opened[-1]["code"] == code))
+        return not is_fresh and (mixing or (bool(opened) and opened[-1]["code"] == code))
 
     if path.exists():
         if not goes_on(path):

@@ -1,9 +1,7 @@
 """Send to MLflow what it has not: the records of runs that ended while it was away, without anything twice."""
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from pipelib.tracking.mlflow_run import SENT, DeletedRun, Event, MlflowRun, set_status
 from pipelib.tracking.mlflow_store import Store
 from pipelib.tracking.record import brief, read_events, say
+from pipelib.workspace.locks import InUseError, locked
 
 ALL, PART, NOTHING, DELETED, BUSY = "all of it", "a part", "nothing", "deleted there", "being sent"
 """What MLflow has of a record. BUSY: the stage is running, or another `pipelib track` sends it."""
@@ -33,16 +32,13 @@ class Replayed:
 @contextmanager
 def held(record: Path) -> Iterator[bool]:
     """Be the only process that sends a record while the block lasts; False where another one does."""
-    descriptor = os.open(record, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(locked(record, own=False))
+        except InUseError:
             yield False
         else:
             yield True
-    finally:
-        os.close(descriptor)
 
 
 def opened(events: Sequence[Event]) -> Event | None:

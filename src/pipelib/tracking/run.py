@@ -10,21 +10,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipelib.config import flatten
-from pipelib.dvc_files import read_lock
 from pipelib.files import files_under, read_json, sha256_file, sha256_json
-from pipelib.provenance import code_hashes, git_state, run_git, uncommitted_changes
-from pipelib.state import state_root
+from pipelib.schema import flatten
 from pipelib.tracking.mirror import Mirror, is_mirroring
-from pipelib.tracking.mlflow_run import LAST, SECTIONS
 from pipelib.tracking.mlflow_store import Place
 from pipelib.tracking.page import model_reference, pipeline_page, stage_page
 from pipelib.tracking.record import Record, harmless, settle_record
 from pipelib.tracking.system_metrics import CPU, Sampler
+from pipelib.workspace.dvc import read_lock
+from pipelib.workspace.git import git_state, run_git, uncommitted_changes
+from pipelib.workspace.places import HERE, MANIFEST, StatePlaces, out_of
+from pipelib.workspace.provenance import code_hashes
+from pipelib.workspace.stages import LAST, STAGES, upstream
+from pipelib.workspace.workdir import finished_files
 
 ARTIFACT_BYTES = 5_000_000
 """Larger files are not copied to MLflow."""
-RAW, TOKENS = Path("data/raw/manifest.json"), Path("data/tokens/manifest.json")
 DIFF_BYTES = 1_000_000
 """Of the changes that are in no commit so much is recorded."""
 
@@ -92,8 +93,7 @@ class Run:
             final: a folder that mirrors the workspace.
         """
         with harmless(f"the outs in {final} are"):
-            meta = final.with_name("meta.json")
-            hashes: Mapping[str, str] = read_json(meta).get("final", {}) if meta.exists() else {}
+            hashes = finished_files(final.parent)
             outs: dict[str, dict[str, str]] = {}
             for path in files_under(final):
                 name = path.relative_to(final)
@@ -104,13 +104,13 @@ class Run:
                     if path.stat().st_size <= ARTIFACT_BYTES:
                         self._record.append("file", name=name.as_posix(), path=str(path.absolute()), sha256=sha256)
                 else:
-                    out = "/".join(name.parts[:2]) if name.parts[0] == "data" else name.parts[0]
-                    outs.setdefault(out, {})[name.as_posix()] = sha256
+                    outs.setdefault(str(out_of(name)), {})[name.as_posix()] = sha256
             tags = {}
             for out, files in outs.items():
                 size = sum((final / name).stat().st_size for name in files)
                 tags[f"out.{out}"] = f"sha256:{sha256_json(files)}, {len(files)} files, {size} bytes"
-            fingerprint = outs.get("data/tokens", {}).get("data/tokens/manifest.json")
+            tokens = HERE.tokens
+            fingerprint = outs.get(str(tokens), {}).get(str(tokens / MANIFEST))
             tags |= {"data.fingerprint": fingerprint} if fingerprint else {}
             if tags:
                 self._record.append("tags", tags=tags)
@@ -138,16 +138,14 @@ class NullRun(Run):
     def log_outs(self, final: Path) -> None: ...
 
 
-def open_run(
-    stage: str, params: object, fingerprint: str, code: Mapping[str, str], *, begins_anew: bool = False
-) -> Run:
+def open_run(stage: str, params: object, fingerprint: str, code: Mapping[str, str], *, is_fresh: bool = False) -> Run:
     """The record of a stage's run, begun or gone on with, mirrored to MLflow where `logging.mlflow` says so.
 
     Args:
         params: all parameters, a dataclass with a section `logging` among its fields.
         fingerprint: of the stage's inputs.
-        code: SHA-256 of the files that make the result, by path.
-        begins_anew: the stage has nothing to go on with, so what was recorded before is another run's.
+        code: what makes the result: see `provenance.code_hashes`.
+        is_fresh: the stage has nothing to go on with, so what was recorded before is another run's.
 
     Returns:
         A `NullRun`, after one line to standard error, where no record can be written.
@@ -155,13 +153,12 @@ def open_run(
     with harmless("this run is"):
         flat = dict(flatten(params))
         decisive = {name: value for name, value in flat.items() if not name.startswith("logging.")}
-        sources = {name: Path("stages") / f"{name}.py" for name in SECTIONS}
-        hashes = {name: code_hashes(source, Path.cwd()) for name, source in sources.items() if source.exists()}
+        hashes = {name: code_hashes(name) for name in STAGES if HERE.stage(name).exists()}
         inputs = sha256_json({"params": decisive, "code": hashes})
         key = re.sub(r"[^\w.-]", "_", os.environ.get("DVC_EXP_NAME") or inputs[:16])
-        path = state_root().absolute() / "records" / key / f"{stage}-{fingerprint[:16]}.jsonl"
+        path = StatePlaces.chosen().records.absolute() / key / f"{stage}-{fingerprint[:16]}.jsonl"
         digest = sha256_json(dict(code))
-        settle_record(path, digest, begins_anew)
+        settle_record(path, digest, is_fresh)
         record, start = Record(path), path.stat().st_size
         tags = _lineage(stage) | {name: value for name, value in flat.items() if name.startswith("logging.")}
         opened = {
@@ -195,7 +192,7 @@ def attach_run(stage: str, path: Path | None) -> Run:
 
 def _lineage(stage: str) -> dict[str, Any]:
     """Tags that say where a run comes from: git, DVC's experiment, the digests of what the stages before it made."""
-    git, before = git_state(Path.cwd()), [*SECTIONS][: [*SECTIONS].index(stage)]
+    git, before = git_state(Path.cwd()), [*upstream(stage)]
     if not git["dirty"] and any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
         with harmless("the commit of this run is"):
             run_git(Path.cwd(), "rev-parse", "--git-dir")  # which says why: another user's repository, no git
@@ -205,18 +202,17 @@ def _lineage(stage: str) -> dict[str, Any]:
     }  # fmt: skip
     tags = {
         **origin, "mlflow.source.git.commit": git["commit"], "mlflow.note.content": stage_page(stage, origin),
-        "data.fingerprint": _sha256_of(TOKENS) if "tokenize" in before else "",
+        "data.fingerprint": _sha256_of(HERE.tokens / MANIFEST) if "tokenize" in before else "",
         **{f"dvc.md5.{path}": md5 for path, md5 in _out_md5s(before).items()},
     }  # fmt: skip
     return {tag: value for tag, value in tags.items() if value}
 
 
 def _inputs(stage: str) -> dict[str, str]:
-    """The data that a stage reads, by its folder: the SHA-256 of the manifest, which names every file's."""
-    read = {"tokenize": RAW, "train": TOKENS, "evaluate": TOKENS}
-    manifest = read.get(stage)
-    digest = _sha256_of(manifest) if manifest else ""
-    return {manifest.parent.as_posix(): digest} if manifest and digest else {}
+    """The dataset that a stage reads, by its folder: the SHA-256 of the manifest, which names every file's."""
+    folder = STAGES[stage].dataset
+    digest = _sha256_of(Path(folder) / MANIFEST) if folder else ""
+    return {folder: digest} if digest else {}
 
 
 def _sha256_of(path: Path) -> str:
@@ -227,7 +223,7 @@ def _summary(opened: Mapping[str, Any]) -> dict[str, Any]:
     """What completes the parent: all stages' final metrics, the model's digest, the page, the model as a reference."""
     tags: Mapping[str, str] = opened["tags"]
     lineage = {name: tags.get(name, "") for name in ("git.commit", "git.dirty", "dvc.exp_name", "dvc.exp_baseline_rev")}
-    metrics = {stage: _finals(stage) for stage in SECTIONS}
+    metrics = {stage: _finals(stage) for stage in STAGES}
     md5 = _out_md5s(["train"]).get("models", "")
     page = pipeline_page(
         {name: value for finals in metrics.values() for name, value in finals.items()}, lineage, md5,
@@ -259,7 +255,7 @@ def _numbers(path: Path, prefix: str) -> dict[str, float]:
 
 def _finals(stage: str) -> dict[str, float]:
     """The final metrics of a stage as they lie in the workspace, whether it ran now or DVC found it cached."""
-    files = {stage: Path("metrics") / f"{stage}.json", f"speed.{stage}": Path("metrics/speed") / f"{stage}.json"}
+    files = {stage: HERE.result(stage), f"speed.{stage}": HERE.speed(stage)}
     return {
         name: value for prefix, path in files.items() if path.exists() for name, value in _numbers(path, prefix).items()
     }

@@ -14,12 +14,12 @@ if __name__ == "__main__":
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipelib.config import parse
 from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json, write_text
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model, readme
 from pipelib.model.params import InitialisedModelParams
+from pipelib.schema import parse
 from pipelib.tokens.shards import Manifest, read_manifest
 from pipelib.tracking.run import NullRun, Run, attach_run
 from pipelib.training.distributed import World, join_world
@@ -28,6 +28,7 @@ from pipelib.training.initial_weights import InitialWeights
 from pipelib.training.loop import Cadence, Trainer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import NullRecorder, Recorder
+from pipelib.workspace.places import Places
 
 JOB, RESULT, ERROR = "job.json", "result.json", "error.txt"
 
@@ -99,10 +100,11 @@ def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: P
         recipe["initial weights, sha256"] = job.initial.sha256
     if job.resumed_with_other_code:
         recipe["resumed with other code"] = True
-    export_model(model, outs / "models", readme(job.model, recipe))
+    places = Places(outs)
+    export_model(model, places.model, readme(job.model, recipe))
     for curve in recorder.curves:
-        write_text(outs / "curves" / curve.path.name, curve.path.read_text(encoding="utf-8"))
-    write_text(outs / "metrics/speed/train.csv", recorder.speed.path.read_text(encoding="utf-8"))
+        write_text(places.curves / curve.path.name, curve.path.read_text(encoding="utf-8"))
+    write_text(places.speed("train", "csv"), recorder.speed.path.read_text(encoding="utf-8"))
 
 
 def _result(job: Job, recorder: Recorder) -> dict[str, object]:

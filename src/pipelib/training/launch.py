@@ -12,7 +12,6 @@ from pipelib.files import files_under, read_json, remove, require_free_space, sh
 from pipelib.model.params import InitialisedModelParams
 from pipelib.processes import on_first_signal
 from pipelib.stage import Build
-from pipelib.state import State
 from pipelib.tokens.shards import read_manifest, require_sound
 from pipelib.training.batches import check_plan
 from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
@@ -24,6 +23,7 @@ from pipelib.training.machines import Machines, find_machines, wait_until_seen
 from pipelib.training.params import TrainParams
 from pipelib.training.stopping import STOP, ask_to_stop
 from pipelib.training.torchrun import start_torchrun
+from pipelib.workspace.workdir import WorkDir
 
 
 def launch(
@@ -73,7 +73,7 @@ def launch(
     return result["result"], result["speed"]
 
 
-def join(find_state: Callable[[], State]) -> None:
+def join(find_state: Callable[[], WorkDir]) -> None:
     """Run this machine's ranks of a training, once the first machine has started it, and wait for its end.
 
     Args:

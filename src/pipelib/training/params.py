@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pipelib.config import Bounds, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt
+from pipelib.schema import Bounds, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt
 
 Beta = Annotated[float, Bounds(least=0, most=0.9999999)]
 

@@ -1,16 +1,21 @@
-"""What the pipeline writes and git tracks, dvc.lock and metrics/*.json, as a merge, an editor or a full disk may leave it."""
+"""What DVC knows: dvc.lock and metrics, as a merge, an editor or a full disk may leave them; the cache and its objects."""
 
+import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipelib.config import conflict_line, flatten, kind_of, load_yaml
 from pipelib.errors import UserError
+from pipelib.files import files_under
+from pipelib.schema import conflict_line, flatten, kind_of, load_yaml
+from pipelib.workspace.places import HERE, Places
 
-LOCK = Path("dvc.lock")
 _MD5 = re.compile(r"[\w-]*(\.dir)?")  # names a file of the cache, so no path
 
 
@@ -32,7 +37,7 @@ class LockedStage:
     outs: tuple[Entry, ...]
 
 
-def read_lock(path: Path = LOCK) -> dict[str, LockedStage]:
+def read_lock(path: Path = HERE.lock) -> dict[str, LockedStage]:
     """The stages of a dvc.lock by their names; none where there is no file.
 
     Raises:
@@ -89,9 +94,9 @@ def parse_metrics(content: bytes, name: str, remedy: str = "") -> dict[str, Any]
 
 def problems(root: Path) -> Iterator[str]:
     """What is wrong with the dvc.lock and the metrics of a workspace: a message for each file."""
-    for path in (root / LOCK, *sorted((root / "metrics").rglob("*.json"))):
+    for path in (Places(root).lock, *sorted(Places(root).metrics.rglob("*.json"))):
         try:
-            read_lock(path) if path.name == LOCK.name else read_metrics(path)
+            read_lock(path) if path == Places(root).lock else read_metrics(path)
         except UserError as error:
             yield str(error)
 
@@ -158,3 +163,100 @@ def _list(value: object, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(f"{where} is {kind_of(value)}, not a list")
     return value
+
+
+# ---- The cache -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Out:
+    """A folder of dvc.lock, and what DVC recorded of it."""
+
+    folder: Path
+    md5: str
+    """Of DVC's list of its files, and so of the whole folder; ends in `.dir`."""
+    objects: Path
+    """Where DVC keeps objects, named by their MD5."""
+
+    @property
+    def listing(self) -> Path:
+        """DVC's list of the folder's files."""
+        return self.object(self.md5)
+
+    def object(self, md5: str) -> Path:
+        """Where DVC keeps the bytes of that MD5."""
+        return object_path(self.objects, md5)
+
+    def entries(self) -> dict[Path, str] | None:
+        """What DVC recorded: MD5 by file; None where its list is lost or damaged."""
+        if not (self.listing.is_file() and is_sound(self.listing)):
+            return None
+        return {self.folder / entry["relpath"]: entry["md5"] for entry in json.loads(self.listing.read_bytes())}
+
+    def linked_objects(self) -> dict[Path, Path]:
+        """The objects that files of the folder are hard links of, by file."""
+        inodes = {(stat.st_dev, stat.st_ino): path for path in self.objects.glob("??/*") for stat in [path.stat()]}
+        found = {
+            path: inodes.get((stat.st_dev, stat.st_ino))
+            for path, stat in [(path, path.stat()) for path in files_under(self.folder)]
+        }
+        return {path: entry for path, entry in found.items() if entry is not None}
+
+
+def object_path(objects: Path, md5: str) -> Path:
+    """Where DVC keeps the bytes of that MD5; a path to nothing where there is none."""
+    return objects / (md5[:2] or "none") / md5[2:]
+
+
+def objects_folder(root: Path) -> Path:
+    """Where DVC keeps the objects of a repository.
+
+    Raises:
+        UserError: DVC does not say.
+    """
+    return cache_folder(root) / "files" / "md5"
+
+
+@cache
+def cache_folder(root: Path) -> Path:
+    """Where the DVC of this environment keeps its cache; asked once, since DVC takes its time.
+
+    Args:
+        root: the repository, as an absolute path.
+    """
+    try:
+        return root / run_dvc(root, "cache", "dir")
+    except DvcError as error:
+        raise UserError(
+            f"{error}, so what DVC recorded cannot be found; nothing was verified or removed: mend DVC first (`pipelib doctor`)."
+        ) from None
+
+
+class DvcError(UserError):
+    """A command of DVC failed; the message has its own words."""
+
+
+def run_dvc(root: Path, *arguments: str) -> str:
+    """What a command of this environment's DVC prints.
+
+    Raises:
+        DvcError: it fails.
+    """
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DvcError(f"`dvc {' '.join(arguments)}` failed in {root} ({done.stderr.strip()})")
+    return done.stdout.strip()
+
+
+def is_sound(entry: Path) -> bool:
+    """Whether an object has the MD5 that it is named by; a missing one does no harm."""
+    return not entry.exists() or md5_file(entry) == entry.parent.name + entry.name.removesuffix(".dir")
+
+
+def md5_file(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError:
+        return None

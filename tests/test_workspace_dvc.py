@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli_compare import write_run
 
-from pipelib import dvc_files
 from pipelib.cli.main import main
-from pipelib.config import conflict_line, parse_yaml
-from pipelib.dvc_files import Entry, LockedStage, how_to_restore, parse_lock, parse_metrics, read_lock, read_metrics
 from pipelib.errors import UserError
+from pipelib.schema import conflict_line, parse_yaml
 from pipelib.tracking.run import _out_md5s
+from pipelib.workspace import dvc
+from pipelib.workspace.dvc import Entry, LockedStage, how_to_restore, parse_lock, parse_metrics, read_lock, read_metrics
 
 LOCK = b"""schema: '2.0'
 stages:
@@ -184,8 +184,7 @@ ANY_LOCK = (
 @pytest.fixture
 def run(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace with a run and its model."""
-    monkeypatch.setattr("pipelib.cli.outs.cache_folder", lambda root: root / ".dvc/cache")
-    monkeypatch.setattr("pipelib.cli.runs.cache_folder", lambda root: root / ".dvc/cache")
+    monkeypatch.setattr("pipelib.workspace.dvc.cache_folder", lambda root: root / ".dvc/cache")
     write_run(here, 0.0)
     write_run(here / "other", 0.1)
     for name in ("models/model.safetensors", "reports/model_card.md"):
@@ -207,7 +206,7 @@ COMMANDS = [
 @given(ANY_LOCK)
 def test_no_command_dies_of_a_dvc_lock(run: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
     (run / "dvc.lock").write_bytes(content)
-    broken = list(dvc_files.problems(Path()))
+    broken = list(dvc.problems(Path()))
     for command in COMMANDS:
         status = main(command)  # which raises what is not the user's
         said = capsys.readouterr().err
@@ -241,7 +240,7 @@ def test_compare_does_not_die_of_metrics(
     path = run / f"metrics/{name}.json"
     before = path.read_bytes()
     path.write_bytes(content)
-    broken = list(dvc_files.problems(Path()))
+    broken = list(dvc.problems(Path()))
     assert main(["compare", "other", "workspace"]) == main(["compare", "workspace", "other"])
     said = capsys.readouterr().err
     assert all(problem in said for problem in broken)

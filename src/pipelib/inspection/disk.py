@@ -1,13 +1,19 @@
-"""What a parameter file amounts to, by arithmetic: data and disk. Nothing is run."""
+"""What a parameter file amounts to, by arithmetic: data and disk; and whether the disk has room for it."""
 
 import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from pipelib.errors import UserError
+from pipelib.files import format_bytes, nearest_folder
 from pipelib.params import Params
 from pipelib.tokens.shards import HEADER_BYTES, Manifest, Shard, read_manifest
 from pipelib.training.checkpoint import checkpoint_bytes
+from pipelib.workspace.places import HERE, MANIFEST, Places, state_root
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def _known_corpus(params: Params) -> Corpus | None:
 
 def _made_corpus(params: Params, root: Path) -> Corpus | None:
     try:
-        manifest = read_manifest(root / "data/tokens")
+        manifest = read_manifest(Places(root).tokens)
     except UserError:
         return None
     download, source = params.download, manifest.source
@@ -79,9 +85,9 @@ def _made_corpus(params: Params, root: Path) -> Corpus | None:
     has_dedup = manifest.dedup.get("method") if manifest.dedup else "none"
     if has_dedup != params.tokenize.dedup or any(source.get(key) != value for key, value in wanted.items()):
         return None
-    raw_bytes = sum(path.stat().st_size for path in (root / "data/raw").glob("*.parquet"))
+    raw_bytes = sum(path.stat().st_size for path in Places(root).raw.glob("*.parquet"))
     tokens = sum(shard.tokens for shard in manifest.shards)
-    return Corpus(tokens, raw_bytes, "as data/tokens/manifest.json says", is_exact=True)
+    return Corpus(tokens, raw_bytes, f"as {HERE.tokens / MANIFEST} says", is_exact=True)
 
 
 def manifest_of(corpus: Corpus, shard_tokens: int) -> Manifest:
@@ -119,3 +125,38 @@ def disk_of(params: Params, corpus: Corpus | None) -> Disk:
         return Disk(None, None, None, checkpoints, model)
     shards = -(-corpus.tokens // params.tokenize.shard_tokens)
     return Disk(corpus.raw_bytes, 2 * corpus.tokens + HEADER_BYTES * shards, 2 * corpus.tokens, checkpoints, model)
+
+
+def check_disk(file: Path, params: Params, corpus: Corpus | None) -> str:
+    """A line that says how much space the stages will take, what of it is taken already, and what is free.
+
+    Raises:
+        UserError: it is clearly not enough. What earlier runs left counts as space that this one has already.
+    """
+    need, folder = disk_of(params, corpus).total, nearest_folder(state_root())
+    have, free = used_bytes([HERE.data, HERE.model, state_root()]), shutil.disk_usage(folder).free
+    known = "" if corpus else " and the text, whose size only tokenize will know"
+    said = f"{file}: the stages take at most {format_bytes(need)} of disk{known}; {format_bytes(have)} are in use"
+    if need - have > free:
+        raise UserError(
+            f"{said}, and {folder} has {format_bytes(free)} free: {format_bytes(need - have - free)} too little, so a stage "
+            "would stop half-way; free some space (`pipelib clean` lists old state, `dvc gc -w` old cache), set "
+            "PIPELIB_STATE_DIR to a larger disk, or lower download.max_tokens."
+        )
+    return f"{said} by earlier runs, {format_bytes(free)} are free."
+
+
+def used_bytes(folders: Iterable[Path]) -> int:
+    """What the files in folders take on disk; several names of one file count once."""
+    files = {(stat.st_dev, stat.st_ino): stat.st_size for folder in folders for stat in _stats(folder)}
+    return sum(files.values())
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    for path in folder.rglob("*"):
+        try:
+            stat = path.stat()
+        except OSError:  # gone, or a link to nothing
+            continue
+        if S_ISREG(stat.st_mode):
+            yield stat

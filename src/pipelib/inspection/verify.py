@@ -14,55 +14,19 @@ when every object of it is there, and otherwise runs the stage. The stage's stat
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from pipelib.dvc_files import LOCK, read_lock
 from pipelib.errors import UserError
 from pipelib.files import files_under, remove
 from pipelib.processes import available_cores
 from pipelib.progress import Progress
 from pipelib.tokens.check import Problem, Report, check_shards, holds_shards
-from pipelib.tokens.shards import MANIFEST
+from pipelib.workspace.dvc import Out, is_sound, md5_file, objects_folder, read_lock
+from pipelib.workspace.places import HERE, MANIFEST, Places
 
-TOKENS = Path("data/tokens")
-
-
-@dataclass(frozen=True)
-class Out:
-    """A folder of dvc.lock."""
-
-    folder: Path
-    md5: str
-    """Of DVC's list of its files, and so of the whole folder; ends in `.dir`."""
-    cache: Path
-    """DVC's objects, named by their MD5."""
-
-    @property
-    def listing(self) -> Path:
-        """DVC's list of the folder's files."""
-        return self.object(self.md5)
-
-    def object(self, md5: str) -> Path:
-        """Where DVC keeps the bytes of that MD5."""
-        return self.cache / md5[:2] / md5[2:]
-
-    def entries(self) -> dict[Path, str] | None:
-        """What DVC recorded: MD5 by file; None where its list is lost or damaged."""
-        if not (self.listing.is_file() and _is_sound(self.listing)):
-            return None
-        return {self.folder / entry["relpath"]: entry["md5"] for entry in json.loads(self.listing.read_bytes())}
-
-    def linked_objects(self) -> dict[Path, Path]:
-        """The objects that files of the folder are hard links of, by file."""
-        inodes = {(stat.st_dev, stat.st_ino): path for path in self.cache.glob("??/*") for stat in [path.stat()]}
-        found = {path: inodes.get((stat.st_dev, stat.st_ino)) for path, stat in _stats(self.folder)}
-        return {path: entry for path, entry in found.items() if entry is not None}
+TOKENS = HERE.tokens
 
 
 # ---- What there is to verify -----------------------------------------------------------------------------------------
@@ -108,31 +72,14 @@ def find_folders(wish: Path | None) -> dict[Path, Out | None]:
 
 def _outs_near(start: Path) -> dict[Path, Out]:
     """The folders of the nearest dvc.lock, by their paths as seen from here."""
-    root = next((folder for folder in (start, *start.parents) if (folder / LOCK).is_file()), None)
+    root = next((folder for folder in (start, *start.parents) if Places(folder).lock.is_file()), None)
     if root is None:
         return {}
-    stages = read_lock(_from_here(root / LOCK)).values()
+    stages = read_lock(_from_here(Places(root).lock)).values()
     listed = [out for stage in stages for out in stage.outs if out.md5.endswith(".dir")]
-    cache = cache_folder(root) / "files" / "md5" if listed else Path()
+    objects = objects_folder(root) if listed else Path()
     folders = [(_from_here(root / out.path), out.md5) for out in listed]
-    return {folder: Out(folder, md5, cache) for folder, md5 in folders}
-
-
-@cache
-def cache_folder(root: Path) -> Path:
-    """Where the DVC of this environment keeps its cache; asked once, since DVC takes its time.
-
-    Args:
-        root: the repository, as an absolute path.
-    """
-    command = [sys.executable, "-m", "dvc", "cache", "dir"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"`dvc cache dir` failed in {root} ({done.stderr.strip()}), so what DVC recorded cannot be found; nothing was "
-            "verified or removed: mend DVC first (`pipelib doctor`)."
-        )
-    return root / done.stdout.strip()
+    return {folder: Out(folder, md5, objects) for folder, md5 in folders}
 
 
 def _absolute(path: Path) -> Path:
@@ -181,7 +128,7 @@ def _sums(folder: Path) -> dict[Path, str | None]:
     progress = Progress(f"verifying {folder}", sum(stat.st_size for stat in stats.values()), "bytes")
     sums: dict[Path, str | None] = {}
     with ThreadPoolExecutor(available_cores()) as threads:
-        for path, sums[path] in zip(stats, threads.map(_md5, stats), strict=True):
+        for path, sums[path] in zip(stats, threads.map(md5_file, stats), strict=True):
             progress.add(stats[path].st_size)
     progress.close(f"{len(sums)} files read")
     return sums
@@ -210,7 +157,7 @@ def _compare(out: Out, path: Path, entries: Mapping[Path, str], found: Mapping[P
 def _problems_without_list(out: Out, found: Mapping[Path, str | None]) -> Iterator[Problem]:
     """What can be said of a folder that is not what DVC recorded, when DVC's list of its files is lost."""
     linked = out.linked_objects()
-    wrong = [path for path in found if path in linked and not _is_sound(linked[path])]
+    wrong = [path for path in found if path in linked and not is_sound(linked[path])]
     for path in wrong:
         text = f"{path} does not have the md5 that DVC's object is named by, {linked[path]}: its bytes changed"
         yield Problem(path, f"{text}; add --repair, then run dvc repro.")
@@ -245,7 +192,10 @@ def repair(out: Out | None, report: Report) -> list[Path]:
     for path in sorted({problem.path for problem in report.problems if problem.damaged}):
         objects = {out.object(entries[path])} if out and path in entries else set()
         objects |= {linked[path]} if path in linked else set()
-        doomed += [path, *(entry for entry in sorted(objects) if not _is_sound(entry) or _md5(entry) == _md5(path))]
+        doomed += [
+            path,
+            *(entry for entry in sorted(objects) if not is_sound(entry) or md5_file(entry) == md5_file(path)),
+        ]
     removed = [path for path in doomed if path.exists() or path.is_symlink()]
     for path in removed:
         remove(path)
@@ -254,16 +204,3 @@ def repair(out: Out | None, report: Report) -> list[Path]:
 
 def _stats(folder: Path) -> list[tuple[Path, os.stat_result]]:
     return [(path, path.stat()) for path in files_under(folder)]
-
-
-def _is_sound(entry: Path) -> bool:
-    """Whether an object has the MD5 that it is named by; a missing one does no harm."""
-    return not entry.exists() or _md5(entry) == entry.parent.name + entry.name.removesuffix(".dir")
-
-
-def _md5(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    except OSError:
-        return None

@@ -10,11 +10,9 @@ started DVC, and FINGERPRINT stands for the stage's parameters and data:
     final/        the finished outs, under their paths in the workspace; the outs are hard links to them
 """
 
-import fcntl
 import os
-import re
-import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +20,6 @@ from typing import Self
 from pipelib.errors import UserError
 from pipelib.files import (
     files_under,
-    make_folder,
     read_json,
     remove,
     replace_folder,
@@ -31,15 +28,23 @@ from pipelib.files import (
     write_atomic,
     write_json,
 )
+from pipelib.workspace.locks import LOCK, locked
+from pipelib.workspace.places import out_of, state_root
+from pipelib.workspace.provenance import changed
+
+META = "meta.json"
 
 
-def state_root() -> Path:
-    """The folder of all stages' state: `$PIPELIB_STATE_DIR`, else `.pipelib` in the workspace that started DVC."""
-    chosen = os.environ.get("PIPELIB_STATE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("DVC_ROOT", ".")) / ".pipelib"
+def finished_files(folder: Path) -> dict[str, str]:
+    """SHA-256 by path of the finished files in a state folder's final/; none where its work is not finished."""
+    try:
+        final = read_json(folder / META).get("final")
+    except UserError:
+        return {}
+    return dict(final) if isinstance(final, dict) else {}
 
 
-class State:
+class WorkDir:
     """One stage's state for one set of inputs, locked while the `with` block lasts.
 
     Entering finds unfinished work to go on with, finished outs to publish, or nothing. Finished outs are verified
@@ -50,30 +55,28 @@ class State:
         """Args:
         stage: its name.
         inputs: everything that decides the result: parameters, fingerprints of data. Named by its hash.
-        code: SHA-256 of the files that make the result, by path.
+        code: what makes the result: see `provenance.code_hashes`.
         """
         self.inputs, self.code = dict(inputs), dict(code)
         self.fingerprint = sha256_json(self.inputs)
         self.folder = state_root() / stage / self.fingerprint[:16]
         self.work, self.final = self.folder / "work", self.folder / "final"
         self.resumed_with_other_code = False
-        self.begins_anew = True
+        self.is_fresh = True
         """Whether nothing was there to go on with, or it was dropped."""
-        self._meta = self.folder / "meta.json"
+        self._meta = self.folder / META
 
     def __enter__(self) -> Self:
-        self._lock = lock_folder(self.folder)
-        try:
-            self._settle()
-        except BaseException:
-            os.close(self._lock)
-            raise
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.folder / LOCK))
+            self._decide()
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     @property
     def finished(self) -> bool:
@@ -96,11 +99,11 @@ class State:
 
         Top folders of two levels (data/raw) and of one (models) are replaced whole; metrics are single files.
         """
-        for folder in sorted({_out_folder(Path(name)) for name in self._read_meta()["final"]} - {None}, key=str):
+        for folder in sorted({out_of(Path(name)) for name in self._read_meta()["final"]} - {None}, key=str):
             assert folder is not None
             replace_folder(self.final / folder, folder)
         for name in self._read_meta()["final"]:
-            if _out_folder(Path(name)) is None:
+            if out_of(Path(name)) is None:
                 with write_atomic(Path(name)) as file:  # git tracks it, so it must not share bytes with the state
                     file.write((self.final / name).read_bytes())
 
@@ -117,10 +120,9 @@ class State:
                 "params.yaml, and the same checkout and state folder (PIPELIB_STATE_DIR) on a file system that they share."
             )
         if code != self.code:
-            names = sorted(name for name in code.keys() | self.code.keys() if code.get(name) != self.code.get(name))
             raise UserError(
-                f"{self.folder} is worked in by a machine with other code: {', '.join(names)} differ, so the two would not "
-                "compute the same; give both the same checkout and the same packages."
+                f"{self.folder} is worked in by a machine with other code: {changed(code, self.code)} differ, so the two would "
+                "not compute the same; give both the same checkout and the same packages."
             )
 
     def _read_meta(self) -> dict[str, dict[str, str]]:
@@ -137,7 +139,7 @@ class State:
             )
         return meta
 
-    def _settle(self) -> None:
+    def _decide(self) -> None:
         """Decide what of the folder's content to keep, and note the code that goes on from here."""
         meta = self._read_meta()
         wish = os.environ.get("PIPELIB_RESUME", "")
@@ -156,7 +158,7 @@ class State:
                 remove(entry)
         elif "final" in meta:
             remove(self.work)  # a kill may have come between the two
-        self.resumed_with_other_code, self.begins_anew = "mixed" in meta, not meta
+        self.resumed_with_other_code, self.is_fresh = "mixed" in meta, not meta
         write_json(self._meta, {**meta, "inputs": self.inputs, "code": self.code})
         self.work.mkdir(exist_ok=True)
 
@@ -177,99 +179,8 @@ class State:
         return bad
 
     def _other_code(self, before: Mapping[str, str]) -> str:
-        changed = sorted(name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name))
         return (
-            f"{self.folder} holds unfinished work of other code: {', '.join(changed)} changed since. Going on would mix "
+            f"{self.folder} holds unfinished work of other code: {changed(before, self.code)} changed since. Going on would mix "
             "the two in one result. Choose: PIPELIB_RESUME=continue goes on all the same (the model's record says so), "
             "PIPELIB_RESUME=fresh starts again; then run dvc repro."
         )
-
-
-def _out_folder(name: Path) -> Path | None:
-    """The folder that DVC knows as an out for a file of final/: None for a metrics file, which is an out itself."""
-    if name.parts[0] == "metrics":
-        return None
-    return Path(*name.parts[:2]) if name.parts[0] == "data" else Path(name.parts[0])
-
-
-def lock_folder(folder: Path, name: str = "lock", *, wait: bool = False) -> int:
-    """An exclusive lock on a state folder, as an open file descriptor; the system frees it when its holders end.
-
-    The folder is made if it is not there, and again if `pipelib clean` deletes it at this moment.
-
-    Args:
-        name: of the lock, `lock` or `lock-...`, where several processes may work in one folder on different things.
-        wait: wait for a process that holds it, instead of refusing.
-
-    Raises:
-        UserError: another process holds it; the message names the process.
-    """
-    path = folder / name
-    while True:
-        make_folder(folder)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # deleted in between
-            continue
-        try:
-            _wait_for_lock(descriptor, folder, wait)
-            if _is_same_file(path, descriptor):
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # a lock on a file that has been deleted keeps nobody out
-
-
-def _wait_for_lock(descriptor: int, folder: Path, wait: bool) -> None:
-    """Take the exclusive lock; who only looks (`is_locked`) is out of the way in an instant."""
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            pass
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = re.sub(r"[^0-9]", "", os.pread(descriptor, 32, 0).decode("ascii", "replace")) or "unknown"
-            if not wait:
-                raise UserError(
-                    f"{folder} is in use by process {holder}, and a second run on the same state would spoil both; "
-                    f"wait for it, or stop it: kill {holder}"
-                ) from None
-            print(f"{folder} is in use by process {holder}; waiting for it", flush=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            return
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        time.sleep(0.01)
-
-
-def _is_same_file(path: Path, descriptor: int) -> bool:
-    """Whether `path` still names the open file."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether some process works in a state folder. Looking leaves no trace and does not make a stage that starts fail."""
-    return any(map(is_held, folder.glob("lock*")))
-
-
-def is_held(lock: Path) -> bool:
-    """Whether some process, this one included, holds a lock."""
-    try:
-        descriptor = os.open(lock, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from small_project import CHECKOUT, hold
 
-from pipelib import state as state_module
 from pipelib.errors import UserError
 from pipelib.files import read_json, write_atomic, write_json
-from pipelib.state import State, is_locked, lock_folder, state_root
+from pipelib.workspace import workdir
+from pipelib.workspace.locks import is_locked
+from pipelib.workspace.places import state_root
+from pipelib.workspace.workdir import WorkDir
 
 CODE = {"src/a.py": "1", "src/b.py": "2"}
 OTHER = {"src/a.py": "1", "src/b.py": "3", "src/c.py": "4"}
 INPUTS: dict[str, object] = {"params": {"max_lr": 1.0}, "data": "abc"}
 
 
-def write_outs(state: State, text: str = "tokens") -> None:
+def write_outs(state: WorkDir, text: str = "tokens") -> None:
     for name in ("data/tokens/a.bin", "models/deep/b", "metrics/stage.json", "metrics/speed/stage.json"):
         path = state.work / "outs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +31,7 @@ def write_outs(state: State, text: str = "tokens") -> None:
 
 def build(code: Mapping[str, str] = CODE, inputs: Mapping[str, object] = INPUTS, text: str = "tokens") -> bool:
     """Run a stage to its end; whether it had to work."""
-    with State("stage", inputs, code) as state:
+    with WorkDir("stage", inputs, code) as state:
         worked = not state.finished
         if worked:
             write_outs(state, text)
@@ -39,7 +42,7 @@ def build(code: Mapping[str, str] = CODE, inputs: Mapping[str, object] = INPUTS,
 
 def leave_unfinished(code: Mapping[str, str] = CODE) -> Path:
     """A stage that stopped after half of its work."""
-    with State("stage", INPUTS, code) as state:
+    with WorkDir("stage", INPUTS, code) as state:
         (state.work / "half").write_text("done")
     return state.folder
 
@@ -71,7 +74,7 @@ def test_other_parameters_or_data_have_a_state_of_their_own() -> None:
 
 def test_unfinished_work_of_the_same_code_is_gone_on_with() -> None:
     leave_unfinished()
-    with State("stage", INPUTS, CODE) as state:
+    with WorkDir("stage", INPUTS, CODE) as state:
         assert (state.work / "half").read_text() == "done"
         assert not state.finished
         assert not state.resumed_with_other_code
@@ -85,7 +88,7 @@ def test_finished_outs_are_published_without_work() -> None:
 
 
 def test_after_success_only_the_finished_outs_stay() -> None:
-    with State("stage", INPUTS, CODE) as state:
+    with WorkDir("stage", INPUTS, CODE) as state:
         (state.work / "scratch").write_text("x")
         write_outs(state)
         state.finish()
@@ -101,42 +104,42 @@ def killed(*_: object) -> NoReturn:
 
 
 def test_killed_before_finishing_outs_are_made_again() -> None:
-    with State("stage", INPUTS, CODE) as state:
+    with WorkDir("stage", INPUTS, CODE) as state:
         write_outs(state)
     assert build(text="again")
     assert Path("models/deep/b").read_text() == "again models/deep/b"
 
 
 def test_killed_between_the_rename_and_the_note_of_it_outs_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    with State("stage", INPUTS, CODE) as state:
+    with WorkDir("stage", INPUTS, CODE) as state:
         write_outs(state)
-        monkeypatch.setattr(state_module, "write_json", killed)
+        monkeypatch.setattr(workdir, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             state.finish()
     assert state.final.is_dir()
-    monkeypatch.setattr(state_module, "write_json", write_json)
+    monkeypatch.setattr(workdir, "write_json", write_json)
     assert build(text="again")
     assert Path("models/deep/b").read_text() == "again models/deep/b"
 
 
 def test_it_knows_whether_there_is_anything_to_go_on_with() -> None:
     for goes_on in (False, True):
-        with State("stage", INPUTS, CODE) as state:
-            assert state.begins_anew != goes_on
+        with WorkDir("stage", INPUTS, CODE) as state:
+            assert state.is_fresh != goes_on
     build()
-    with State("stage", INPUTS, CODE) as state:
-        assert not state.begins_anew
+    with WorkDir("stage", INPUTS, CODE) as state:
+        assert not state.is_fresh
     (state.final / "metrics/stage.json").write_text("damaged")
-    with State("stage", INPUTS, CODE) as state:
-        assert state.begins_anew
+    with WorkDir("stage", INPUTS, CODE) as state:
+        assert state.is_fresh
 
 
 def test_killed_while_publishing_outs_are_published_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_module, "write_atomic", killed)
+    monkeypatch.setattr(workdir, "write_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
         build()
     assert not Path("metrics").exists()
-    monkeypatch.setattr(state_module, "write_atomic", write_atomic)
+    monkeypatch.setattr(workdir, "write_atomic", write_atomic)
     assert not build()
     assert Path("metrics/stage.json").read_text() == "tokens metrics/stage.json"
 
@@ -146,7 +149,7 @@ def test_killed_while_publishing_outs_are_published_again(monkeypatch: pytest.Mo
 
 def test_unfinished_work_of_other_code_stops_with_the_files_and_both_remedies() -> None:
     folder = leave_unfinished()
-    with pytest.raises(UserError) as caught, State("stage", INPUTS, OTHER):
+    with pytest.raises(UserError) as caught, WorkDir("stage", INPUTS, OTHER):
         pass
     message = str(caught.value)
     assert "src/b.py, src/c.py changed since" in message
@@ -159,17 +162,17 @@ def test_unfinished_work_of_other_code_stops_with_the_files_and_both_remedies() 
 
 def test_a_machine_with_other_code_may_not_join() -> None:
     with pytest.raises(UserError, match=r"there is no .*meta\.json, so there is nothing to join"):
-        State("train", {}, {"a.py": "1"}).require_same_code()
-    with State("train", {}, {"a.py": "1", "b.py": "1"}):
-        State("train", {}, {"a.py": "1", "b.py": "1"}).require_same_code()
+        WorkDir("train", {}, {"a.py": "1"}).require_same_code()
+    with WorkDir("train", {}, {"a.py": "1", "b.py": "1"}):
+        WorkDir("train", {}, {"a.py": "1", "b.py": "1"}).require_same_code()
         with pytest.raises(UserError, match=r"by a machine with other code: a\.py, c\.py differ"):
-            State("train", {}, {"a.py": "2", "b.py": "1", "c.py": "1"}).require_same_code()
+            WorkDir("train", {}, {"a.py": "2", "b.py": "1", "c.py": "1"}).require_same_code()
 
 
 def test_it_is_continued_on_request_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_unfinished()
     monkeypatch.setenv("PIPELIB_RESUME", "continue")
-    with State("stage", INPUTS, OTHER) as state:
+    with WorkDir("stage", INPUTS, OTHER) as state:
         assert state.resumed_with_other_code
         assert (state.work / "half").exists()
 
@@ -177,22 +180,22 @@ def test_it_is_continued_on_request_and_says_so(monkeypatch: pytest.MonkeyPatch)
 def test_it_is_begun_again_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_unfinished()
     monkeypatch.setenv("PIPELIB_RESUME", "fresh")
-    with State("stage", INPUTS, OTHER) as state:
+    with WorkDir("stage", INPUTS, OTHER) as state:
         assert not state.resumed_with_other_code
-        assert state.begins_anew
+        assert state.is_fresh
         assert list(state.work.iterdir()) == []
 
 
 def test_another_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELIB_RESUME", "yes")
-    with pytest.raises(UserError, match="PIPELIB_RESUME=yes is neither continue nor fresh"), State("stage", {}, CODE):
+    with pytest.raises(UserError, match="PIPELIB_RESUME=yes is neither continue nor fresh"), WorkDir("stage", {}, CODE):
         pass
 
 
 def test_unfinished_outs_alone_are_nothing_to_lose() -> None:
-    with State("stage", INPUTS, CODE) as state:
+    with WorkDir("stage", INPUTS, CODE) as state:
         write_outs(state)
-    with State("stage", INPUTS, OTHER) as state:
+    with WorkDir("stage", INPUTS, OTHER) as state:
         assert not state.resumed_with_other_code
 
 
@@ -258,13 +261,14 @@ def test_outs_are_links_to_the_state_and_metrics_are_not() -> None:
 
 # ---- The lock --------------------------------------------------------------------------------------------------------
 
-HOLD = "import sys; from pathlib import Path; from pipelib.state import lock_folder; lock_folder(Path(sys.argv[1])); "
+HOLD = "import sys; from pathlib import Path; from pipelib.workspace.locks import LOCK, locked; "
+HOLD += "holding = locked(Path(sys.argv[1]) / LOCK); holding.__enter__(); "
 HOLD += "print('held', flush=True); sys.stdin.read()"
 
 
 def test_a_second_process_is_told_who_holds_the_state() -> None:
     folder = leave_unfinished()
-    environment = {**os.environ, "PYTHONPATH": str(Path(state_module.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT / "src")}
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
@@ -273,16 +277,16 @@ def test_a_second_process_is_told_who_holds_the_state() -> None:
         assert is_locked(folder)
         with (
             pytest.raises(UserError, match=rf"in use by process {holder.pid}, .*kill {holder.pid}"),
-            State("stage", INPUTS, CODE),
+            WorkDir("stage", INPUTS, CODE),
         ):
             pass
         holder.kill()
-    with State("stage", INPUTS, CODE):  # the system freed the lock
+    with WorkDir("stage", INPUTS, CODE):  # the system freed the lock
         assert is_locked(folder)
     assert not is_locked(folder)
 
 
 def test_a_lock_names_its_last_holder_only(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("123456789012345\n")
-    os.close(lock_folder(tmp_path))
+    hold(tmp_path).close()
     assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"

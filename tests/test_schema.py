@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import pytest
 
-from pipelib.config import Bounds, NaturalInt, PositiveFloat, flatten, parse, read_yaml
 from pipelib.errors import UserError
+from pipelib.schema import Bounds, NaturalInt, PositiveFloat, flatten, parse, read_yaml
 
 
 @dataclass(frozen=True)

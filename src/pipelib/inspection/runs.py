@@ -4,20 +4,33 @@ Parameters, metrics and dvc.lock are in git. The outs are in DVC's cache, found 
 is checked out and nothing is fetched.
 """
 
+import hashlib
+import io
 import os
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelib.cli.outs import Out, cache_folder
-from pipelib.config import flatten, parse_yaml
-from pipelib.dvc_files import LOCK, LockedStage, parse_lock, parse_metrics, read_if_there
 from pipelib.errors import UserError
-from pipelib.provenance import GitError, run_git
-from pipelib.stage import RESULT, SPEED
+from pipelib.schema import flatten, parse_yaml
+from pipelib.workspace.dvc import (
+    LockedStage,
+    Out,
+    object_path,
+    objects_folder,
+    parse_lock,
+    parse_metrics,
+    read_if_there,
+)
+from pipelib.workspace.git import GitError, run_git
+from pipelib.workspace.places import HERE, Places
+from pipelib.workspace.provenance import code_hash
+from pipelib.workspace.stages import STAGES
 
-STAGES = ("download", "tokenize", "train", "evaluate")
-ITEMS = Path("reports/items.npz")
+CODE = ("src/", "stages/")
+"""Where the code of the stages is."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +49,14 @@ class Run:
     """By stage, flat."""
     lock: Mapping[str, LockedStage]
     """The stages of dvc.lock."""
+    code: Mapping[str, str]
+    """What tells whether a file of code does the same as in another run, by its path: see `_code`."""
     items: Path | None
     """The bytes of reports/items.npz; None where they are neither in the workspace nor in the cache."""
 
     def md5(self, path: str) -> str:
         """DVC's MD5 of an out; empty where dvc.lock has none."""
         return next((out.md5 for stage in self.lock.values() for out in stage.outs if out.path == path), "")
-
-    def code(self) -> dict[str, str]:
-        """MD5 of every file of code, by its path."""
-        deps = [dep for stage in self.lock.values() for dep in stage.deps]
-        return {dep.path: dep.md5 for dep in deps if dep.path.startswith(("src/", "stages/"))}
 
 
 def find_run(name: str) -> Run:
@@ -56,15 +66,18 @@ def find_run(name: str) -> Run:
         UserError: there is no such run, it has no metrics, or a file of it is broken; in git's words where git fails.
     """
     folder = Path("." if name == "workspace" else name)
-    if os.path.isfile(folder / "params.yaml"):  # noqa: PTH113  (Path.is_file raises where a name is too long)
-        items = folder / ITEMS
+    if os.path.isfile(Places(folder).params):  # noqa: PTH113  (Path.is_file raises where a name is too long)
+        items = Places(folder).items
         return _run(_InFolder(name, folder), items if items.is_file() else None)
     files = _InCommit(name, _commit(name))
     run = _run(files, None)
+    items, objects = HERE.items, objects_folder(Path.cwd())
     speed = {
-        stage: _metrics(files, SPEED.format(stage), _read(_object(run.md5(SPEED.format(stage))))) for stage in STAGES
+        stage: _metrics(files, path, read_if_there(object_path(objects, run.md5(path))))
+        for stage in STAGES
+        for path in [str(HERE.speed(stage))]
     }
-    return replace(run, items=_cached(run.md5(ITEMS.parent.as_posix()), ITEMS.name), speed=speed)
+    return replace(run, items=_cached(run.md5(str(items.parent)), items.name, objects), speed=speed)
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,10 @@ class _InFolder:
 
     def read(self, path: str) -> bytes | None:
         return read_if_there(self.folder / path)
+
+    def read_all(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """The files that are there."""
+        return {path: content for path in paths if (content := self.read(path)) is not None}
 
 
 @dataclass(frozen=True)
@@ -108,13 +125,24 @@ class _InCommit:
             return None
         return run_git(Path.cwd(), "show", f"{self.commit}:./{path}")
 
+    def read_all(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """The files that are there, in one call of git."""
+        known = run_git(Path.cwd(), "ls-tree", "-r", "-z", "--name-only", self.commit, "--", *CODE).decode().split("\0")
+        wanted = [path for path in paths if path in set(known)]
+        if not wanted:
+            return {}
+        archive = run_git(Path.cwd(), "archive", "--format=tar", self.commit, *wanted)
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            return {file.name: content.read() for file in files if (content := files.extractfile(file))}
+
 
 def _run(files: _InFolder | _InCommit, items: Path | None) -> Run:
     name, where = files.name, files.where
-    params, lock = files.read("params.yaml"), files.read(str(LOCK))
+    params, content = files.read(str(HERE.params)), files.read(str(HERE.lock))
     if params is None:
         raise UserError(f"{name} ({where}) has no params.yaml, so it is not a run of this pipeline; name another one.")
-    metrics = {stage: _metrics(files, path, files.read(path)) for stage in STAGES for path in [RESULT.format(stage)]}
+    lock = {} if content is None else parse_lock(content, files.called(str(HERE.lock)), files.remedy)
+    metrics = {stage: _metrics(files, path, files.read(path)) for stage in STAGES for path in [str(HERE.result(stage))]}
     if not metrics["train"]:
         raise UserError(
             f"{name} ({where}) has no metrics/train.json, so nothing was trained there that could be compared; run dvc repro "
@@ -126,18 +154,15 @@ def _run(files: _InFolder | _InCommit, items: Path | None) -> Run:
         where,
         {key: value for key, value in values if not key.startswith("logging.")},
         metrics,
-        {stage: _metrics(files, path, files.read(path)) for stage in STAGES for path in [SPEED.format(stage)]},
-        {} if lock is None else parse_lock(lock, files.called(str(LOCK)), files.remedy),
+        {stage: _metrics(files, path, files.read(path)) for stage in STAGES for path in [str(HERE.speed(stage))]},
+        lock,
+        _code(lock, files),
         items,
     )
 
 
 def _metrics(files: _InFolder | _InCommit, path: str, content: bytes | None) -> dict[str, object]:
     return {} if content is None else parse_metrics(content, files.called(path), files.remedy)
-
-
-def _read(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
 
 
 def _commit(name: str) -> str:
@@ -159,26 +184,30 @@ def _commit(name: str) -> str:
     return found.decode().strip()
 
 
-def _cached(md5: str, name: str) -> Path | None:
+def _cached(md5: str, name: str, objects: Path) -> Path | None:
     """DVC's object of a file of a folder, by the folder's MD5; None where the cache does not have it, or is damaged."""
-    entries = Out(Path(), md5, _objects()).entries() if md5.endswith(".dir") else None
-    file = (entries or {}).get(Path(name), "")
-    return _object(file) if _object(file).is_file() else None
+    entries = Out(Path(), md5, objects).entries() if md5.endswith(".dir") else None
+    file = object_path(objects, (entries or {}).get(Path(name), ""))
+    return file if file.is_file() else None
 
 
-def _object(md5: str) -> Path:
-    """Where DVC keeps the bytes of that MD5, if it has them; a path to nothing where there is none."""
-    return _objects() / (md5[:2] or "none") / md5[2:]
-
-
-def _objects() -> Path:
-    return cache_folder(Path.cwd()) / "files/md5"
+def _code(lock: Mapping[str, LockedStage], files: _InFolder | _InCommit) -> dict[str, str]:
+    """What the stages of a dvc.lock ran, by its path: the hash of a program, which forgives words; of anything else, and
+    where the program itself is not at hand, DVC's MD5."""
+    ran = {dep.path: dep.md5 for stage in lock.values() for dep in stage.deps if dep.path.startswith(CODE)}
+    sources = files.read_all([path for path in ran if path.endswith(".py")])
+    for path, content in sources.items():
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() == ran[path]:
+            with suppress(SyntaxError, ValueError):  # a program for another Python
+                ran[path] = code_hash(content.decode())
+    return ran
 
 
 def changed_code(first: Run, second: Run) -> list[str]:
-    """Files of code in which two runs differ."""
-    one, two = first.code(), second.code()
-    return sorted(path for path in one.keys() | two.keys() if one.get(path) != two.get(path))
+    """Files of code that do not do the same in two runs."""
+    return sorted(
+        path for path in first.code.keys() | second.code.keys() if first.code.get(path) != second.code.get(path)
+    )
 
 
 def differing_params(runs: Sequence[Run]) -> Iterator[tuple[str, list[object]]]:

@@ -1,0 +1,78 @@
+"""What a stage would refuse after the stages before it have done their work, known before the first one."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from pipelib.errors import UserError
+from pipelib.inspection.disk import Corpus, check_disk, manifest_of
+from pipelib.params import Params
+
+SLACK = 1.02
+"""How much more text than estimated there may be: versions of packages, and whole documents, make a difference."""
+
+
+def check_all(file: Path, params: Params, corpus: Corpus | None, ranks: int) -> str:
+    """Everything that can be known before the first stage; the line of `check_disk`.
+
+    Raises:
+        UserError: with all that is wrong.
+    """
+    said: list[str] = []
+    # of local text nobody knows yet what was added or removed since it was tokenized
+    sure = None if params.download.source == "local" else corpus
+    require_all([*checks(params, sure, ranks), lambda: said.append(check_disk(file, params, corpus))])
+    return said[0]
+
+
+def require_all(found: Iterable[Callable[[], object]]) -> None:
+    """Raise what several checks raise as one error."""
+    problems: list[str] = []
+    for check in found:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callable[[], object]]:
+    """What a stage would refuse after those before it have done their work.
+
+    Args:
+        corpus: None where nobody knows how much text there is.
+    """
+    from pipelib.corpus.local_files import find_files, require_readable
+    from pipelib.evaluation.baselines import require_baseline
+    from pipelib.evaluation.params import is_folder
+    from pipelib.training.batches import check_shares
+    from pipelib.training.initial_weights import require_weights
+
+    path = Path(params.download.path)
+    if params.download.source == "local":
+        yield partial(find_files, path, params.download.pattern)
+    else:  # not read, and yet DVC hashes it
+        yield partial(require_readable, path, links=False)
+    if "/" in params.model.init_from:  # the others are what download fetches
+        yield partial(require_weights, params.model)
+    for name in params.evaluate.baselines:
+        if is_folder(name):
+            yield partial(require_baseline, name)
+    yield partial(check_shares, params.train, ranks)
+    if corpus is not None:
+        yield partial(_check_tokens, params, corpus)
+
+
+def _check_tokens(params: Params, corpus: Corpus) -> None:
+    """Refuse more passes over the corpus than `train.max_epochs`; of an estimate, only where a little more text is too little."""
+    from pipelib.training.batches import check_tokens
+
+    if not corpus.is_exact:
+        with suppress(UserError):
+            more = replace(corpus, tokens=math.ceil(SLACK * corpus.tokens))
+            return check_tokens(params.train, manifest_of(more, params.tokenize.shard_tokens))
+    return check_tokens(params.train, manifest_of(corpus, params.tokenize.shard_tokens))

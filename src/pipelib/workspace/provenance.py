@@ -1,0 +1,153 @@
+"""Which code made a result: the import closure of a stage, and a hash of it that forgives words.
+
+`dvc.yaml` lists, as dependencies of a stage, the files that this module finds for it (a test compares), so that an edit
+starts the stages whose results it can change and no others. DVC compares bytes; everything else compares `code_hash`, so a
+stage that DVC starts after an edited comment finds its finished outs, and links them.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pipelib.workspace.places import HERE
+from pipelib.workspace.stages import STAGES
+
+EXEMPT = {
+    "stages/__init__.py": "only decides which checkout is imported",
+    "src/pipelib/params.py": "accepts or refuses the whole of params.yaml; each wing's own params.py is a dependency",
+    "src/pipelib/progress.py": "prints; cannot change an out",
+    "src/pipelib/corpus/experiment_copy.py": "accepts or refuses; cannot change an out",
+    "src/pipelib/tracking/__init__.py": "a docstring",
+    "src/pipelib/tracking/run.py": "records and mirrors; cannot change an out",
+    "src/pipelib/workspace/git.py": "names the commit; cannot change an out",
+    "src/pipelib/workspace/places.py": "says where things are, not what they are; tests compare it with dvc.yaml",
+    "src/pipelib/workspace/provenance.py": "names the code; cannot change an out",
+    "src/pipelib/workspace/stages.py": "says what stages there are; a test compares it with dvc.yaml",
+}
+"""Files no stage depends on, with the reason. The closure ends at them: what only they import is exempt too."""
+NAMED = 10
+"""How many changed files a message names."""
+
+
+def import_closure(start: Path, root: Path) -> list[Path]:
+    """Every file of this project that importing `start` can reach, `start` included, less the exempt ones.
+
+    Imports are read from the source with `ast`, those inside functions too; nothing is imported.
+
+    Args:
+        start: a Python file under `root`.
+        root: the checkout, with `stages/` and `src/` in it.
+
+    Returns:
+        Paths relative to `root`, sorted.
+    """
+    found: set[Path] = set()
+    waiting = [start.relative_to(root) if start.is_absolute() else start]
+    while waiting:
+        path = waiting.pop()
+        if path in found or path.as_posix() in EXEMPT:
+            continue
+        found.add(path)
+        for module in _parsed(_read(root / path)).imports:
+            waiting += _files_of(module, root)
+    return sorted(found)
+
+
+def code_hash(source: str) -> str:
+    """A hash of what a program does: the SHA-256 of its syntax tree.
+
+    Comments, layout, docstrings and other bare strings are not in it. It is the same for Python 3.11 to 3.13, whose trees
+    differ in fields that are empty.
+    """
+    return _parsed(source).sha256
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    imports: frozenset[str]
+    """Dotted names in import statements; `from a import b` gives both a and a.b."""
+    sha256: str
+
+
+@cache  # the closures of the stages overlap, and parsing is what takes the time
+def _parsed(source: str) -> _Parsed:
+    imports: set[str] = set()
+    text: list[str] = []
+    _write(ast.parse(source), text, imports)
+    return _Parsed(frozenset(imports), hashlib.sha256("".join(text).encode("utf-8", "surrogatepass")).hexdigest())
+
+
+def _write(node: object, text: list[str], imports: set[str]) -> None:
+    """Write a syntax tree as text, without the parts that do nothing, and add what it imports to `imports`."""
+    if isinstance(node, ast.Import):
+        imports |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        imports |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    if isinstance(node, ast.AST):
+        text.append(f"{type(node).__name__}(")
+        for name in node._fields:
+            part = getattr(node, name, None)
+            if isinstance(part, list):
+                part = [item for item in part if not _does_nothing(item, node)]
+            if part is not None and part != []:  # a newer Python has more fields
+                text.append(f"{name}=")
+                _write(part, text, imports)
+        text.append(")")
+    elif isinstance(node, list):
+        text.append("[")
+        for item in node:
+            _write(item, text, imports)
+            text.append(",")
+        text.append("]")
+    else:
+        text.append(repr(node))
+
+
+def _does_nothing(node: object, parent: ast.AST) -> bool:
+    """Whether a part of a tree has no effect: a bare string, and the empty piece that Python 3.12.1 adds to some f-strings."""
+    if isinstance(parent, ast.JoinedStr):
+        return isinstance(node, ast.Constant) and node.value == ""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _files_of(module: str, root: Path) -> list[Path]:
+    """The module's file and the `__init__.py` of every package above it, where they are this project's."""
+    base = {"pipelib": Path("src"), "stages": Path()}.get(module.split(".")[0])
+    if base is None:
+        return []
+    parts = module.split(".")
+    files = [base.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1)]
+    files.append(base.joinpath(*parts).with_suffix(".py"))
+    return [file for file in files if (root / file).is_file()]
+
+
+def code_hashes(stage: str, root: Path = Path()) -> dict[str, str]:
+    """What code a stage runs: the hash of every file in its import closure, by its path in the checkout, and the versions
+    of its packages."""
+    files = {path.as_posix(): code_hash(_read(root / path)) for path in import_closure(HERE.stage(stage), root)}
+    return files | {f"package {name}": version for name, version in versions(*STAGES[stage].packages).items()}
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """What differs between two `code_hashes`, for a message."""
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of installed packages, without local suffixes such as +cpu."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

