@@ -28,8 +28,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from pipelib.corpus.docs import DocsSource
-from pipelib.corpus.raw import Document, iterate_raw, write_manifest, write_raw
+from pipelib.corpus.parquet import iterate_raw, write_raw
+from pipelib.corpus.raw import Document, write_manifest
+from pipelib.corpus.sources.docs import DocsSource
 from pipelib.files import format_bytes
 from pipelib.stage import Build
 from pipelib.tokens.encode_corpus import encode_corpus

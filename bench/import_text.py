@@ -65,7 +65,7 @@ def run(source: Path, folder: Path, proxy: str, requests: list[int]) -> dict[str
 def measure(source: Path, folder: Path) -> dict[str, float]:
     """What the download stage does with the files of a folder, by the code of a checkout."""
     sys.path.insert(0, str(source))
-    from pipelib.corpus.local import LocalSource
+    from pipelib.corpus.sources.local import LocalSource
     from pipelib.processes import peak_memory
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
@@ -89,8 +89,9 @@ def report(name: str, size: int, runs: list[dict[str, float]]) -> None:
 def write_files(folder: Path, most_bytes: int, small_files: int) -> dict[str, int]:
     """A folder of each kind, and the bytes in it."""
     sys.path.insert(0, str(HERE / "src"))
-    from pipelib.corpus.docs import DocsSource
-    from pipelib.corpus.raw import iterate_raw, write_manifest
+    from pipelib.corpus.parquet import iterate_raw
+    from pipelib.corpus.raw import write_manifest
+    from pipelib.corpus.sources.docs import DocsSource
 
     docs = folder / "docs"
     write_manifest(docs, {"kind": "bench"}, DocsSource(0).write(docs, folder).files)

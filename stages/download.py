@@ -9,24 +9,22 @@ if not __package__:
         "run: python -m stages.download"
     )
 
-from collections.abc import Mapping
-
-from pipelib.corpus.download import download, download_inputs, source
+from pipelib.corpus.download import chosen_source, download, download_inputs
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import load_params
-from pipelib.stage import Build, build_outs, run_stage
+from pipelib.stage import Build, Made, build_outs, run_stage
 
 
 def main() -> None:
     """Fetch or make the corpus that `params.download` names, and the benchmarks and models with it."""
     params = load_params()
     require_corpus(params.download)
-    origin = source(params.download)
+    source = chosen_source(params.download)
 
-    def work(build: Build) -> tuple[Mapping[str, object], Mapping[str, object]]:
-        return download(params.download, origin, build.outs, build.work)
+    def work(build: Build) -> Made:
+        return download(params.download, source, build.outs, build.work)
 
-    build_outs("download", params, inputs=download_inputs(params.download, origin), work=work)
+    build_outs("download", params, inputs=download_inputs(params.download, source), work=work)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ if not __package__:
     )
 
 from pipelib.corpus.experiment_copy import require_corpus
-from pipelib.evaluation.evaluate import evaluate, evaluation_inputs
+from pipelib.evaluation.inputs import evaluation_inputs
 from pipelib.params import load_params
-from pipelib.stage import build_outs, run_stage
+from pipelib.stage import Build, Made, build_outs, run_stage
 from pipelib.workspace.places import HERE
 
 FOLDERS = HERE.model, HERE.tokens, HERE.benchmarks, HERE.curves
@@ -19,8 +19,13 @@ def main() -> None:
     """Evaluate the model, or link the evaluation made earlier of the same model with the same parameters."""
     params = load_params()
     require_corpus(params.download)
-    inputs = evaluation_inputs(params.evaluate, *FOLDERS)
-    build_outs("evaluate", params, inputs, lambda build: evaluate(build, params.evaluate, *FOLDERS))
+
+    def work(build: Build) -> Made:
+        from pipelib.evaluation.evaluate import evaluate  # seconds, which nobody waits for where outs are only linked
+
+        return evaluate(build, params.evaluate, *FOLDERS)
+
+    build_outs("evaluate", params, evaluation_inputs(params.evaluate, *FOLDERS), work)
 
 
 if __name__ == "__main__":

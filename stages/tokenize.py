@@ -1,6 +1,6 @@
 """tokenize: data/raw/*.parquet -> data/tokens/*.bin and manifest.json: GPT-2 tokens in shards, validation first.
 
-`python -m stages.tokenize --unit i/n` encodes the i-th of n shares of the text and nothing else, for several machines
+`python -m stages.tokenize --share i/n` encodes the i-th of n shares of the text and nothing else, for several machines
 that share the folder of states; the stage itself then only makes shards of what it finds.
 """
 
@@ -16,10 +16,9 @@ from dataclasses import asdict
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.corpus.raw import read_manifest
 from pipelib.files import sha256_file
-from pipelib.params import load_params
-from pipelib.stage import build_outs, run_stage
-from pipelib.tokens.encode_corpus import encode_corpus, encode_share
-from pipelib.tokens.unit_store import Share
+from pipelib.params import Params, load_params
+from pipelib.schema import flatten
+from pipelib.stage import Build, Made, build_outs, run_stage
 from pipelib.workspace.places import HERE, MANIFEST
 from pipelib.workspace.provenance import code_hashes
 
@@ -27,19 +26,20 @@ RAW = HERE.raw
 
 
 def main() -> None:
-    """Encode the corpus, or link the shards made earlier from the same text; with --unit, encode a share of it."""
+    """Encode the corpus, or link the shards made earlier from the same text; with --share, encode a share of it."""
     parser = argparse.ArgumentParser("python -m stages.tokenize", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--unit", metavar="i/n", help="encode only share i, from 0 to n - 1, of n, for a later run of the stage"
+        "--share",
+        "--unit",
+        metavar="i/n",
+        help="encode only share i, from 0 to n - 1, of n, for a later run of the stage",
     )
     arguments = parser.parse_args()
     params = load_params()
     require_corpus(params.download)
     read_manifest(RAW)  # says what to run where it is missing
-    if arguments.unit is not None:
-        share = Share.parse(arguments.unit)
-        count = encode_share(code_hashes("tokenize"), RAW, share)
-        print(f"tokenize: share {arguments.unit} is complete: {count} units", flush=True)
+    if arguments.share is not None:
+        encode_share(arguments.share, params)
         return
     documents = params.download.benchmark_documents
     inputs = {
@@ -47,7 +47,23 @@ def main() -> None:
         "raw": sha256_file(RAW / MANIFEST),
         "benchmark_documents": documents,
     }
-    build_outs("tokenize", params, inputs, lambda build: encode_corpus(build, RAW, params.tokenize, documents))
+
+    def work(build: Build) -> Made:
+        from pipelib.tokens.encode_corpus import encode_corpus  # not where outs are only linked
+
+        return encode_corpus(build, RAW, params.tokenize, documents)
+
+    build_outs("tokenize", params, inputs, work)
+
+
+def encode_share(text: str, params: Params) -> None:
+    """Encode share `i/n` of the text, for a later run of the stage."""
+    from pipelib.tokens import encode_corpus
+    from pipelib.tokens.unit_store import Share
+
+    share = Share.parse(text)
+    count = encode_corpus.encode_share(code_hashes("tokenize", dict(flatten(params))), RAW, share)
+    print(f"tokenize: share {text} is complete: {count} units", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,10 @@ from dataclasses import asdict
 
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import Params, load_params
-from pipelib.stage import build_outs, run_stage
+from pipelib.schema import flatten
+from pipelib.stage import Build, Made, build_outs, run_stage
 from pipelib.tokens.shards import read_manifest
-from pipelib.training.initial_weights import InitialWeights, find_initial_weights
-from pipelib.training.launch import join, launch
-from pipelib.training.loop import Cadence
-from pipelib.training.validation import require_hellaswag
+from pipelib.training.inputs import InitialWeights, find_initial_weights, require_hellaswag
 from pipelib.workspace.places import HERE
 from pipelib.workspace.provenance import code_hashes
 from pipelib.workspace.workdir import WorkDir
@@ -34,17 +32,21 @@ def main() -> None:
     arguments, params = parser.parse_args(), load_params()
     require_corpus(params.download)
     if arguments.join:
-        code = code_hashes("train")
+        from pipelib.training.launch import join
+
+        code = code_hashes("train", dict(flatten(params)))
         join(lambda: WorkDir("train", inputs(params, find_initial_weights(params.model)), code))
         return
-    cadence = Cadence(params.logging.log_every, params.logging.checkpoint_every)
     initial = find_initial_weights(params.model)
-    build_outs(
-        "train",
-        params,
-        inputs(params, initial),
-        lambda build: launch(build, params.model, params.train, cadence, TOKENS, BENCHMARKS, initial),
-    )
+
+    def work(build: Build) -> Made:
+        from pipelib.training.launch import launch  # loads torch, which takes seconds; not where outs are only linked
+        from pipelib.training.loop import Cadence
+
+        cadence = Cadence(params.logging.log_every, params.logging.checkpoint_every)
+        return launch(build, params.model, params.train, cadence, TOKENS, BENCHMARKS, initial)
+
+    build_outs("train", params, inputs(params, initial), work)
 
 
 def inputs(params: Params, initial: InitialWeights) -> dict[str, object]:

@@ -31,7 +31,7 @@ from pipelib.tracking.run import NullRun
 from pipelib.training import loop
 from pipelib.training.distributed import World
 from pipelib.training.hardware import Peak
-from pipelib.training.initial_weights import RANDOM_WEIGHTS, InitialWeights
+from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
 

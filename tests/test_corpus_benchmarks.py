@@ -26,7 +26,8 @@ from pipelib.corpus.benchmarks import (
 )
 from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.params import Benchmark, DownloadParams
-from pipelib.corpus.raw import Document, write_manifest, write_raw
+from pipelib.corpus.parquet import write_raw
+from pipelib.corpus.raw import Document, write_manifest
 from pipelib.errors import UserError
 
 TOO_SHORT = CONTEXT_WORDS[0] + SLOT_WORDS - 1

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelib.corpus import docs
-from pipelib.corpus.docs import DocsSource, clean, package_versions, read_documents
-from pipelib.corpus.raw import iterate_raw, write_manifest
+from pipelib.corpus.parquet import iterate_raw
+from pipelib.corpus.raw import write_manifest
+from pipelib.corpus.sources import docs
+from pipelib.corpus.sources.docs import DocsSource, clean, package_versions, read_documents
 from pipelib.errors import UserError
 
 LONG = "\n    ".join(f"Line {number} says something about the matter." for number in range(12))

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelib.corpus import docs
-from pipelib.corpus.docs import DocsSource
-from pipelib.corpus.download import download, download_inputs, source
-from pipelib.corpus.hub import HubSource
+from pipelib.corpus.download import chosen_source, download, download_inputs
 from pipelib.corpus.hub_lists import HubFile
-from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.raw import Document, iterate_raw, write_manifest
+from pipelib.corpus.parquet import iterate_raw
+from pipelib.corpus.raw import Document, write_manifest
+from pipelib.corpus.sources import docs
+from pipelib.corpus.sources.docs import DocsSource
+from pipelib.corpus.sources.hub import HubSource
+from pipelib.corpus.sources.local import LocalSource
 from pipelib.errors import UserError
 from pipelib.files import files_under, sha256_file
 
@@ -47,9 +48,9 @@ def local(tmp_path: Path) -> DownloadParams:
 
 
 def test_each_source_has_its_class(local: DownloadParams) -> None:
-    assert isinstance(source(DOCS), DocsSource)
-    assert isinstance(source(local), LocalSource)
-    assert isinstance(source(HUB), HubSource)
+    assert isinstance(chosen_source(DOCS), DocsSource)
+    assert isinstance(chosen_source(local), LocalSource)
+    assert isinstance(chosen_source(HUB), HubSource)
 
 
 @pytest.mark.parametrize(
@@ -71,17 +72,17 @@ def test_inputs_hold_what_decides_and_nothing_else(
     params: DownloadParams, changes: dict[str, object], same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = [HubFile("sample/000_00000.parquet", 1, "0" * 64)]
-    monkeypatch.setattr("pipelib.corpus.hub.list_files", lambda *_: listed)
+    monkeypatch.setattr("pipelib.corpus.sources.hub.list_files", lambda *_: listed)
     changed = dataclasses.replace(params, **changes)  # type: ignore[arg-type]
-    assert (download_inputs(params, source(params)) == download_inputs(changed, source(changed))) is same
+    assert (download_inputs(params, chosen_source(params)) == download_inputs(changed, chosen_source(changed))) is same
 
 
 def test_inputs_of_docs_name_the_packages() -> None:
-    assert set(download_inputs(DOCS, source(DOCS))["source"]["packages"]) == set(docs.PACKAGES)
+    assert set(download_inputs(DOCS, chosen_source(DOCS))["source"]["packages"]) == set(docs.PACKAGES)
 
 
 def test_outs_and_result(local: DownloadParams, tmp_path: Path) -> None:
-    result, speed = download(local, source(local), tmp_path / "outs", tmp_path / "work")
+    result, speed = download(local, chosen_source(local), tmp_path / "outs", tmp_path / "work")
     assert [path.relative_to(tmp_path / "outs").as_posix() for path in files_under(tmp_path / "outs")] == [
         "data/benchmarks/completion.jsonl",
         "data/benchmarks/heldout.jsonl",
@@ -100,7 +101,7 @@ def test_outs_and_result(local: DownloadParams, tmp_path: Path) -> None:
 
 def test_two_runs_give_the_same_bytes(local: DownloadParams, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        download(local, source(local), tmp_path / name, tmp_path / "work")
+        download(local, chosen_source(local), tmp_path / name, tmp_path / "work")
     for path in files_under(tmp_path / "a"):
         assert sha256_file(path) == sha256_file(tmp_path / "b" / path.relative_to(tmp_path / "a"))
 
@@ -108,7 +109,7 @@ def test_two_runs_give_the_same_bytes(local: DownloadParams, tmp_path: Path) -> 
 def test_a_corpus_of_nothing_is_refused(local: DownloadParams, tmp_path: Path) -> None:
     (Path(local.path) / "a.jsonl").write_text('{"text": " "}\n')
     with pytest.raises(UserError, match=r"download\.source: local gave no document"):
-        download(local, source(local), tmp_path / "outs", tmp_path / "work")
+        download(local, chosen_source(local), tmp_path / "outs", tmp_path / "work")
 
 
 def test_the_stage_run_by_its_path_says_how_to_run_it() -> None:
@@ -126,15 +127,15 @@ def test_nothing_in_the_corpus_wing_imports_torch() -> None:
 
 
 def test_max_tokens_ends_the_documents_of_local(local: DownloadParams, tmp_path: Path) -> None:
-    whole, _ = download(local, source(local), tmp_path / "whole", tmp_path / "work")
+    whole, _ = download(local, chosen_source(local), tmp_path / "whole", tmp_path / "work")
     tokens = [-(-len(row["text"].encode()) // 4) for row in iterate_raw(tmp_path / "whole/data/raw")]
     params = dataclasses.replace(local, max_tokens=sum(tokens[:50]))
-    result, _ = download(params, source(params), tmp_path / "part", tmp_path / "work")
+    result, _ = download(params, chosen_source(params), tmp_path / "part", tmp_path / "work")
     assert result["documents"] == 50
     assert result["tokens_estimated"] == sum(tokens[:50])
     assert "tokens_estimated" not in whole
     params = dataclasses.replace(local, max_tokens=sum(tokens[:50]) + 1)
-    result, _ = download(params, source(params), tmp_path / "more", tmp_path / "work")
+    result, _ = download(params, chosen_source(params), tmp_path / "more", tmp_path / "work")
     assert result["documents"] == 51
 
 
@@ -142,7 +143,7 @@ def test_more_tokens_than_there_are_takes_all(
     local: DownloadParams, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     params = dataclasses.replace(local, max_tokens=10**9)
-    result, _ = download(params, source(params), tmp_path / "outs", tmp_path / "work")
+    result, _ = download(params, chosen_source(params), tmp_path / "outs", tmp_path / "work")
     assert result["documents"] == 60
     assert "tokens, not 1,000,000,000; all of it is taken" in capfd.readouterr().out
 

@@ -27,13 +27,14 @@ from small_project import hold
 from pipelib.corpus import hub_transfer
 from pipelib.corpus.benchmarks import HUB_BENCHMARKS, hellaswag_items, hub_rows
 from pipelib.corpus.download import download, download_inputs
-from pipelib.corpus.hub import HubSource
 from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.hub_store import fetch_pinned
 from pipelib.corpus.hub_transfer import HubRepo, Retry
-from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.raw import iterate_raw, write_manifest
+from pipelib.corpus.parquet import iterate_raw
+from pipelib.corpus.raw import write_manifest
+from pipelib.corpus.sources.hub import HubSource
+from pipelib.corpus.sources.local import LocalSource
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
 from pipelib.workspace.workdir import WorkDir
@@ -400,7 +401,7 @@ def test_the_token_does_not_follow_a_redirect_to_another_host(
 KILLED = """
 import sys
 from pathlib import Path
-from pipelib.corpus.hub import HubSource
+from pipelib.corpus.sources.hub import HubSource
 HubSource(*sys.argv[1:4]).write(Path("raw"), Path("work"))
 """
 
@@ -498,7 +499,8 @@ def test_a_second_run_waits_for_the_store(hub: FakeHub, tmp_path: Path, capfd: p
 
 def test_hf_endpoint_is_respected(hub: FakeHub, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from pipelib.corpus.hub import HubSource; import huggingface_hub.constants\n"
+        "import sys; from pathlib import Path; import huggingface_hub.constants\n"
+        "from pipelib.corpus.sources.hub import HubSource\n"
         "assert huggingface_hub.constants.HF_HUB_DISABLE_XET\n"
         f"HubSource({REPO!r}, {REVISION!r}, {FOLDER!r}).write(Path('raw'), Path('work'))\n"
         "assert 'torch' not in sys.modules"

@@ -52,11 +52,11 @@ from test_corpus_hub import (
 from pipelib.cli.main import main
 from pipelib.corpus.benchmarks import hub_rows
 from pipelib.corpus.download import download
-from pipelib.corpus.hub import HubSource, _schema
 from pipelib.corpus.hub_lists import HubFile, HubPin, list_files, parse_list
 from pipelib.corpus.hub_store import fetch_pinned
 from pipelib.corpus.hub_transfer import ForeignAnswerError, HubRepo, _retry_after, get_list
-from pipelib.corpus.raw import iterate_raw, require_text
+from pipelib.corpus.parquet import iterate_raw, require_text
+from pipelib.corpus.sources.hub import HubSource, _schema
 from pipelib.errors import UserError
 from pipelib.files import read_json, sha256_json, write_json
 
@@ -663,7 +663,7 @@ def test_an_endpoint_may_have_a_path(hub: FakeHub, monkeypatch: pytest.MonkeyPat
 )
 def test_a_variable_that_the_client_cannot_read_is_no_traceback(variables: dict[str, str], tmp_path: Path) -> None:
     program = (
-        "from pipelib.corpus.hub import HubSource; from pipelib.errors import UserError\n"
+        "from pipelib.corpus.sources.hub import HubSource; from pipelib.errors import UserError\n"
         "try: HubSource('a/b', 'a' * 40, '').identity()\n"
         "except UserError as error: print(error)"
     )

@@ -18,10 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelib.corpus.local import LocalSource
 from pipelib.corpus.local_files import require_readable
 from pipelib.corpus.local_formats import TXT_CHARACTERS
-from pipelib.corpus.raw import SCHEMA, Written, iterate_raw, write_manifest
+from pipelib.corpus.parquet import SCHEMA, iterate_raw
+from pipelib.corpus.raw import Written, write_manifest
+from pipelib.corpus.sources.local import LocalSource
 from pipelib.errors import UserError
 
 
@@ -485,7 +486,7 @@ def test_reading_makes_no_request_leaves_the_home_folder_alone_and_needs_no_torc
         "sys.addaudithook(refuse)\n"
     )
     program = (
-        "import sys; from pathlib import Path; from pipelib.corpus.local import LocalSource\n"
+        "import sys; from pathlib import Path; from pipelib.corpus.sources.local import LocalSource\n"
         "LocalSource(Path('texts'), '**/*').write(Path('raw'), Path('work'))\n"
         "assert not {'torch', 'datasets', 'huggingface_hub'} & set(sys.modules)"
     )

@@ -7,17 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelib.corpus.raw import (
-    ROW_GROUP_ROWS,
-    SCHEMA,
-    Document,
-    describe_file,
-    first_rows,
-    iterate_raw,
-    read_manifest,
-    write_manifest,
-    write_raw,
-)
+from pipelib.corpus.parquet import ROW_GROUP_ROWS, SCHEMA, describe_file, first_rows, iterate_raw, write_raw
+from pipelib.corpus.raw import Document, read_manifest, write_manifest
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
 

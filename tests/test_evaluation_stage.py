@@ -27,7 +27,8 @@ from small_run import (
 
 from pipelib.errors import UserError
 from pipelib.evaluation import baselines
-from pipelib.evaluation.evaluate import evaluate, evaluation_inputs, require_data
+from pipelib.evaluation.evaluate import evaluate
+from pipelib.evaluation.inputs import evaluation_inputs, require_data
 from pipelib.evaluation.items import read_items_file
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.published import FIGURES, PARAMETERS, published_beside

@@ -159,7 +159,9 @@ def test_two_machines_encode_their_shares_at_once(project: Project) -> None:
     shutil.rmtree(project.root / ".pipelib/units")
     expected = {name: sha256_file(project.root / name) for name in project.files() if name.startswith("data/tokens")}
     shutil.rmtree(project.root / "data/tokens")
-    commands = [[sys.executable, "-m", "stages.tokenize", "--unit", f"{index}/2"] for index in range(2)]
+    commands = [
+        [sys.executable, "-m", "stages.tokenize", "--unit" if index else "--share", f"{index}/2"] for index in range(2)
+    ]
     shares = [subprocess.Popen(command, cwd=project.root, stdout=subprocess.PIPE, text=True) for command in commands]
     said = [share.communicate()[0] for share in shares]
     assert [share.returncode for share in shares] == [0, 0]
@@ -173,9 +175,9 @@ def test_two_machines_encode_their_shares_at_once(project: Project) -> None:
 
 @pytest.mark.parametrize("share", ["2/2", ""])
 def test_a_share_that_is_none(project: Project, share: str) -> None:
-    done = project.python("-m", "stages.tokenize", "--unit", share)
+    done = project.python("-m", "stages.tokenize", "--share", share)
     assert done.returncode == 1
-    assert f"tokenize: --unit {share} is not i/n with i from 0 to n - 1" in done.stderr
+    assert f"tokenize: --share {share} is not i/n with i from 0 to n - 1" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -53,7 +53,7 @@ from pipelib.training import loop, recorder
 from pipelib.training.batches import check_plan, make_loader
 from pipelib.training.checkpoint import Checkpoints, Counters, Stateful, checkpoint_bytes, most_checkpoints
 from pipelib.training.distributed import World
-from pipelib.training.initial_weights import RANDOM_WEIGHTS
+from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.launch import join, launch
 from pipelib.training.loop import StepResult, take_step
 from pipelib.training.machines import find_machines, process_count

@@ -19,7 +19,8 @@ from small_run import (
 from pipelib.errors import UserError
 from pipelib.evaluation.hellaswag import read_items, score
 from pipelib.tokens.encoding import tiktoken_encoding
-from pipelib.training.validation import HELLASWAG, HellaSwag, require_hellaswag
+from pipelib.training.inputs import require_hellaswag
+from pipelib.training.validation import HELLASWAG, HellaSwag
 
 TEXT = "the loss of a model is what it does not know about the text that it is given"
 

@@ -19,7 +19,8 @@ from pipelib.model.huggingface import WEIGHTS, export_model
 from pipelib.model.params import PUBLISHED, InitialisedModelParams
 from pipelib.params import load_params
 from pipelib.schema import ParamsError
-from pipelib.training.initial_weights import find_initial_weights, initial_model
+from pipelib.training.initial_weights import initial_model
+from pipelib.training.inputs import find_initial_weights
 
 
 def section(init_from: str, **changes: int) -> InitialisedModelParams:

@@ -24,7 +24,7 @@ from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop
 from pipelib.training.batches import check_plan
-from pipelib.training.initial_weights import RANDOM_WEIGHTS
+from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.job import Job
 from pipelib.training.memory import USABLE, memory_of, rows_that_fit
 from pipelib.training.params import SpikeParams, TrainParams

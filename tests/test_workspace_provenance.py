@@ -131,7 +131,7 @@ def test_every_python_has_the_same_hashes(python: str) -> None:
 
 
 def test_a_stage_is_named_by_its_files_and_packages() -> None:
-    hashes = code_hashes("tokenize", CHECKOUT)
+    hashes = code_hashes("tokenize", {}, CHECKOUT)
     assert "stages/tokenize.py" in hashes
     assert "src/pipelib/tokens/shards.py" in hashes
     assert hashes["package gigatoken"][0].isdigit()

@@ -15,7 +15,8 @@ from typing import NoReturn
 from pipelib.errors import as_typed, user_message
 from pipelib.files import write_json
 from pipelib.processes import Stopped, leave_other_jobs, on_first_signal, outlive_terminal
-from pipelib.tracking.run import Run, is_mirroring, open_run
+from pipelib.schema import flatten
+from pipelib.tracking.run import Run, is_mirroring, is_recorded, open_run
 from pipelib.workspace.git import git_state
 from pipelib.workspace.places import Places
 from pipelib.workspace.provenance import code_hashes
@@ -41,8 +42,10 @@ class Build:
     """The user chose to go on with unfinished work of other code."""
 
 
-Work = Callable[[Build], tuple[Mapping[str, object], Mapping[str, object]]]
-"""Builds the outs and returns the stage's result and its speed, each as JSON."""
+Made = tuple[Mapping[str, object], Mapping[str, object]]
+"""A stage's result and its speed, each as JSON."""
+Work = Callable[[Build], Made]
+"""Builds the outs. What takes long to import, it imports itself: it is not called where finished outs are linked."""
 
 
 def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
@@ -103,28 +106,35 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
         inputs: what decides the result: the stage's parameters and the fingerprints of its data.
         work: builds the outs.
     """
-    code = code_hashes(name)
-    with (
-        WorkDir(name, inputs, code) as state,
-        open_run(name, params, state.fingerprint, code, is_fresh=state.is_fresh) as run,
-    ):
-        if state.resumed_with_other_code:
-            run.log_params({"resumed_with_other_code": True})
+    flat = dict(flatten(params))
+    code = code_hashes(name, flat)
+    with WorkDir(name, inputs, code) as state:
         if state.finished:
+            state.publish()
             print(
                 f"{name}: finished earlier with the same parameters, data and code; its outs are linked again",
                 flush=True,
             )
-        else:
-            outs = state.work / "outs"
-            places = Places(outs)
-            shutil.rmtree(outs, ignore_errors=True)
-            outs.mkdir()
-            started = time.monotonic()
-            result, speed = work(Build(outs, state.work, run, code, state.resumed_with_other_code))
-            write_json(places.result(name), result)
-            git = {f"git_{key}": value for key, value in git_state(Path.cwd()).items()}
-            write_json(places.speed(name), {"seconds": round(time.monotonic() - started, 2), **speed, **git})
-            state.finish()
-        state.publish()
-        run.log_outs(state.final)
+            if is_recorded(name, flat, state.fingerprint, code):
+                return  # nothing that its record, and MLflow, would not have
+        with open_run(name, params, state.fingerprint, code, is_fresh=state.is_fresh) as run:
+            if state.resumed_with_other_code:
+                run.log_params({"resumed_with_other_code": True})
+            if not state.finished:
+                _make(name, state, run, work)
+            run.log_outs(state.final)
+
+
+def _make(name: str, state: WorkDir, run: Run, work: Work) -> None:
+    """Build the outs, and publish them."""
+    outs = state.work / "outs"
+    places = Places(outs)
+    shutil.rmtree(outs, ignore_errors=True)
+    outs.mkdir()
+    started = time.monotonic()
+    result, speed = work(Build(outs, state.work, run, state.code, state.resumed_with_other_code))
+    write_json(places.result(name), result)
+    git = {f"git_{key}": value for key, value in git_state(Path.cwd()).items()}
+    write_json(places.speed(name), {"seconds": round(time.monotonic() - started, 2), **speed, **git})
+    state.finish()
+    state.publish()

@@ -87,9 +87,9 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
         describe_model,
         describe_source,
         measure_baselines,
-        require_data,
         require_validation,
     )
+    from pipelib.evaluation.inputs import require_data
     from pipelib.evaluation.items import write_items
     from pipelib.evaluation.measure import measure
     from pipelib.evaluation.report import Subject, rows_of, write_report
@@ -110,7 +110,7 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
     manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
     model = import_model(folder).to(device)
-    code = code_hashes("evaluate", CHECKOUT)
+    code = code_hashes("evaluate", {}, CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(str(folder), model, params, data, Path(scratch) / "harness")
         others = measure_baselines(params, data, code, device, Path(scratch) / "harness")

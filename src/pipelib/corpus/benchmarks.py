@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.hub_transfer import HubRepo
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.raw import damaged, iterate_raw
+from pipelib.corpus.parquet import iterate_raw
+from pipelib.corpus.raw import damaged
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_atomic, write_json, write_text
 from pipelib.workspace.places import MANIFEST

@@ -1,30 +1,21 @@
 """The download stage's work: the corpus from its source, the benchmarks and the published models."""
 
+import importlib
 import time
 from pathlib import Path
 from typing import Any
 
-from pipelib.corpus.baselines import write_baselines
-from pipelib.corpus.benchmarks import write_benchmarks
-from pipelib.corpus.docs import DocsSource
-from pipelib.corpus.hub import HubSource
-from pipelib.corpus.hub_store import fetch_pinned
-from pipelib.corpus.local import LocalSource
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import Source, write_manifest
 from pipelib.errors import UserError
 from pipelib.workspace.places import Places
 
 
-def source(params: DownloadParams) -> Source:
+def chosen_source(params: DownloadParams) -> Source:
     """Where the parameters say that text comes from."""
-    match params.source:
-        case "docs":
-            return DocsSource(params.seed, params.max_tokens)
-        case "local":
-            return LocalSource(Path(params.path), params.pattern, params.max_tokens)
-        case "hub":
-            return HubSource(params.repo, params.revision, params.folder, params.max_tokens)
+    module = importlib.import_module(f"pipelib.corpus.sources.{params.source}")
+    source: Source = module.source(params)
+    return source
 
 
 def download_inputs(params: DownloadParams, origin: Source) -> dict[str, Any]:
@@ -52,6 +43,10 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
     Raises:
         UserError: the source has no text, or what is wrong with it.
     """
+    from pipelib.corpus.baselines import write_baselines
+    from pipelib.corpus.benchmarks import write_benchmarks
+    from pipelib.corpus.hub_store import fetch_pinned
+
     started = time.monotonic()
     places = Places(outs)
     raw = places.raw

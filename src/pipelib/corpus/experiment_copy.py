@@ -13,6 +13,7 @@ from pipelib.corpus.local_files import visible_matches
 from pipelib.corpus.params import READABLE, DownloadParams
 from pipelib.errors import UserError
 from pipelib.workspace.git import GitError, run_git
+from pipelib.workspace.places import workspace
 
 QUEUED = "refs/exps/exec/EXEC_MERGE"
 """DVC's commit of what the experiment was queued with; every copy has it (observed with DVC 3.67)."""
@@ -29,15 +30,15 @@ def require_corpus(params: DownloadParams) -> None:
     Raises:
         UserError: the copy lacks files.
     """
-    workspace = Path(os.environ.get("DVC_ROOT", "."))
-    if params.source != "local" or workspace.resolve() == Path.cwd().resolve():
+    original = workspace()
+    if params.source != "local" or original.resolve() == Path.cwd().resolve():
         return
-    lacking = lacking_files(params, workspace)
+    lacking = lacking_files(params, original)
     if not lacking:
         return
     queued = queued_at()
-    if before := [name for name in lacking if was_there(workspace, Path(params.path) / name, queued)]:
-        raise UserError(refusal(params, workspace, before))
+    if before := [name for name in lacking if was_there(original, Path(params.path) / name, queued)]:
+        raise UserError(refusal(params, original, before))
     print(
         f"{_count(lacking)} of {params.path} in the workspace came or changed after this experiment was queued, so it runs "
         f"without {_names(lacking)}",

@@ -12,7 +12,7 @@ from typing import Any, cast
 import orjson
 import pyarrow as pa
 
-from pipelib.corpus.raw import SCHEMA, open_parquet
+from pipelib.corpus.parquet import SCHEMA, open_parquet
 from pipelib.errors import UserError
 
 TXT_CHARACTERS = 100_000

@@ -1,7 +1,9 @@
 """The parameters of the download stage."""
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pipelib.schema import NaturalInt, PositiveInt
@@ -18,16 +20,23 @@ Benchmark = Literal[
     "wikitext",
 ]
 Baseline = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+SOURCES = Path(__file__).with_name("sources")
 READABLE = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 """How the names of files end that `local` reads."""
+
+
+def known_sources() -> list[str]:
+    """The names that `download.source` may have."""
+    return sorted(path.stem for path in SOURCES.glob("[a-z]*.py"))
 
 
 @dataclass(frozen=True)
 class DownloadParams:
     """Section `download` of params.yaml."""
 
-    source: Literal["docs", "local", "hub"]
-    """Where text comes from: the installed packages' docstrings, the user's files, or the Hugging Face hub."""
+    source: str
+    """Where text comes from, one of the files of `corpus/sources`: `docs`, the installed packages' docstrings; `local`, the
+    user's files; `hub`, the Hugging Face hub."""
     path: str
     """`local`: the folder of the user's files, or one file. It is a dependency of the stage whatever the source is."""
     pattern: str
@@ -52,6 +61,10 @@ class DownloadParams:
 
     def problems(self) -> Iterator[str]:
         """What does not go together."""
+        if self.source not in known_sources():
+            near = difflib.get_close_matches(self.source, known_sources(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            yield f"source: {self.source!r} is not one of {', '.join(known_sources())}{hint}"
         if self.source == "hub" and not (len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
             yield (
                 f"revision: {self.revision!r} is not a commit (40 hexadecimal digits), so the corpus could change "

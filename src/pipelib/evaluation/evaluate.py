@@ -13,67 +13,28 @@ import torch
 
 from pipelib.errors import UserError
 from pipelib.evaluation.baselines import Baseline, find_baselines, measure_once
-from pipelib.evaluation.hellaswag import holds_items, read_items, score_unigram
+from pipelib.evaluation.hellaswag import read_items, score_unigram
+from pipelib.evaluation.inputs import task_hashes
 from pipelib.evaluation.items import write_items
 from pipelib.evaluation.measure import Data, Measured, accuracy_json, measure
 from pipelib.evaluation.model_card import write_model_card
-from pipelib.evaluation.params import TASKS, EvaluateParams, benchmark_of
+from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.report import Subject, completions_of, verdict, write_report
 from pipelib.evaluation.samples import write_samples
-from pipelib.files import files_under, sha256_file, sha256_json
+from pipelib.files import sha256_file, sha256_json
 from pipelib.model.device import pick_device
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import import_model
 from pipelib.model.params import ModelParams
-from pipelib.model.weights import CONFIG, weights_sha256
+from pipelib.model.weights import weights_sha256
 from pipelib.stage import Build
 from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, Manifest, read_manifest, shard_problems
-from pipelib.workspace.places import MANIFEST, Places
+from pipelib.workspace.places import Places
 from pipelib.workspace.provenance import import_closure
 
 CHECKOUT = Path(__file__).absolute().parents[3]
 MEASURE = Path("src/pipelib/evaluation/measure.py")
-
-
-def evaluation_inputs(
-    params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path
-) -> dict[str, object]:
-    """Everything that decides an evaluation: the parameters, the hash of every file it reads, and of the baselines' weights.
-
-    Raises:
-        UserError: there is no model, no data, no data of a task, or no such baseline.
-    """
-    require_data(params, benchmarks)
-    files = [
-        *files_under(models), *files_under(benchmarks), *files_under(curves),
-        tokens / VALIDATION_SHARD, tokens / UNIGRAM_COUNTS, tokens / MANIFEST,
-    ]  # fmt: skip
-    for path in (*files, models / CONFIG):
-        if not path.is_file():
-            raise UserError(f"{path} does not exist, so there is nothing to evaluate; run dvc repro.")
-    hashes = {path.as_posix(): sha256_file(path) for path in files}
-    baselines = {baseline.name: baseline.identity for baseline in find_baselines(params.baselines)}
-    return {"evaluate": asdict(params), "files": hashes | _task_hashes(params), "baselines": baselines}
-
-
-def _task_hashes(params: EvaluateParams) -> dict[str, str]:
-    return {f"task {task}": sha256_file(TASKS / f"{task}.yaml") for task in params.tasks}
-
-
-def require_data(params: EvaluateParams, benchmarks: Path) -> None:
-    """Refuse tasks whose data is not there, before anything is computed.
-
-    Raises:
-        UserError: with all of them, and what to run.
-    """
-    missing = [task for task in params.tasks if not holds_items(benchmarks / f"{task}.jsonl")]
-    if missing:
-        wanted = ", ".join(sorted({benchmark_of(task) for task in missing}))
-        raise UserError(
-            f"{benchmarks} has no data for {', '.join(missing)}, so nothing could be scored; name {wanted} in "
-            "download.benchmarks and run dvc repro, or drop the task."
-        )
 
 
 def require_validation(tokens: Path) -> Manifest:
@@ -132,14 +93,14 @@ def measure_baselines(
     Args:
         code: what makes the evaluation, see `provenance.code_hashes`; files that measuring does not need do not count.
     """
-    measuring = {path.as_posix() for path in import_closure(MEASURE, CHECKOUT)}
+    measuring = {path.as_posix() for path in import_closure(CHECKOUT, MEASURE)}
     names = sorted({*data.completions, *params.tasks})
     decides: dict[str, object] = {
         "params": asdict(replace(params, baselines=(), sample_prompts=())),
         "device": device.type,
         "validation": sha256_file(data.tokens / VALIDATION_SHARD) if data.tokens else None,
         "benchmarks": {name: sha256_file(data.benchmarks / f"{name}.jsonl") for name in names},
-        "tasks": _task_hashes(params),
+        "tasks": task_hashes(params),
         "code": {name: value for name, value in code.items() if name.startswith("package ") or name in measuring},
     }
 

@@ -96,11 +96,6 @@ class Scores:
         return Accuracy.of((losses.argmin(axis=1) == labels).tolist(), [item.document for item in self.items])
 
 
-def holds_items(path: Path) -> bool:
-    """Whether a benchmark was downloaded: HellaSwag's file is always there, with an empty line where nobody asked for it."""
-    return path.is_file() and path.stat().st_size > 1
-
-
 def read_items(path: Path, encoding: Any) -> list[Item]:
     """The items of a JSON-lines file in HellaSwag's schema.
 

@@ -13,7 +13,8 @@ import torch
 
 from pipelib.errors import UserError
 from pipelib.evaluation.harness import run_tasks
-from pipelib.evaluation.hellaswag import Accuracy, Item, Scores, holds_items, read_items, score
+from pipelib.evaluation.hellaswag import Accuracy, Item, Scores, read_items, score
+from pipelib.evaluation.inputs import holds_items
 from pipelib.evaluation.items import ItemScores, item_ids
 from pipelib.evaluation.loss import Loss, losses_of_rows
 from pipelib.evaluation.params import EvaluateParams

@@ -50,7 +50,7 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
     from pipelib.evaluation.baselines import require_baseline
     from pipelib.evaluation.params import is_folder
     from pipelib.training.batches import check_shares
-    from pipelib.training.initial_weights import require_weights
+    from pipelib.training.inputs import require_weights
 
     path = Path(params.download.path)
     if params.download.source == "local":

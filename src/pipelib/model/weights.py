@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pipelib.errors import UserError, how_to_repair
 from pipelib.files import read_json, sha256_file, sha256_files, sha256_json
 from pipelib.model.params import PUBLISHED
 from pipelib.workspace.places import HERE, MANIFEST
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODELS, OWN_MODEL = HERE.published_models, HERE.model
@@ -55,7 +56,7 @@ class Weights:
             for part in [file.get_slice(name)]
         )
 
-    def read(self, entry: Entry) -> Tensor:
+    def read(self, entry: Entry) -> "Tensor":
         """The tensor, as it is in the file, which it stays mapped to."""
         tensor: Tensor = self._files[entry.file].get_tensor(entry.name)
         return tensor

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelib.corpus.raw import REPAIR, damaged, text_column
+from pipelib.corpus.parquet import text_column
+from pipelib.corpus.raw import REPAIR, damaged
 from pipelib.errors import UserError
 from pipelib.tokens.encoding import Offsets, Texts
 

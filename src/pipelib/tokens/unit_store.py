@@ -34,7 +34,7 @@ class Share:
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise UserError(
-                f"--unit {text} is not i/n with i from 0 to n - 1, so it names no share; for example --unit 0/4"
+                f"--share {text} is not i/n with i from 0 to n - 1, so it names no share; for example --share 0/4"
             )
         return cls(int(index), int(count))
 

@@ -14,7 +14,8 @@ from time import perf_counter
 import numpy as np
 import xxhash
 
-from pipelib.corpus.raw import REPAIR, RawFile, damaged, open_parquet, text_column
+from pipelib.corpus.parquet import open_parquet, text_column
+from pipelib.corpus.raw import REPAIR, RawFile, damaged
 from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.tokens.encoding import Engine, Offsets, Texts, prove_equal
 from pipelib.tokens.shards import Tokens

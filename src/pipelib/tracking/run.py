@@ -15,7 +15,7 @@ from pipelib.schema import flatten
 from pipelib.tracking.mirror import Mirror, is_mirroring
 from pipelib.tracking.mlflow_store import Place
 from pipelib.tracking.page import model_reference, pipeline_page, stage_page
-from pipelib.tracking.record import Record, harmless, settle_record
+from pipelib.tracking.record import Record, harmless, read_events, settle_record
 from pipelib.tracking.system_metrics import CPU, Sampler
 from pipelib.workspace.dvc import read_lock
 from pipelib.workspace.git import git_state, run_git, uncommitted_changes
@@ -152,18 +152,16 @@ def open_run(stage: str, params: object, fingerprint: str, code: Mapping[str, st
     """
     with harmless("this run is"):
         flat = dict(flatten(params))
-        decisive = {name: value for name, value in flat.items() if not name.startswith("logging.")}
-        hashes = {name: code_hashes(name) for name in STAGES if HERE.stage(name).exists()}
-        inputs = sha256_json({"params": decisive, "code": hashes})
-        key = re.sub(r"[^\w.-]", "_", os.environ.get("DVC_EXP_NAME") or inputs[:16])
-        path = StatePlaces.chosen().records.absolute() / key / f"{stage}-{fingerprint[:16]}.jsonl"
+        inputs = _inputs_of_all(flat)
+        path = _record_of(stage, inputs, fingerprint)
+        key = path.parent.name
         digest = sha256_json(dict(code))
         settle_record(path, digest, is_fresh)
         record, start = Record(path), path.stat().st_size
         tags = _lineage(stage) | {name: value for name, value in flat.items() if name.startswith("logging.")}
         opened = {
             "record": record.id, "key": key, "inputs": inputs, "stage": stage, "fingerprint": fingerprint,
-            "code": digest, "params": decisive, "tags": tags,
+            "code": digest, "params": _decisive(flat), "tags": tags,
         }  # fmt: skip
         record.append("open", **opened)
         for name, manifest_sha256 in _inputs(stage).items():
@@ -177,6 +175,38 @@ def open_run(stage: str, params: object, fingerprint: str, code: Mapping[str, st
                 mirror.start()
         return Run(stage, record, mirror, opened)
     return NullRun()
+
+
+def is_recorded(stage: str, params: Mapping[str, object], fingerprint: str, code: Mapping[str, str]) -> bool:
+    """Whether the record of a run of the pipeline says already that this stage has ended well with this code.
+
+    Args:
+        params: all of them, flat.
+    """
+    with harmless("what is recorded of this run is"):
+        path = _record_of(stage, _inputs_of_all(params), fingerprint)
+        events = read_events(path)[0] if path.exists() else []
+        opened = [event for event in events if event["event"] == "open"]
+        ended = bool(events) and events[-1].get("status") == "finished"
+        return ended and bool(opened) and opened[-1].get("code") == sha256_json(dict(code))
+    return False
+
+
+def _decisive(params: Mapping[str, object]) -> dict[str, object]:
+    """The parameters that can change a result."""
+    return {name: value for name, value in params.items() if not name.startswith("logging.")}
+
+
+def _inputs_of_all(params: Mapping[str, object]) -> str:
+    """A hash of what decides a run of the whole pipeline: the parameters, and the code of all stages."""
+    code = {name: code_hashes(name, params) for name in STAGES if HERE.stage(name).exists()}
+    return sha256_json({"params": _decisive(params), "code": code})
+
+
+def _record_of(stage: str, inputs: str, fingerprint: str) -> Path:
+    """The file of a stage's record."""
+    key = re.sub(r"[^\w.-]", "_", os.environ.get("DVC_EXP_NAME") or inputs[:16])
+    return StatePlaces.chosen().records.absolute() / key / f"{stage}-{fingerprint[:16]}.jsonl"
 
 
 def attach_run(stage: str, path: Path | None) -> Run:

@@ -24,7 +24,7 @@ from pipelib.tokens.shards import Manifest, read_manifest
 from pipelib.tracking.run import NullRun, Run, attach_run
 from pipelib.training.distributed import World, join_world
 from pipelib.training.hardware import most_gpu_memory, peak_of
-from pipelib.training.initial_weights import InitialWeights
+from pipelib.training.inputs import InitialWeights
 from pipelib.training.loop import Cadence, Trainer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import NullRecorder, Recorder

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipelib.tokens.shards import read_manifest, require_sound
 from pipelib.training.batches import check_plan
 from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
 from pipelib.training.distributed import join_world
-from pipelib.training.initial_weights import InitialWeights
+from pipelib.training.inputs import InitialWeights, require_weights
 from pipelib.training.job import ERROR, RESULT, Job, run_job
 from pipelib.training.loop import Cadence
 from pipelib.training.machines import Machines, find_machines, wait_until_seen
@@ -43,6 +44,8 @@ def launch(
     Raises:
         UserError: the data and parameters do not go together, or the training said what went wrong.
     """
+    if note := require_weights(model):
+        print(f"train: {note}", file=sys.stderr, flush=True)
     machines = find_machines()
     manifest = read_manifest(tokens)
     check_plan(train, manifest, machines.world_size)

@@ -27,7 +27,8 @@ from pipelib.tokens.shards import Manifest
 from pipelib.training.batches import TensorBatch, make_loader
 from pipelib.training.checkpoint import CHECKPOINTS, Checkpoints, Counters, RandomState, Stateful
 from pipelib.training.distributed import World
-from pipelib.training.initial_weights import RANDOM_WEIGHTS, InitialWeights, initial_model
+from pipelib.training.initial_weights import initial_model
+from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights
 from pipelib.training.memory import memory_of_a_rank, out_of_memory_named
 from pipelib.training.micro_batch import settle_micro_batch
 from pipelib.training.optim import learning_rate_at, make_optimizer

@@ -6,19 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelib.errors import UserError
-from pipelib.evaluation.hellaswag import Item, Scores, holds_items, read_items, score
+from pipelib.evaluation.hellaswag import Item, Scores, read_items, score
 from pipelib.evaluation.loss import Loss, summed_loss
-from pipelib.files import sha256_file
 from pipelib.model.gpt import GPT
 from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.loader import validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD
 from pipelib.training.distributed import World
+from pipelib.training.inputs import HELLASWAG
 from pipelib.training.params import TrainParams
-
-HELLASWAG = "hellaswag.jsonl"
-"""The items' file in the folder of benchmarks."""
 
 
 def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World) -> Loss:
@@ -51,20 +47,3 @@ class HellaSwag:
             losses[:, mine] = scores.sums, scores.means
         whole = world.sum(torch.from_numpy(losses).to(world.device)).cpu().numpy()
         return Scores(whole[0], whole[1], self._items)
-
-
-def require_hellaswag(params: TrainParams, benchmarks: Path) -> dict[str, object]:
-    """What `hellaswag_every` adds to what decides a training: the hash of the items; nothing where it is null.
-
-    Raises:
-        UserError: there are no items.
-    """
-    if params.hellaswag_every is None:
-        return {}
-    items = benchmarks / HELLASWAG
-    if not holds_items(items):
-        raise UserError(
-            f"train.hellaswag_every: {params.hellaswag_every} needs the items of {items}, and there are none; name "
-            "hellaswag in download.benchmarks and run dvc repro, or set it to null."
-        )
-    return {"hellaswag": sha256_file(items)}

@@ -8,9 +8,10 @@ stage that DVC starts after an edited comment finds its finished outs, and links
 import ast
 import hashlib
 import importlib.metadata
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from pipelib.workspace.places import HERE
@@ -33,25 +34,26 @@ NAMED = 10
 """How many changed files a message names."""
 
 
-def import_closure(start: Path, root: Path) -> list[Path]:
-    """Every file of this project that importing `start` can reach, `start` included, less the exempt ones.
+def import_closure(root: Path, *starts: Path) -> list[Path]:
+    """Every file of this project that importing `starts` can reach, `starts` included, less the exempt ones.
 
     Imports are read from the source with `ast`, those inside functions too; nothing is imported.
 
     Args:
-        start: a Python file under `root`.
         root: the checkout, with `stages/` and `src/` in it.
+        starts: Python files, relative to `root`.
 
     Returns:
         Paths relative to `root`, sorted.
     """
     found: set[Path] = set()
-    waiting = [start.relative_to(root) if start.is_absolute() else start]
+    waiting = [*starts]
     while waiting:
         path = waiting.pop()
         if path in found or path.as_posix() in EXEMPT:
             continue
         found.add(path)
+        waiting += [package for folder in path.parents if (root / (package := folder / "__init__.py")).is_file()]
         for module in _parsed(_read(root / path)).imports:
             waiting += _files_of(module, root)
     return sorted(found)
@@ -119,20 +121,33 @@ def _read(path: Path) -> str:
 
 
 def _files_of(module: str, root: Path) -> list[Path]:
-    """The module's file and the `__init__.py` of every package above it, where they are this project's."""
+    """The file of a module or package, where it is this project's."""
     base = {"pipelib": Path("src"), "stages": Path()}.get(module.split(".")[0])
     if base is None:
         return []
-    parts = module.split(".")
-    files = [base.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1)]
-    files.append(base.joinpath(*parts).with_suffix(".py"))
-    return [file for file in files if (root / file).is_file()]
+    path = base.joinpath(*module.split("."))
+    return [file for file in (path / "__init__.py", path.with_suffix(".py")) if (root / file).is_file()]
 
 
-def code_hashes(stage: str, root: Path = Path()) -> dict[str, str]:
+def chosen_files(stage: str, params: Mapping[str, object]) -> list[Path]:
+    """The files that parameters choose for a stage.
+
+    Args:
+        params: flat: `download.source`.
+    """
+    fill_in = partial(re.sub, r"\$\{([\w.]+)\}", lambda key: str(params[key[1]]))
+    return [Path(fill_in(template)) for template in STAGES[stage].chosen]
+
+
+def code_hashes(stage: str, params: Mapping[str, object], root: Path = Path()) -> dict[str, str]:
     """What code a stage runs: the hash of every file in its import closure, by its path in the checkout, and the versions
-    of its packages."""
-    files = {path.as_posix(): code_hash(_read(root / path)) for path in import_closure(HERE.stage(stage), root)}
+    of its packages.
+
+    Args:
+        params: flat; some choose code.
+    """
+    closure = import_closure(root, HERE.stage(stage), *chosen_files(stage, params))
+    files = {path.as_posix(): code_hash(_read(root / path)) for path in closure}
     return files | {f"package {name}": version for name, version in versions(*STAGES[stage].packages).items()}
 
 

@@ -22,6 +22,9 @@ class Stage:
     """The sections of params.yaml that decide what it makes."""
     packages: tuple[str, ...]
     """The packages whose version can change what it makes."""
+    chosen: tuple[str, ...] = ()
+    """The files that parameters choose among, as dvc.yaml has them: `${section.key}` stands for a parameter's value. Only the
+    chosen one is loaded, by its name, and only the chosen one counts."""
 
 
 STAGES = {
@@ -34,6 +37,7 @@ STAGES = {
             dataset="",
             sections=("download",),
             packages=("pyarrow", "datasets", "huggingface_hub"),
+            chosen=("src/pipelib/corpus/sources/${download.source}.py",),
         ),
         Stage(
             "tokenize",

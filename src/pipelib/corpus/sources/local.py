@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelib.corpus.local_files import LocalFiles, find_files
-from pipelib.corpus.local_formats import Row, read_rows
-from pipelib.corpus.raw import SCHEMA, Document, Written, first_documents, write_raw
+from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.raw import Document, Source, Written, first_documents
 from pipelib.errors import UserError
 from pipelib.files import is_unicode, sha256_files
 from pipelib.progress import Progress
+
+if TYPE_CHECKING:
+    from pipelib.corpus.local_formats import Row
 
 _SEPARATOR = "<|endoftext|>"
 
@@ -65,6 +68,8 @@ class _Tally:
 
     def report(self) -> None:
         """Say what the user should know."""
+        from pipelib.corpus.parquet import SCHEMA
+
         for column, count in self.dropped.items():
             print(
                 f"local: values that do not fit the column `{column}` ({SCHEMA.field(column).type}) are null in the corpus: "
@@ -78,6 +83,11 @@ class _Tally:
                 "documents, split them first (docs/how-to/own-data.md says how)",
                 flush=True,
             )
+
+
+def source(params: DownloadParams) -> Source:
+    """The source that the parameters choose."""
+    return LocalSource(Path(params.path), params.pattern, params.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,9 @@ class LocalSource:
         Raises:
             UserError: a file or a row that cannot be used, by name and number.
         """
+        from pipelib.corpus.local_formats import read_rows
+        from pipelib.corpus.parquet import write_raw
+
         files, tally = self._files, _Tally()
         if files.ignored:
             more = f" and {len(files.ignored) - 5} more" if len(files.ignored) > 5 else ""
@@ -141,7 +154,7 @@ class LocalSource:
 # ---- One row ---------------------------------------------------------------------------------------------------------
 
 
-def _document(row: Row, name: str, number: int, tally: _Tally) -> Document | None:
+def _document(row: "Row", name: str, number: int, tally: _Tally) -> Document | None:
     """A row as a document; None where its text is null or only white space."""
     where = f"{name}, row {number}"
     if "text" not in row:

@@ -14,19 +14,25 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from pipelib.corpus.hub_lists import HubFile, list_files
 from pipelib.corpus.hub_store import HubStore, open_store
 from pipelib.corpus.hub_transfer import PATIENT, HubRepo, Retry
-from pipelib.corpus.raw import RawFile, Written, describe_file, first_rows, open_parquet, require_text
+from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.raw import RawFile, Source, Written
 from pipelib.files import link_or_copy
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 DENSER = 1.05
 """How many times the tokens per byte that were measured a file may have; a wave counts on it, so as not to fetch too much."""
+
+
+def source(params: DownloadParams) -> Source:
+    """The source that the parameters choose."""
+    return HubSource(params.repo, params.revision, params.folder, params.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class HubSource:
 
     def _require_text(self, store: HubStore) -> None:
         """Refuse a dataset without a column of text before its files come: the end of the first file tells."""
+        from pipelib.corpus.parquet import open_parquet, require_text
+
         first = self._files[0]
         footer = store.footer(first)
         schema = None if footer is None else _schema(footer)
@@ -93,6 +101,8 @@ class HubSource:
 
     def _write_prefix(self, store: HubStore, folder: Path, max_tokens: int) -> Written:
         """Link files until their documents have `max_tokens` tokens, wave by wave."""
+        from pipelib.corpus.parquet import first_rows
+
         written: list[RawFile] = []
         tokens = 0
         while tokens < max_tokens and len(written) < len(self._files):
@@ -107,8 +117,11 @@ class HubSource:
         return Written(tuple(written), {"tokens_estimated": tokens})
 
 
-def _schema(footer: bytes) -> pa.Schema | None:
+def _schema(footer: bytes) -> "pa.Schema | None":
     """The columns of a parquet file, by its metadata; None where that cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         schema = pq.read_schema(pa.BufferReader(footer))
         return schema if schema.names else None  # names that are not UTF-8 are an error here
@@ -118,6 +131,8 @@ def _schema(footer: bytes) -> pa.Schema | None:
 
 def _link(file: HubFile, path: Path, folder: Path) -> RawFile:
     """Put a verified file into `folder`, and describe it."""
+    from pipelib.corpus.parquet import describe_file
+
     link_or_copy(path, folder / path.name)
     return describe_file(folder / path.name, file.sha256)
 

@@ -20,7 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipelib.corpus.raw import Document, Written, first_documents, write_raw
+from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.raw import Document, Source, Written, first_documents
 from pipelib.errors import UserError
 from pipelib.files import is_unicode
 from pipelib.pool import Pool
@@ -63,6 +64,11 @@ def package_versions() -> dict[str, str]:
         ) from None
 
 
+def source(params: DownloadParams) -> Source:
+    """The source that the parameters choose."""
+    return DocsSource(params.seed, params.max_tokens)
+
+
 @dataclass(frozen=True)
 class DocsSource:
     """The offline corpus, in the order that `seed` decides.
@@ -85,6 +91,8 @@ class DocsSource:
         Raises:
             UserError: a package is not installed.
         """
+        from pipelib.corpus.parquet import write_raw
+
         found = [document for documents in _read_all(_source_files()) for document in documents]
         unique = {document.text: document for document in reversed(found)}  # reversed: the first of equal texts stays
         ordered = sorted(unique.values(), key=lambda document: _shuffle_key(self.seed, document))

@@ -1,0 +1,258 @@
+"""The parquet files of raw text: written from documents, opened, read back."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelib.corpus.raw import REPAIR, Document, RawFile, Written, damaged, estimated_tokens, read_manifest
+from pipelib.errors import UserError
+from pipelib.files import sha256_file, sha256_files, sync_folder
+
+ROW_GROUP_ROWS = 1000
+"""Documents in a row group, the piece that one tokenizing process takes at a time."""
+ROW_GROUP_BYTES = 16 << 20
+"""Bytes of text after which a row group ends early, so that long documents do not gather in memory."""
+FILE_BYTES = 256 << 20
+"""Bytes of text after which the next file begins."""
+
+
+SCHEMA = pa.schema(
+    {
+        "text": pa.string(),
+        "id": pa.string(),
+        "dump": pa.string(),
+        "url": pa.string(),
+        "file_path": pa.string(),
+        "language": pa.string(),
+        "language_score": pa.float64(),
+        "token_count": pa.int64(),
+        "score": pa.float64(),
+        "int_score": pa.int64(),
+    }
+)
+
+
+def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FILE_BYTES) -> Written:
+    """Write documents, in their order, as parquet files into a folder that holds none.
+
+    Memory is bounded by one row group, whatever the number of documents.
+
+    Args:
+        documents: at least one, or no file is written.
+        file_bytes: bytes of text after which a new file begins.
+
+    Returns:
+        The files, and the counts `characters` and `text_bytes` (UTF-8).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    writer: pq.ParquetWriter | None = None
+    writing: Future[None] | None = None
+    written = 0  # bytes of text in the open file
+    counts = {"characters": 0, "text_bytes": 0}
+    try:
+        with ThreadPoolExecutor(1, "parquet") as thread:  # compresses a row group while the next one is read
+            for group, group_bytes in _row_groups(documents):
+                table = _table(group)
+                if writing is not None:
+                    writing.result()
+                if writer is None or written + group_bytes > file_bytes:
+                    if writer is not None:
+                        writer.close()
+                    paths.append(folder / f"{len(paths):03d}_00000.parquet")
+                    writer, written = _open_writer(paths[-1]), 0
+                writing = thread.submit(writer.write_table, table, len(group))
+                written += group_bytes
+                counts["characters"] += sum(len(document.text) for document in group)
+                counts["text_bytes"] += group_bytes
+            if writing is not None:
+                writing.result()
+    finally:
+        if writer is not None:
+            writer.close()
+    sync_folder(folder)
+    return Written(tuple(map(describe_file, paths, sha256_files(paths))), counts)
+
+
+def first_rows(path: Path, max_tokens: int) -> tuple[int, int]:
+    """How many rows of a parquet file are the shortest prefix with at least `max_tokens` tokens, or all; and their tokens.
+
+    Only `token_count` is read, and the text where a row group has none; a hundred rows are in memory at a time.
+    """
+    rows = tokens = 0
+    with open_parquet(path) as parquet:
+        for count in _row_tokens(parquet, path):
+            rows += 1
+            tokens += count
+            if tokens >= max_tokens:
+                break
+    return rows, tokens
+
+
+def _row_tokens(parquet: pq.ParquetFile, path: Path) -> Iterator[int]:
+    """What each row counts."""
+    schema = parquet.schema_arrow
+    counted = schema.names.count("token_count") == 1 and pa.types.is_integer(schema.field("token_count").type)
+    try:
+        for group in range(parquet.num_row_groups):
+            known = list(_token_counts(parquet, group)) if counted else []
+            lengths = _text_lengths(parquet, group) if None in known or not counted else repeat(0)
+            yield from map(estimated_tokens, lengths, known if counted else repeat(None))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, str(error), REPAIR) from None
+
+
+def _token_counts(parquet: pq.ParquetFile, group: int) -> Iterator[int | None]:
+    """The numbers of tokens that the dataset gives; None where it gives none, or one that is none."""
+    for batch in _batches(parquet, group, "token_count"):
+        yield from (count if count is not None and count >= 0 else None for count in batch.to_pylist())
+
+
+def _text_lengths(parquet: pq.ParquetFile, group: int) -> Iterator[int]:
+    """Bytes of each text; none where it is null."""
+    for batch in _batches(parquet, group, "text"):
+        yield from pc.fill_null(pc.binary_length(batch.cast(pa.large_string())), 0).to_pylist()
+
+
+def _batches(parquet: pq.ParquetFile, group: int, name: str) -> Iterator[pa.Array]:
+    for batch in parquet.iter_batches(100, row_groups=[group], columns=[name], use_threads=False):
+        yield batch.column(0)
+
+
+def _row_groups(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
+    """Documents in runs of one row group, each with its bytes of text."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.text.encode("utf-8"))
+        if len(group) == ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES:
+            yield group, size
+            group, size = [], 0
+    if group:
+        yield group, size
+
+
+def _open_writer(path: Path) -> pq.ParquetWriter:
+    """A writer with every setting fixed that decides bytes; the pinned pyarrow decides the rest."""
+    return pq.ParquetWriter(
+        path,
+        SCHEMA,
+        version="2.6",
+        data_page_version="1.0",
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=["dump", "language"],
+        write_statistics=False,
+        store_schema=False,
+    )
+
+
+def _table(group: Sequence[Document]) -> pa.Table:
+    return pa.table(dict(zip(Document._fields, zip(*group, strict=True), strict=True)), schema=SCHEMA)
+
+
+def describe_file(path: Path, sha256: str | None = None) -> RawFile:
+    """A parquet file's line in the manifest; it is hashed unless its verified `sha256` is given.
+
+    Raises:
+        UserError: the file is not parquet or has no column `text`.
+    """
+    with open_parquet(path) as parquet:
+        rows = parquet.metadata.num_rows
+    return RawFile(path.name, path.stat().st_size, rows, sha256 or sha256_file(path))
+
+
+def iterate_raw(folder: Path, columns: Sequence[str] = ("text",)) -> Iterator[dict[str, Any]]:
+    """The documents of a folder in the order of the corpus, as `{column: value}`; one row group is in memory at a time.
+
+    Raises:
+        UserError: the manifest or a file is missing or damaged.
+    """
+    for file in read_manifest(folder).files:
+        yield from islice(_iterate_file(folder / file.name, columns), file.rows)
+
+
+def _iterate_file(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """All rows of a parquet file; a column that it does not have is None."""
+    with open_parquet(path, REPAIR) as parquet:
+        here = [name for name in columns if name in parquet.schema_arrow.names]
+        missing = dict.fromkeys(name for name in columns if name not in here)
+        for group in range(parquet.num_row_groups):
+            for row in _read_group(parquet, group, here, path):
+                yield {**missing, **row}
+
+
+def _read_group(parquet: pq.ParquetFile, group: int, columns: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = parquet.read_row_group(group, list(columns), use_threads=False).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, f"row group {group}: {error}", REPAIR) from None
+    return rows
+
+
+def open_parquet(path: Path, remedy: str = "fetch or make it again") -> pq.ParquetFile:
+    """Open a parquet file that has a column `text`.
+
+    Args:
+        remedy: what to do about a damaged one, for the message.
+
+    Raises:
+        UserError: it is missing, damaged, cut short, or has no such column of strings.
+    """
+    try:
+        parquet = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist, so a part of the corpus is missing; run dvc repro.") from None
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, str(error), remedy) from None
+    try:
+        require_text(parquet.schema_arrow, path, "rename or convert the column")
+    except UserError:
+        parquet.close()
+        raise
+    return parquet
+
+
+def require_text(schema: pa.Schema, name: object, remedy: str) -> None:
+    """Refuse a parquet file that has not one column `text` of strings.
+
+    Args:
+        name: of the file, for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        UserError: it has none, or several, or one of another type.
+    """
+    count = schema.names.count("text")
+    if not count:
+        columns = ", ".join(schema.names)
+        raise UserError(f"{name} has no column `text` (it has {columns}), so there is nothing to train on; {remedy}.")
+    if count > 1:
+        raise UserError(f"{name} has {count} columns `text`, so it is not clear which is meant; {remedy}.")
+    kind = schema.field("text").type
+    if not _is_text(kind):
+        raise UserError(
+            f"{name}: the column `text` holds {kind}, not strings, so there is nothing to train on; {remedy}."
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be read as text; one of nothing but nulls has the type null."""
+    while pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(
+        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    )
+
+
+def text_column(metadata: pq.FileMetaData, group: int) -> pq.ColumnChunkMetaData:
+    """What a file says of its column `text` in a row group."""
+    columns = metadata.row_group(group)
+    return next(column for column in map(columns.column, range(columns.num_columns)) if column.path_in_schema == "text")
