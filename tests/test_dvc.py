@@ -3,6 +3,7 @@
 The tests of this file go on from each other, in their order, in one clone: with xdist a file stays on one worker.
 """
 
+import ast
 import csv
 import io
 import json
@@ -164,6 +165,9 @@ def test_a_second_repro_runs_nothing(clone: Clone) -> None:
     ("file", "stages"),
     [
         ("src/pipelib/progress.py", set()),
+        ("src/pipelib/workspace/places.py", set()),
+        ("src/pipelib/corpus/sources/docs.py", set()),
+        ("src/pipelib/corpus/sources/local.py", {"download"}),
         ("src/pipelib/tracking/run.py", set()),
         ("src/pipelib/training/params.py", {"train"}),
         ("src/pipelib/evaluation/report.py", {"evaluate"}),
@@ -184,6 +188,101 @@ def test_reformatting_params_and_changing_logging_rerun_nothing(clone: Clone) ->
     clone.edit("params.yaml", "log_every: 4", "log_every:    2   # more lines")
     assert clone.changed_stages() == set()
     (clone.root / "params.yaml").write_text(before, encoding="utf-8")
+
+
+def docstrings_edited(program: str) -> str:
+    """A program with other words in every docstring and under every field, and a comment at its end."""
+    lines = program.split("\n")
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines[node.lineno - 1] = lines[node.lineno - 1].replace('"""', '"""Other words. ', 1)
+    return "\n".join(lines) + "# and a comment\n"
+
+
+LINKS = """
+import sys, {module}
+sys.argv[1:] = []
+{module}.main()
+print(*({{"torch", "pyarrow", "datasets", "transformers", "mlflow"}} & sys.modules.keys()))
+"""
+
+
+def test_words_edited_in_every_file_make_nothing_again(clone: Clone) -> None:
+    """DVC compares bytes, and starts all stages; each finds what it had finished, and loads nothing that takes seconds."""
+    before = clone.lock()
+    records = {path: path.stat().st_size for path in (clone.root / ".pipelib/records").rglob("*.jsonl")}
+    sources = [path for top in ("src", "stages") for path in (clone.root / top).rglob("*.py")]
+    for path in sources:
+        path.write_text(docstrings_edited(path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert clone.changed_stages() == set(STAGES)
+    output = clone.dvc("repro")
+    assert ran(output) == list(STAGES)
+    assert output.count("its outs are linked again") == len(STAGES)
+    after = clone.lock()
+    assert {name: after[name]["outs"] for name in STAGES} == {name: before[name]["outs"] for name in STAGES}
+    assert {path: path.stat().st_size for path in (clone.root / ".pipelib/records").rglob("*.jsonl")} == records
+    for name in STAGES:
+        said = clone.run([".venv/bin/python", "-c", LINKS.format(module=f"stages.{name}")])
+        assert said.splitlines()[-1] == "", f"{name} loaded {said.splitlines()[-1]}"
+    said = clone.run([".venv/bin/pipelib", "compare", "HEAD", "workspace"])
+    assert "ran other code" not in said
+    clone.git("checkout", "--quiet", ".")
+    assert clone.changed_stages() == set()
+
+
+TOY_SOURCE = """from pipelib.corpus.sources.local import source as local
+
+
+def source(params):
+    return local(params)
+"""
+TOY_PARAMS = """from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ToyParams:
+    size: int
+"""
+
+
+def test_a_new_stage_place_parameter_and_source_rerun_nothing_for_others(clone: Clone) -> None:
+    package = clone.root / "src/pipelib"
+    (package / "corpus/sources/toy.py").write_text(TOY_SOURCE)
+    (package / "toy").mkdir()
+    (package / "toy/__init__.py").touch()
+    (package / "toy/params.py").write_text(TOY_PARAMS)
+    (clone.root / "stages/toy.py").write_text("print('a toy')\n")
+    clone.edit(
+        "src/pipelib/params.py",
+        "from pipelib.training",
+        "from pipelib.toy.params import ToyParams\nfrom pipelib.training",
+    )
+    clone.edit(
+        "src/pipelib/params.py", "    logging: LoggingParams\n", "    logging: LoggingParams\n    toy: ToyParams\n"
+    )
+    clone.edit(
+        "src/pipelib/workspace/stages.py", '        Stage(\n            "evaluate"',
+        '        Stage("toy", "A toy", ("train",), "", ("toy",), ()),\n        Stage(\n            "evaluate"',
+    )  # fmt: skip
+    clone.edit(
+        "src/pipelib/workspace/places.py", "    @property\n    def reports",
+        '    @property\n    def toy(self) -> Path:\n        return self.root / "toy"\n\n    @property\n    def reports',
+    )  # fmt: skip
+    (clone.root / "params.yaml").write_text(clone.text("params.yaml") + "toy: {size: 1}\n")
+    clone.edit(
+        "dvc.yaml",
+        "  evaluate:\n",
+        "  toy: {cmd: 'python -m stages.toy', params: [toy], deps: [models]}\n  evaluate:\n",
+    )
+    assert clone.changed_stages() == {"toy"}
+    assert ran(clone.dvc("repro", "evaluate")) == []
+    clone.edit("params.yaml", "source: local", "source: toy")
+    assert clone.changed_stages() == {"toy", "download"}
+    assert ran(clone.dvc("repro", "--single-item", "download")) == ["download"]
+    clone.git("checkout", "--quiet", ".")
+    clone.git("clean", "--quiet", "--force", "-d", "src", "stages")
+    clone.dvc("checkout")
+    assert clone.changed_stages() == set()
 
 
 # ---- Experiments -----------------------------------------------------------------------------------------------------
