@@ -8,43 +8,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelib.tracking import system_metrics
 from pipelib.tracking.record import Record, read_events
-from pipelib.tracking.system_metrics import CPU, CpuTimes, Gpus, Sampler, memory
+from pipelib.tracking.system_metrics import CPU, Gpus, Sampler, cpu_and_memory
 
 
-def test_cpu_is_the_share_of_ticks_that_were_work(tmp_path: Path) -> None:
-    source = tmp_path / "stat"
-    source.write_text("cpu  100 0 100 700 100 0 0 0 50 0\ncpu0 1 1 1 1\n")
-    times = CpuTimes(source)
-    source.write_text("cpu  160 0 110 720 110 0 0 0 99 0\n")  # 100 ticks more, 30 of them idle or waiting for a disk
-    assert times.since_last() == {CPU: 70.0}
-    assert times.since_last() == {}
+def test_cpu_is_the_share_of_time_that_was_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_and_memory()
+    before, busy = time.process_time(), 0
+    while time.process_time() < before + 0.3:
+        busy += 1
+    assert 0 < cpu_and_memory()[CPU] <= 100
+    memory = SimpleNamespace(total=4_096_000_000, available=3_072_000_000, percent=25.0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    numbers = cpu_and_memory()
+    assert numbers["system/system_memory_usage_megabytes"] == 1024.0
+    assert numbers["system/system_memory_usage_percentage"] == 25.0
 
 
-def test_memory_is_what_is_not_available(tmp_path: Path) -> None:
-    source = tmp_path / "meminfo"
-    source.write_text("MemTotal: 4000000 kB\nMemFree: 10 kB\nMemAvailable: 3000000 kB\n")
-    assert memory(source) == {
-        "system/system_memory_usage_megabytes": 1024.0,
-        "system/system_memory_usage_percentage": 25.0,
-    }
-
-
-def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
-    assert memory(tmp_path / "none") == {}
-    assert CpuTimes(tmp_path / "none").since_last() == {}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_this_machine_tells() -> None:
-    assert 0 < memory()["system/system_memory_usage_percentage"] < 100
-    times = CpuTimes()
-    while not (found := times.since_last()):
-        pass
-    assert 0 <= found[CPU] <= 100
+def test_a_machine_without_psutil_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert cpu_and_memory() == {}
 
 
 def nvml(**broken: Any) -> Any:
@@ -101,7 +88,7 @@ def test_a_driver_that_does_not_start_or_is_not_there(monkeypatch: pytest.Monkey
 
 def test_nothing_is_logged_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_metrics, "SAMPLE_SECONDS", 0.001)
-    monkeypatch.setattr(system_metrics, "memory", lambda: {"a": 1.0})
+    monkeypatch.setattr(system_metrics, "cpu_and_memory", lambda: {"a": 1.0})
     said: list[str] = []
     logging = threading.Event()
 

@@ -68,15 +68,22 @@ def _markdown(block: Block) -> str:
         case Picture(path, caption):
             return f"![{caption}]({path.name})"
         case Text(text):
-            return f"{FENCE}text\n{text}\n{FENCE}"
+            runs = re.findall(r"`+", text)
+            fence = max(FENCE, *(f"{run}`" for run in runs), key=len) if runs else FENCE  # longer than any in the text
+            return f"{fence}text\n{text}\n{fence}"
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """The document as HTML that holds everything it shows, pictures included."""
-    body = "\n".join(map(_html, blocks))
+    """The Markdown of the document as HTML that holds everything it shows, pictures included."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(to_markdown(blocks))
+    for picture in (block for block in blocks if isinstance(block, Picture)):
+        data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
+        body = body.replace(f'src="{html.escape(picture.path.name)}"', f'src="data:image/png;base64,{data}"')
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
     )
 
 
@@ -85,26 +92,3 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left}"
     "th{background:#f4f4f4}img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow-x:auto;white-space:pre-wrap}"
 )
-
-
-def _html(block: Block) -> str:
-    match block:
-        case Heading(text, level):
-            return f"<h{level}>{_inline(text)}</h{level}>"
-        case Paragraph(text):
-            return f"<p>{_inline(text)}</p>"
-        case Table(header, rows):
-            head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
-            lines = "\n".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows)
-            return f"<table>\n<tr>{head}</tr>\n{lines}\n</table>"
-        case Picture(path, caption):
-            data = base64.b64encode(path.read_bytes()).decode("ascii")
-            return f'<p><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"></p>'
-        case Text(text):
-            return f"<pre>{html.escape(text)}</pre>"
-
-
-def _inline(text: str) -> str:
-    escaped = html.escape(text, quote=False)
-    escaped = re.sub(r"`([^`]*)`", r"<code>\1</code>", escaped)
-    return re.sub(r"\*\*([^*]*)\*\*", r"<strong>\1</strong>", escaped)

@@ -7,7 +7,6 @@ record, which is mirrored like every other number.
 import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 SAMPLE_SECONDS = 10.0
@@ -18,7 +17,7 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 class Sampler:
-    """A daemon thread that logs the state of this machine, on Linux; elsewhere it logs what GPUs say."""
+    """A daemon thread that logs the state of this machine."""
 
     def __init__(self, log: Log, first: int) -> None:
         """Args:
@@ -26,7 +25,8 @@ class Sampler:
         first: the number of the first sample: those of a resumed run go on.
         """
         self._log, self._next = log, first
-        self._cpu, self._gpus = CpuTimes(), Gpus()
+        self._gpus = Gpus()
+        cpu_and_memory()  # the first call has nothing to compare with
         self._ending, self._turn = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
         self._thread.start()
@@ -38,48 +38,26 @@ class Sampler:
 
     def _work(self) -> None:
         while not self._ending.wait(SAMPLE_SECONDS):
-            numbers = {**self._cpu.since_last(), **memory(), **self._gpus.state()}
+            numbers = {**cpu_and_memory(), **self._gpus.state()}
             with self._turn:
                 if numbers and not self._ending.is_set():
                     self._log(numbers, self._next)
                     self._next += 1
 
 
-class CpuTimes:
-    """The share of all cores' time that was spent on work."""
-
-    def __init__(self, source: Path = Path("/proc/stat")) -> None:
-        self._source = source
-        self._last = self._read()
-
-    def since_last(self) -> dict[str, float]:
-        """The percentage since the last call; nothing where the system does not tell."""
-        (idle, total), before = self._read(), self._last
-        self._last = idle, total
-        if total <= before[1]:
-            return {}
-        return {CPU: round(100 * (1 - (idle - before[0]) / (total - before[1])), 1)}
-
-    def _read(self) -> tuple[int, int]:
-        """Ticks that all cores spent idle, and all of them."""
-        try:
-            ticks = [int(word) for word in self._source.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-        except (OSError, ValueError):
-            return 0, 0
-        return sum(ticks[3:5]), sum(ticks)  # user nice system IDLE IOWAIT irq softirq steal
-
-
-def memory(source: Path = Path("/proc/meminfo")) -> dict[str, float]:
-    """The machine's memory in use; nothing where the system does not tell."""
+def cpu_and_memory() -> dict[str, float]:
+    """The share of all cores' time spent on work since the last call, and the memory in use; nothing without psutil, as on a
+    bare GPU machine.
+    """
     try:
-        lines = (line.split() for line in source.read_text(encoding="ascii").splitlines())
-        kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
-        used = kib["MemTotal"] - kib["MemAvailable"]
-    except (OSError, ValueError, KeyError, IndexError):
+        import psutil
+    except ImportError:
         return {}
+    memory = psutil.virtual_memory()
     return {
-        "system/system_memory_usage_megabytes": round(used * 1024 / 1e6, 1),
-        "system/system_memory_usage_percentage": round(100 * used / kib["MemTotal"], 1),
+        CPU: psutil.cpu_percent(),
+        "system/system_memory_usage_megabytes": round((memory.total - memory.available) / 1e6, 1),
+        "system/system_memory_usage_percentage": memory.percent,
     }
 
 

@@ -61,7 +61,16 @@ STAGES = {
             reads=("download", "tokenize", "train"),
             dataset="data/tokens",
             sections=("evaluate",),
-            packages=("datasets", "lm-eval", "matplotlib", "numpy", "tiktoken", "torch", "transformers"),
+            packages=(
+                "datasets",
+                "lm-eval",
+                "markdown-it-py",
+                "matplotlib",
+                "numpy",
+                "tiktoken",
+                "torch",
+                "transformers",
+            ),
         ),
     )
 }
