@@ -15,6 +15,7 @@ from dataclasses import asdict
 
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.corpus.raw import read_manifest
+from pipelib.errors import tell
 from pipelib.files import sha256_file
 from pipelib.params import Params, load_params
 from pipelib.schema import flatten
@@ -63,7 +64,7 @@ def encode_share(text: str, params: Params) -> None:
 
     share = Share.parse(text)
     count = encode_corpus.encode_share(code_hashes("tokenize", dict(flatten(params))), RAW, share)
-    print(f"tokenize: share {text} is complete: {count} units", flush=True)
+    tell(f"tokenize: share {text} is complete: {count} units")
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def test_two_machines_of_one_rank_train_as_one_of_two(project: SmallProject) -> 
     first = project.start(1, **several)
     assert first.end() == 0, first.output() + second.output()
     assert second.end() == 0, second.output()
-    assert "on each of 2 rank(s)" in first.output() + second.output()
+    assert "on each of 2 ranks" in first.output() + second.output()
     assert "the first machine goes on from here" in second.output()
     assert not same(project.outs(), expected)
 

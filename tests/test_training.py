@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from pipelib.errors import UserError, user_message
 from pipelib.evaluation import samples
-from pipelib.files import read_json, write_json
+from pipelib.files import plural, read_json, write_json
 from pipelib.model.gpt import GPT, Block, initialise
 from pipelib.model.params import InitialisedModelParams
 from pipelib.tokens.loader import Batch, Loader
@@ -284,7 +284,7 @@ def test_another_number_of_ranks_goes_on_and_says_what_is_not_exact(folder: Path
     whole = table(folder)
     shutil.rmtree(folder / "checkpoints/step_00000020")
     said = train_ranks(folder, after, max_tokens=1280)
-    assert f"had {before} rank(s) and goes on with {after}: each step has the same batch" in said
+    assert f"had {plural(before, 'rank')} and goes on with {after}: each step has the same batch" in said
     assert "not bit for bit" in said
     assert "training goes on after step 15" in said
     resumed = table(folder)

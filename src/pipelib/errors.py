@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 from pathlib import Path
 
 _PROSE = r"(?:and|are|can|cannot|could|did|does|had|has|in|is|itself|knows|must|needs|not|of|or|was|were|will|would)\b"
@@ -37,6 +38,15 @@ def user_message(error: BaseException) -> str | None:
             "evaluate.batch_tokens in the evaluate stage. `pipelib plan` says what needs how much."
         )
     return None
+
+
+def tell(text: str, *, error: bool = False) -> None:
+    """Print a line at once, its commands as they must be typed.
+
+    Args:
+        error: to standard error, beside the result.
+    """
+    print(as_typed(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def as_typed(message: str) -> str:

@@ -212,6 +212,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def plural(count: float, noun: str) -> str:
+    """A number of things for people: `1 row`, `1,024 rows`."""
+    return f"{round(count, 2):,g} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(count: float) -> str:
     """A number of bytes for people: 28.5 GB."""
     for unit in ("B", "KB", "MB", "GB"):

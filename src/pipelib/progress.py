@@ -24,8 +24,8 @@ class Progress:
         self.note = ""
         """Goes to the end of the line."""
         self.started = time.monotonic()
-        self._printed = -float("inf")
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._printed = -float("inf") if self._terminal or before else self.started  # a log needs no line of zeros
         self._period = 0.2 if self._terminal else 10.0
         self._lock = threading.Lock()
         self.add(0)

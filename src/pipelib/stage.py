@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pipelib.errors import as_typed, user_message
+from pipelib.errors import as_typed, tell, user_message
 from pipelib.files import write_json
 from pipelib.processes import Stopped, leave_other_jobs, on_first_signal, outlive_terminal
 from pipelib.schema import flatten
@@ -61,10 +61,7 @@ def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
             main()
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
-        print(
-            as_typed(f"{name}: stopped by {signal.Signals(number).name}; run dvc repro to resume from here"),
-            file=sys.stderr,
-        )
+        tell(f"{name}: stopped by {signal.Signals(number).name}; run dvc repro to resume from here", error=True)
         _leave(128 + number)
     except SystemExit as error:
         _leave(error.code or 0)
@@ -89,7 +86,7 @@ def _leave(status: int | str) -> NoReturn:
     """`sys.exit`; at once where a thread is still busy with MLflow, which the interpreter would take seconds to clear away."""
     if is_mirroring():
         if isinstance(status, str):
-            print(status, file=sys.stderr)
+            tell(status, error=True)
             status = 1
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,10 +108,7 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
     with WorkDir(name, inputs, code) as state:
         if state.finished:
             state.publish()
-            print(
-                f"{name}: finished earlier with the same parameters, data and code; its outs are linked again",
-                flush=True,
-            )
+            tell(f"{name}: finished earlier with the same parameters, data and code; its outs are linked again")
             if is_recorded(name, flat, state.fingerprint, code):
                 return  # nothing that its record, and MLflow, would not have
         with open_run(name, params, state.fingerprint, code, is_fresh=state.is_fresh) as run:

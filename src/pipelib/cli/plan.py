@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelib.files import format_bytes, nearest_folder
+from pipelib.files import format_bytes, nearest_folder, plural
 from pipelib.progress import format_seconds
 from pipelib.workspace.places import HERE, state_root
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     ranks = machines.world_size
     params = _with_micro_batch(params, machines)
     where = "this machine" if machines.count == 1 else f"{machines.count} machines"
-    print(f"{arguments.params}, with {_count(ranks, 'rank')} on {where}\n")
+    print(f"{arguments.params}, with {plural(ranks, 'rank')} on {where}\n")
     for lines in (
         _model_and_steps(params, ranks),
         _data(params, corpus),
@@ -94,10 +94,6 @@ def _print(lines: Iterable[tuple[str, str]]) -> None:
         print(f"{name:<12}{text}", flush=True)
 
 
-def _count(number: float, noun: str) -> str:
-    return f"{round(number, 2):,g} {noun}{'' if number == 1 else 's'}"
-
-
 def _model_and_steps(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
     model, train = params.model, params.train
     yield (
@@ -110,7 +106,7 @@ def _model_and_steps(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
     micro_steps = train.rows_per_step / (train.micro_batch_rows(ranks) * ranks)
     yield (
         "each step",
-        f"{_count(micro_steps, 'micro-step')} a rank, of {_count(train.micro_batch_rows(ranks), 'row')} of "
+        f"{plural(micro_steps, 'micro-step')} a rank, of {plural(train.micro_batch_rows(ranks), 'row')} of "
         f"{train.sequence_length:,} tokens",
     )
     flops = model.flops_per_token(train.sequence_length)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import Source, write_manifest
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.workspace.places import Places
 
 
@@ -58,9 +58,8 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
         )
     tokens = written.counts.get("tokens_estimated")
     if params.max_tokens is not None and tokens is not None and tokens < params.max_tokens:
-        print(
-            f"download.max_tokens: the corpus has about {tokens:,} tokens, not {params.max_tokens:,}; all of it is taken",
-            flush=True,
+        tell(
+            f"download.max_tokens: the corpus has about {tokens:,} tokens, not {params.max_tokens:,}; all of it is taken"
         )
     manifest = write_manifest(raw, origin.identity(), written.files)
     benchmarks = write_benchmarks(params, raw, places.benchmarks, fetch_pinned)

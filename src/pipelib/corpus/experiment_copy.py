@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pipelib.corpus.local_files import visible_matches
 from pipelib.corpus.params import READABLE, DownloadParams
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
+from pipelib.files import plural
 from pipelib.workspace.git import GitError, run_git
 from pipelib.workspace.places import workspace
 
@@ -39,10 +40,9 @@ def require_corpus(params: DownloadParams) -> None:
     queued = queued_at()
     if before := [name for name in lacking if was_there(original, Path(params.path) / name, queued)]:
         raise UserError(refusal(params, original, before))
-    print(
-        f"{_count(lacking)} of {params.path} in the workspace came or changed after this experiment was queued, so it runs "
-        f"without {_names(lacking)}",
-        flush=True,
+    tell(
+        f"{plural(len(lacking), 'file')} of {params.path} in the workspace came or changed after this experiment was queued, so "
+        f"it runs without {_names(lacking)}"
     )
 
 
@@ -114,19 +114,15 @@ def refusal(params: DownloadParams, workspace: Path, names: list[str]) -> str:
     ways.append(f"`dvc exp run --temp {_shell(copies, '-C ')}`, which takes untracked files along")
     ways.append("a download.path outside the repository, as an absolute path")
     return (
-        f"{_count(names)} of {params.path} in the workspace, which neither git nor DVC tracked when this experiment was queued, "
-        f"did not come along into its copy of the repository: {_names(names)}; so it would train on another corpus than the "
-        f"workspace. Do one of these and queue it again: {'; '.join(ways)}."
+        f"{plural(len(names), 'file')} of {params.path} in the workspace, which neither git nor DVC tracked when this "
+        f"experiment was queued, did not come along into its copy of the repository: {_names(names)}; so it would train on another corpus "
+        f"than the workspace. Do one of these and queue it again: {'; '.join(ways)}."
     )
 
 
 def _top(path: Path) -> Path:
     """The path itself, or the uppermost folder above it that the copy lacks."""
     return next((folder for folder in reversed(path.parents) if not folder.exists()), path)
-
-
-def _count(names: list[str]) -> str:
-    return "1 file" if len(names) == 1 else f"{len(names):,} files"
 
 
 def _names(names: list[str]) -> str:

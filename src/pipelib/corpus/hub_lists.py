@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from pipelib.corpus.hub_client import client, endpoint, shown
 from pipelib.corpus.hub_transfer import ForeignAnswerError, HubRepo, Retry, get_json, get_list, is_refusal, persistently
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.files import read_json, sha256_files, sha256_json, write_json
 from pipelib.workspace.places import StatePlaces
 
@@ -261,10 +261,9 @@ def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: str) -> N
     """
     known = _ask_names(repo)
     if known is None:
-        print(
+        tell(
             f"hub: {shown(endpoint())} does not name the files of {repo.name}, so it could not be checked whether its list of "
-            f"{folder or 'the top folder'} is complete ({len(files)} files)",
-            flush=True,
+            f"{folder or 'the top folder'} is complete ({len(files)} files)"
         )
         return
     named = {name for name in known if name.rpartition("/")[0] == folder}
@@ -301,10 +300,9 @@ def _cached_listing(repo: HubRepo, folder: str) -> _Listing:
             f"{_where(repo, folder)} cannot be downloaded (HF_HUB_OFFLINE is set, and neither the store nor the hub's "
             "cache has it): unset it, or set download.source to docs or local."
         )
-    print(
+    tell(
         f"hub: offline, so {_where(repo, folder)} is taken to be what the hub's cache has ({len(paths)} of its files); this "
-        "could not be compared with the hub's list",
-        flush=True,
+        "could not be compared with the hub's list"
     )
     hashes = sha256_files(paths)
     return _Listing(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.evaluation.params import is_folder
 from pipelib.files import read_json, sha256_file, sha256_json, write_json
 from pipelib.model.params import PUBLISHED, ModelParams
@@ -111,7 +111,7 @@ def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: "Ca
     with locked(folder / LOCK, wait=True):  # of two experiments at once, the second finds what the first measured
         kept = _read(folder, inputs)
         if kept is not None:
-            print(f"evaluate: {baseline.name} was measured earlier on the same data", flush=True)
+            tell(f"evaluate: {baseline.name} was measured earlier on the same data")
             return kept
         baseline.require_weights()
         measured = measure()
@@ -132,7 +132,7 @@ def _read(folder: Path, inputs: Mapping[str, object]) -> "Measured | None":
     try:
         kept = read_json(result)
     except UserError as error:
-        print(f"evaluate: {error} It is measured again.", flush=True)
+        tell(f"evaluate: {error} It is measured again.")
         return None
     if sha256_json(kept.get("inputs")) != sha256_json(inputs) or kept.get("items") != sha256_file(items):
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.evaluation.baselines import Baseline, find_baselines, measure_once
 from pipelib.evaluation.hellaswag import read_items, score_unigram
 from pipelib.evaluation.inputs import task_hashes
@@ -64,7 +64,7 @@ def evaluate(
         unigram = score_unigram(np.load(tokens / UNIGRAM_COUNTS), read_items(path, tiktoken_encoding()))
         result[name] |= {"unigram": {"acc": accuracy_json(unigram.acc), "acc_norm": accuracy_json(unigram.acc_norm)}}
     for name in completions_of(result):
-        print(f"evaluate: {verdict(name, result[name]['acc_norm'], result[name]['unigram']['acc_norm'])}", flush=True)
+        tell(f"evaluate: {verdict(name, result[name]['acc_norm'], result[name]['unigram']['acc_norm'])}")
 
     others = measure_baselines(params, data, build.code, device, build.work / "harness")
     seconds |= {f"{name}_seconds": sum(other.seconds.values()) for name, other in others.items()}

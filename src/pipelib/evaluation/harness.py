@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelib.errors import UserError, how_to_repair
+from pipelib.errors import UserError, how_to_repair, tell
 from pipelib.evaluation.endings import Question, Tokens, score_endings
 from pipelib.evaluation.items import ItemScores, Numbers, item_ids
 from pipelib.evaluation.params import TASKS, EvaluateParams
@@ -51,7 +51,7 @@ def run_tasks(model: GPT, params: EvaluateParams, benchmarks: Path, scratch: Pat
     """
     if not params.tasks:
         return {}
-    print(f"lm-eval: loading {', '.join(params.tasks)}", file=sys.stderr, flush=True)
+    tell(f"lm-eval: loading {', '.join(params.tasks)}", error=True)
     # Read at import: no look at the hub, and no copies in the user's home.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(scratch))
     import datasets

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelib.errors import tell
 from pipelib.files import remove
 from pipelib.workspace.locks import LOCK, InUseError, is_held, is_locked, locked
 from pipelib.workspace.places import StatePlaces
@@ -108,13 +109,13 @@ def delete(kept: Kept) -> None:
         with locked(kept.folder / LOCK):
             _delete(kept.folder)
     except InUseError as error:
-        print(f"kept: {error}")
+        tell(f"kept: {error}")
 
 
 def _delete(folder: Path) -> None:
     locks = sorted(folder.glob(f"{LOCK}*"))
     if any(is_held(lock) for lock in locks if lock.name != LOCK):
-        print(f"kept: {folder} is in use by a process that encodes a share of the text")
+        tell(f"kept: {folder} is in use by a process that encodes a share of the text")
         return
     for entry in sorted(folder.iterdir(), key=lambda path: path.name != META):
         if entry not in locks:

@@ -6,7 +6,6 @@ transformers.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.files import read_json, write_atomic, write_json, write_text
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
@@ -150,7 +149,7 @@ def import_model(folder: Path, *, quiet: bool = False) -> GPT:
     with open_weights(_with_config(folder)) as weights, torch.no_grad():
         found = _look_at(folder, weights)
         if found.note and not quiet:
-            print(found.note, file=sys.stderr, flush=True)
+            tell(found.note, error=True)
         model = found.model
         state = model.state_dict()
         for name, target in state.items():

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import sys
 import threading
 import time
 import uuid
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pipelib.errors import UserError, as_typed
+from pipelib.errors import UserError, tell
 from pipelib.files import write_text
 
 _SECRET_NAMES = re.compile(
@@ -81,7 +80,7 @@ def _redacted(value: object) -> object:
 
 def say(text: str) -> None:
     """Print a line about tracking, without secrets, its commands as they must be typed."""
-    print(f"tracking: {as_typed(redact(text))}", file=sys.stderr, flush=True)
+    tell(f"tracking: {redact(text)}", error=True)
 
 
 def brief(error: BaseException) -> str:

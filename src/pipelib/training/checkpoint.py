@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from pipelib.errors import tell
 from pipelib.files import files_under, read_json, remove, sha256_file, sync_folder, write_atomic, write_json
 from pipelib.model.params import ModelParams
 from pipelib.training.machines import wait_until_seen
@@ -179,7 +180,7 @@ class Checkpoints:
             problem = self._problem(path)
             if not problem:
                 return path.name
-            print(f"{path} {problem}, so it is not used", flush=True)
+            tell(f"{path} {problem}, so it is not used")
         return ""
 
     def newest(self) -> Path | None:

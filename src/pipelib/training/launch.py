@@ -2,13 +2,12 @@
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.files import files_under, read_json, remove, require_free_space, sha256_json
 from pipelib.model.params import InitialisedModelParams
 from pipelib.processes import on_first_signal
@@ -45,7 +44,7 @@ def launch(
         UserError: the data and parameters do not go together, or the training said what went wrong.
     """
     if note := require_weights(model):
-        print(f"train: {note}", file=sys.stderr, flush=True)
+        tell(f"train: {note}", error=True)
     machines = find_machines()
     manifest = read_manifest(tokens)
     check_plan(train, manifest, machines.world_size)
@@ -95,7 +94,7 @@ def join(find_state: Callable[[], WorkDir]) -> None:
     state = find_state()
     state.require_same_code()
     _run_ranks(state.work, machines, first=False)
-    print("train: the first machine goes on from here", flush=True)
+    tell("train: the first machine goes on from here")
 
 
 def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:

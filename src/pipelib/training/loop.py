@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.evaluation.samples import write_samples
+from pipelib.files import plural
 from pipelib.model.device import autocast
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
@@ -282,26 +283,23 @@ def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World
     """Say what is about to happen, and what it is not where other ranks than `earlier_ranks` go on."""
     if world.is_main:
         if earlier_ranks not in (None, world.world_size):
-            print(
-                f"the training had {earlier_ranks} rank(s) and goes on with {world.world_size}: each step has the same batch, "
-                "and its sums round otherwise, so from here on losses, gradient norms and weights equal those of an "
-                "uninterrupted run nearly, and not bit for bit",
-                flush=True,
+            tell(
+                f"the training had {plural(int(str(earlier_ranks)), 'rank')} and goes on with {world.world_size}: each step has the "
+                "same batch, and its sums round otherwise, so from here on losses, gradient norms and weights equal those of an "
+                "uninterrupted run nearly, and not bit for bit"
             )
         if state.step and world.device.type == "cuda" and not params.deterministic:
-            print(
+            tell(
                 "weights, moments, random streams and batches are exactly those of the checkpoint; the steps from here on round "
-                "as the GPU's fastest kernels happen to, which train.deterministic: true would prevent",
-                flush=True,
+                "as the GPU's fastest kernels happen to, which train.deterministic: true would prevent"
             )
         begin = f"goes on after step {state.step:,}" if state.step else "starts"
         micro_steps = params.gradient_accumulation_steps(world.world_size)
-        print(
+        tell(
             f"training {begin}: {params.max_steps:,} steps of {params.global_batch_tokens:,} tokens, "
-            f"{plan.epochs(params.max_steps):.2f} epochs, {micro_steps} micro-steps of "
-            f"{params.micro_batch_rows(world.world_size)} rows on each of {world.world_size} rank(s), {world.device.type}, "
-            f"{params.precision}",
-            flush=True,
+            f"{plan.epochs(params.max_steps):.2f} epochs, {plural(micro_steps, 'micro-step')} of "
+            f"{plural(params.micro_batch_rows(world.world_size), 'row')} on each of {plural(world.world_size, 'rank')}, "
+            f"{world.device.type}, {params.precision}"
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.processes import natural_setting, positive_setting
 
 SHOWS_UP_SECONDS = 90
@@ -59,7 +59,7 @@ class Machines:
                     return
             except OSError as error:
                 if not said:
-                    print(f"waiting for the training on {self.endpoint} ({error})", flush=True)
+                    tell(f"waiting for the training on {self.endpoint} ({error})")
                 said = True
             time.sleep(1)
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,6 +65,28 @@ class Curve:
         return dict(zip(self.columns, map(float, lines[-1].split(",")), strict=True)) if len(lines) > 1 else {}
 
 
+Row = tuple[int, int, float, float, float]
+"""step, tokens, loss, learning rate, gradient norm."""
+
+
+@dataclass
+class Window:
+    """The steps since progress was shown last, without what was done between them."""
+
+    compiles: bool = False
+    """Whether the first steps of the process are in it, so that its speed says nothing."""
+    steps: int = 0
+    seconds: float = 0.0
+    wait: float = 0.0
+    """Seconds that steps waited for data."""
+    last: Row = (0, 0, 0.0, 0.0, 0.0)
+
+    def add(self, rows: Sequence[Row], seconds: float, wait: float) -> None:
+        """Count more steps."""
+        self.steps, self.last = self.steps + len(rows), rows[-1]
+        self.seconds, self.wait = self.seconds + seconds, self.wait + wait
+
+
 class Recorder:
     """Rank 0's record of one run."""
 
@@ -89,12 +112,12 @@ class Recorder:
         self._waiting: list[tuple[int, int, float, Tensor, Tensor]] = []
         self._line = StatusLine()
         self._mark = time.perf_counter()
-        self._first_window = True
+        self._window = Window(compiles=True)
         self.micro_batch_size = 0
         """Rows that each rank runs at a time."""
         self.train_seconds, self.trained_tokens = 0.0, 0
-        """Time and tokens of training alone: without evaluation, checkpoints, and the first window, which compiles."""
-        self._window_wait, self._data_wait, self._steps = 0.0, 0.0, 0  # waits for data, in the same windows
+        """Time and tokens of training alone: without evaluation, checkpoints, and the first steps, which compile."""
+        self._wait, self._data_wait, self._steps = 0.0, 0.0, 0  # for data: since the last fetch, and as above
 
     @property
     def curves(self) -> list[Curve]:
@@ -123,6 +146,7 @@ class Recorder:
     def went_back(self, step: int, spikes: Spikes) -> None:
         """Forget what came after `step` finished steps: the last of `spikes` undid it."""
         self._waiting.clear()
+        self._window = Window(self._window.compiles)
         for curve in self._all_curves:
             curve.cut(step)
         self._list(spikes)
@@ -147,11 +171,18 @@ class Recorder:
 
     def step(self, counters: Counters, loss: Tensor, grad_norm: Tensor, learning_rate: float, data_wait: float) -> None:
         """Note a finished step, and the seconds it waited for its batch, without waiting for the device."""
-        self._window_wait += data_wait
+        self._wait += data_wait
         self._waiting.append((counters.step, counters.tokens, learning_rate, loss, grad_norm))
 
     def flush(self) -> None:
-        """Fetch and write the noted steps, and show the last one."""
+        """Fetch and write the noted steps; show the last one, and the speed since this was called last."""
+        self._fetch()
+        if self._window.steps:
+            self._show(self._window)
+            self._window = Window()
+
+    def _fetch(self) -> None:
+        """Fetch and write the noted steps."""
         if not self._waiting:
             return
         values = torch.stack([torch.stack((loss, norm)).float() for *_, loss, norm in self._waiting]).tolist()
@@ -162,23 +193,22 @@ class Recorder:
         ]
         self._waiting.clear()
         self.train.append(rows)
-        self._account(rows, seconds)
-        self._mark = time.perf_counter()
-
-    def _account(self, rows: list[tuple[int, int, float, float, float]], seconds: float) -> None:
-        step, tokens, loss, learning_rate, norm = rows[-1]
-        window_tokens = len(rows) * self._params.global_batch_tokens
-        if not self._first_window:
+        if self._window.steps or not self._window.compiles:
             self.train_seconds += seconds
-            self.trained_tokens += window_tokens
-            self._data_wait += self._window_wait
+            self.trained_tokens += len(rows) * self._params.global_batch_tokens
+            self._data_wait += self._wait
             self._steps += len(rows)
-        rate = window_tokens / seconds
+        self._window.add(rows, seconds, self._wait)
+        self._wait, self._mark = 0.0, time.perf_counter()
+
+    def _show(self, window: "Window") -> None:
+        step, tokens, loss, learning_rate, norm = window.last
+        rate = window.steps * self._params.global_batch_tokens / window.seconds
+        wait_ms = 1000 * window.wait / window.steps
         self.peak = self.peak or self._measure_peak()
         mfu = rate * self._flops_per_token / self.peak.flops
-        if not self._first_window:
-            self.speed.append([(step, round(rate), round(mfu, 4), round(1000 * self._window_wait / len(rows), 3))])
-        self._first_window = False
+        if not window.compiles:
+            self.speed.append([(step, round(rate), round(mfu, 4), round(wait_ms, 3))])
         left = (self._params.max_tokens - tokens) / rate
         memory = most_gpu_memory()
         self._line.show(
@@ -194,17 +224,16 @@ class Recorder:
                 "train/tokens": tokens,
                 "speed/tokens_per_second": rate,
                 "speed/mfu": mfu,
-                "speed/data_wait_ms": 1000 * self._window_wait / len(rows),
+                "speed/data_wait_ms": wait_ms,
                 **({"speed/gpu_memory_gb": memory / 1e9} if memory else {}),
             },
             step,
         )
-        self._window_wait = 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Do something else than train in this block: its time is not training time."""
-        self.flush()
+        self._fetch()
         yield
         self._mark = time.perf_counter()
 

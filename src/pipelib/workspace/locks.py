@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.files import make_folder
 
 LOCK = "lock"
@@ -106,7 +106,7 @@ def _take(descriptor: int, path: Path, wait: bool, quiet: bool) -> None:
             )
         else:
             if not quiet:
-                print(f"{path.parent} is in use by process {holder(path)}; waiting for it", flush=True)
+                tell(f"{path.parent} is in use by process {holder(path)}; waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             return
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.files import (
     files_under,
     read_json,
@@ -172,10 +172,7 @@ class WorkDir:
         actual = dict(zip(here, sha256_files([self.final / name for name in here]), strict=True))
         bad = [name for name, sha256 in hashes.items() if actual.get(name) != sha256]
         for name in bad:
-            print(
-                f"{self.final / name} is missing or damaged, so the finished state is dropped and made again",
-                flush=True,
-            )
+            tell(f"{self.final / name} is missing or damaged, so the finished state is dropped and made again")
         return bad
 
     def _other_code(self, before: Mapping[str, str]) -> str:

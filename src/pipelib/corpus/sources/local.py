@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pipelib.corpus.local_files import LocalFiles, find_files
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import Document, Source, Written, first_documents
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.files import is_unicode, sha256_files
 from pipelib.progress import Progress
 
@@ -71,17 +71,15 @@ class _Tally:
         from pipelib.corpus.parquet import SCHEMA
 
         for column, count in self.dropped.items():
-            print(
+            tell(
                 f"local: values that do not fit the column `{column}` ({SCHEMA.field(column).type}) are null in the corpus: "
-                f"{count:,}, the first in {self.first[column]}",
-                flush=True,
+                f"{count:,}, the first in {self.first[column]}"
             )
         if self.separators:
-            print(
+            tell(
                 f"local: texts contain {_SEPARATOR} (occurrences: {self.separators:,}, documents: {self.with_separator:,}, "
                 f"first in {self.first[_SEPARATOR]}). It is taken as text and separates nothing: if it stands between "
-                "documents, split them first (docs/how-to/own-data.md says how)",
-                flush=True,
+                "documents, split them first (docs/how-to/own-data.md says how)"
             )
 
 
@@ -133,7 +131,7 @@ class LocalSource:
         if files.ignored:
             more = f" and {len(files.ignored) - 5} more" if len(files.ignored) > 5 else ""
             shown = ", ".join(files.ignored[:5])
-            print(f"local: these files are of a kind that is not read: {shown}{more}", flush=True)
+            tell(f"local: these files are of a kind that is not read: {shown}{more}")
         progress = Progress("local: reading files", None, "documents")
 
         def documents() -> Iterator[Document]:
