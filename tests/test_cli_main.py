@@ -15,9 +15,9 @@ import pytest
 from small_project import CHECKOUT
 
 import pipelib
-from pipelib.cli import verify
 from pipelib.cli.main import main, make_parser
 from pipelib.cli.summary import next_steps
+from pipelib.cli.verify import Verify
 from pipelib.errors import UserError, as_typed
 from pipelib.tracking.record import say
 from pipelib.workspace.workdir import WorkDir
@@ -63,7 +63,7 @@ def test_user_errors_are_one_message(monkeypatch: pytest.MonkeyPatch, capsys: py
     def fail(_: object) -> int:
         raise UserError("3 is odd, so nothing would fit; use 4.")
 
-    monkeypatch.setattr(verify, "run", fail)
+    monkeypatch.setattr(Verify, "run", fail)
     assert main(["verify"]) == 1
     assert capsys.readouterr().err == "pipelib: 3 is odd, so nothing would fit; use 4.\n"
 
@@ -221,7 +221,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def stop(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "run", stop)
+    monkeypatch.setattr(Verify, "run", stop)
     assert main(["verify"]) == 130
     assert capsys.readouterr().err == ""
 
@@ -230,7 +230,7 @@ def test_our_own_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -
     def break_down(_: object) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(verify, "run", break_down)
+    monkeypatch.setattr(Verify, "run", break_down)
     with pytest.raises(ZeroDivisionError):
         main(["verify"])
 

@@ -58,14 +58,14 @@ def find_folders(wish: Path | None) -> dict[Path, Out | None]:
         if _absolute(folder) in (target, *target.parents) or (target in _absolute(folder).parents and folder.is_dir())
     }
     for folder in [*found] or [wish]:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
             raise UserError(
-                f"{folder} is no folder, so there is nothing to verify; run dvc repro, or name another folder."
+                f"{folder} is not a folder, so there is nothing to verify; run dvc repro, or name another folder."
             )
     if found or holds_shards(wish):
         return found or {wish: None}
     raise UserError(
-        f"{wish} is no out of dvc.lock and its {MANIFEST} lists no shards, so nothing says what it should hold and nothing "
+        f"{wish} is not an out of dvc.lock and its {MANIFEST} lists no shards, so nothing says what it should hold and nothing "
         f"was touched; name one of {', '.join(map(str, outs)) or 'the outs, once dvc repro has made them'}."
     )
 
