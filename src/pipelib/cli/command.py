@@ -183,17 +183,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print usage, the message and what was probably meant to standard error, and end the process with status 2."""
-        meant = " ".join(dict.fromkeys(self._meant()))
-        super().error(f"{message}; did you mean {meant}?" if meant else message)
+        meant = "".join(f" Did you mean {name} instead of {word}?" for word, name in self._meant())
+        super().error(f"{message}.{meant}" if meant else message)
 
-    def _meant(self) -> Iterator[str]:
-        """The options, and the command, that misspelled words resemble."""
+    def _meant(self) -> Iterator[tuple[str, str]]:
+        """The misspelled options, and a misspelled command, with what each resembles."""
         from difflib import get_close_matches
 
         options = tuple(self._option_string_actions)
+        typed = [word.partition("=")[0] for word in self._typed if word.startswith("-")]
+        wrong = [(word, options) for word in typed if not any(option.startswith(word) for option in options)]
         command = next((word for word in self._typed if not word.startswith("-")), "")
-        for word in (word.partition("=")[0] for word in self._typed if word.startswith("-")):
-            if not any(option.startswith(word) for option in options):  # argparse takes beginnings, too
-                yield from get_close_matches(word.lower(), options, 1)
         if command not in self._commands:
-            yield from get_close_matches(command.lower(), self._commands, 1)
+            wrong.append((command, self._commands))
+        for word, names in wrong:
+            yield from ((word, name) for name in get_close_matches(word.lower(), names, 1, cutoff=0.65))

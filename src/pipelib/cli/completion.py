@@ -6,9 +6,9 @@ from typing import Literal
 from pipelib.cli.command import Command, positional
 
 EXAMPLES = """examples:
-  source <(pipelib completion bash)                                  in this shell; in ~/.bashrc, in every one
-  pipelib completion zsh > ~/.zsh/completions/_pipelib               in a folder of zsh's fpath
-  pipelib completion tcsh > ~/.pipelib.tcsh                          then, in ~/.tcshrc: source ~/.pipelib.tcsh
+  source <(pipelib completion bash)            for this shell; in ~/.bashrc, for each new one
+  pipelib completion zsh > FOLDER/_pipelib     with a folder of zsh's fpath
+  pipelib completion tcsh > ~/.pipelib.tcsh    and `source ~/.pipelib.tcsh` in ~/.tcshrc
 """
 
 

@@ -24,19 +24,22 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _print_on_terminal(rows: Sequence[Sequence[str]], header: bool) -> bool:
-    """Print the table with wrapped cells; False where a word would have to be cut to fit the terminal."""
+    """Print a table whose cells are wrapped between words; False where one word is too long for that."""
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
     console = Console(file=sys.stdout, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, show_header=header, show_edge=False, pad_edge=False)
-    for name in rows[0]:
-        table.add_column(Text(name) if header else "", overflow="fold")
-    for row in rows[header:]:
-        table.add_row(*map(Text, row))  # Text, or rich would take [brackets] for markup
-    if console.measure(table).minimum > console.width:
+    cells = [[Text(cell) for cell in row] for row in rows]  # Text, or rich would take [brackets] for markup
+    table = Table(box=box.SIMPLE_HEAD, show_header=header, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in cells[0]:
+        table.add_column(name, overflow="fold")
+    for row in cells[1:] if header else cells:
+        table.add_row(*row)
+    needed = Measurement.get(console, console.options.update_width(sys.maxsize), table).minimum
+    if needed > console.width:
         return False
     console.print(table)
     return True
