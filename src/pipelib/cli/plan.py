@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelib.cli.command import Command, option
-from pipelib.errors import tell
+from pipelib.errors import UserError, tell
 from pipelib.files import plural
 from pipelib.workspace.places import HERE
 
@@ -45,7 +45,12 @@ class Plan(Command):
         from pipelib.params import load_params
         from pipelib.training.machines import find_machines
 
-        params = load_params(self.params)
+        try:
+            params = load_params(self.params)
+        except OSError as error:
+            raise UserError(
+                f"{self.params} cannot be read ({error.strerror}), so nothing says what to run; name another file."
+            ) from None
         corpus, machines = corpus_of(params, Path.cwd()), find_machines()
         ranks = machines.world_size
         if self.check:

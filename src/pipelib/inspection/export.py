@@ -1,5 +1,6 @@
 """Shards of tokens in the formats of other programs."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ from pipelib.files import format_bytes, require_free_space, write_atomic
 from pipelib.inspection.out_folder import make_out
 from pipelib.progress import Progress
 from pipelib.tokens.shards import open_shard, read_manifest, shard_problems
+
+LONGEST_NAME = 200
+"""In bytes; a file's name has 255 at most, with the shard's and what it is called until it is whole."""
 
 
 def export_npy(tokens: Path, out: Path, name: str) -> None:
@@ -20,12 +24,17 @@ def export_npy(tokens: Path, out: Path, name: str) -> None:
         name: what the files' names begin with.
 
     Raises:
-        UserError: the name would mislead those programs, `out` holds something, a shard is damaged, or the disk is too small.
+        UserError: the name is too long or would mislead those programs, `out` holds something, a shard is damaged, or the disk is too small.
     """
     if any(word in name for word in ("train", "val", "/")):
         raise UserError(
             f"--name {name} has `train`, `val` or a slash in it, so programs that look for a split by its name would "
             "take one for the other; give another name."
+        )
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(
+            f"--name {name} has more than {LONGEST_NAME} bytes, so the names of the files would be longer than file systems "
+            "take; give a shorter one."
         )
     manifest = read_manifest(tokens)
     make_out(out, empty=True)

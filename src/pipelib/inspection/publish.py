@@ -53,7 +53,14 @@ def require_whole() -> None:
 
 
 def write_copy(folder: Path, repo: str, licence: str | None) -> None:
-    """What goes to the hub: the files of models/, the pictures, and the card as README.md with the commit in it."""
+    """Write what goes to the hub: the files of models/, the pictures, and the card as README.md with the commit in it.
+
+    Raises:
+        UserError: the names would break the card.
+    """
+    for option, value in (("--repo", repo), ("--licence", licence or "")):
+        if not value.isprintable():
+            raise UserError(f"{option} {value!r} has characters that would break the card; write it without them.")
     for path in files_under(MODEL):
         if path.name != "README.md":
             link_or_copy(path, folder / path.relative_to(MODEL))

@@ -58,7 +58,7 @@ def find_folders(wish: Path | None) -> dict[Path, Out | None]:
         if _absolute(folder) in (target, *target.parents) or (target in _absolute(folder).parents and folder.is_dir())
     }
     for folder in [*found] or [wish]:
-        if not os.path.isdir(folder):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
+        if not os.path.isdir(folder):  # noqa: PTH112
             raise UserError(
                 f"{folder} is not a folder, so there is nothing to verify; run dvc repro, or name another folder."
             )
@@ -72,7 +72,9 @@ def find_folders(wish: Path | None) -> dict[Path, Out | None]:
 
 def _outs_near(start: Path) -> dict[Path, Out]:
     """The folders of the nearest dvc.lock, by their paths as seen from here."""
-    root = next((folder for folder in (start, *start.parents) if Places(folder).lock.is_file()), None)
+    parents = (start, *start.parents)
+    # os.path's isfile and isdir, since Path's raise where a name is too long
+    root = next((folder for folder in parents if os.path.isfile(Places(folder).lock)), None)  # noqa: PTH113
     if root is None:
         return {}
     stages = read_lock(_from_here(Places(root).lock)).values()
