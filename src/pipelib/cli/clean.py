@@ -17,13 +17,14 @@ EXAMPLES = """examples:
   pipelib clean --dry-run             list the state of all stages
   pipelib clean --older-than 7        delete what no run has used for a week, after asking
   pipelib clean --stage train --yes   delete the checkpoints and finished models of all trainings
-  pipelib clean --stage lists         delete the lists of files that came from the hub or a mirror; the next download asks again
-  pipelib clean --stage hub           delete what came from the hub; the next download fetches it again
-  pipelib clean --stage units         delete encoded text, as big as the shards; only a changed corpus needs it again
-  pipelib clean --stage baselines     delete what was measured of the baselines; the next evaluation measures again
+  pipelib clean --stage lists         delete the hub's lists of files; the next download asks again
+  pipelib clean --stage hub           delete files of the hub; the next download fetches them again
+  pipelib clean --stage units         delete encoded text; only a changed corpus needs it again
+  pipelib clean --stage baselines     delete baselines' results; the next evaluation measures again
 
-"frees" is what deletion gives back now. Bytes that are hard-linked elsewhere (in the workspace, in DVC's cache) stay
-until those links go too: dvc gc -w. The runs' records and the vocabulary are never deleted.
+"frees" is what deletion gives back now. Bytes that are hard-linked elsewhere (in the workspace, in
+DVC's cache) stay until those links go too: dvc gc -w. The runs' records and the vocabulary are never
+deleted.
 """
 
 
@@ -40,7 +41,9 @@ class Clean(Command):
     )
     examples = EXAMPLES
 
-    stage: str | None = option("only this; default: all", default=None, choices=KINDS)
+    stage: str | None = option(
+        f"only this: {', '.join(KINDS)}; default: all", default=None, metavar="NAME", choices=KINDS
+    )
     older_than: float = option("only what no run has used for this long; default: 0", default=0.0, metavar="DAYS")
     yes: bool = option("delete without asking", default=False)
     dry_run: bool = option("list only", default=False)

@@ -6,7 +6,7 @@ from pipelib.cli.command import Command
 from pipelib.errors import tell
 
 EXAMPLES = """examples:
-  pipelib doctor                      one line a check: ok, warn (works, but) or FAIL, with the remedy
+  pipelib doctor                      a line for each check: ok, warn or FAIL, and the remedy
 """
 
 

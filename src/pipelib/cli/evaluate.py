@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   pipelib evaluate --model models
   pipelib evaluate --model ../gpt2 --tasks hellaswag piqa --limit 200
-  pipelib evaluate --model data/models/gpt2 --out gpt2-report         the report, the numbers and every item
-  pipelib evaluate --model ./mine --baselines ./yours                 two models in one table
+  pipelib evaluate --model data/models/gpt2 --out report    the report, the numbers and every item
+  pipelib evaluate --model ./mine --baselines ./yours       two models in one table
 """
 
 

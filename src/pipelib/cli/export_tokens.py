@@ -11,8 +11,9 @@ EXAMPLES = """examples:
   pipelib export-tokens --format npy --out edu_fineweb10B
   pipelib export-tokens --format npy --out ../short --tokens ../other-clone/data/tokens --name text
 
-npy: NAME_val_000000.npy, NAME_train_000001.npy, ...: uint16 arrays, one a shard, as build-nanogpt's loader finds and reads
-them. The shards in data/tokens themselves are llm.c's and modded-nanogpt's format; those programs read them as they are.
+npy: NAME_val_000000.npy, NAME_train_000001.npy, ...: a uint16 array for each shard, as build-nanogpt's
+loader finds and reads them. The shards in data/tokens are in the format of llm.c and modded-nanogpt,
+which read them as they are.
 """
 
 

@@ -11,8 +11,8 @@ from pipelib.workspace.places import HERE
 EXAMPLES = """examples:
   pipelib plan
   pipelib plan --params presets/gpt2-124m.yaml
-  PIPELIB_NPROC=8 pipelib plan --no-measure      for eight ranks, by arithmetic alone
-  pipelib plan --check                           would a stage refuse something of it? as make repro asks
+  PIPELIB_NPROC=8 pipelib plan --no-measure     for eight ranks, by arithmetic alone
+  pipelib plan --check                          would a stage refuse any of it? make repro asks that
 """
 
 

@@ -9,7 +9,7 @@ from pipelib.cli.command import Command, option
 EXAMPLES = """examples:
   HF_TOKEN=... pipelib publish --repo NAME/gpt2-124m-fineweb-edu --private
   pipelib publish --repo NAME/gpt2-124m-fineweb-edu --licence mit
-  pipelib publish --repo NAME/gpt2-124m-fineweb-edu --out ../look     write it there and send nothing
+  pipelib publish --repo NAME/gpt2-124m-fineweb-edu --out ../look    write it, and send nothing
 """
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   pipelib sample --prompt "Returns the"
   pipelib sample --prompt "Parameters" "See also" --tokens 50 --temperature 0.8 --seed 3
-  pipelib sample --prompt "Once upon a time" --model ../gpt2 --temperature 0    the likeliest text, always the same
-  pipelib sample --prompt "Once upon a time" --num-samples 5 --top-p 0.9        five texts, no unlikely words
+  pipelib sample --prompt "Once upon" --model ../gpt2 --temperature 0    the likeliest text
+  pipelib sample --prompt "Once upon" --num-samples 5 --top-p 0.9        five texts, no unlikely words
 """
 
 TOP_K = 50

@@ -8,9 +8,9 @@ from pipelib.errors import tell
 from pipelib.files import plural
 
 EXAMPLES = """examples:
-  pipelib verify                              check every out of dvc.lock that is here
-  pipelib verify data/raw                     check one of them
-  pipelib verify --repair && dvc repro        remove what is damaged, with DVC's copies of it, and make it again
+  pipelib verify                          check every out of dvc.lock that is in the workspace
+  pipelib verify data/raw                 check one of them
+  pipelib verify --repair && dvc repro    remove what is damaged, DVC's copies too; make it again
 """
 
 

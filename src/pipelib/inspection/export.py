@@ -24,7 +24,8 @@ def export_npy(tokens: Path, out: Path, name: str) -> None:
         name: what the files' names begin with.
 
     Raises:
-        UserError: the name is too long or would mislead those programs, `out` holds something, a shard is damaged, or the disk is too small.
+        UserError: the name is too long or would mislead those programs, `out` is not empty, a shard is damaged, or the disk is
+            too small.
     """
     if any(word in name for word in ("train", "val", "/")):
         raise UserError(
