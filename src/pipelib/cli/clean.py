@@ -88,7 +88,7 @@ def _rows(states: Sequence[Kept]) -> list[tuple[str, ...]]:
 def _agreed(count: int, freed: str) -> bool:
     """Whether the user says yes; where the input is not a terminal, say how to delete."""
     if not sys.stdin.isatty():
-        tell("nothing was deleted, since nobody can be asked here; add --yes to delete")
+        tell("nothing was deleted, since there is no terminal to ask on; add --yes to delete")
         return False
     try:
         answer = input(f"Delete {count} and free {freed}? [y/N] ")

@@ -13,8 +13,8 @@
             print(f"hello, {self.name}")
             return 0
 
-`add_parser` makes an argparse parser of the fields, and `parse` makes the dataclass of what was typed. Nothing here is
-imported for one command alone, since every start of `pipelib` pays for it.
+`add_parser` makes an argparse parser of the fields, and `Parser.parse_command` makes the dataclass of what was
+typed. What one command alone needs is imported in its `run`, since every start of `pipelib` would pay for it.
 """
 
 import argparse

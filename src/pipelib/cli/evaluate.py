@@ -44,11 +44,13 @@ class Evaluate(Command):
         Raises:
             UserError: an argument is wrong, or there is nothing to measure.
         """
+        params = self._params()  # before torch is imported
+
         from pipelib.cli.table import print_table
         from pipelib.evaluation.report import rows_of
         from pipelib.inspection.folder_evaluation import evaluate_folder
 
-        subject = evaluate_folder(self.model, self._params(), self.out)
+        subject = evaluate_folder(self.model, params, self.out)
         print_table([[cell.replace("*", "") for cell in row[:4]] for row in rows_of(subject)], header=False)
         if self.out:
             print(f"\nwritten: {self.out}/evaluation.md, evaluation.html, evaluation.json, items.npz")

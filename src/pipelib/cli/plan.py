@@ -40,7 +40,6 @@ class Plan(Command):
             UserError: the parameters are wrong, or the data, the models or the ranks here do not fit them.
         """
         from pipelib.inspection.checks import check_all, checks, require_all
-        from pipelib.inspection.costs import costs, time_here, with_micro_batch
         from pipelib.inspection.disk import corpus_of
         from pipelib.params import load_params
         from pipelib.training.machines import find_machines
@@ -56,6 +55,8 @@ class Plan(Command):
         if self.check:
             tell(check_all(self.params, params, corpus, ranks))
             return 0
+        from pipelib.inspection.costs import costs, time_here, with_micro_batch
+
         params = with_micro_batch(params, machines)
         where = "this machine" if machines.count == 1 else f"{machines.count} machines"
         tell(f"{self.params}, with {plural(ranks, 'rank')} on {where}\n")

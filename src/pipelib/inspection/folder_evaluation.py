@@ -51,11 +51,11 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
             "measure; run dvc repro tokenize."
         )
     find_baselines(params.baselines)  # before anything is computed
-    if out:
-        make_out(out, empty=False)
     manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
     model = import_model(folder).to(device)
+    if out:
+        make_out(out, empty=False)  # before what takes long
     code = code_hashes("evaluate", {}, CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(str(folder), model, params, data, Path(scratch) / "harness")

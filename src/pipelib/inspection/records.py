@@ -73,7 +73,7 @@ def sent_state(store: Store, record: RecordFile) -> str:
 
 
 def replay(store: Store, records: Sequence[RecordFile], *, named: bool) -> None:
-    """Send what MLflow has not; a record that it does not take keeps no other from being sent.
+    """Send what MLflow does not have; a record that it refuses does not keep the others from being sent.
 
     Args:
         named: the user asked for these runs, so those that were deleted in MLflow come back.
