@@ -7,11 +7,12 @@ import io
 import os
 import signal
 import sys
+from dataclasses import dataclass
+from typing import Literal
 
 from pipelib.cli.clean import Clean
-from pipelib.cli.command import Command, Parser
+from pipelib.cli.command import Command, Parser, positional
 from pipelib.cli.compare import Compare
-from pipelib.cli.completion import Completion
 from pipelib.cli.doctor import Doctor
 from pipelib.cli.evaluate import Evaluate
 from pipelib.cli.export_tokens import ExportTokens
@@ -25,6 +26,43 @@ from pipelib.cli.verify import Verify
 from pipelib.errors import UserError, tell
 from pipelib.processes import leave_other_jobs
 from pipelib.workspace.provenance import versions
+
+EXAMPLES = """examples:
+  pipelib plan                        what params.yaml would cost, before it costs it
+  pipelib doctor                      is this machine ready?
+  pipelib sample --prompt "Returns the"
+  pipelib COMMAND --help              more about one of them
+
+The pipeline itself is DVC's: dvc repro, dvc exp run -S train.max_lr=1.8e-3, dvc metrics diff.
+"""
+COMPLETION_EXAMPLES = """examples:
+  source <(pipelib completion bash)            for this shell; in ~/.bashrc, for each new one
+  pipelib completion zsh > FOLDER/_pipelib     with a folder of zsh's fpath
+  pipelib completion tcsh > ~/.pipelib.tcsh    and `source ~/.pipelib.tcsh` in ~/.tcshrc
+"""
+
+
+@dataclass(frozen=True)
+class Completion(Command):
+    """Complete what is typed in a shell; it stands here since it needs all commands."""
+
+    command = "completion"
+    help = "print what makes bash, zsh or tcsh complete pipelib"
+    description = (
+        "Print a script for a shell, which then completes commands, options, their choices, files and folders when Tab is "
+        "pressed. The script is of this version of pipelib; make it again after an update."
+    )
+    examples = COMPLETION_EXAMPLES
+
+    shell: Literal["bash", "zsh", "tcsh"] = positional("the shell that is to complete")
+
+    def run(self) -> int:
+        """Print the script."""
+        import shtab
+
+        print(shtab.complete(make_parser(), self.shell))
+        return 0
+
 
 COMMANDS: tuple[type[Command], ...] = (
     Plan,
@@ -41,14 +79,6 @@ COMMANDS: tuple[type[Command], ...] = (
     Clean,
     Completion,
 )
-EXAMPLES = """examples:
-  pipelib plan                        what params.yaml would cost, before it costs it
-  pipelib doctor                      is this machine ready?
-  pipelib sample --prompt "Returns the"
-  pipelib COMMAND --help              more about one of them
-
-The pipeline itself is DVC's: dvc repro, dvc exp run -S train.max_lr=1.8e-3, dvc metrics diff.
-"""
 
 
 def make_parser() -> Parser:
