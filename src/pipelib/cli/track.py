@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   pipelib track                       every run's record, and what of it has arrived in MLflow
-  pipelib track --replay              send what has not arrived; twice does nothing more
+  pipelib track --replay              send what has not arrived, and nothing twice
   pipelib track --replay brave-lynx   send one run, also when it was deleted in MLflow
 """
 

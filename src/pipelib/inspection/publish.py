@@ -47,7 +47,7 @@ def require_whole() -> None:
         )
     if changes:
         raise UserError(
-            "the working tree has changes that are in no commit, so nobody could make this model again; commit them, dvc.lock "
+            "the working tree has changes that are not committed, so this model could not be made again; commit them, dvc.lock "
             "and metrics/ too (`git status` lists them)."
         )
 
@@ -112,7 +112,7 @@ def upload(folder: Path, repo: str, token: str, *, private: bool) -> str:
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Publish with pipelib")
     except HFValidationError as error:
-        raise UserError(f"--repo {repo} is no name that the hub takes ({error}); write OWNER/MODEL.") from None
+        raise UserError(f"--repo {repo} is not a name that the hub takes ({error}); write OWNER/MODEL.") from None
     except HfHubHTTPError as error:
         said = redact(str(error).replace(token, "***")).strip().splitlines()
         raise UserError(
