@@ -218,6 +218,7 @@ def test_any_name_of_a_file_ends_in_a_message(
         ("clean --stage", ""),  # an option without its value
         ("clean --stage nothing", ""),
         ("plan --che --foo", ""),  # a beginning that is known, and what resembles nothing
+        ("clean --no-yes", ""),  # the opposite
         ("train", ""),
     ],
 )

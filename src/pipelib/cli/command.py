@@ -197,4 +197,6 @@ class Parser(argparse.ArgumentParser):
         if command not in self._commands:
             wrong.append((command, self._commands))
         for word, names in wrong:
-            yield from ((word, name) for name in get_close_matches(word.lower(), names, 1, cutoff=0.65))
+            for name in get_close_matches(word.lower(), names, 1, cutoff=0.65):
+                if word.startswith("--no-") == name.startswith("--no-"):  # never the opposite
+                    yield word, name
