@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from pipelib.evaluation.hellaswag import Item, read_items, score
+from pipelib.evaluation.benchmark_items import Item, read_items
+from pipelib.evaluation.hellaswag import score
 from pipelib.model.device import autocast, pick_device
 from pipelib.model.gpt import GPT, initialise
 from pipelib.model.huggingface import import_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_run import model_params, random_model
 
-from pipelib.evaluation.hellaswag import Item
+from pipelib.evaluation.benchmark_items import Item
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.model.gpt import GPT
 

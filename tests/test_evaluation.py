@@ -25,8 +25,9 @@ from small_run import (
 )
 
 from pipelib.errors import UserError
+from pipelib.evaluation.benchmark_items import Item, read_items
 from pipelib.evaluation.endings import score_endings
-from pipelib.evaluation.hellaswag import Accuracy, Item, read_items, score, score_unigram
+from pipelib.evaluation.hellaswag import Accuracy, score, score_unigram
 from pipelib.evaluation.loss import Loss, losses_of_rows, summed_loss
 from pipelib.evaluation.measure import accuracy_json, contexts_cut, count_text_bytes, measure_loss
 from pipelib.evaluation.params import EvaluateParams

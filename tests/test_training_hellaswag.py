@@ -17,7 +17,8 @@ from small_run import (
 )
 
 from pipelib.errors import UserError
-from pipelib.evaluation.hellaswag import read_items, score
+from pipelib.evaluation.benchmark_items import read_items
+from pipelib.evaluation.hellaswag import score
 from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.training.inputs import require_hellaswag
 from pipelib.training.validation import HELLASWAG, HellaSwag

@@ -115,8 +115,8 @@ def refusal(params: DownloadParams, workspace: Path, names: list[str]) -> str:
     ways.append("a download.path outside the repository, as an absolute path")
     return (
         f"{plural(len(names), 'file')} of {params.path} in the workspace, which neither git nor DVC tracked when this "
-        f"experiment was queued, did not come along into its copy of the repository: {_names(names)}; so it would train on another corpus "
-        f"than the workspace. Do one of these and queue it again: {'; '.join(ways)}."
+        f"experiment was queued, did not come along into its copy of the repository: {_names(names)}; so it would train on "
+        f"another corpus than the workspace. Do one of these and queue it again: {'; '.join(ways)}."
     )
 
 

@@ -11,18 +11,16 @@ that measures. So another experiment, and another model of ours, finds it there,
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelib.errors import UserError, tell
+from pipelib.evaluation.items import Measured, read_items_file, write_items
 from pipelib.evaluation.params import is_folder
 from pipelib.files import read_json, sha256_file, sha256_json, write_json
 from pipelib.model.params import PUBLISHED, ModelParams
 from pipelib.model.weights import CONFIG, MODELS, WEIGHTS, is_file, published_sha256, require_published, weights_sha256
 from pipelib.workspace.locks import LOCK, locked
 from pipelib.workspace.places import MANIFEST, StatePlaces
-
-if TYPE_CHECKING:
-    from pipelib.evaluation.measure import Measured
 
 
 @dataclass(frozen=True)
@@ -98,14 +96,12 @@ def require_baseline(name: str) -> ModelParams:
         raise UserError(f"evaluate.baselines: {error}") from None
 
 
-def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: "Callable[[], Measured]") -> "Measured":
+def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: Callable[[], Measured]) -> Measured:
     """What was measured of a baseline earlier with the same inputs, else what `measure` finds now, which is kept.
 
     Args:
         decides: everything that decides the result besides the weights: parameters, hashes of data and code.
     """
-    from pipelib.evaluation.items import write_items
-
     inputs: dict[str, Any] = {**baseline.identity, **decides}
     folder = StatePlaces.chosen().baselines / sha256_json(inputs)[:16]
     with locked(folder / LOCK, wait=True):  # of two experiments at once, the second finds what the first measured
@@ -121,11 +117,8 @@ def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: "Ca
         return measured
 
 
-def _read(folder: Path, inputs: Mapping[str, object]) -> "Measured | None":
+def _read(folder: Path, inputs: Mapping[str, object]) -> Measured | None:
     """What is kept, where it is whole."""
-    from pipelib.evaluation.items import read_items_file
-    from pipelib.evaluation.measure import Measured
-
     result, items = folder / "result.json", folder / "items.npz"
     if not (result.is_file() and items.is_file()):
         return None

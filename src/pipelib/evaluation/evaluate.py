@@ -13,10 +13,11 @@ import torch
 
 from pipelib.errors import UserError, tell
 from pipelib.evaluation.baselines import Baseline, find_baselines, measure_once
-from pipelib.evaluation.hellaswag import read_items, score_unigram
+from pipelib.evaluation.benchmark_items import read_items
+from pipelib.evaluation.hellaswag import score_unigram
 from pipelib.evaluation.inputs import task_hashes
-from pipelib.evaluation.items import write_items
-from pipelib.evaluation.measure import Data, Measured, accuracy_json, measure
+from pipelib.evaluation.items import Measured, write_items
+from pipelib.evaluation.measure import Data, accuracy_json, measure
 from pipelib.evaluation.model_card import write_model_card
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.report import Subject, completions_of, verdict, write_report

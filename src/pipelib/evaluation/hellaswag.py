@@ -6,34 +6,16 @@ HellaSwag otherwise (activity label, cleaned text, per character): its figures c
 these.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelib.errors import UserError, how_to_repair
+from pipelib.evaluation.benchmark_items import ENDINGS, Item
 from pipelib.evaluation.endings import score_endings
 from pipelib.model.gpt import GPT
-from pipelib.model.vocabulary import EOT_TOKEN_ID
-
-ENDINGS = 4
-
-
-@dataclass(frozen=True)
-class Item:
-    """A context and its endings, as token ids."""
-
-    context: tuple[int, ...]
-    endings: tuple[tuple[int, ...], ...]
-    label: int
-    """The right ending's index."""
-    document: int
-    """The text it was made from; items of one text are not independent."""
 
 
 @dataclass(frozen=True)
@@ -94,42 +76,6 @@ class Scores:
     def _accuracy(self, losses: npt.NDArray[np.float64]) -> Accuracy:
         labels = [item.label for item in self.items]
         return Accuracy.of((losses.argmin(axis=1) == labels).tolist(), [item.document for item in self.items])
-
-
-def read_items(path: Path, encoding: Any) -> list[Item]:
-    """The items of a JSON-lines file in HellaSwag's schema.
-
-    Raises:
-        UserError: with the line and what is wrong with it.
-    """
-    items = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                context, endings, label = row["ctx"], row["endings"], int(str(row["label"]))
-                if not isinstance(endings, list):
-                    raise TypeError("endings is no list")
-                document = row.get("document")
-                item = Item(
-                    tuple(encoding.encode_ordinary(context)) or (EOT_TOKEN_ID,),
-                    tuple(tuple(encoding.encode_ordinary(" " + ending)) for ending in endings),
-                    label,
-                    number if document is None else int(document),
-                )
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{path}, line {number} is not an item ({error!r}); {how_to_repair('data/benchmarks')}."
-                ) from None
-            if len(endings) != ENDINGS or not all(map(str.strip, endings)) or label not in range(ENDINGS):
-                raise UserError(
-                    f"{path}, line {number} has {len(endings)} endings and the label {label}, where {ENDINGS} endings that are "
-                    f"not empty and a label from 0 to 3 are needed; {how_to_repair('data/benchmarks')}."
-                )
-            items.append(item)
-    if not items:
-        raise UserError(f"{path} has no items, so there is no accuracy; {how_to_repair('data/benchmarks')}.")
-    return items
 
 
 def score(

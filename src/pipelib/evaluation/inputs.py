@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipelib.errors import UserError
 from pipelib.evaluation.baselines import find_baselines
+from pipelib.evaluation.benchmark_items import holds_items
 from pipelib.evaluation.params import TASKS, EvaluateParams, benchmark_of
 from pipelib.files import files_under, sha256_file
 from pipelib.model.weights import CONFIG
@@ -51,8 +52,3 @@ def require_data(params: EvaluateParams, benchmarks: Path) -> None:
             f"{benchmarks} has no data for {', '.join(missing)}, so nothing could be scored; name {wanted} in "
             "download.benchmarks and run dvc repro, or drop the task."
         )
-
-
-def holds_items(path: Path) -> bool:
-    """Whether a benchmark was downloaded: HellaSwag's file is always there, with an empty line where nobody asked for it."""
-    return path.is_file() and path.stat().st_size > 1

@@ -43,6 +43,18 @@ class ItemScores:
     """By measure (items,), for those that are a weighted mean."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a model is worth."""
+
+    result: dict[str, Any]
+    """As it stands in metrics/evaluate.json: losses, accuracies with intervals, the harness's scores."""
+    items: dict[str, ItemScores]
+    """The same item by item, by the data scored; see `ItemScores`."""
+    seconds: dict[str, float]
+    """What each part took."""
+
+
 def item_ids(contents: Iterable[bytes]) -> npt.NDArray[np.uint64]:
     """A number for the content of each item: the first 8 bytes of its SHA-256."""
     digests = [hashlib.sha256(content).digest()[:8] for content in contents]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from pipelib.errors import UserError
+from pipelib.evaluation.benchmark_items import Item, holds_items, read_items
 from pipelib.evaluation.harness import run_tasks
-from pipelib.evaluation.hellaswag import Accuracy, Item, Scores, read_items, score
-from pipelib.evaluation.inputs import holds_items
-from pipelib.evaluation.items import ItemScores, item_ids
+from pipelib.evaluation.hellaswag import Accuracy, Scores, score
+from pipelib.evaluation.items import ItemScores, Measured, item_ids
 from pipelib.evaluation.loss import Loss, losses_of_rows
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.files import remove
@@ -44,18 +44,6 @@ class Data:
         """The four-way benchmarks that are there."""
         paths = {name: self.benchmarks / f"{name}.jsonl" for name in COMPLETIONS}
         return {name: path for name, path in paths.items() if holds_items(path)}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a model is worth."""
-
-    result: dict[str, Any]
-    """As it stands in metrics/evaluate.json: losses, accuracies with intervals, the harness's scores."""
-    items: dict[str, ItemScores]
-    """The same item by item, by the data scored; see items.py."""
-    seconds: dict[str, float]
-    """What each part took."""
 
 
 def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: Path) -> Measured:

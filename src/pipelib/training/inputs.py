@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelib.errors import UserError
-from pipelib.evaluation.inputs import holds_items
+from pipelib.evaluation.benchmark_items import holds_items
 from pipelib.files import sha256_file
 from pipelib.model.params import InitialisedModelParams
 from pipelib.model.weights import MODELS, require_published, weights_sha256

@@ -284,9 +284,9 @@ def announce(state: Counters, params: TrainParams, plan: BatchPlan, world: World
     if world.is_main:
         if earlier_ranks not in (None, world.world_size):
             tell(
-                f"the training had {plural(int(str(earlier_ranks)), 'rank')} and goes on with {world.world_size}: each step has the "
-                "same batch, and its sums round otherwise, so from here on losses, gradient norms and weights equal those of an "
-                "uninterrupted run nearly, and not bit for bit"
+                f"the training had {plural(int(str(earlier_ranks)), 'rank')} and goes on with {world.world_size}: each step "
+                "has the same batch, and its sums round otherwise, so from here on losses, gradient norms and weights equal "
+                "those of an uninterrupted run nearly, and not bit for bit"
             )
         if state.step and world.device.type == "cuda" and not params.deterministic:
             tell(

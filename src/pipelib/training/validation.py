@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelib.evaluation.hellaswag import Item, Scores, read_items, score
+from pipelib.evaluation.benchmark_items import Item, read_items
+from pipelib.evaluation.hellaswag import Scores, score
 from pipelib.evaluation.loss import Loss, summed_loss
 from pipelib.model.gpt import GPT
 from pipelib.tokens.encoding import tiktoken_encoding

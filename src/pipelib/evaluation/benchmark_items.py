@@ -1,0 +1,64 @@
+"""The items of a four-way benchmark, as its file in data/benchmarks has them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelib.errors import UserError, how_to_repair
+from pipelib.model.vocabulary import EOT_TOKEN_ID
+from pipelib.workspace.places import HERE
+
+ENDINGS = 4
+REPAIR = how_to_repair(str(HERE.benchmarks))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A context and its endings, as token ids."""
+
+    context: tuple[int, ...]
+    endings: tuple[tuple[int, ...], ...]
+    label: int
+    """The right ending's index."""
+    document: int
+    """The text it was made from; items of one text are not independent."""
+
+
+def holds_items(path: Path) -> bool:
+    """Whether a benchmark was downloaded: HellaSwag's file is always there, with an empty line where nobody asked for it."""
+    return path.is_file() and path.stat().st_size > 1
+
+
+def read_items(path: Path, encoding: Any) -> list[Item]:
+    """The items of a JSON-lines file in HellaSwag's schema.
+
+    Raises:
+        UserError: with the line and what is wrong with it.
+    """
+    items = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                context, endings, label = row["ctx"], row["endings"], int(str(row["label"]))
+                if not isinstance(endings, list):
+                    raise TypeError("endings is no list")
+                document = row.get("document")
+                item = Item(
+                    tuple(encoding.encode_ordinary(context)) or (EOT_TOKEN_ID,),
+                    tuple(tuple(encoding.encode_ordinary(" " + ending)) for ending in endings),
+                    label,
+                    number if document is None else int(document),
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{path}, line {number} is not an item ({error!r}); {REPAIR}.") from None
+            if len(endings) != ENDINGS or not all(map(str.strip, endings)) or label not in range(ENDINGS):
+                raise UserError(
+                    f"{path}, line {number} has {len(endings)} endings and the label {label}, where {ENDINGS} endings that are "
+                    f"not empty and a label from 0 to 3 are needed; {REPAIR}."
+                )
+            items.append(item)
+    if not items:
+        raise UserError(f"{path} has no items, so there is no accuracy; {REPAIR}.")
+    return items
