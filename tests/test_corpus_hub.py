@@ -462,7 +462,7 @@ def test_other_parameters_and_other_code_make_no_request(
     hub: FakeHub, here: Path, changes: dict[str, object], code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "weights").write_bytes(b"weights")
-    monkeypatch.setattr("pipelib.corpus.download.fetch_pinned", lambda pin: nullcontext(here / "weights"))  # noqa: ARG005
+    monkeypatch.setattr("pipelib.corpus.hub_store.fetch_pinned", lambda pin: nullcontext(here / "weights"))  # noqa: ARG005
     for number in range(3):
         texts = [" ".join(f"d{number}{row}w{word}" for word in range(99)) for row in range(3)]
         hub.files[f"{FOLDER}/{number:03d}_00000.parquet"] = parquet_bytes(text=texts, id=[None] * 3)

@@ -79,8 +79,8 @@ def test_the_report_says_what_was_measured_and_is_the_same_each_time(
 ) -> None:
     result, speed = run_evaluation(trained, tmp_path / "first")
     shown = capsys.readouterr().err
-    assert "models: validation loss: 511 tokens in " in shown
-    assert re.search(r"models: completion: [\d,]+ \w+ in ", shown)
+    assert re.search(r"models: validation loss: [\d.]+ on 511 tokens, .* in ", shown)
+    assert "models: completion: acc " in shown
     again, _ = run_evaluation(trained, tmp_path / "second")
     assert result == again
     reports = [
