@@ -32,9 +32,8 @@ class Summary(Command):
         """
         tokens, train, evaluate = (read_json(HERE.result(stage)) for stage in ("tokenize", "train", "evaluate"))
         speed_file = HERE.speed("train")
-        speed = (
-            read_json(speed_file) if speed_file.exists() else {}
-        )  # git does not have it, so a fresh clone may lack it
+        # git does not have the speed file, so a fresh clone may lack it
+        speed = read_json(speed_file) if speed_file.exists() else {}
         try:
             lines = [title(train, tokens), *(f"  {name:<22}{value}" for name, value in rows(evaluate, speed))]
         except (LookupError, TypeError, ValueError) as error:

@@ -86,7 +86,7 @@ class _InFolder:
 
     name: str
     folder: Path
-    remedy: str = ""  # dvc_files knows what helps in a workspace
+    remedy: str = ""  # `workspace.dvc` knows what helps in a workspace
 
     @property
     def where(self) -> str:

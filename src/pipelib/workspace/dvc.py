@@ -195,12 +195,14 @@ class Out:
 
     def linked_objects(self) -> dict[Path, Path]:
         """The objects that files of the folder are hard links of, by file."""
-        inodes = {(stat.st_dev, stat.st_ino): path for path in self.objects.glob("??/*") for stat in [path.stat()]}
-        found = {
-            path: inodes.get((stat.st_dev, stat.st_ino))
-            for path, stat in [(path, path.stat()) for path in files_under(self.folder)]
-        }
-        return {path: entry for path, entry in found.items() if entry is not None}
+        by_inode = {_inode(entry): entry for entry in self.objects.glob("??/*")}
+        return {path: by_inode[inode] for path in files_under(self.folder) if (inode := _inode(path)) in by_inode}
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    """What hard links of one file have in common."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def object_path(objects: Path, md5: str) -> Path:
@@ -255,6 +257,7 @@ def is_sound(entry: Path) -> bool:
 
 
 def md5_file(path: Path) -> str | None:
+    """The MD5 of a file, by which DVC names it; None where it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
