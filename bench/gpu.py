@@ -34,12 +34,12 @@ from pipelib.params import Params, load_params
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking.run import NullRun
 from pipelib.training.checkpoint import Checkpoints
-from pipelib.training.distributed import World, join_world
 from pipelib.training.hardware import Peak
+from pipelib.training.launch.distributed import World, join_world
 from pipelib.training.loop import Cadence, Trainer, take_step
-from pipelib.training.optim import make_optimizer
+from pipelib.training.optim.optimizer import make_optimizer
 from pipelib.training.params import TrainParams
-from pipelib.training.recorder import Recorder
+from pipelib.training.training_log import Recorder
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET = ROOT / "presets/gpt2-124m.yaml"

@@ -19,9 +19,9 @@ from pipelib.params import Params
 from pipelib.processes import available_cores
 from pipelib.tokens.shards import read_manifest
 from pipelib.training.batches import make_loader
-from pipelib.training.distributed import World
+from pipelib.training.launch.distributed import World
 from pipelib.training.loop import set_determinism, take_step
-from pipelib.training.optim import make_optimizer
+from pipelib.training.optim.optimizer import make_optimizer
 
 Step = Callable[[], float]
 """Runs one optimizer step and returns its loss, which waits for the device."""

@@ -22,12 +22,13 @@ from pipelib.model.gpt import GPT
 from pipelib.model.params import InitialisedModelParams
 from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
-from pipelib.training import loop
+from pipelib.training import build
 from pipelib.training.batches import check_plan
 from pipelib.training.inputs import RANDOM_WEIGHTS
-from pipelib.training.job import Job
+from pipelib.training.launch.job import Job
 from pipelib.training.memory import USABLE, memory_of, rows_that_fit
 from pipelib.training.params import SpikeParams, TrainParams
+from pipelib.training.schedule import Cadence
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_the_largest_divisor_that_fits(rows: int, chosen: int) -> None:
 
 def free(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Have this machine hold so many rows."""
-    monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: room_for(rows))
+    monkeypatch.setattr(build, "memory_per_rank", lambda *_: room_for(rows))
 
 
 def test_it_is_chosen_said_and_kept_by_the_checkpoint(
@@ -111,7 +112,7 @@ def test_running_out_of_memory_names_what_would_fit(folder: Path, monkeypatch: p
     free(monkeypatch, 1)
     with pytest.raises(UserError, match=r"train\.micro_batch_size: 1 would fit"):
         train_small(folder, params(micro_batch_size=4))
-    monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: 1000)
+    monkeypatch.setattr(build, "memory_per_rank", lambda *_: 1000)
     with pytest.raises(UserError, match="no smaller micro-batch would fit"):
         train_small(folder, params(micro_batch_size=4))
 
@@ -124,7 +125,7 @@ def test_a_model_that_does_not_fit_by_itself_is_told_what_it_needs(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(GPT, "to", too_large)
-    monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: 1000)
+    monkeypatch.setattr(build, "memory_per_rank", lambda *_: 1000)
     with pytest.raises(
         UserError, match=r"rows of 16 tokens needs about .* and 1\.0 [kK]i?B were free, .* no smaller micro-batch"
     ):
@@ -135,7 +136,7 @@ def test_ranks_read_the_job_that_the_launcher_wrote(tmp_path: Path) -> None:
     model = InitialisedModelParams(**vars(model_params()), init_from="scratch")
     rule = SpikeParams(window=4, deviations=6.0, batches=2, rollbacks=3)
     for train in (params(), params(micro_batch_size=4, spike=rule, hellaswag_every=7)):
-        job = Job(model, train, loop.Cadence(1, 5), "data/tokens", "data/benchmarks", "", "", False, RANDOM_WEIGHTS)
+        job = Job(model, train, Cadence(1, 5), "data/tokens", "data/benchmarks", "", "", False, RANDOM_WEIGHTS)
         job.write(tmp_path)
         assert Job.read(tmp_path) == job
 

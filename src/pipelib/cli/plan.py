@@ -14,7 +14,7 @@ from pipelib.workspace.places import HERE, state_root
 if TYPE_CHECKING:
     from pipelib.inspection.disk import Corpus
     from pipelib.params import Params
-    from pipelib.training.machines import Machines
+    from pipelib.training.launch.machines import Machines
 
 EXAMPLES = """examples:
   pipelib plan
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pipelib.inspection.checks import check_all, checks, require_all
     from pipelib.inspection.disk import corpus_of
     from pipelib.params import load_params
-    from pipelib.training.machines import find_machines
+    from pipelib.training.launch.machines import find_machines
 
     params = load_params(arguments.params)
     corpus, machines = corpus_of(params, Path.cwd()), find_machines()
@@ -78,13 +78,13 @@ def _with_micro_batch(params: "Params", machines: "Machines") -> "Params":
     """The parameters with a number for `micro_batch_size: auto`, by the memory that is free here and now."""
     from pipelib.model.device import pick_device
     from pipelib.training.batches import check_shares
-    from pipelib.training.memory import memory_of_a_rank, rows_that_fit
+    from pipelib.training.memory import memory_per_rank, rows_that_fit
 
     if params.train.micro_batch_size != "auto":
         return params
     check_shares(params.train, machines.world_size)
     device = pick_device(local_world_size=machines.local_ranks)
-    free = memory_of_a_rank(params.model, device, machines.local_ranks)
+    free = memory_per_rank(params.model, device, machines.local_ranks)
     rows = rows_that_fit(params.model, params.train, machines.world_size, free) or 1
     return replace(params, train=replace(params.train, micro_batch_size=rows))
 

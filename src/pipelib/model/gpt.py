@@ -106,7 +106,9 @@ class GPT(nn.Module):
         x = self.wte(inputs) + self.wpe(positions)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer, attend, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+                x = checkpoint(
+                    block, x, layer, attend, use_reentrant=False, preserve_rng_state=False
+                )  # blocks draw nothing
             else:
                 x = block(x, layer, attend)
         out: Tensor = self.ln_f(x)
