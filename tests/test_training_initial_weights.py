@@ -20,7 +20,7 @@ from pipelib.model.params import PUBLISHED, InitialisedModelParams
 from pipelib.params import load_params
 from pipelib.schema import ParamsError
 from pipelib.training.initial_weights import initial_model
-from pipelib.training.inputs import find_initial_weights
+from pipelib.training.inputs import find_initial_weights, require_weights
 
 
 def section(init_from: str, **changes: int) -> InitialisedModelParams:
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused_with_what_to_write() -> None:
     with pytest.raises(
         UserError, match=r"n_layer = 2, not 3, context_length = 16, not 32.*write model.n_layer: 2, model.c"
     ):
-        find_initial_weights(section("./mine", n_layer=3, context_length=32))
+        require_weights(section("./mine", n_layer=3, context_length=32))
     with pytest.raises(UserError, match=r"model.init_from: nowhere is not a folder with a model.*name a folder"):
         find_initial_weights(section("./nowhere"))
     with pytest.raises(
