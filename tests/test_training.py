@@ -63,7 +63,7 @@ from pipelib.training.optim.optimizer import Optimizer, make_optimizer
 from pipelib.training.optim.schedule import learning_rate_at
 from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.schedule import Cadence
-from pipelib.training.state import TrainState
+from pipelib.training.state import DeviceHours, TrainState
 from pipelib.training.step import StepResult, take_step
 
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
@@ -483,13 +483,16 @@ def test_no_samples_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_hours_of_all_processes_count(folder: Path) -> None:
     train_small(folder, train_params(), checkpoint_every=25)
-    checkpoints = folder / "work/checkpoints"
-    meta = read_json(checkpoints / "step_00000025/meta.json")
-    assert 0 < meta["device_hours"] < read_json(checkpoints / "step_00000040/meta.json")["device_hours"] < 1
-    write_json(checkpoints / "step_00000025/meta.json", meta | {"device_hours": 2.0})
-    shutil.rmtree(checkpoints / "step_00000040")
-    train_small(folder, train_params(), checkpoint_every=25)
-    assert 2 < read_json(checkpoints / "step_00000040/meta.json")["device_hours"] < 3
+    first, last = (
+        torch.load(folder / f"work/checkpoints/step_{step:08d}/state.pt", weights_only=True)["hours"]["hours"]
+        for step in (25, 40)
+    )
+    assert 0 < first < last < 1
+    hours = DeviceHours(world_size=2)
+    hours.load_state_dict({"hours": 2.0})
+    assert 2 < hours.total < 3
+    hours.load_state_dict({"hours": 5.0})  # the training went back within this process, whose hours count all the same
+    assert 2 < hours.total < 3
 
 
 class Killed(BaseException):
@@ -659,7 +662,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no step": (change_meta(step="20"), "has a meta.json that does not say its step"),
     "other data's": (change_meta(data="other"), "belongs to another run, with another data"),
     "another model's": (change_meta(model={"n_layer": 9}), "belongs to another run, with another model"),
-    "another version": (change_meta(version=99), "has format 99 and this code reads 1"),
+    "another version": (change_meta(version=99), "has format 99 and this code reads 2"),
 }
 
 
@@ -865,12 +868,12 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_is_in_no_checkpoint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, runs_ahead: bool
 ) -> None:
     monkeypatch.setattr(World, "runs_ahead", runs_ahead)
-    calls, forward = itertools.count(1), GPT.forward
+    calls, forward = itertools.count(1), NextToken.forward
 
-    def poisoned(self: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    def poisoned(self: NextToken, inputs: Tensor, targets: Tensor) -> Tensor:
         return forward(self, inputs, targets) * (math.nan if next(calls) == 2 * 13 else 1.0)  # in step 13's second half
 
-    monkeypatch.setattr(GPT, "forward", poisoned)
+    monkeypatch.setattr(NextToken, "forward", poisoned)
     params = train_params(validate_every=40)
     with pytest.raises(UserError) as caught:
         train_small(folder, params, checkpoint_every=5, log_every=9)

@@ -1,6 +1,5 @@
 """`micro_batch_size: auto`, and what is said where memory runs out."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def test_it_is_chosen_said_and_kept_by_the_checkpoint(
     assert "2 micro-steps of 2 rows on each of 1 rank," in capsys.readouterr().out
     assert (folder / "work/train.csv").read_bytes() == fixed
     last = folder / "work/checkpoints/step_00000004"
-    assert json.loads((last / "meta.json").read_text())["micro_batch_size"] == 2
+    assert torch.load(last / "state.pt", weights_only=True)["train"]["micro_batch_size"] == 2
 
     shutil.rmtree(last)
     free(monkeypatch, 4)  # more memory is no reason to go on otherwise
@@ -89,12 +88,12 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     """Have the forward pass ask for more than there is."""
     hidden = GPT.hidden
 
-    def too_much(self: GPT, inputs: Tensor) -> Tensor:
+    def too_much(self: GPT, inputs: Tensor, *others: Any) -> Tensor:
         if inputs.shape[0] > 1 and torch.is_grad_enabled():
             if error == "torch, on a CPU":
                 torch.empty(2**55)
             raise torch.OutOfMemoryError("CUDA out of memory") if error == "torch, on a GPU" else MemoryError
-        return hidden(self, inputs)
+        return hidden(self, inputs, *others)
 
     monkeypatch.setattr(GPT, "hidden", too_much)
 
