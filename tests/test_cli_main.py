@@ -2,46 +2,60 @@
 
 import argparse
 import ast
+import fcntl
 import importlib.metadata
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from small_project import CHECKOUT
 
 import pipelib
-from pipelib.cli import verify
+from pipelib.cli import main as main_module
 from pipelib.cli.main import main, make_parser
 from pipelib.cli.summary import next_steps
+from pipelib.cli.table import print_table
+from pipelib.cli.verify import Verify
 from pipelib.errors import UserError, as_typed
 from pipelib.tracking.record import say
 from pipelib.workspace.workdir import WorkDir
 
-COMMANDS = ("plan", "doctor", "compare", "verify", "sample", "publish", "clean")
+COMMANDS = [command.command for command in main_module.COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_with_an_example(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     said = capsys.readouterr().out
     assert ended.value.code == 0
-    assert f"\n  pipelib {command}" in said.partition("examples:")[2]
+    before, _, examples = said.partition("\nexamples:\n")
+    assert f"pipelib {command}" in examples
+    assert max(map(len, before.splitlines())) <= 80
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
+    heavy = {"torch", "numpy", "yaml", "mlflow", "dvc", "tiktoken", "rich", "shtab", "difflib", "huggingface_hub"}
     program = (
         "import sys\n"
         "from pipelib.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print(*sorted({'torch', 'numpy', 'yaml', 'mlflow', 'dvc', 'tiktoken'} & set(sys.modules)), file=sys.stderr)\n"
+        f"print(*sorted({heavy} & set(sys.modules)), file=sys.stderr)\n"
     )
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT / "src"))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in COMMANDS)
     assert done.stderr.strip() == ""
@@ -63,7 +77,7 @@ def test_user_errors_are_one_message(monkeypatch: pytest.MonkeyPatch, capsys: py
     def fail(_: object) -> int:
         raise UserError("3 is odd, so nothing would fit; use 4.")
 
-    monkeypatch.setattr(verify, "run", fail)
+    monkeypatch.setattr(Verify, "run", fail)
     assert main(["verify"]) == 1
     assert capsys.readouterr().err == "pipelib: 3 is odd, so nothing would fit; use 4.\n"
 
@@ -221,7 +235,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def stop(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "run", stop)
+    monkeypatch.setattr(Verify, "run", stop)
     assert main(["verify"]) == 130
     assert capsys.readouterr().err == ""
 
@@ -230,18 +244,120 @@ def test_our_own_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -
     def break_down(_: object) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(verify, "run", break_down)
+    monkeypatch.setattr(Verify, "run", break_down)
     with pytest.raises(ZeroDivisionError):
         main(["verify"])
 
 
-def test_a_reader_that_went_away_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", ["clean --dry-run", "--help", "plan --help", "--version", "completion bash"])
+def test_a_reader_that_went_away_is_not_an_error(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT / "src"))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it, argparse drops a help text that cannot be written
     with WorkDir("train", {"a": 1}, {}):
         pass
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "pipelib.cli.main", "clean", "--dry-run"]
+    command = [sys.executable, "-m", "pipelib.cli.main", *line.split()]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_completes_what_a_command_takes(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    if found := shutil.which(shell):
+        subprocess.run([found, "-n", script], check=True)
+    assert all(word in script.read_text() for word in (*COMMANDS, "older-than", "baselines", "bf16"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        (["pl"], "plan plots-page"),
+        (["clean", "--d"], "--dry-run"),
+        (["clean", "--stage", "u"], "units"),
+        (["plan", "--params", "p"], "params.yaml presets"),  # a file, or a folder on the way to one
+        (["sample", "--model", "p"], "presets"),
+        (["verify", "pa"], "params.yaml"),
+        (["completion", ""], "bash zsh tcsh"),
+    ],
+)
+def test_bash_completes_commands_options_choices_and_files(
+    typed: list[str], completed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "params.yaml").touch()
+    words = " ".join(f"'{word}'" for word in ("pipelib", *typed))
+    script = (
+        f"{capsys.readouterr().out}\nCOMP_WORDS=({words}) COMP_CWORD={len(typed)}\n"
+        f"_shtab_pipelib pipelib '{typed[-1]}'\necho $(printf '%s\\n' \"${{COMPREPLY[@]}}\")\n"
+    )
+    done = subprocess.run(["bash", "--norc", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert sorted(done.stdout.split()) == sorted(completed.split()), done.stderr
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    ["", "HEAD", "workspace"],
+    ["evaluate val_loss", "4.1234", "4.0123  -0.1111 (-0.1234 to -0.0987)"],
+    ["data.[/red]", "[bold]:smile:", "[link=x]日本"],
+]
+
+
+def on_terminal(rows: list[list[str]], columns: int, **environment: str) -> str:
+    """What a terminal gets of a table."""
+    program = f"from pipelib.cli.table import print_table\nprint_table({rows!r})"
+    main_end, other_end = pty.openpty()
+    fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "HOME") if name in os.environ}
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=other_end,
+        stdout=other_end,
+        stderr=other_end,
+        env={**kept, **paths, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environment},
+    )
+    os.close(other_end)
+    said = b""
+    with suppress(OSError):  # Linux's end of file
+        while block := os.read(main_end, 4096):
+            said += block
+    os.close(main_end)
+    assert process.wait() == 0, said
+    return said.decode().replace("\r\n", "\n")
+
+
+def test_a_table_in_a_pipe_is_aligned_text(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(ROWS)
+    assert capsys.readouterr().out == (
+        "                   HEAD           workspace\n"
+        "evaluate val_loss  4.1234         4.0123  -0.1111 (-0.1234 to -0.0987)\n"
+        "data.[/red]        [bold]:smile:  [link=x]日本\n"
+    )
+
+
+@pytest.mark.parametrize("columns", [120, 80, 60, 45])
+def test_a_table_on_a_terminal_shows_every_word_as_it_is(columns: int) -> None:
+    lines = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(ROWS, columns)).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "─" * 20 in lines[1]
+    words = sorted(word for line in lines[2:] for word in line.split())
+    assert words == sorted(word for row in ROWS[1:] for cell in row for word in cell.split())
+
+
+def test_a_table_that_is_wider_than_the_terminal_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(ROWS)
+    assert on_terminal(ROWS, 30) == capsys.readouterr().out
+
+
+def test_a_table_has_no_colors_where_there_must_be_none() -> None:
+    assert "\x1b" in on_terminal(ROWS, 80)  # a bold header
+    assert not re.search(r"\x1b\[[\d;]*[34]\d", on_terminal(ROWS, 80, NO_COLOR="1"))
+    assert "\x1b" not in on_terminal(ROWS, 80, TERM="dumb")

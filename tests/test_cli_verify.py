@@ -157,7 +157,7 @@ def test_a_folder_whose_manifest_lists_no_shards_is_not_taken_for_shards(
     (folder / MANIFEST).write_text(manifest)
     before = sorted(folder.iterdir())
     assert main(["verify", "data/tokens", "--repair"]) == 1
-    assert "is no out of dvc.lock and its manifest.json lists no shards" in capsys.readouterr().err
+    assert "is not an out of dvc.lock and its manifest.json lists no shards" in capsys.readouterr().err
     assert sorted(folder.iterdir()) == before
 
 
@@ -181,7 +181,7 @@ def test_nothing_to_verify_is_one_message(
 
 def test_no_folder_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path / "nowhere")]) == 1
-    assert "is no folder, so there is nothing to verify" in capsys.readouterr().err
+    assert "is not a folder, so there is nothing to verify" in capsys.readouterr().err
 
 
 # ---- With the real DVC -----------------------------------------------------------------------------------------------

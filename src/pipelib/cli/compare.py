@@ -1,228 +1,51 @@
 """`pipelib compare`: what differs between runs, what it did, and how sure that is, in one table."""
 
-import argparse
-import math
-import statistics
-from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from pipelib.errors import as_typed
-from pipelib.progress import format_seconds
-from pipelib.workspace.places import HERE
-
-if TYPE_CHECKING:
-    from pipelib.inspection.bootstrap import Scores
-    from pipelib.inspection.runs import Run
+from pipelib.cli.command import Command, option, positional
+from pipelib.errors import tell
 
 EXAMPLES = """examples:
   pipelib compare HEAD workspace             the last commit, and the workspace
   pipelib compare main small-rate            a branch, and an experiment of DVC
   pipelib compare . ../other-clone --md      two checkouts, as Markdown
 """
-SEEDS = 3
-"""So many seeds say something about the noise of training."""
-SEED = "train.seed"
-_PARTS = ("low", "high", "items", "version", "examples", "examples_in_all", "limit")
-"""Keys of metrics that describe another one, beside standard errors."""
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add this command to the command line."""
-    parser = subparsers.add_parser(
-        "compare",
-        help="what differs between runs, and how sure that is",
-        description="Print one table of runs: the parameters that differ, the metrics with their difference from the first "
-        "and, where both were measured on the same items, its paired bootstrap 95 %% interval; tokens, time, data, code. A RUN "
-        "is `workspace`, the folder of a checkout, a git revision, or an experiment of DVC.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True)
+class Compare(Command):
+    """Compare runs."""
+
+    command = "compare"
+    help = "what differs between runs, and how sure that is"
+    description = (
+        "Print one table of runs: the parameters that differ, the metrics with their difference from the first and, where both "
+        "were measured on the same items, its paired bootstrap 95 % interval; tokens, time, data, code. A RUN is `workspace`, "
+        "the folder of a checkout, a git revision, or an experiment of DVC."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="all are compared with the first; one alone with HEAD")
-    parser.add_argument("--md", action="store_true", help="as a table in Markdown")
-    parser.set_defaults(run=run)
+    examples = EXAMPLES
 
+    runs: tuple[str, ...] = positional("all are compared with the first; one alone with HEAD", nargs="+", metavar="RUN")
+    md: bool = option("as a table in Markdown", default=False)
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the comparison.
+    def run(self) -> int:
+        """Print the table, and below it what the numbers do not say.
 
-    Raises:
-        UserError: a run was not found.
-    """
-    from pipelib.cli.table import aligned
-    from pipelib.evaluation.document import Table, to_markdown
-    from pipelib.inspection.runs import find_run
+        Raises:
+            UserError: a run was not found.
+        """
+        from pipelib.cli.table import print_table
+        from pipelib.evaluation.document import Table, to_markdown
+        from pipelib.inspection.comparison import notes_on, rows_of
+        from pipelib.inspection.runs import find_run
 
-    names = arguments.runs if len(arguments.runs) > 1 else ["HEAD", *arguments.runs]
-    runs = [find_run(name) for name in names]
-    rows = [*_params(runs), *_metrics(runs), *_circumstances(runs)]
-    header = ["", *(run.name for run in runs)]
-    print(to_markdown([Table(header, rows)]).rstrip() if arguments.md else aligned([header, *rows]))
-    notes = [as_typed(note) for note in (*_notes(runs), *_noise(runs))]
-    print("\n" + "\n".join(f"- {note}" if arguments.md else note for note in notes))
-    return 0
-
-
-# ---- Rows ------------------------------------------------------------------------------------------------------------
-
-
-def _params(runs: Sequence["Run"]) -> Iterator[list[str]]:
-    from pipelib.inspection.runs import differing_params
-
-    for key, values in differing_params(runs):
-        yield [key, *("" if value is None else str(value) for value in values)]
-
-
-def _metrics(runs: Sequence["Run"]) -> Iterator[list[str]]:
-    """Numbers of train and evaluate, and what was measured on items and has no number of its own there."""
-    scores = [_scores(run) for run in runs]
-    shown = set()
-    for stage in ("train", "evaluate"):
-        for key in dict.fromkeys(key for run in runs for key in run.metrics[stage]):
-            values = [_number(run.metrics[stage].get(key)) for run in runs]
-            name = measure_of(key) if stage == "evaluate" else ""
-            shown.add(name)
-            if len(set(values)) == 1 or is_part(key):
-                continue
-            yield [f"{stage} {key.removesuffix('.value')}", *_cells(values, name, scores)]
-    from pipelib.inspection.bootstrap import mean, measures
-
-    for name in dict.fromkeys(name for score in scores for name in measures(score)):
-        if name not in shown:
-            yield [f"items {name}", *_cells([mean(s, name) if name in s else None for s in scores], name, scores)]
-
-
-def is_part(key: str) -> bool:
-    """Whether a metric says something of another one, or of another model."""
-    return key.rpartition(".")[2] in _PARTS or key.endswith("_stderr") or key.startswith("baselines.")
-
-
-def measure_of(key: str) -> str:
-    """What the items of a metric are called: `completion.acc.value` -> `completion/acc`, `val_loss` -> `validation/loss`."""
-    return "validation/loss" if key == "val_loss" else key.removesuffix(".value").replace(".", "/")
-
-
-def _cells(values: Sequence[float | None], name: str, scores: Sequence["Scores"]) -> Iterator[str]:
-    """The value of each run, after the first with the difference from it."""
-    from pipelib.inspection.bootstrap import paired_difference
-
-    for number, value in enumerate(values):
-        first = values[0]
-        if value is None:
-            yield ""
-        elif number == 0 or first is None:
-            yield _plain(value)
+        runs = [find_run(name) for name in (self.runs if len(self.runs) > 1 else ("HEAD", *self.runs))]
+        header, rows = ["", *(run.name for run in runs)], rows_of(runs)
+        if self.md:
+            print(to_markdown([Table(header, rows)]).rstrip())
         else:
-            found = paired_difference(scores[0], scores[number], name)
-            if found and not name.endswith("perplexity"):  # which is not the mean of its items, nor a multiple of that
-                unit = math.log(2) if name.endswith("bits_per_byte") else 1.0  # items are in nats
-                low, high = found.low / unit, found.high / unit
-                yield f"{_plain(value)}  {found.value / unit:+.4f} ({low:+.4f} to {high:+.4f})"
-            else:
-                yield f"{_plain(value)}  {_plain(value - first, sign='+')}"
-
-
-def _circumstances(runs: Sequence["Run"]) -> Iterator[list[str]]:
-    yield ["tokens trained on", *(_count(run.metrics["train"].get("tokens")) for run in runs)]
-    yield [
-        "time, all stages",
-        *(_time(sum(_number(s.get("seconds")) or 0 for s in run.speed.values())) for run in runs),
-    ]
-    hours = [_number(run.speed["train"].get("device_hours")) for run in runs]
-    yield ["device hours, train", *("" if value is None else f"{value:,.4f}" for value in hours)]
-    yield ["tokens/s", *(_count(run.speed["train"].get("tokens_per_second")) for run in runs)]
-    for out in map(str, (HERE.tokens, HERE.model)):
-        yield [f"md5 of {out}", *(run.md5(out)[:8] for run in runs)]
-
-
-# ---- What the numbers do not say -------------------------------------------------------------------------------------
-
-
-def _notes(runs: Sequence["Run"]) -> Iterator[str]:
-    from pipelib.inspection.bootstrap import measures, paired_difference
-    from pipelib.inspection.runs import changed_code
-
-    yield (
-        "Metrics that are equal in all runs are left out. Differences are from the first run; in brackets the 95 % interval over "
-        "texts, the same ones for both models."
-    )
-    first = runs[0]
-    for run in runs:
-        if not _scores(run):
-            yield (
-                f"{run.name} has no scores of single items here (reports/items.npz), so its differences have no interval; "
-                "`dvc fetch` brings them, or dvc repro makes them."
-            )
-    for other in runs[1:]:
-        if changed := changed_code(first, other):
-            yield f"{other.name} ran other code than {first.name}: {', '.join(changed)}."
-        unpaired = [
-            name
-            for name in measures(_scores(first))
-            if name in _scores(other) and not paired_difference(_scores(first), _scores(other), name)
-        ]
-        if unpaired:
-            yield f"{other.name} was measured on other items than {first.name} in {', '.join(unpaired)}: no interval."
-
-
-def _noise(runs: Sequence["Run"]) -> Iterator[str]:
-    """What runs that differ in their seed alone say of the noise of training."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        rest = sorted((key, str(value)) for key, value in run.params.items() if key != SEED)
-        groups.setdefault(repr((rest, run.md5(str(HERE.tokens)), sorted(run.code.items()))), []).append(run)
-    too_few: dict[int, list[str]] = {}
-    for group in groups.values():
-        seeds = {str(run.params.get(SEED)): run for run in group}
-        names = ", ".join(run.name for run in group)
-        if len(seeds) < SEEDS:
-            too_few.setdefault(len(seeds), []).append(names)
-            continue
-        for key in dict.fromkeys(key for run in seeds.values() for key in run.metrics["evaluate"]):
-            values = [_number(run.metrics["evaluate"].get(key)) for run in seeds.values()]
-            numbers = [value for value in values if value is not None and math.isfinite(value)]
-            if not is_part(key) and len(numbers) == len(seeds) and len(set(numbers)) > 1:
-                yield (
-                    f"{names}: {key.removesuffix('.value')} over {len(seeds)} seeds: mean {_plain(statistics.mean(numbers))}, "
-                    f"standard deviation {_plain(statistics.stdev(numbers))}."
-                )
-    for count, those in too_few.items():
-        words = "one seed" if count == 1 else f"{count} seeds"
-        yield (
-            f"{'; '.join(those)}: {words}: training noise unknown; {SEEDS} runs with other values of {SEED} would show it."
-        )
-
-
-@cache
-def _scores_of(path: Path) -> "Scores":
-    from pipelib.evaluation.items import read_scores
-
-    return read_scores(path)
-
-
-def _scores(run: "Run") -> "Scores":
-    return _scores_of(run.items.absolute()) if run.items else {}
-
-
-# ---- Form ------------------------------------------------------------------------------------------------------------
-
-
-def _number(value: object) -> float | None:
-    try:
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-    except OverflowError:  # an int of more than 308 digits
-        return math.inf
-
-
-def _plain(value: float, sign: str = "") -> str:
-    return format(value, f"{sign},.0f" if value.is_integer() and abs(value) >= 10 else f"{sign},.4f")
-
-
-def _count(value: object) -> str:
-    number = _number(value)
-    return "" if number is None else f"{number:,.0f}"
-
-
-def _time(seconds: float) -> str:
-    return format_seconds(seconds) if seconds and math.isfinite(seconds) else ""
+            print_table([header, *rows])
+        print()
+        for note in notes_on(runs):
+            tell(f"- {note}" if self.md else note)
+        return 0

@@ -1,181 +1,68 @@
 """`pipelib plan`: what a parameter file would cost, without doing any of it."""
 
-import argparse
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pipelib.files import format_bytes, nearest_folder, plural
-from pipelib.progress import format_seconds
-from pipelib.workspace.places import HERE, state_root
-
-if TYPE_CHECKING:
-    from pipelib.inspection.disk import Corpus
-    from pipelib.params import Params
-    from pipelib.training.launch.machines import Machines
+from pipelib.cli.command import Command, option
+from pipelib.errors import UserError, tell
+from pipelib.files import plural
+from pipelib.workspace.places import HERE
 
 EXAMPLES = """examples:
   pipelib plan
   pipelib plan --params presets/gpt2-124m.yaml
-  PIPELIB_NPROC=8 pipelib plan --no-measure      for eight ranks, by arithmetic alone
-  pipelib plan --check                           would a stage refuse something of it? as make repro asks
+  PIPELIB_NPROC=8 pipelib plan --no-measure     for eight ranks, by arithmetic alone
+  pipelib plan --check                          would a stage refuse any of it? make repro asks that
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `plan` to the command."""
-    parser = subparsers.add_parser(
-        "plan",
-        help="say what params.yaml would cost, and do nothing",
-        description="Read a parameter file as strictly as the stages do and print its parameters, steps, tokens, FLOPs, bytes "
-        "on disk, memory per GPU, and the time on this machine from a measurement of a few seconds. Exit status 1 where the "
-        "data, the models that it names, or the ranks here do not fit it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True)
+class Plan(Command):
+    """Say what a run would cost."""
+
+    command = "plan"
+    help = "say what params.yaml would cost, and do nothing"
+    description = (
+        "Read a parameter file as strictly as the stages do and print its parameters, steps, tokens, FLOPs, bytes on disk, "
+        "memory per GPU, and the time on this machine from a measurement of a few seconds. Exit status 1 where the data, the "
+        "models that it names, or the ranks here do not fit it."
     )
-    parser.add_argument("--params", type=Path, default=HERE.params, metavar="FILE", help="default: params.yaml")
-    parser.add_argument("--no-measure", action="store_true", help="run nothing: leave the time out")
-    parser.add_argument("--check", action="store_true", help="only look for what a stage would refuse later on")
-    parser.set_defaults(run=run)
+    examples = EXAMPLES
 
+    params: Path = option("default: params.yaml", default=HERE.params, metavar="FILE")
+    no_measure: bool = option("run nothing: leave the time out", default=False)
+    check: bool = option("only look for what a stage would refuse later on", default=False)
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the plan as it is worked out.
+    def run(self) -> int:
+        """Print the plan as it is worked out.
 
-    Raises:
-        UserError: the parameters are wrong, or the data, the models or the ranks here do not fit them.
-    """
-    from pipelib.inspection.checks import check_all, checks, require_all
-    from pipelib.inspection.disk import corpus_of
-    from pipelib.params import load_params
-    from pipelib.training.launch.machines import find_machines
+        Raises:
+            UserError: the parameters are wrong, or the data, the models or the ranks here do not fit them.
+        """
+        from pipelib.inspection.checks import check_all, checks, require_all
+        from pipelib.inspection.disk import corpus_of
+        from pipelib.params import load_params
+        from pipelib.training.launch.machines import find_machines
 
-    params = load_params(arguments.params)
-    corpus, machines = corpus_of(params, Path.cwd()), find_machines()
-    if arguments.check:
-        print(check_all(arguments.params, params, corpus, machines.world_size), flush=True)
+        try:
+            params = load_params(self.params)
+        except OSError as error:
+            raise UserError(
+                f"{self.params} cannot be read ({error.strerror}), so nothing says what to run; name another file."
+            ) from None
+        corpus, machines = corpus_of(params, Path.cwd()), find_machines()
+        ranks = machines.world_size
+        if self.check:
+            tell(check_all(self.params, params, corpus, ranks))
+            return 0
+        from pipelib.inspection.costs import costs, time_here, with_micro_batch
+
+        params = with_micro_batch(params, machines)
+        where = "this machine" if machines.count == 1 else f"{machines.count} machines"
+        tell(f"{self.params}, with {plural(ranks, 'rank')} on {where}\n")
+        for name, text in costs(params, corpus, machines):
+            tell(f"{name:<12}{text}")
+        require_all(checks(params, corpus, ranks))
+        for name, text in () if self.no_measure else time_here(params, ranks):
+            tell(f"{name:<12}{text}")
         return 0
-    ranks = machines.world_size
-    params = _with_micro_batch(params, machines)
-    where = "this machine" if machines.count == 1 else f"{machines.count} machines"
-    print(f"{arguments.params}, with {plural(ranks, 'rank')} on {where}\n")
-    for lines in (
-        _model_and_steps(params, ranks),
-        _data(params, corpus),
-        _disk(params, corpus),
-        _memory(params, machines),
-    ):
-        _print(lines)
-    require_all(checks(params, corpus, ranks))
-    if not arguments.no_measure:
-        _print(_time(params, ranks))
-    return 0
-
-
-def _with_micro_batch(params: "Params", machines: "Machines") -> "Params":
-    """The parameters with a number for `micro_batch_size: auto`, by the memory that is free here and now."""
-    from pipelib.model.device import pick_device
-    from pipelib.training.batches import check_shares
-    from pipelib.training.memory import memory_per_rank, rows_that_fit
-
-    if params.train.micro_batch_size != "auto":
-        return params
-    check_shares(params.train, machines.world_size)
-    device = pick_device(local_world_size=machines.local_ranks)
-    free = memory_per_rank(params.model, device, machines.local_ranks)
-    rows = rows_that_fit(params.model, params.train, machines.world_size, free) or 1
-    return replace(params, train=replace(params.train, micro_batch_size=rows))
-
-
-def _print(lines: Iterable[tuple[str, str]]) -> None:
-    for name, text in lines:
-        print(f"{name:<12}{text}", flush=True)
-
-
-def _model_and_steps(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
-    model, train = params.model, params.train
-    yield (
-        "model",
-        f"{model.parameters:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-        f"context {model.context_length:,}",
-    )
-    tokens = train.max_steps * train.global_batch_tokens
-    yield "steps", f"{train.max_steps:,} of {train.global_batch_tokens:,} tokens = {tokens:,} tokens"
-    micro_steps = train.rows_per_step / (train.micro_batch_rows(ranks) * ranks)
-    yield (
-        "each step",
-        f"{plural(micro_steps, 'micro-step')} a rank, of {plural(train.micro_batch_rows(ranks), 'row')} of "
-        f"{train.sequence_length:,} tokens",
-    )
-    flops = model.flops_per_token(train.sequence_length)
-    yield "compute", f"{_scaled(flops)}FLOP a token, {_scaled(flops * tokens)}FLOP in total, forward and backward"
-
-
-def _scaled(number: float) -> str:
-    """In thousands: 854.7 M, 8.55 E."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if number < 1000:
-            return f"{number:.4g} {prefix}"
-        number /= 1000
-    return f"{number:.4g} Z"
-
-
-def _data(params: "Params", corpus: "Corpus | None") -> Iterator[tuple[str, str]]:
-    if corpus is None:
-        yield "data", "unknown until tokenize has run: only it knows how many tokens your text has"
-        return
-    train_tokens = max(0, corpus.tokens - params.tokenize.shard_tokens)
-    yield "data", f"{corpus.tokens:,} tokens ({corpus.origin})"
-    if train_tokens:
-        epochs = params.train.max_steps * params.train.global_batch_tokens / train_tokens
-        yield "epochs", f"{epochs:.3g} of the {train_tokens:,} that are not for validation"
-
-
-def _disk(params: "Params", corpus: "Corpus | None") -> Iterator[tuple[str, str]]:
-    from pipelib.inspection.disk import disk_of
-
-    disk = disk_of(params, corpus)
-
-    def size(count: int | None) -> str:
-        return "unknown" if count is None else format_bytes(count)
-
-    yield "disk", f"download  data/raw     {size(disk.raw)}"
-    yield "", f"tokenize  data/tokens  {size(disk.tokens)}, 2 bytes a token; while it runs {size(disk.units)} more"
-    yield "", f"train     models       {size(disk.model)}; while it runs {size(disk.checkpoints)} of checkpoints"
-    free = shutil.disk_usage(nearest_folder(state_root())).free
-    yield "", f"together at most {size(disk.total)}, where hard links work; {size(free)} are free"
-
-
-def _memory(params: "Params", machines: "Machines") -> Iterator[tuple[str, str]]:
-    from pipelib.model.device import pick_device, total_memory
-    from pipelib.training.memory import USABLE, checkpoint_copy, memory_of
-
-    train, ranks = params.train, machines.local_ranks
-    device = pick_device(local_world_size=ranks)
-    rows = train.micro_batch_rows(machines.world_size)
-    need = memory_of(params.model, train, rows, train.sequence_length)
-    parts = (f"{name} {format_bytes(count)}" for name, count in asdict(need).items() if count)
-    yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
-    copy, on_gpu = checkpoint_copy(params.model), device.type == "cuda"
-    pinned = " (up to twice that: torch pins powers of two)" if on_gpu else ""
-    yield "", f"{format_bytes(copy)}{pinned} of main memory more on the first rank, while a checkpoint is written"
-    needed, here = (need.total, total_memory(device)) if on_gpu else (need.total + copy, total_memory(device) // ranks)
-    what = "a GPU here" if on_gpu else "a rank here, on the CPU,"
-    checkpointing = "" if train.activation_checkpointing else ", or set train.activation_checkpointing: true"
-    verdict = "fits" if needed <= USABLE * here else f"does not fit: lower train.micro_batch_size{checkpointing}"
-    yield "", f"{what} has {format_bytes(here)}: {verdict}"
-
-
-def _time(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
-    from pipelib.inspection.speed import measure_speed
-
-    train = params.train
-    speed = measure_speed(params, ranks)
-    trained = train.max_steps * train.global_batch_tokens
-    validated = -(-train.max_steps // train.validate_every) * train.validate_tokens
-    seconds = (trained + validated / 3) / (speed.tokens_per_second * ranks)  # a third of the work is the forward pass
-    rate = f"{speed.tokens_per_second:,.0f} tokens/s a rank"
-    yield "time", f"{format_seconds(seconds)} of training and validation, at {rate}"
-    yield "", speed.how

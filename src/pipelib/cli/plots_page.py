@@ -1,12 +1,16 @@
 """`pipelib plots-page`: a page for DVC's plots that needs no network."""
 
-import argparse
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from pipelib.cli.command import Command
 from pipelib.errors import UserError
 
+EXAMPLES = """examples:
+  pipelib plots-page                  write the page, as make setup has done
+  dvc plots show                      draw the curves on it
+"""
 DVC = Path(".dvc")
 PAGE = "plots/page.html"
 """Seen from DVC, as its option plots.html_template."""
@@ -44,28 +48,31 @@ window.vegaEmbed = (where, spec) =>
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `plots-page` to the command."""
-    parser = subparsers.add_parser(
-        "plots-page",
-        help="let dvc plots draw without a network",
-        description=f"Write {DVC / PAGE} and make it this clone's page of `dvc plots`; `make setup` does it.",
-    )
-    parser.set_defaults(run=run)
-
-
-def run(_arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class PlotsPage(Command):
     """Write the page, and tell DVC."""
-    from pipelib.files import format_bytes, write_text
-    from pipelib.workspace.dvc import run_dvc
 
-    if not DVC.is_dir():
-        raise UserError(f"{DVC}/ is not there, so there is nothing to set up; run this in the repository's root.")
-    page = make_page()
-    write_text(DVC / PAGE, page)
-    run_dvc(Path(), "config", "--local", "plots.html_template", PAGE)
-    print(f"{DVC / PAGE}: {format_bytes(len(page.encode()))}; dvc plots needs no network")
-    return 0
+    command = "plots-page"
+    help = "let dvc plots draw without a network"
+    description = f"Write {DVC / PAGE} and make it this clone's page of `dvc plots`; `make setup` does it."
+    examples = EXAMPLES
+
+    def run(self) -> int:
+        """Write the page, and set DVC's option.
+
+        Raises:
+            UserError: this is not the root of a repository of DVC, or DVC fails.
+        """
+        from pipelib.files import format_bytes, write_text
+        from pipelib.workspace.dvc import run_dvc
+
+        if not DVC.is_dir():
+            raise UserError(f"{DVC}/ is not there, so there is nothing to set up; run this in the repository's root.")
+        page = make_page()
+        write_text(DVC / PAGE, page)
+        run_dvc(Path(), "config", "--local", "plots.html_template", PAGE)
+        print(f"{DVC / PAGE}: {format_bytes(len(page.encode()))}; dvc plots needs no network")
+        return 0
 
 
 def make_page() -> str:

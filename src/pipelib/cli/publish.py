@@ -1,181 +1,55 @@
 """`pipelib publish`: the model and its card as a repository of the Hugging Face hub."""
 
-import argparse
-import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipelib.corpus.hub_client import client, endpoint, headers, lasting_flaw, session, shown
-from pipelib.errors import UserError
-from pipelib.files import files_under, link_or_copy, write_text
-from pipelib.tracking.record import redact
-from pipelib.workspace.git import git_state, run_git
-from pipelib.workspace.places import HERE
+from pipelib.cli.command import Command, option
 
 EXAMPLES = """examples:
   HF_TOKEN=... pipelib publish --repo NAME/gpt2-124m-fineweb-edu --private
   pipelib publish --repo NAME/gpt2-124m-fineweb-edu --licence mit
-  pipelib publish --repo NAME/gpt2-124m-fineweb-edu --out ../look     write it there and send nothing
+  pipelib publish --repo NAME/gpt2-124m-fineweb-edu --out ../look    write it, and send nothing
 """
-MODEL, CARD = HERE.model, HERE.model_card
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add this command to the command line."""
-    parser = subparsers.add_parser(
-        "publish",
-        help="put the model and its card on the Hugging Face hub",
-        description="Join models/ with reports/model_card.md in a copy, add the git commit, and upload it with the token of "
-        "HF_TOKEN or `hf auth login`. Refuses where the model, the card and dvc.lock do not belong together, or something is "
-        "in no commit.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True)
+class Publish(Command):
+    """Put the model on the hub."""
+
+    command = "publish"
+    help = "put the model and its card on the Hugging Face hub"
+    description = (
+        "Join models/ with reports/model_card.md in a copy, add the git commit, and upload it with the token of HF_TOKEN or `hf "
+        "auth login`. Refuses where the model, the card and dvc.lock do not belong together, or something is not committed."
     )
-    parser.add_argument("--repo", required=True, metavar="NAME", help="OWNER/MODEL; made where it does not exist")
-    parser.add_argument("--private", action="store_true", help="make it a private repository")
-    parser.add_argument(
-        "--licence", metavar="ID", help="the model's licence, for example mit; the card has none otherwise"
+    examples = EXAMPLES
+
+    repo: str = option("OWNER/MODEL; made where it does not exist", metavar="NAME")
+    private: bool = option("make it a private repository", default=False)
+    licence: str | None = option(
+        "the model's licence, for example mit; without it the card names none", default=None, metavar="ID"
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write what would be uploaded into DIR, and upload nothing"
-    )
-    parser.set_defaults(run=run)
+    out: Path | None = option("write what would be uploaded into DIR, and upload nothing", default=None, metavar="DIR")
 
+    def run(self) -> int:
+        """Check, copy, upload.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Check, copy, upload.
+        Raises:
+            UserError: the model or card is missing or of another run, something is not committed, or the hub refuses.
+        """
+        from pipelib.inspection.out_folder import make_out
+        from pipelib.inspection.publish import find_token, require_whole, upload, write_copy
 
-    Raises:
-        UserError: the model or card is missing or of another run, nothing is committed, or the hub refuses.
-    """
-    token = "" if arguments.out else find_token()
-    require_whole()
-    if arguments.out is not None:
-        if arguments.out.exists() and any(arguments.out.iterdir()):
-            raise UserError(f"{arguments.out} is not empty, and nothing is overwritten; name another folder.")
-        write_copy(arguments.out, arguments.repo, arguments.licence)
-        print(f"{arguments.out} has what would be uploaded to {arguments.repo}")
+        token = "" if self.out else find_token()
+        require_whole()
+        if self.out is not None:
+            make_out(self.out, empty=True)
+            write_copy(self.out, self.repo, self.licence)
+            print(f"{self.out} has what would be uploaded to {self.repo}")
+            return 0
+        with tempfile.TemporaryDirectory(prefix=".publish-", dir=".") as folder:
+            write_copy(Path(folder), self.repo, self.licence)
+            url = upload(Path(folder), self.repo, token, private=self.private)
+        print(f"{self.repo} is at {url}")
         return 0
-    with tempfile.TemporaryDirectory(prefix=".publish-", dir=".") as folder:
-        write_copy(Path(folder), arguments.repo, arguments.licence)
-        url = upload(Path(folder), arguments.repo, token, private=arguments.private)
-    print(f"{arguments.repo} is at {url}")
-    return 0
-
-
-def require_whole() -> None:
-    """Refuse a model that dvc.lock does not describe, a card of another model, and changes that are in no commit.
-
-    Raises:
-        UserError: what is wrong, and what to do.
-    """
-    from pipelib.inspection.verify import check_folder, find_folders
-    from pipelib.workspace.dvc import read_lock
-
-    for path, what in ((MODEL / "model.safetensors", "no model"), (CARD, "no model card")):
-        if not path.is_file():
-            raise UserError(f"{path} does not exist, so there is {what} to publish; run dvc repro.")
-    for folder in (MODEL, CARD.parent):
-        ((_, out),) = find_folders(folder).items()
-        if problems := check_folder(folder, out).problems:
-            raise UserError(
-                f"{folder} is not what dvc.lock says, so its card would be wrong; run dvc repro, or dvc checkout {folder}.\n"
-                + "\n".join(problem.text for problem in problems)
-            )
-    stages = read_lock()
-    made = [out.md5 for out in stages["train"].outs if out.path == str(MODEL)] if "train" in stages else []
-    read = [dep.md5 for dep in stages["evaluate"].deps if dep.path == str(MODEL)] if "evaluate" in stages else []
-    if not made or read != made:
-        raise UserError(
-            "reports/ is of another model than models/, so the card would be wrong; run dvc repro evaluate."
-        )
-    changes = run_git(Path.cwd(), "status", "--porcelain")
-    if not git_state(Path.cwd())["commit"]:
-        raise UserError(
-            "git has no commit of this folder, so the card could not say what made the model; publish from the clone that made "
-            "it, with everything committed (`git status` says what is wrong)."
-        )
-    if changes:
-        raise UserError(
-            "the working tree has changes that are in no commit, so nobody could make this model again; commit them, dvc.lock "
-            "and metrics/ too (`git status` lists them)."
-        )
-
-
-def write_copy(folder: Path, repo: str, licence: str | None) -> None:
-    """What goes to the hub: the files of models/, the pictures, and the card as README.md with the commit in it."""
-    from pipelib.evaluation.model_card import LOAD_FROM, REPRODUCE
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in files_under(MODEL):
-        if path.name != "README.md":
-            link_or_copy(path, folder / path.relative_to(MODEL))
-    card = CARD.read_text(encoding="utf-8").replace(LOAD_FROM, f'"{repo}"')
-    for picture in sorted(CARD.parent.glob("*.png")):
-        if f"({picture.name})" in card:
-            link_or_copy(picture, folder / picture.name)
-    commit = git_state(Path.cwd())["commit"]
-    card = card.replace(REPRODUCE, f"{REPRODUCE}\n\nGit commit `{commit}` of the pipeline's repository has all of it.")
-    if licence:
-        card = card.replace("---\n", f"---\nlicense: {licence}\n", 1)
-    write_text(folder / "README.md", redact(card))
-
-
-def find_token() -> str:
-    """The user's token of the hub.
-
-    Raises:
-        UserError: there is none, or the hub is not to be asked.
-    """
-    hub = client()
-    if hub.constants.HF_HUB_OFFLINE:
-        raise UserError(
-            "HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or look at the result with --out DIR."
-        )
-    headers()  # refuses a token that cannot be read or sent
-    token = hub.get_token()
-    if not token:
-        raise UserError(
-            "there is no token, so the hub would refuse; make one with write access at "
-            "https://huggingface.co/settings/tokens and set HF_TOKEN, or run `hf auth login`."
-        )
-    return str(token)
-
-
-def upload(folder: Path, repo: str, token: str, *, private: bool) -> str:
-    """Upload a folder as one commit and return the repository's address.
-
-    Raises:
-        UserError: the hub refuses, or cannot be reached.
-    """
-    from httpx2 import HTTPError
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    endpoint(), session()  # refuse variables that cannot work
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
-    try:
-        url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Publish with pipelib")
-    except HFValidationError as error:
-        raise UserError(f"--repo {repo} is no name that the hub takes ({error}); write OWNER/MODEL.") from None
-    except HfHubHTTPError as error:
-        said = redact(str(error).replace(token, "***")).strip().splitlines()
-        raise UserError(
-            f"the hub refused {repo} ({said[0] if said else type(error).__name__}), so it is not published; is the token's "
-            "access `write`, and is OWNER you or an organisation of yours? Then run the command again."
-        ) from None
-    except (HTTPError, OSError, RuntimeError) as error:  # the last: what the client makes of a large file that failed
-        if flaw := lasting_flaw(error):
-            raise UserError(f"{repo} is not published ({flaw[0]}): {flaw[1]}.") from None
-        said = redact(str(error).replace(token, "***")).strip().splitlines()
-        raise UserError(
-            f"the hub cannot be reached ({said[0] if said else type(error).__name__}), so {repo} is not published; check the "
-            "connection and HF_ENDPOINT, and run the command again."
-        ) from None
-    except (ValueError, LookupError, TypeError, AttributeError):  # what the client makes of an answer of another shape
-        raise UserError(
-            f"{shown(endpoint())} does not answer as the hub does, so {repo} is not published; look at HF_ENDPOINT and at the "
-            "network (a proxy, or a page that wants a login first), and run the command again."
-        ) from None
-    return str(url)

@@ -1,9 +1,10 @@
 """`pipelib sample`: text from a trained model."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipelib.cli.command import Command, option
 from pipelib.errors import UserError
 from pipelib.workspace.places import HERE
 
@@ -13,88 +14,84 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   pipelib sample --prompt "Returns the"
   pipelib sample --prompt "Parameters" "See also" --tokens 50 --temperature 0.8 --seed 3
-  pipelib sample --prompt "Once upon a time" --model ../gpt2 --temperature 0    the likeliest text, always the same
-  pipelib sample --prompt "Once upon a time" --num-samples 5 --top-p 0.9        five texts, no unlikely words
+  pipelib sample --prompt "Once upon" --model ../gpt2 --temperature 0    the likeliest text
+  pipelib sample --prompt "Once upon" --num-samples 5 --top-p 0.9        five texts, no unlikely words
 """
 
 TOP_K = 50
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `sample` to the command."""
-    parser = subparsers.add_parser(
-        "sample",
-        help="let a model go on from a prompt",
-        description="Print each prompt and what a GPT-2 in a Hugging Face folder writes after it, until it ends the text "
-        "or has written --tokens tokens.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True)
+class Sample(Command):
+    """Let a model continue prompts."""
+
+    command = "sample"
+    help = "let a model continue a prompt"
+    description = (
+        "Print each prompt and what a GPT-2 in a Hugging Face folder writes after it, until it ends the text or has written "
+        "--tokens tokens."
     )
-    parser.add_argument(
-        "--prompt", nargs="+", action="extend", required=True, metavar="TEXT", help='"" lets the model begin by itself'
+    examples = EXAMPLES
+
+    prompt: tuple[str, ...] = option('"" lets the model begin by itself', nargs="+", action="extend", metavar="TEXT")
+    model: Path = option("default: models", default=HERE.model, metavar="DIR")
+    tokens: int = option("tokens to write at most; default: 100", default=100, metavar="N")
+    temperature: float = option(
+        "0 takes the likeliest token each time, 1 draws as trained; default: 1", default=1.0, metavar="T"
     )
-    parser.add_argument("--model", type=Path, default=HERE.model, metavar="DIR", help="default: models")
-    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to write at most; default: 100")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="0 takes the likeliest token each time, 1 draws as trained; default: 1",
+    top_k: int | None = option(
+        f"draw among the K likeliest tokens; default: {TOP_K}, or all of them with --top-p", default=None, metavar="K"
     )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        metavar="K",
-        help=f"draw among the K likeliest tokens; default: {TOP_K}, or all of them with --top-p",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
+    top_p: float | None = option(
+        "draw among the fewest likeliest tokens that together have the probability P; default: all",
+        default=None,
         metavar="P",
-        help="draw among the fewest likeliest tokens that together have the probability P; default: all",
     )
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt; default: 1")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same texts; default: 0")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
-    parser.set_defaults(run=run)
+    num_samples: int = option("texts for each prompt; default: 1", default=1, metavar="N")
+    seed: int = option("same seed, same texts; default: 0", default=0, metavar="N")
+    device: str | None = option(
+        "cpu, cuda, cuda:1, ...; default: the GPU if there is one", default=None, metavar="NAME"
+    )
 
+    def run(self) -> int:
+        """Print every prompt with its continuations, a line of dashes between two.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print every prompt with its continuations, a line of dashes between two."""
-    for name in ("tokens", "num_samples"):
-        if (count := getattr(arguments, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {count} would write nothing; give 1 or more.")
-    if arguments.temperature == 0 and arguments.num_samples > 1:
-        raise UserError(
-            f"--temperature 0 would write the same text {arguments.num_samples} times; drop --num-samples, or draw with "
-            "--temperature 1."
+        Raises:
+            UserError: an option asks for nothing, or the model or the device cannot be used.
+        """
+        for name, count in (("--tokens", self.tokens), ("--num-samples", self.num_samples)):
+            if count < 1:
+                raise UserError(f"{name} {count} would write nothing; give 1 or more.")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise UserError(
+                f"--temperature 0 would write the same text {self.num_samples} times; drop --num-samples, or draw with "
+                "--temperature 1."
+            )
+        from pipelib.model.generate import generate
+        from pipelib.model.huggingface import import_model
+        from pipelib.model.vocabulary import EOT_TOKEN_ID
+        from pipelib.tokens.encoding import tiktoken_encoding
+
+        model = import_model(self.model).to(_device(self.device))
+        encoding = tiktoken_encoding()
+        token_ids = [[EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)] for prompt in self.prompt]
+        texts = generate(
+            model,
+            token_ids * self.num_samples,  # a prompt's first text is the same however many follow
+            self.tokens,
+            temperature=self.temperature,
+            top_k=TOP_K if self.top_k is None and self.top_p is None else self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop_token_id=EOT_TOKEN_ID,
         )
-    from pipelib.model.generate import generate
-    from pipelib.model.huggingface import import_model
-    from pipelib.model.vocabulary import EOT_TOKEN_ID
-    from pipelib.tokens.encoding import tiktoken_encoding
-
-    model = import_model(arguments.model).to(_device(arguments.device))
-    encoding = tiktoken_encoding()
-    top_k = TOP_K if arguments.top_k is None and arguments.top_p is None else arguments.top_k
-    token_ids = [[EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)] for prompt in arguments.prompt]
-    texts = generate(
-        model,
-        token_ids * arguments.num_samples,  # a prompt's first text is the same however many follow
-        arguments.tokens,
-        temperature=arguments.temperature,
-        top_k=top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        stop_token_id=EOT_TOKEN_ID,
-    )
-    written = [
-        prompt + encoding.decode(new)
-        for number, prompt in enumerate(arguments.prompt)
-        for new in texts[number :: len(arguments.prompt)]
-    ]
-    print(f"\n{'-' * 80}\n".join(written))
-    return 0
+        written = [
+            prompt + encoding.decode(new)
+            for number, prompt in enumerate(self.prompt)
+            for new in texts[number :: len(self.prompt)]
+        ]
+        print(f"\n{'-' * 80}\n".join(written))
+        return 0
 
 
 def _device(name: str | None) -> "torch.device":

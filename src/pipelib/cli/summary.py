@@ -1,56 +1,52 @@
 """`pipelib summary`: what the last run gave, on one screen, and where to look next."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelib.cli.command import Command
 from pipelib.errors import UserError, as_typed
 from pipelib.files import read_json
 from pipelib.workspace.places import HERE
 
-EXAMPLES = """example:
+EXAMPLES = """examples:
   pipelib summary
 """
 SAMPLE_LINES, LINE_LENGTH = 5, 74
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add this command to the command line."""
-    parser = subparsers.add_parser(
-        "summary",
-        help="what the last run gave, on one screen",
-        description="Print the model's losses and scores, a sample of what it writes, and the commands to try next.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class Summary(Command):
+    """Sum up the last run."""
 
+    command = "summary"
+    help = "what the last run gave, on one screen"
+    description = "Print the model's losses and scores, a sample of what it writes, and the commands to try next."
+    examples = EXAMPLES
 
-def run(_: argparse.Namespace) -> int:
-    """Print the summary of the metrics and the report in the workspace.
+    def run(self) -> int:
+        """Print the summary of the metrics and the report in the workspace.
 
-    Raises:
-        UserError: metrics are missing, or are not those of a run.
-    """
-    tokens, train, evaluate = (read_json(HERE.result(stage)) for stage in ("tokenize", "train", "evaluate"))
-    speed_file = HERE.speed("train")
-    speed = read_json(speed_file) if speed_file.exists() else {}  # git does not have it, so a fresh clone may lack it
-    try:
-        lines = [title(train, tokens), *(f"  {name:<22}{value}" for name, value in rows(evaluate, speed))]
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{HERE.metrics}/ does not have the numbers of a whole run ({error!r}), so there is nothing to sum up; `git diff "
-            f"{HERE.metrics}` shows what changed, and `dvc repro --force` makes them again."
-        ) from None
-    print()
-    for line in lines:
-        print(line)
-    sample = first_sample(HERE.evaluation)
-    if sample:
-        print("It writes")
-        print("\n".join(f"  | {shorten(line)}" for line in sample.splitlines()[:SAMPLE_LINES]))
-    print(next_steps())
-    return 0
+        Raises:
+            UserError: metrics are missing, or are not those of a run.
+        """
+        tokens, train, evaluate = (read_json(HERE.result(stage)) for stage in ("tokenize", "train", "evaluate"))
+        speed_file = HERE.speed("train")
+        speed = (
+            read_json(speed_file) if speed_file.exists() else {}
+        )  # git does not have it, so a fresh clone may lack it
+        try:
+            lines = [title(train, tokens), *(f"  {name:<22}{value}" for name, value in rows(evaluate, speed))]
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{HERE.metrics}/ does not have the numbers of a whole run ({error!r}), so there is nothing to sum up; `git "
+                f"diff {HERE.metrics}` shows what changed, and `dvc repro --force` makes them again."
+            ) from None
+        print("", *lines, sep="\n")
+        if sample := first_sample(HERE.evaluation):
+            print("It writes", *(f"  | {shorten(line)}" for line in sample.splitlines()[:SAMPLE_LINES]), sep="\n")
+        print(next_steps())
+        return 0
 
 
 NEXT = (

@@ -34,7 +34,7 @@ CODE = ("src/", "stages/")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """What is known of a run."""
 
     name: str
@@ -59,7 +59,7 @@ class Run:
         return next((out.md5 for stage in self.lock.values() for out in stage.outs if out.path == path), "")
 
 
-def find_run(name: str) -> Run:
+def find_run(name: str) -> RunFiles:
     """The run that a user calls `name`: `workspace`, a folder of a checkout, a git revision, or an experiment of DVC.
 
     Raises:
@@ -136,7 +136,7 @@ class _InCommit:
             return {file.name: content.read() for file in files if (content := files.extractfile(file))}
 
 
-def _run(files: _InFolder | _InCommit, items: Path | None) -> Run:
+def _run(files: _InFolder | _InCommit, items: Path | None) -> RunFiles:
     name, where = files.name, files.where
     params, content = files.read(str(HERE.params)), files.read(str(HERE.lock))
     if params is None:
@@ -149,7 +149,7 @@ def _run(files: _InFolder | _InCommit, items: Path | None) -> Run:
             "there and commit its metrics, or name another run (`dvc exp list`, `git log`)."
         )
     values = flatten(parse_yaml(params, files.called("params.yaml")))
-    return Run(
+    return RunFiles(
         name,
         where,
         {key: value for key, value in values if not key.startswith("logging.")},
@@ -203,14 +203,14 @@ def _code(lock: Mapping[str, LockedStage], files: _InFolder | _InCommit) -> dict
     return ran
 
 
-def changed_code(first: Run, second: Run) -> list[str]:
+def changed_code(first: RunFiles, second: RunFiles) -> list[str]:
     """Files of code that do not do the same in two runs."""
     return sorted(
         path for path in first.code.keys() | second.code.keys() if first.code.get(path) != second.code.get(path)
     )
 
 
-def differing_params(runs: Sequence[Run]) -> Iterator[tuple[str, list[object]]]:
+def differing_params(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[object]]]:
     """Parameters that are not the same in all runs, with their values."""
     for key in dict.fromkeys(key for run in runs for key in run.params):
         values = [run.params.get(key) for run in runs]

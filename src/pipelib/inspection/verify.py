@@ -32,18 +32,18 @@ TOKENS = HERE.tokens
 # ---- What there is to verify -----------------------------------------------------------------------------------------
 
 
-def find_folders(wish: Path | None) -> dict[Path, Out | None]:
+def find_folders(wanted: Path | None) -> dict[Path, Out | None]:
     """The folders to verify, and what DVC knows of each; None where it knows nothing and the folder holds shards.
 
     Args:
-        wish: an out of dvc.lock, something in one, a folder with several, or a folder of shards; None for every out of
+        wanted: an out of dvc.lock, something in one, a folder with several, or a folder of shards; None for every out of
             dvc.lock that is in the workspace.
 
     Raises:
         UserError: there is nothing that could be verified.
     """
-    outs = _outs_near(_absolute(wish or Path()))
-    if wish is None:
+    outs = _outs_near(_absolute(wanted or Path()))
+    if wanted is None:
         found: dict[Path, Out | None] = {folder: out for folder, out in outs.items() if folder.is_dir()}
         found |= {TOKENS: None} if TOKENS not in found and holds_shards(TOKENS) else {}
         if not found:
@@ -51,28 +51,30 @@ def find_folders(wish: Path | None) -> dict[Path, Out | None]:
                 "no out of dvc.lock is here, so there is nothing to verify; run dvc repro, or name a folder."
             )
         return found
-    target = _absolute(wish)
+    target = _absolute(wanted)
     found = {
         folder: out
         for folder, out in outs.items()
         if _absolute(folder) in (target, *target.parents) or (target in _absolute(folder).parents and folder.is_dir())
     }
-    for folder in [*found] or [wish]:
-        if not folder.is_dir():
+    for folder in [*found] or [wanted]:
+        if not os.path.isdir(folder):  # noqa: PTH112
             raise UserError(
-                f"{folder} is no folder, so there is nothing to verify; run dvc repro, or name another folder."
+                f"{folder} is not a folder, so there is nothing to verify; run dvc repro, or name another folder."
             )
-    if found or holds_shards(wish):
-        return found or {wish: None}
+    if found or holds_shards(wanted):
+        return found or {wanted: None}
     raise UserError(
-        f"{wish} is no out of dvc.lock and its {MANIFEST} lists no shards, so nothing says what it should hold and nothing "
+        f"{wanted} is not an out of dvc.lock and its {MANIFEST} lists no shards, so nothing says what it should hold and nothing "
         f"was touched; name one of {', '.join(map(str, outs)) or 'the outs, once dvc repro has made them'}."
     )
 
 
 def _outs_near(start: Path) -> dict[Path, Out]:
     """The folders of the nearest dvc.lock, by their paths as seen from here."""
-    root = next((folder for folder in (start, *start.parents) if Places(folder).lock.is_file()), None)
+    parents = (start, *start.parents)
+    # os.path's isfile and isdir, since Path's raise where a name is too long
+    root = next((folder for folder in parents if os.path.isfile(Places(folder).lock)), None)  # noqa: PTH113
     if root is None:
         return {}
     stages = read_lock(_from_here(Places(root).lock)).values()

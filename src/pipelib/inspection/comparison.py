@@ -1,0 +1,186 @@
+"""What differs between runs, what it did, and how sure that is: the rows of a table, and notes on it."""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from pipelib.evaluation.items import read_scores
+from pipelib.inspection.bootstrap import Scores, mean, measures, paired_difference
+from pipelib.inspection.runs import RunFiles, changed_code, differing_params
+from pipelib.progress import format_seconds
+from pipelib.workspace.places import HERE
+
+SEEDS = 3
+"""This many seeds say something about the noise of training."""
+SEED = "train.seed"
+_PARTS = ("low", "high", "items", "version", "examples", "examples_in_all", "limit")
+"""Keys of metrics that describe another one, beside standard errors."""
+
+
+def rows_of(runs: Sequence[RunFiles]) -> list[list[str]]:
+    """A row for each parameter, metric and circumstance: its name, and a cell for each run.
+
+    After the first run, a metric's cell also has the difference from it, with the paired 95 % interval where both runs were
+    measured on the same items.
+    """
+    return [*_params(runs), *_metrics(runs), *_circumstances(runs)]
+
+
+def notes_on(runs: Sequence[RunFiles]) -> list[str]:
+    """What the numbers do not say: missing items, other code, and what the seeds show of the noise of training."""
+    return [*_notes(runs), *_noise(runs)]
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def _params(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
+    for key, values in differing_params(runs):
+        yield [key, *("" if value is None else str(value) for value in values)]
+
+
+def _metrics(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
+    """Numbers of train and evaluate, and what was measured on items and has no number of its own there."""
+    scores = [_scores(run) for run in runs]
+    shown = set()
+    for stage in ("train", "evaluate"):
+        for key in dict.fromkeys(key for run in runs for key in run.metrics[stage]):
+            values = [_number(run.metrics[stage].get(key)) for run in runs]
+            name = measure_of(key) if stage == "evaluate" else ""
+            shown.add(name)
+            if len(set(values)) == 1 or is_part(key):
+                continue
+            yield [f"{stage} {key.removesuffix('.value')}", *_cells(values, name, scores)]
+    for name in dict.fromkeys(name for score in scores for name in measures(score)):
+        if name not in shown:
+            yield [f"items {name}", *_cells([mean(s, name) if name in s else None for s in scores], name, scores)]
+
+
+def is_part(key: str) -> bool:
+    """Whether a metric says something of another one, or of another model."""
+    return key.rpartition(".")[2] in _PARTS or key.endswith("_stderr") or key.startswith("baselines.")
+
+
+def measure_of(key: str) -> str:
+    """What the items of a metric are called: `completion.acc.value` -> `completion/acc`, `val_loss` -> `validation/loss`."""
+    return "validation/loss" if key == "val_loss" else key.removesuffix(".value").replace(".", "/")
+
+
+def _cells(values: Sequence[float | None], name: str, scores: Sequence[Scores]) -> Iterator[str]:
+    """The value of each run, after the first with the difference from it."""
+    for number, value in enumerate(values):
+        first = values[0]
+        if value is None:
+            yield ""
+        elif number == 0 or first is None:
+            yield _plain(value)
+        else:
+            found = paired_difference(scores[0], scores[number], name)
+            if found and not name.endswith("perplexity"):  # which is not the mean of its items, nor a multiple of that
+                unit = math.log(2) if name.endswith("bits_per_byte") else 1.0  # items are in nats
+                low, high = found.low / unit, found.high / unit
+                yield f"{_plain(value)}  {found.value / unit:+.4f} ({low:+.4f} to {high:+.4f})"
+            else:
+                yield f"{_plain(value)}  {_plain(value - first, sign='+')}"
+
+
+def _circumstances(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
+    yield ["tokens trained on", *(_count(run.metrics["train"].get("tokens")) for run in runs)]
+    yield [
+        "time, all stages",
+        *(_time(sum(_number(s.get("seconds")) or 0 for s in run.speed.values())) for run in runs),
+    ]
+    hours = [_number(run.speed["train"].get("device_hours")) for run in runs]
+    yield ["device hours, train", *("" if value is None else f"{value:,.4f}" for value in hours)]
+    yield ["tokens/s", *(_count(run.speed["train"].get("tokens_per_second")) for run in runs)]
+    for out in map(str, (HERE.tokens, HERE.model)):
+        yield [f"md5 of {out}", *(run.md5(out)[:8] for run in runs)]
+
+
+# ---- What the numbers do not say -------------------------------------------------------------------------------------
+
+
+def _notes(runs: Sequence[RunFiles]) -> Iterator[str]:
+    yield (
+        "Metrics that are equal in all runs are left out. Differences are from the first run; in brackets the 95 % interval over "
+        "texts, the same ones for both models."
+    )
+    first = runs[0]
+    for run in runs:
+        if not _scores(run):
+            yield (
+                f"{run.name} has no scores of single items here (reports/items.npz), so its differences have no interval; "
+                "`dvc fetch` brings them, or dvc repro makes them."
+            )
+    for other in runs[1:]:
+        if changed := changed_code(first, other):
+            yield f"{other.name} ran other code than {first.name}: {', '.join(changed)}."
+        unpaired = [
+            name
+            for name in measures(_scores(first))
+            if name in _scores(other) and not paired_difference(_scores(first), _scores(other), name)
+        ]
+        if unpaired:
+            yield f"{other.name} was measured on other items than {first.name} in {', '.join(unpaired)}: no interval."
+
+
+def _noise(runs: Sequence[RunFiles]) -> Iterator[str]:
+    """What runs that differ in their seed alone say of the noise of training."""
+    groups: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        rest = sorted((key, str(value)) for key, value in run.params.items() if key != SEED)
+        groups.setdefault(repr((rest, run.md5(str(HERE.tokens)), sorted(run.code.items()))), []).append(run)
+    too_few: dict[int, list[str]] = {}
+    for group in groups.values():
+        seeds = {str(run.params.get(SEED)): run for run in group}
+        names = ", ".join(run.name for run in group)
+        if len(seeds) < SEEDS:
+            too_few.setdefault(len(seeds), []).append(names)
+            continue
+        for key in dict.fromkeys(key for run in seeds.values() for key in run.metrics["evaluate"]):
+            values = [_number(run.metrics["evaluate"].get(key)) for run in seeds.values()]
+            numbers = [value for value in values if value is not None and math.isfinite(value)]
+            if not is_part(key) and len(numbers) == len(seeds) and len(set(numbers)) > 1:
+                yield (
+                    f"{names}: {key.removesuffix('.value')} over {len(seeds)} seeds: mean {_plain(statistics.mean(numbers))}, "
+                    f"standard deviation {_plain(statistics.stdev(numbers))}."
+                )
+    for count, those in too_few.items():
+        words = "one seed" if count == 1 else f"{count} seeds"
+        yield (
+            f"{'; '.join(those)}: {words}: training noise unknown; {SEEDS} runs with other values of {SEED} would show it."
+        )
+
+
+@cache
+def _scores_of(path: Path) -> Scores:
+    return read_scores(path)
+
+
+def _scores(run: RunFiles) -> Scores:
+    return _scores_of(run.items.absolute()) if run.items else {}
+
+
+# ---- Form ------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:  # an int of more than 308 digits
+        return math.inf
+
+
+def _plain(value: float, sign: str = "") -> str:
+    return format(value, f"{sign},.0f" if value.is_integer() and abs(value) >= 10 else f"{sign},.4f")
+
+
+def _count(value: object) -> str:
+    number = _number(value)
+    return "" if number is None else f"{number:,.0f}"
+
+
+def _time(seconds: float) -> str:
+    return format_seconds(seconds) if seconds and math.isfinite(seconds) else ""

@@ -1,0 +1,121 @@
+"""What parameters would cost: parameters, steps, tokens, FLOPs, disk, memory and time, as lines of a name and a text."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+from pipelib.files import format_bytes, nearest_folder, plural
+from pipelib.inspection.disk import Corpus, disk_of
+from pipelib.inspection.speed import measure_speed
+from pipelib.model.device import pick_device, total_memory
+from pipelib.params import Params
+from pipelib.progress import format_seconds
+from pipelib.training.batches import check_shares
+from pipelib.training.launch.machines import Machines
+from pipelib.training.memory import USABLE, checkpoint_copy, memory_of, memory_per_rank, rows_that_fit
+from pipelib.workspace.places import state_root
+
+
+def costs(params: Params, corpus: Corpus | None, machines: Machines) -> Iterator[tuple[str, str]]:
+    """All but the time, each line as soon as it is worked out.
+
+    Args:
+        params: with a number for `micro_batch_size`, see `with_micro_batch`.
+        corpus: None where nothing says how large it is.
+    """
+    yield from _model_and_steps(params, machines.world_size)
+    yield from _data(params, corpus)
+    yield from _disk(params, corpus)
+    yield from _memory(params, machines)
+
+
+def with_micro_batch(params: Params, machines: Machines) -> Params:
+    """The parameters with a number for `micro_batch_size: auto`, by the memory that is free here and now."""
+    if params.train.micro_batch_size != "auto":
+        return params
+    check_shares(params.train, machines.world_size)
+    device = pick_device(local_world_size=machines.local_ranks)
+    free = memory_per_rank(params.model, device, machines.local_ranks)
+    rows = rows_that_fit(params.model, params.train, machines.world_size, free) or 1
+    return replace(params, train=replace(params.train, micro_batch_size=rows))
+
+
+def _model_and_steps(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
+    model, train = params.model, params.train
+    yield (
+        "model",
+        f"{model.parameters:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
+        f"context {model.context_length:,}",
+    )
+    tokens = train.max_steps * train.global_batch_tokens
+    yield "steps", f"{train.max_steps:,} of {train.global_batch_tokens:,} tokens = {tokens:,} tokens"
+    micro_steps = train.rows_per_step / (train.micro_batch_rows(ranks) * ranks)
+    yield (
+        "each step",
+        f"{plural(micro_steps, 'micro-step')} a rank, of {plural(train.micro_batch_rows(ranks), 'row')} of "
+        f"{train.sequence_length:,} tokens",
+    )
+    flops = model.flops_per_token(train.sequence_length)
+    yield "compute", f"{_scaled(flops)}FLOP a token, {_scaled(flops * tokens)}FLOP in total, forward and backward"
+
+
+def _scaled(number: float) -> str:
+    """In thousands: 854.7 M, 8.55 E."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if number < 1000:
+            return f"{number:.4g} {prefix}"
+        number /= 1000
+    return f"{number:.4g} Z"
+
+
+def _data(params: Params, corpus: Corpus | None) -> Iterator[tuple[str, str]]:
+    if corpus is None:
+        yield "data", "unknown until tokenize has run: only it knows how many tokens your text has"
+        return
+    train_tokens = max(0, corpus.tokens - params.tokenize.shard_tokens)
+    yield "data", f"{corpus.tokens:,} tokens ({corpus.origin})"
+    if train_tokens:
+        epochs = params.train.max_steps * params.train.global_batch_tokens / train_tokens
+        yield "epochs", f"{epochs:.3g} of the {train_tokens:,} that are not for validation"
+
+
+def _disk(params: Params, corpus: Corpus | None) -> Iterator[tuple[str, str]]:
+    disk = disk_of(params, corpus)
+
+    def size(count: int | None) -> str:
+        return "unknown" if count is None else format_bytes(count)
+
+    yield "disk", f"download  data/raw     {size(disk.raw)}"
+    yield "", f"tokenize  data/tokens  {size(disk.tokens)}, 2 bytes a token; while it runs {size(disk.units)} more"
+    yield "", f"train     models       {size(disk.model)}; while it runs {size(disk.checkpoints)} of checkpoints"
+    free = shutil.disk_usage(nearest_folder(state_root())).free
+    yield "", f"together at most {size(disk.total)}, where hard links work; {size(free)} are free"
+
+
+def _memory(params: Params, machines: Machines) -> Iterator[tuple[str, str]]:
+    train, ranks = params.train, machines.local_ranks
+    device = pick_device(local_world_size=ranks)
+    rows = train.micro_batch_rows(machines.world_size)
+    need = memory_of(params.model, train, rows, train.sequence_length)
+    parts = (f"{name} {format_bytes(count)}" for name, count in asdict(need).items() if count)
+    yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
+    copy, on_gpu = checkpoint_copy(params.model), device.type == "cuda"
+    pinned = " (up to twice that: torch pins powers of two)" if on_gpu else ""
+    yield "", f"{format_bytes(copy)}{pinned} of main memory more on the first rank, while a checkpoint is written"
+    needed, here = (need.total, total_memory(device)) if on_gpu else (need.total + copy, total_memory(device) // ranks)
+    what = "a GPU here" if on_gpu else "a rank here, on the CPU,"
+    checkpointing = "" if train.activation_checkpointing else ", or set train.activation_checkpointing: true"
+    verdict = "fits" if needed <= USABLE * here else f"does not fit: lower train.micro_batch_size{checkpointing}"
+    yield "", f"{what} has {format_bytes(here)}: {verdict}"
+
+
+def time_here(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
+    """The time of a training on this machine, from a measurement of a few seconds."""
+    train = params.train
+    speed = measure_speed(params, ranks)
+    trained = train.max_steps * train.global_batch_tokens
+    validated = -(-train.max_steps // train.validate_every) * train.validate_tokens
+    seconds = (trained + validated / 3) / (speed.tokens_per_second * ranks)  # a third of the work is the forward pass
+    rate = f"{speed.tokens_per_second:,.0f} tokens/s a rank"
+    yield "time", f"{format_seconds(seconds)} of training and validation, at {rate}"
+    yield "", speed.how

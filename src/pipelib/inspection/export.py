@@ -1,0 +1,52 @@
+"""Shards of tokens in the formats of other programs."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pipelib.errors import UserError
+from pipelib.files import format_bytes, require_free_space, write_atomic
+from pipelib.inspection.out_folder import make_out
+from pipelib.progress import Progress
+from pipelib.tokens.shards import open_shard, read_manifest, shard_problems
+
+LONGEST_NAME = 200
+"""In bytes; a file's name has 255 at most, with the shard's and what it is called until it is whole."""
+
+
+def export_npy(tokens: Path, out: Path, name: str) -> None:
+    """Write each shard as a uint16 array, NAME_val_000000.npy, NAME_train_000001.npy, ..., as build-nanogpt reads them.
+
+    Args:
+        tokens: a folder of shards with its manifest, which each shard is checked against first.
+        out: a folder that does not exist or is empty.
+        name: what the files' names begin with.
+
+    Raises:
+        UserError: the name is too long or would mislead those programs, `out` is not empty, a shard is damaged, or the disk is
+            too small.
+    """
+    if any(word in name for word in ("train", "val", "/")):
+        raise UserError(
+            f"--name {name} has `train`, `val` or a slash in it, so programs that look for a split by its name would "
+            "take one for the other; give another name."
+        )
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(
+            f"--name {name} has more than {LONGEST_NAME} bytes, so the names of the files would be longer than file systems "
+            "take; give a shorter one."
+        )
+    manifest = read_manifest(tokens)
+    make_out(out, empty=True)
+    total = 2 * sum(shard.tokens for shard in manifest.shards)
+    require_free_space(out, total, "the export")
+    progress = Progress(f"writing {out}", len(manifest.shards), "shards")
+    for shard in manifest.shards:
+        problems = shard_problems(tokens, shard)
+        if problems:
+            raise UserError("\n".join(problems))
+        with write_atomic(out / f"{name}_{Path(shard.name).stem}.npy") as file:
+            np.save(file, open_shard(tokens / shard.name).astype(np.uint16, copy=False))
+        progress.add(1)
+    progress.close(f"{len(manifest.shards)} shards, {format_bytes(total)}")

@@ -1,0 +1,82 @@
+"""What the stage evaluate measures, of a model in any Hugging Face folder and without the pipeline."""
+
+import tempfile
+from pathlib import Path
+
+from pipelib.errors import UserError
+from pipelib.evaluation.baselines import find_baselines
+from pipelib.evaluation.evaluate import (
+    CHECKOUT,
+    describe_environment,
+    describe_model,
+    describe_source,
+    measure_baselines,
+    require_validation,
+)
+from pipelib.evaluation.inputs import require_data
+from pipelib.evaluation.items import write_items
+from pipelib.evaluation.measure import Data, measure
+from pipelib.evaluation.params import EvaluateParams
+from pipelib.evaluation.report import Subject, write_report
+from pipelib.evaluation.samples import write_samples
+from pipelib.files import write_json
+from pipelib.inspection.out_folder import make_out
+from pipelib.model.device import pick_device
+from pipelib.model.huggingface import import_model
+from pipelib.model.weights import weights_sha256
+from pipelib.tokens.shards import VALIDATION_SHARD
+from pipelib.workspace.places import HERE
+from pipelib.workspace.provenance import code_hashes
+
+
+def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> Subject:
+    """Measure a model and its baselines on what the workspace has: the validation shard, the benchmarks, or one of them.
+
+    Args:
+        folder: a GPT-2 as Hugging Face saves it.
+        out: where to write the report, its numbers and every item; None for nowhere.
+
+    Returns:
+        What a report says of the model, `rows_of` it being the table.
+
+    Raises:
+        UserError: there is no such model, a baseline or the data of a task is missing, or there is nothing to measure.
+    """
+    tokens, benchmarks = HERE.tokens, HERE.benchmarks
+    data = Data(tokens if (tokens / VALIDATION_SHARD).is_file() else None, benchmarks)
+    require_data(params, benchmarks)
+    if not (data.tokens or data.completions or params.tasks):
+        raise UserError(
+            f"there is no validation shard in {tokens}, no benchmark in {benchmarks} and no task, so there is nothing to "
+            "measure; run dvc repro tokenize."
+        )
+    find_baselines(params.baselines)  # before anything is computed
+    manifest = require_validation(data.tokens) if data.tokens else None
+    device = pick_device()
+    model = import_model(folder).to(device)
+    if out:
+        make_out(out, empty=False)  # before what takes long
+    code = code_hashes("evaluate", {}, CHECKOUT)
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = measure(str(folder), model, params, data, Path(scratch) / "harness")
+        others = measure_baselines(params, data, code, device, Path(scratch) / "harness")
+    baselines = {name: other.result for name, other in others.items()}
+    samples = write_samples(model, params.sample_prompts, params.precision, seed=0) if out else []
+    facts = {
+        "model": f"`{folder}`",
+        "weights": f"SHA-256 `{weights_sha256(folder)}`",
+        **describe_model(model.params),
+        **describe_environment(model, code),
+    }
+    if manifest:
+        facts |= {
+            "data fingerprint": f"`{manifest.fingerprint[:16]}`",
+            "data source": describe_source(manifest.source),
+        }
+    source = manifest.source if manifest else {}
+    subject = Subject(measured.result, baselines, model.params.parameters, source, facts, samples, None)
+    if out:
+        write_report(out, subject)
+        write_items(out / "items.npz", measured.items)
+        write_json(out / "evaluation.json", measured.result | ({"baselines": baselines} if baselines else {}))
+    return subject

@@ -1,0 +1,135 @@
+"""The model and its card for the Hugging Face hub: whether they belong together, a copy of both, and the upload."""
+
+import os
+from pathlib import Path
+
+from pipelib.corpus.hub_client import client, endpoint, headers, lasting_flaw, session, shown
+from pipelib.errors import UserError
+from pipelib.evaluation.model_card import LOAD_FROM, REPRODUCE
+from pipelib.files import files_under, link_or_copy, write_text
+from pipelib.inspection.verify import check_folder, find_folders
+from pipelib.tracking.record import redact
+from pipelib.workspace.dvc import read_lock
+from pipelib.workspace.git import git_state, run_git
+from pipelib.workspace.places import HERE
+
+MODEL, CARD = HERE.model, HERE.model_card
+
+
+def require_whole() -> None:
+    """Refuse a model that dvc.lock does not describe, a card of another model, and changes that are in no commit.
+
+    Raises:
+        UserError: what is wrong, and what to do.
+    """
+    for path, what in ((MODEL / "model.safetensors", "no model"), (CARD, "no model card")):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist, so there is {what} to publish; run dvc repro.")
+    for folder in (MODEL, CARD.parent):
+        ((_, out),) = find_folders(folder).items()
+        if problems := check_folder(folder, out).problems:
+            raise UserError(
+                f"{folder} is not what dvc.lock says, so its card would be wrong; run dvc repro, or dvc checkout {folder}.\n"
+                + "\n".join(problem.text for problem in problems)
+            )
+    stages = read_lock()
+    made = [out.md5 for out in stages["train"].outs if out.path == str(MODEL)] if "train" in stages else []
+    read = [dep.md5 for dep in stages["evaluate"].deps if dep.path == str(MODEL)] if "evaluate" in stages else []
+    if not made or read != made:
+        raise UserError(
+            "reports/ is of another model than models/, so the card would be wrong; run dvc repro evaluate."
+        )
+    changes = run_git(Path.cwd(), "status", "--porcelain")
+    if not git_state(Path.cwd())["commit"]:
+        raise UserError(
+            "git has no commit of this folder, so the card could not say what made the model; publish from the clone that made "
+            "it, with everything committed (`git status` says what is wrong)."
+        )
+    if changes:
+        raise UserError(
+            "the working tree has changes that are not committed, so this model could not be made again; commit them, dvc.lock "
+            "and metrics/ too (`git status` lists them)."
+        )
+
+
+def write_copy(folder: Path, repo: str, licence: str | None) -> None:
+    """Write what goes to the hub: the files of models/, the pictures, and the card as README.md with the commit in it.
+
+    Raises:
+        UserError: the names would break the card.
+    """
+    for option, value in (("--repo", repo), ("--licence", licence or "")):
+        if not value.isprintable():
+            raise UserError(f"{option} {value!r} has characters that would break the card; write it without them.")
+    for path in files_under(MODEL):
+        if path.name != "README.md":
+            link_or_copy(path, folder / path.relative_to(MODEL))
+    card = CARD.read_text(encoding="utf-8").replace(LOAD_FROM, f'"{repo}"')
+    for picture in sorted(CARD.parent.glob("*.png")):
+        if f"({picture.name})" in card:
+            link_or_copy(picture, folder / picture.name)
+    commit = git_state(Path.cwd())["commit"]
+    card = card.replace(REPRODUCE, f"{REPRODUCE}\n\nGit commit `{commit}` of the pipeline's repository has all of it.")
+    if licence:
+        card = card.replace("---\n", f"---\nlicense: {licence}\n", 1)
+    write_text(folder / "README.md", redact(card))
+
+
+def find_token() -> str:
+    """The user's token of the hub.
+
+    Raises:
+        UserError: there is none, or the hub is not to be asked.
+    """
+    hub = client()
+    if hub.constants.HF_HUB_OFFLINE:
+        raise UserError(
+            "HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or look at the result with --out DIR."
+        )
+    headers()  # refuses a token that cannot be read or sent
+    token = hub.get_token()
+    if not token:
+        raise UserError(
+            "there is no token, so the hub would refuse; make one with write access at "
+            "https://huggingface.co/settings/tokens and set HF_TOKEN, or run `hf auth login`."
+        )
+    return str(token)
+
+
+def upload(folder: Path, repo: str, token: str, *, private: bool) -> str:
+    """Upload a folder as one commit and return the repository's address.
+
+    Raises:
+        UserError: the hub refuses, or cannot be reached.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    endpoint(), session()  # refuse variables that cannot work
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Publish with pipelib")
+    except HFValidationError as error:
+        raise UserError(f"--repo {repo} is not a name that the hub takes ({error}); write OWNER/MODEL.") from None
+    except HfHubHTTPError as error:
+        said = redact(str(error).replace(token, "***")).strip().splitlines()
+        raise UserError(
+            f"the hub refused {repo} ({said[0] if said else type(error).__name__}), so it is not published; is the token's "
+            "access `write`, and is OWNER you or an organisation of yours? Then run the command again."
+        ) from None
+    except (HTTPError, OSError, RuntimeError) as error:  # the last: what the client makes of a large file that failed
+        if flaw := lasting_flaw(error):
+            raise UserError(f"{repo} is not published ({flaw[0]}): {flaw[1]}.") from None
+        said = redact(str(error).replace(token, "***")).strip().splitlines()
+        raise UserError(
+            f"the hub cannot be reached ({said[0] if said else type(error).__name__}), so {repo} is not published; check the "
+            "connection and HF_ENDPOINT, and run the command again."
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError):  # what the client makes of an answer of another shape
+        raise UserError(
+            f"{shown(endpoint())} does not answer as the hub does, so {repo} is not published; look at HF_ENDPOINT and at the "
+            "network (a proxy, or a page that wants a login first), and run the command again."
+        ) from None
+    return str(url)

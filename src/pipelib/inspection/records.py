@@ -1,0 +1,122 @@
+"""The records that runs keep on disk, what of each MLflow has, and sending it the rest."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pipelib.errors import UserError, tell
+from pipelib.tracking.mlflow_run import DeletedRun
+from pipelib.tracking.mlflow_store import Store, failure
+from pipelib.tracking.record import read_events, redact
+from pipelib.tracking.replay import (
+    ALL,
+    BUSY,
+    DELETED,
+    Replayed,
+    had_of,
+    held,
+    opened,
+    replay_record,
+    settle_parents,
+)
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A record on disk."""
+
+    path: Path
+    key: str
+    """The run of the pipeline: DVC's experiment, or a hash of parameters and code."""
+    stage: str
+    begun: float
+    """In seconds since 1970."""
+    ended: str
+    """finished, failed, killed; empty where the record does not say."""
+    points: int
+
+
+def find_records(root: Path, keys: Sequence[str]) -> list[RecordFile]:
+    """The records under a folder, the earliest first.
+
+    Raises:
+        UserError: one of `keys` has no record.
+    """
+    # os.path's isdir, since Path's raises where a name is too long
+    unknown = [key for key in keys if not os.path.isdir(root / key) or not key.strip("./")]  # noqa: PTH112
+    if unknown:
+        raise UserError(
+            f"{', '.join(unknown)}: no run of that name is recorded in {root}, so there is nothing to send; `pipelib track` "
+            "lists the names."
+        )
+    found = []
+    for path in root.glob("*/*.jsonl"):
+        if keys and path.parent.name not in keys:
+            continue
+        events, _ = read_events(path)
+        begun = opened(events)
+        if begun is None:
+            continue
+        last = events[-1]
+        points = sum(len(event["metrics"]) for event in events if event["event"] == "metrics")
+        ended = str(last["status"]) if last["event"] == "end" else ""
+        found.append(RecordFile(path, path.parent.name, str(begun["stage"]), begun["began"], ended, points))
+    return sorted(found, key=lambda record: record.begun)
+
+
+def sent_state(store: Store, record: RecordFile) -> str:
+    """What MLflow has of a record: ALL, PART, NOTHING, DELETED or BUSY."""
+    with held(record.path) as mine:
+        return had_of(store, *read_events(record.path)) if mine else BUSY
+
+
+def replay(store: Store, records: Sequence[RecordFile], *, named: bool) -> None:
+    """Send what MLflow does not have; a record that it refuses does not keep the others from being sent.
+
+    Args:
+        named: the user asked for these runs, so those that were deleted in MLflow come back.
+
+    Raises:
+        UserError: MLflow did not take all of some records.
+    """
+    done: list[tuple[RecordFile, Replayed]] = []
+    lacking: list[str] = []
+    for record in records:
+        name = f"{record.key} {record.stage}"
+        try:
+            result = replay_record(store, record.path, named, partial(tell, f"sending {name}", error=True))
+        except DeletedRun:
+            result = Replayed(DELETED)
+        except Exception as error:
+            tell(f"{name}: MLflow failed {failure(error)}", error=True)
+            lacking.append(name)
+            continue
+        done.append((record, result))
+        lacking += [] if result.whole else [name]
+        if result.had == BUSY:
+            tell(f"{name}: not now, since the stage is running or another process sends it")
+        elif result.had != ALL and (named or result.had != DELETED):
+            tell(f"{name}: MLflow had {result.had}; {result.points:,} points and {result.files} files sent")
+        for file in result.gone:
+            tell(f"{name}: {file} is no longer on this disk, so MLflow goes without it")
+    for folder in sorted({record.path.parent for record in records}):
+        try:
+            settle_parents(store, folder)
+        except Exception as error:
+            tell(f"{folder.name}: MLflow failed {failure(error)}", error=True)
+            lacking.append(folder.name)
+    deleted = sorted({record.key for record, result in done if result.had == DELETED})
+    if deleted and not named:
+        again = f"`pipelib track --replay {' '.join(deleted)}`"
+        tell(f"left alone, since they were deleted in MLflow; {again} sends them again")
+    where = redact(store.place.uri)
+    if lacking:
+        raise UserError(
+            f"MLflow at {where} did not take all of {', '.join(lacking)}, so that is only in the records, which are complete; "
+            "fix what is said above, and run pipelib track --replay again."
+        )
+    left = "everything else" if not named and deleted else "everything"
+    busy = " but what is being sent" if any(result.had == BUSY for _, result in done) else ""
+    tell(f"MLflow at {where} has {left}{busy} now")
