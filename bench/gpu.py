@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,13 +34,15 @@ from pipelib.model.params import ModelParams
 from pipelib.params import Params, load_params
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking.run import NullRun
+from pipelib.training.build import build_trainer
 from pipelib.training.checkpoint import Checkpoints
-from pipelib.training.distributed import World, join_world
 from pipelib.training.hardware import Peak
-from pipelib.training.loop import Cadence, Trainer, take_step
-from pipelib.training.optim import make_optimizer
+from pipelib.training.launch.distributed import World, join_world
+from pipelib.training.objectives import NextToken
+from pipelib.training.optim.optimizer import make_optimizer
 from pipelib.training.params import TrainParams
-from pipelib.training.recorder import Recorder
+from pipelib.training.schedule import Cadence
+from pipelib.training.training_log import MainLog
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET = ROOT / "presets/gpt2-124m.yaml"
@@ -107,9 +110,9 @@ def training(**changes: object) -> TrainParams:
 def train_in(folder: Path, params: TrainParams) -> GPT:
     """Train on `folder/tokens`, with a checkpoint every ten steps."""
     with join_world() as world:
-        recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, ""))
+        log = MainLog(folder, NullRun(), params, 1, lambda: Peak(1e12, ""))
         tokens = folder / "tokens"
-        return Trainer(SHAPE, params, Cadence(5, 10), tokens, read_manifest(tokens), folder, world, recorder).run()
+        return build_trainer(SHAPE, params, Cadence(5, 10), tokens, read_manifest(tokens), folder, world, log).run()
 
 
 def resume_is_exact(folder: Path) -> str:
@@ -131,13 +134,13 @@ def not_finite_changes_nothing(folder: Path) -> str:
     ours.step()
     before = [tensor.clone() for tensor in weights_and_moments(ours)]
     poisoned = ours.loader.micro_batches(9)
-    forward = GPT.forward
-    GPT.forward = lambda self, *batch: forward(self, *batch) * float("nan")  # type: ignore[method-assign]
+    forward = NextToken.forward
+    NextToken.forward = lambda self, *batch: forward(self, *batch) * float("nan")  # type: ignore[method-assign]
     try:
         torch._dynamo.reset()
-        result = take_step(ours.network, ours.optimizer, poisoned, 1e-2, ours.params, ours.world)
+        result = ours.step_on(poisoned, 1e-2)
     finally:
-        GPT.forward = forward  # type: ignore[method-assign]
+        NextToken.forward = forward  # type: ignore[method-assign]
         torch._dynamo.reset()
     assert not result.loss.isfinite(), "the step was not poisoned"
     after = weights_and_moments(ours)
@@ -147,7 +150,7 @@ def not_finite_changes_nothing(folder: Path) -> str:
 
 def weights_and_moments(ours: Ours) -> list[torch.Tensor]:
     """All that a step changes."""
-    moments = [entry for state in ours.optimizer.state.values() for entry in state.values()]
+    moments = [entry for state in ours.optimizer.state_dict()["state"].values() for entry in state.values()]
     return [*ours.network.state_dict().values(), *moments]
 
 
@@ -155,9 +158,9 @@ def too_large_a_micro_batch_is_named(folder: Path) -> str:
     """Running out of memory says which micro-batch would fit."""
     hidden = GPT.hidden
 
-    def too_much(self: GPT, inputs: torch.Tensor) -> torch.Tensor:
+    def too_much(self: GPT, inputs: torch.Tensor, *others: Any) -> torch.Tensor:
         torch.empty(2**50, device=inputs.device)
-        return hidden(self, inputs)
+        return hidden(self, inputs, *others)
 
     GPT.hidden = too_much  # type: ignore[method-assign]
     said = "no error"
@@ -199,8 +202,8 @@ def steps_of(ours: Ours) -> None:
     try:
         for number in range(3, 8):
             batches = ours.loader.micro_batches(number)
-            result = take_step(ours.network, ours.optimizer, batches, 1e-4, ours.params, ours.world)
-            torch.cat((result.rank_losses, torch.stack((result.grad_norm, result.stop))))  # as Watch.note does
+            result = ours.step_on(batches)
+            torch.cat((result.rank_losses, torch.stack((result.grad_norm, result.stop))))  # as Guards.note does
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -217,7 +220,7 @@ def checkpoints_stay_out_of_the_way(folder: Path) -> str:
     optimizer = make_optimizer(model, training())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    optimizer.step(1e-4, torch.tensor(True, device=next(model.parameters()).device))
     seconds = []
     with Checkpoints(folder / "stall", {}) as checkpoints:
         for step in range(1, 5):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,12 @@ from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.params import Params
 from pipelib.processes import available_cores
 from pipelib.tokens.shards import read_manifest
-from pipelib.training.batches import make_loader
-from pipelib.training.distributed import World
-from pipelib.training.loop import set_determinism, take_step
-from pipelib.training.optim import make_optimizer
+from pipelib.training.batches import TensorBatch, make_loader
+from pipelib.training.determinism import set_determinism
+from pipelib.training.launch.distributed import World
+from pipelib.training.objectives import NextToken
+from pipelib.training.optim.optimizer import make_optimizer
+from pipelib.training.step import StepResult, take_step
 
 Step = Callable[[], float]
 """Runs one optimizer step and returns its loss, which waits for the device."""
@@ -121,10 +123,10 @@ class TimedWorld(World):
     clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
     exchanging: bool = True
 
-    def gather(self, value: Tensor) -> Tensor:
+    def all_gather(self, value: Tensor) -> Tensor:
         """See `World`."""
         self.clock.end_of("optimizer")
-        gathered = super().gather(value)
+        gathered = super().all_gather(value)
         self.clock.end_of("communication")
         return gathered
 
@@ -162,7 +164,9 @@ class Ours:
         initialise(model, 0)
         model.activation_checkpointing = params.train.activation_checkpointing
         model.to(world.device)
-        self.network = world.wrap(torch.compile(model) if params.train.compile else model)  # type: ignore[arg-type]
+        self.objective = NextToken(model)
+        compiled = torch.compile(self.objective) if params.train.compile else self.objective
+        self.network = world.wrap(compiled)  # type: ignore[arg-type]
         self.optimizer = make_optimizer(model, self.params)
         self.loader, _ = make_loader(self.params, tokens, read_manifest(tokens), world)
         self.number = -1
@@ -170,9 +174,12 @@ class Ours:
     def step(self) -> float:
         """One step."""
         self.number += 1
-        batches = self.loader.micro_batches(self.number)
-        result = take_step(self.network, self.optimizer, batches, 1e-4, self.params, self.world)
+        result = self.step_on(self.loader.micro_batches(self.number))
         return float(result.loss + result.grad_norm)
+
+    def step_on(self, batches: Sequence[TensorBatch], rate: float = 1e-4) -> StepResult:
+        """One step on these micro-batches, on the device when this returns."""
+        return take_step(self.network, self.objective, self.optimizer, batches, rate, self.params, self.world)
 
     def parts(self, count: int) -> dict[str, float]:
         """Seconds of each part of a step, on average over `count` of them.
@@ -199,7 +206,7 @@ class Ours:
                 self.number += 1
                 clock.end_of("start")
                 batches = self.loader.micro_batches(self.number)
-                take_step(network, self.optimizer, batches, 1e-4, self.params, timed_world)
+                take_step(network, self.objective, self.optimizer, batches, 1e-4, self.params, timed_world)
                 clock.end_of("optimizer")
                 for part, seconds in clock.seconds().items():
                     total[part] = total.get(part, 0.0) + seconds / count

@@ -31,8 +31,8 @@ from pipelib.model.device import pick_device
 from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.params import Params, load_params
 from pipelib.tokens.shards import Manifest, write_shard
-from pipelib.training.distributed import join_world
 from pipelib.training.hardware import peak_of
+from pipelib.training.launch.distributed import join_world
 
 WARMUP, STEPS_OF_DATA = 3, 8
 PARTS = ("data", "forward", "backward", "optimizer", "communication")

@@ -32,7 +32,7 @@ def main() -> None:
     arguments, params = parser.parse_args(), load_params()
     require_corpus(params.download)
     if arguments.join:
-        from pipelib.training.launch import join
+        from pipelib.training.launch.launch import join
 
         code = code_hashes("train", dict(flatten(params)))
         join(lambda: WorkDir("train", inputs(params, find_initial_weights(params.model)), code))
@@ -40,8 +40,10 @@ def main() -> None:
     initial = find_initial_weights(params.model)
 
     def work(build: Build) -> Made:
-        from pipelib.training.launch import launch  # loads torch, which takes seconds; not where outs are only linked
-        from pipelib.training.loop import Cadence
+        from pipelib.training.launch.launch import (
+            launch,  # loads torch, which takes seconds; not where outs are only linked
+        )
+        from pipelib.training.schedule import Cadence
 
         cadence = Cadence(params.logging.log_every, params.logging.checkpoint_every)
         return launch(build, params.model, params.train, cadence, TOKENS, BENCHMARKS, initial)

@@ -28,12 +28,14 @@ from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.schema import read_yaml
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest
 from pipelib.tracking.run import NullRun
-from pipelib.training import loop
-from pipelib.training.distributed import World
+from pipelib.training.build import build_trainer
 from pipelib.training.hardware import Peak
 from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights
+from pipelib.training.launch.distributed import World
+from pipelib.training.loop import Trainer
 from pipelib.training.params import TrainParams
-from pipelib.training.recorder import Recorder
+from pipelib.training.schedule import Cadence
+from pipelib.training.training_log import MainLog
 
 CHECKOUT = Path(pipelib.__file__).absolute().parents[2]
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16}
@@ -49,7 +51,7 @@ LOGGING = {"log_every": 1, "checkpoint_every": 5, "mlflow": False}
 EVALUATE = {"precision": "fp32", "batch_tokens": 256, "tasks": [], "task_limit": None, "baselines": [],
             "sample_prompts": ["The"]}  # fmt: skip
 
-ROLES = {"stages.train": "launcher", "pipelib.training.job": "rank"}
+ROLES = {"stages.train": "launcher", "pipelib.training.launch.job": "rank"}
 
 
 def model_params(**changes: int) -> ModelParams:
@@ -95,7 +97,7 @@ def one_thread() -> Iterator[None]:
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def train_small(
+def small_trainer(
     folder: Path,
     params: TrainParams,
     *,
@@ -103,16 +105,21 @@ def train_small(
     checkpoint_every: int = 10**6,
     log_every: int = 10**6,
     initial: InitialWeights = RANDOM_WEIGHTS,
-) -> GPT:
-    """Train in this process, on `folder/tokens` and in `folder/work`; curves and checkpoints lie in the latter."""
+) -> Trainer:
+    """A training in this process, on `folder/tokens` and in `folder/work`; curves and checkpoints are in the latter."""
     manifest = read_manifest(folder / "tokens")
     work = folder / "work"
     work.mkdir(exist_ok=True)
-    recorder = Recorder(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
-    cadence = loop.Cadence(log_every, checkpoint_every)
-    return loop.Trainer(
-        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, recorder, initial, folder
-    ).run()
+    log = MainLog(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
+    cadence = Cadence(log_every, checkpoint_every)
+    return build_trainer(
+        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, log, initial, folder
+    )
+
+
+def train_small(folder: Path, params: TrainParams, **options: Any) -> GPT:
+    """Run `small_trainer` to its end."""
+    return small_trainer(folder, params, **options).run()
 
 
 def curve(folder: Path, name: str = "train") -> list[dict[str, float]]:

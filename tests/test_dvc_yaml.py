@@ -186,9 +186,9 @@ def plots() -> dict[str, Any]:
 
 
 def test_plots_show_columns_of_files_that_train_makes() -> None:
-    from pipelib.training import recorder
+    from pipelib.training import training_log
 
-    written = Path(recorder.__file__).read_text(encoding="utf-8")
+    written = Path(training_log.__file__).read_text(encoding="utf-8")
     files = {path for options in plots().values() for path in options["y"]}
     assert files == {
         "curves/train.csv", "curves/validation.csv", "curves/hellaswag.csv", "metrics/speed/train.csv"
@@ -337,7 +337,7 @@ def closure_imports(module: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["stages.train", "pipelib.training.job", "pipelib.training.torchrun"])
+@pytest.mark.parametrize("module", ["stages.train", "pipelib.training.launch.job", "pipelib.training.launch.torchrun"])
 def test_a_training_process_starts_with_torch_numpy_and_yaml_alone(module: str) -> None:
     """So it runs on a bare GPU machine with another torch: what else it needs is imported when it is used."""
     program = f"""

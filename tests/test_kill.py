@@ -308,7 +308,7 @@ def test_a_machine_that_cannot_join_says_why(project: SmallProject, tmp_path: Pa
 def test_a_machine_that_no_other_joins_says_so() -> None:
     meeting = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=test"]
     program = f"""
-from pipelib.training.torchrun import start_torchrun
+from pipelib.training.launch.torchrun import start_torchrun
 start_torchrun([*{meeting}, "--rdzv-conf=is_host=1,join_timeout=1", "-m", "nothing"]).result(60)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -27,14 +27,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import (
+from small_run import (  # noqa: F401
     ALONE,
     CHECKOUT,
     SmallProject,
     curve,
     model_params,
-    one_thread,  # noqa: F401 (a fixture)
+    one_thread,
     random_model,
+    small_trainer,
     train_params,
     train_small,
     write_tokens,
@@ -48,18 +49,22 @@ from pipelib.model.gpt import GPT, Block, initialise
 from pipelib.model.params import InitialisedModelParams
 from pipelib.tokens.loader import Batch, Loader
 from pipelib.tokens.shards import read_manifest
-from pipelib.training import launch as launch_module
-from pipelib.training import loop, recorder
-from pipelib.training.batches import check_plan, make_loader
-from pipelib.training.checkpoint import Checkpoints, Counters, Stateful, checkpoint_bytes, most_checkpoints
-from pipelib.training.distributed import World
+from pipelib.training import loop, training_log
+from pipelib.training.batches import TensorBatch, check_plan, make_loader
+from pipelib.training.checkpoint import Checkpoints, Stateful, checkpoint_bytes, most_checkpoints
 from pipelib.training.inputs import RANDOM_WEIGHTS
-from pipelib.training.launch import join, launch
-from pipelib.training.loop import StepResult, take_step
-from pipelib.training.machines import find_machines, process_count
+from pipelib.training.launch import launch as launch_module
+from pipelib.training.launch.distributed import World
+from pipelib.training.launch.launch import join, launch
+from pipelib.training.launch.machines import find_machines, process_count
 from pipelib.training.memory import checkpoint_copy
-from pipelib.training.optim import learning_rate_at, make_optimizer
+from pipelib.training.objectives import NextToken
+from pipelib.training.optim.optimizer import Optimizer, make_optimizer
+from pipelib.training.optim.schedule import learning_rate_at
 from pipelib.training.params import SpikeParams, TrainParams
+from pipelib.training.schedule import Cadence
+from pipelib.training.state import DeviceHours, TrainState
+from pipelib.training.step import StepResult, take_step
 
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
@@ -86,12 +91,40 @@ def differing(first: nn.Module, second: nn.Module) -> list[str]:
 # ---- One step --------------------------------------------------------------------------------------------------------
 
 
+def step_of(
+    model: GPT, optimizer: Optimizer, batches: list[TensorBatch], params: TrainParams, rate: float = 1e-2
+) -> StepResult:
+    """One step towards the next token."""
+    objective = NextToken(model)
+    return take_step(objective, objective, optimizer, batches, rate, params, ALONE)
+
+
+class Descent:
+    """Plain gradient descent, as an optimizer of ours."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = list(model.parameters())
+
+    def step(self, learning_rate: float, finite: Tensor) -> None:
+        assert finite
+        with torch.no_grad():
+            for parameter in self.parameters:
+                assert parameter.grad is not None
+                parameter -= learning_rate * parameter.grad
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        assert not state
+
+
 def test_one_batch_can_be_learnt_by_heart(folder: Path) -> None:
     params = train_params(max_lr=3e-2, weight_decay=0.0)
     model = new_model(n_embd=32)
     optimizer = make_optimizer(model, params)
     batches = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[0].micro_batches(0)
-    losses = [take_step(model, optimizer, batches, 1e-2, params, ALONE).loss.item() for _ in range(120)]
+    losses = [step_of(model, optimizer, batches, params).loss.item() for _ in range(120)]
     assert losses[0] == pytest.approx(math.log(50257), abs=0.1)
     assert losses[-1] < 0.1
 
@@ -105,7 +138,7 @@ def test_micro_batches_change_nothing_but_the_memory(folder: Path) -> None:
         loader, _ = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)
         batches = loader.micro_batches(0)
         assert len(batches) == params.gradient_accumulation_steps(1) == 4 // size
-        result = take_step(model, optimizer, batches, 1e-2, params, ALONE)
+        result = step_of(model, optimizer, batches, params)
         seen[size] = torch.stack((result.loss, result.grad_norm))
     assert torch.allclose(seen[4], seen[2], rtol=0, atol=1e-5)
     assert torch.allclose(seen[4], seen[1], rtol=0, atol=1e-5)
@@ -114,10 +147,10 @@ def test_micro_batches_change_nothing_but_the_memory(folder: Path) -> None:
 def test_the_gradient_is_clipped_and_its_norm_is_noted_before(folder: Path) -> None:
     params = train_params(grad_clip_norm=1e-3)
     model = new_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    optimizer = Descent(model)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     batches = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[0].micro_batches(0)
-    norm = take_step(model, optimizer, batches, 1.0, params, ALONE).grad_norm
+    norm = step_of(model, optimizer, batches, params, rate=1.0).grad_norm
     moved = [(parameter - old).flatten() for parameter, old in zip(model.parameters(), before, strict=True)]
     assert norm.item() > 0.1
     assert torch.cat(moved).norm().item() == pytest.approx(1e-3, rel=1e-2)
@@ -126,7 +159,7 @@ def test_the_gradient_is_clipped_and_its_norm_is_noted_before(folder: Path) -> N
 def test_only_matrices_decay() -> None:
     model = new_model()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decaying, others = make_optimizer(model, train_params(weight_decay=0.3)).param_groups
+    decaying, others = make_optimizer(model, train_params(weight_decay=0.3))._adamw.param_groups  # type: ignore[attr-defined]
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     assert {names[id(parameter)] for parameter in others["params"]} == {
         name for name in names.values() if name.endswith("bias") or "ln_" in name
@@ -330,7 +363,7 @@ def test_the_line_of_progress_says_what_gpu_memory_was_taken(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for taken, end in ((0, " left"), (12_345_678_901, " left | 12.3 GB of GPU memory")):
-        monkeypatch.setattr(recorder, "most_gpu_memory", lambda taken=taken: taken)
+        monkeypatch.setattr(training_log, "peak_gpu_memory", lambda taken=taken: taken)
         train_small(folder, train_params(max_tokens=64, warmup_steps=0))
         (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("step 1/1"))
         assert line.endswith(end)
@@ -345,7 +378,7 @@ def test_activation_checkpointing_changes_no_bit(folder: Path, monkeypatch: pyte
         nonlocal blocks
         blocks += 1
 
-    monkeypatch.setattr(Block, "forward", lambda self, x, forward=Block.forward: count() or forward(self, x))
+    monkeypatch.setattr(Block, "forward", lambda self, *a, forward=Block.forward: count() or forward(self, *a))
     for wanted in (False, True):
         blocks = 0
         params = train_params(activation_checkpointing=wanted, max_tokens=1280)
@@ -420,7 +453,7 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_found(folder: Pa
     train_small(folder, train_params(), checkpoint_every=10)
     (checkpoint,) = (folder / "work/checkpoints").glob("step_00000030")
     identity = {key: read_json(checkpoint / "meta.json")[key] for key in ("model", "train", "data")}
-    counters = Counters()
+    counters = TrainState()
     checkpoints = Checkpoints(checkpoint.parent, identity)
     assert checkpoints.load_latest({"train": counters}, agree=lambda _: checkpoint.name) == counters.step == 30
     assert checkpoints.load_latest({"train": counters}, agree=lambda _: "") == 0
@@ -435,12 +468,11 @@ def test_a_step_without_all_its_rows_is_no_step(folder: Path, monkeypatch: pytes
 
 
 def test_going_on_without_determinism_on_a_gpu_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    params = train_params(deterministic=False)
-    _, plan = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)
-    state, gpu = Counters(), World(0, 1, torch.device("cuda"))
+    trainer = small_trainer(folder, train_params(deterministic=False))
+    gpu = World(0, 1, torch.device("cuda"))
     for step, world, words in ((0, gpu, 0), (5, ALONE, 0), (5, gpu, 1)):
-        state.step = step
-        loop.announce(state, params, plan, world, None)
+        trainer.state.step, trainer.world = step, world
+        trainer._announce()
         assert capsys.readouterr().out.count("which train.deterministic: true would prevent") == words
 
 
@@ -451,13 +483,16 @@ def test_no_samples_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_hours_of_all_processes_count(folder: Path) -> None:
     train_small(folder, train_params(), checkpoint_every=25)
-    checkpoints = folder / "work/checkpoints"
-    meta = read_json(checkpoints / "step_00000025/meta.json")
-    assert 0 < meta["device_hours"] < read_json(checkpoints / "step_00000040/meta.json")["device_hours"] < 1
-    write_json(checkpoints / "step_00000025/meta.json", meta | {"device_hours": 2.0})
-    shutil.rmtree(checkpoints / "step_00000040")
-    train_small(folder, train_params(), checkpoint_every=25)
-    assert 2 < read_json(checkpoints / "step_00000040/meta.json")["device_hours"] < 3
+    first, last = (
+        torch.load(folder / f"work/checkpoints/step_{step:08d}/state.pt", weights_only=True)["hours"]["hours"]
+        for step in (25, 40)
+    )
+    assert 0 < first < last < 1
+    hours = DeviceHours(world_size=2)
+    hours.load_state_dict({"hours": 2.0})
+    assert 2 < hours.total < 3
+    hours.load_state_dict({"hours": 5.0})  # the training went back within this process, whose hours count all the same
+    assert 2 < hours.total < 3
 
 
 class Killed(BaseException):
@@ -507,14 +542,16 @@ from pipelib.errors import UserError, user_message
 from pipelib.model.gpt import GPT
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking.run import NullRun
-from pipelib.training.distributed import World
+from pipelib.training.launch.distributed import World
 from pipelib.training.hardware import Peak
-from pipelib.training.loop import Cadence, Trainer
-from pipelib.training.recorder import NullRecorder, Recorder
+from pipelib.training.build import build_trainer
+from pipelib.training.objectives import NextToken
+from pipelib.training.schedule import Cadence
+from pipelib.training.training_log import MainLog, NullLog
 
 folder, world_size, options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 poisoned_rank, poisoned_call, checkpoint_every = (options.pop(name) for name in ("rank", "call", "checkpoint_every"))
-params, calls, forward = train_params(**options), 0, GPT.forward
+params, calls, forward = train_params(**options), 0, NextToken.forward
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1)])  # imports what each rank would take a second for
 
@@ -525,13 +562,13 @@ def poison(self, inputs, targets):
 
 def run(rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
-    recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, "")) if rank == 0 else NullRecorder()
+    log = MainLog(folder, NullRun(), params, 1, lambda: Peak(1e12, "")) if rank == 0 else NullLog()
     cadence, tokens = Cadence(10**6, checkpoint_every), folder / "tokens"
     world = World(rank, world_size, torch.device("cpu"))
     if rank == poisoned_rank:
-        GPT.forward = poison
+        NextToken.forward = poison
     try:
-        Trainer(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, recorder).run()
+        build_trainer(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, log).run()
     except UserError as error:
         print(f"rank {rank}: {error}", flush=True)
     dist.destroy_process_group()
@@ -555,7 +592,7 @@ def train_ranks(
 
     Args:
         rank: one whose loss is not a number
-        call: at its call of the model of this number; the first one is `World.settle`'s.
+        call: at its call of the model of this number; the first one is `World.warm_up`'s.
     """
     options = {"rank": rank, "call": call, "checkpoint_every": checkpoint_every, "micro_batch_size": 1, **changes}
     sources = [str(CHECKOUT / "src"), str(CHECKOUT / "tests")]
@@ -589,9 +626,9 @@ def test_a_training_killed_before_its_first_checkpoint_leaves_no_row_twice(folde
 def test_the_checkpoint_holds_all_that_survives(folder: Path) -> None:
     train_small(folder, train_params())
     saved = torch.load(folder / "work/checkpoints/step_00000040/state.pt", weights_only=True)
-    assert saved.keys() == {"model", "optimizer", "train", "spikes", "rng"}
+    assert saved.keys() == {"model", "optimizer", "train", "spikes", "hours", "rng"}
     assert saved["spikes"] == {"found": [], "recent": []}
-    assert saved["train"] == {"step": 40, "tokens": 2560}
+    assert saved["train"] == {"step": 40, "tokens": 2560, "world_size": 1, "micro_batch_size": 2}
     meta = read_json(folder / "work/checkpoints/step_00000040/meta.json")
     assert (meta["step"], meta["tokens"], meta["model"]) == (40, 2560, asdict(model_params()))
     assert meta["data"] == read_manifest(folder / "tokens").fingerprint
@@ -625,7 +662,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no step": (change_meta(step="20"), "has a meta.json that does not say its step"),
     "other data's": (change_meta(data="other"), "belongs to another run, with another data"),
     "another model's": (change_meta(model={"n_layer": 9}), "belongs to another run, with another model"),
-    "another version": (change_meta(version=99), "has format 99 and this code reads 1"),
+    "another version": (change_meta(version=99), "has format 99 and this code reads 2"),
 }
 
 
@@ -634,7 +671,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     spoil, reason = DAMAGE[case]
-    model, counters = nn.Linear(3, 3), Counters()
+    model, counters = nn.Linear(3, 3), TrainState()
     identity = {"model": {"n_layer": 1}, "data": "mine"}
     checkpoints = Checkpoints(tmp_path, identity)
     weights = {}
@@ -645,7 +682,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
     checkpoints.wait()
     spoil(tmp_path / "step_00000020")
 
-    fresh, counted = nn.Linear(3, 3), Counters()
+    fresh, counted = nn.Linear(3, 3), TrainState()
     assert Checkpoints(tmp_path, identity).load_latest({"model": fresh, "train": counted}) == 10
     assert counted.step == 10
     assert torch.equal(fresh.weight, weights[10])
@@ -696,12 +733,12 @@ def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
         (folder / "work/checkpoints/step_00000001").mkdir(parents=True, exist_ok=True)
         (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))
         with pytest.raises(UserError, match="enough"):
-            launch(build, shape, train_params(), loop.Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS)
+            launch(build, shape, train_params(), Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS)
     assert asked[0] == checkpoint_bytes(shape, train_params(), 5) == asked[1] + 1000
 
 
 def test_where_every_checkpoint_is_bad_the_training_starts_anew(tmp_path: Path) -> None:
-    counters = Counters()
+    counters = TrainState()
     checkpoints = Checkpoints(tmp_path, {})
     checkpoints.save(10, {"train": counters}, {})
     checkpoints.wait()
@@ -710,7 +747,7 @@ def test_where_every_checkpoint_is_bad_the_training_starts_anew(tmp_path: Path) 
 
 
 def test_a_checkpoint_that_is_only_half_written_is_passed_over_and_replaced(tmp_path: Path) -> None:
-    counters = Counters()
+    counters = TrainState()
     checkpoints = Checkpoints(tmp_path, {})
     checkpoints.save(10, {"train": counters}, {})
     half = tmp_path / ".step_00000020.tmp"
@@ -727,7 +764,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     losses = {5: None, 10: 3.0, 15: 2.0, 20: None, 25: 2.0, 30: math.nan, 35: 2.5, 100: None}
     for step, loss in losses.items():
         with Checkpoints(tmp_path, {"data": "mine"}) as checkpoints:  # each in a run that was resumed
-            checkpoints.save(step, {"train": Counters()}, {}, loss)
+            checkpoints.save(step, {"train": TrainState()}, {}, loss)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000015", "step_00000035", "step_00000100"]
     metas = {path.name: read_json(path / "meta.json") for path in tmp_path.iterdir()}
     assert {meta["best"] for meta in metas.values()} == {"step_00000015"}
@@ -735,7 +772,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_one_that_a_spike_may_go_back_to_is_kept(tmp_path: Path) -> None:
-    counters = Counters()
+    counters = TrainState()
     with Checkpoints(tmp_path, {}, reach=12) as checkpoints:
         for counters.step in (0, 5, 10, 15, 20, 25):
             checkpoints.save(counters.step, {"train": counters}, {})
@@ -749,7 +786,7 @@ def test_one_that_a_spike_may_go_back_to_is_kept(tmp_path: Path) -> None:
 def test_another_runs_checkpoint_is_never_the_best(tmp_path: Path) -> None:
     for data, step, loss in (("other", 5, 1.0), ("mine", 10, 3.0), ("mine", 15, None)):
         with Checkpoints(tmp_path, {"data": data}) as checkpoints:
-            checkpoints.save(step, {"train": Counters()}, {}, loss)
+            checkpoints.save(step, {"train": TrainState()}, {}, loss)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000010", "step_00000015"]
 
 
@@ -758,14 +795,15 @@ def test_a_checkpoint_is_of_the_moment_of_its_save_whatever_comes_while_it_is_wr
     optimizer = make_optimizer(model, train_params())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    finite = torch.tensor(True)
+    optimizer.step(1e-2, finite)
     states: dict[str, Stateful] = {"model": model, "optimizer": optimizer}
     expected = io.BytesIO()
     torch.save({name: state.state_dict() for name, state in states.items()}, expected)
     with Checkpoints(tmp_path, {}) as checkpoints:
         checkpoints.save(1, states, {}, before=lambda: assert_event(written))
         assert not list(tmp_path.glob("step_*"))
-        optimizer.step()
+        optimizer.step(1e-2, finite)
         written.set()
     assert (tmp_path / "step_00000001/state.pt").read_bytes() == expected.getvalue()  # torch.save's own bytes
 
@@ -790,14 +828,14 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training(folder: Path, mo
 
 
 class Poisoned(nn.Module):
-    """A model whose loss or gradient is not finite."""
+    """An objective whose loss or gradient is not finite."""
 
-    def __init__(self, model: GPT, what: str) -> None:
+    def __init__(self, objective: NextToken, what: str) -> None:
         super().__init__()
-        self.model, self.what = model, what
+        self.objective, self.what = objective, what
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = self.model(inputs, targets)
+        loss: Tensor = self.objective(inputs, targets)
         if self.what == "gradient":
             loss.register_hook(lambda gradient: gradient * math.inf)
             return loss
@@ -811,14 +849,16 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer_state(f
     states = []
     for poison in (False, True):
         model = new_model()
-        optimizer = make_optimizer(model, params)
-        take_step(model, optimizer, batches, 1e-2, params, ALONE)
+        optimizer, objective = make_optimizer(model, params), NextToken(model)
+        take_step(objective, objective, optimizer, batches, 1e-2, params, ALONE)
         if poison:
-            bad = take_step(Poisoned(model, what), optimizer, batches, 1e-2, params, ALONE)
+            bad = take_step(Poisoned(objective, what), objective, optimizer, batches, 1e-2, params, ALONE)
             assert not (bad.loss + bad.grad_norm).isfinite()
         state = [optimizer.state_dict()["state"][index] for index in range(len(list(model.parameters())))]
         states.append([*model.state_dict().values(), *(value.clone() for entry in state for value in entry.values())])
-        take_step(model, optimizer, batches, 1e-2, params, ALONE)  # and the next one is as if there had been none
+        take_step(
+            objective, objective, optimizer, batches, 1e-2, params, ALONE
+        )  # and the next one is as if there had been none
         states[-1] += [value.clone() for value in model.state_dict().values()]
     assert all(torch.equal(one, two) for one, two in zip(*states, strict=True))
 
@@ -828,12 +868,12 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_is_in_no_checkpoint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, runs_ahead: bool
 ) -> None:
     monkeypatch.setattr(World, "runs_ahead", runs_ahead)
-    calls, forward = itertools.count(1), GPT.forward
+    calls, forward = itertools.count(1), NextToken.forward
 
-    def poisoned(self: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    def poisoned(self: NextToken, inputs: Tensor, targets: Tensor) -> Tensor:
         return forward(self, inputs, targets) * (math.nan if next(calls) == 2 * 13 else 1.0)  # in step 13's second half
 
-    monkeypatch.setattr(GPT, "forward", poisoned)
+    monkeypatch.setattr(NextToken, "forward", poisoned)
     params = train_params(validate_every=40)
     with pytest.raises(UserError) as caught:
         train_small(folder, params, checkpoint_every=5, log_every=9)

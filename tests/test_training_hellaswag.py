@@ -21,7 +21,7 @@ from pipelib.evaluation.benchmark_items import read_items
 from pipelib.evaluation.hellaswag import score
 from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.training.inputs import require_hellaswag
-from pipelib.training.validation import HELLASWAG, HellaSwag
+from pipelib.training.probes import HELLASWAG, HellaSwag
 
 TEXT = "the loss of a model is what it does not know about the text that it is given"
 
@@ -74,8 +74,8 @@ def test_ranks_share_the_items(folder: Path, world_size: int) -> None:
 
     for rank in range(world_size):
         world = SimpleNamespace(rank=rank, world_size=world_size, device=ALONE.device, sum=note)
-        HellaSwag(folder).score(model, params, world)  # type: ignore[arg-type]
-    whole = HellaSwag(folder).score(model, params, ALONE)
+        HellaSwag(params, folder, world).measure(model)  # type: ignore[arg-type]
+    whole = HellaSwag(params, folder, ALONE).measure(model)
     sums, means = sum(shares)
     assert sums.numpy() == pytest.approx(whole.sums, abs=1e-4)
     assert means.numpy() == pytest.approx(whole.means, abs=1e-4)

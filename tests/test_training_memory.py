@@ -1,6 +1,5 @@
 """`micro_batch_size: auto`, and what is said where memory runs out."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,13 @@ from pipelib.model.gpt import GPT
 from pipelib.model.params import InitialisedModelParams
 from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
-from pipelib.training import loop
+from pipelib.training import build
 from pipelib.training.batches import check_plan
 from pipelib.training.inputs import RANDOM_WEIGHTS
-from pipelib.training.job import Job
+from pipelib.training.launch.job import Job
 from pipelib.training.memory import USABLE, memory_of, rows_that_fit
 from pipelib.training.params import SpikeParams, TrainParams
+from pipelib.training.schedule import Cadence
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_the_largest_divisor_that_fits(rows: int, chosen: int) -> None:
 
 def free(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Have this machine hold so many rows."""
-    monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: room_for(rows))
+    monkeypatch.setattr(build, "memory_per_rank", lambda *_: room_for(rows))
 
 
 def test_it_is_chosen_said_and_kept_by_the_checkpoint(
@@ -72,7 +72,7 @@ def test_it_is_chosen_said_and_kept_by_the_checkpoint(
     assert "2 micro-steps of 2 rows on each of 1 rank," in capsys.readouterr().out
     assert (folder / "work/train.csv").read_bytes() == fixed
     last = folder / "work/checkpoints/step_00000004"
-    assert json.loads((last / "meta.json").read_text())["micro_batch_size"] == 2
+    assert torch.load(last / "state.pt", weights_only=True)["train"]["micro_batch_size"] == 2
 
     shutil.rmtree(last)
     free(monkeypatch, 4)  # more memory is no reason to go on otherwise
@@ -88,12 +88,12 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     """Have the forward pass ask for more than there is."""
     hidden = GPT.hidden
 
-    def too_much(self: GPT, inputs: Tensor) -> Tensor:
+    def too_much(self: GPT, inputs: Tensor, *others: Any) -> Tensor:
         if inputs.shape[0] > 1 and torch.is_grad_enabled():
             if error == "torch, on a CPU":
                 torch.empty(2**55)
             raise torch.OutOfMemoryError("CUDA out of memory") if error == "torch, on a GPU" else MemoryError
-        return hidden(self, inputs)
+        return hidden(self, inputs, *others)
 
     monkeypatch.setattr(GPT, "hidden", too_much)
 
@@ -111,7 +111,7 @@ def test_running_out_of_memory_names_what_would_fit(folder: Path, monkeypatch: p
     free(monkeypatch, 1)
     with pytest.raises(UserError, match=r"train\.micro_batch_size: 1 would fit"):
         train_small(folder, params(micro_batch_size=4))
-    monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: 1000)
+    monkeypatch.setattr(build, "memory_per_rank", lambda *_: 1000)
     with pytest.raises(UserError, match="no smaller micro-batch would fit"):
         train_small(folder, params(micro_batch_size=4))
 
@@ -124,7 +124,7 @@ def test_a_model_that_does_not_fit_by_itself_is_told_what_it_needs(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(GPT, "to", too_large)
-    monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: 1000)
+    monkeypatch.setattr(build, "memory_per_rank", lambda *_: 1000)
     with pytest.raises(
         UserError, match=r"rows of 16 tokens needs about .* and 1\.0 [kK]i?B were free, .* no smaller micro-batch"
     ):
@@ -135,7 +135,7 @@ def test_ranks_read_the_job_that_the_launcher_wrote(tmp_path: Path) -> None:
     model = InitialisedModelParams(**vars(model_params()), init_from="scratch")
     rule = SpikeParams(window=4, deviations=6.0, batches=2, rollbacks=3)
     for train in (params(), params(micro_batch_size=4, spike=rule, hellaswag_every=7)):
-        job = Job(model, train, loop.Cadence(1, 5), "data/tokens", "data/benchmarks", "", "", False, RANDOM_WEIGHTS)
+        job = Job(model, train, Cadence(1, 5), "data/tokens", "data/benchmarks", "", "", False, RANDOM_WEIGHTS)
         job.write(tmp_path)
         assert Job.read(tmp_path) == job
 

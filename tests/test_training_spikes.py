@@ -19,12 +19,12 @@ from small_run import (
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.model.gpt import GPT
 from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop
 from pipelib.training.batches import check_plan, make_loader
-from pipelib.training.distributed import World
+from pipelib.training.launch.distributed import World
+from pipelib.training.objectives import NextToken
 from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.spikes import Spikes
 
@@ -46,13 +46,13 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch, folder: Path, *numbers: int, by
     """Have the loss of these batches be worse by so much: what such text would do."""
     loader, _ = make_loader(params(), folder / "tokens", read_manifest(folder / "tokens"), ALONE)
     bad = [inputs for number in numbers for inputs, _ in loader.micro_batches(number)]
-    forward = GPT.forward
+    forward = NextToken.forward
 
-    def worse(self: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    def worse(self: NextToken, inputs: Tensor, targets: Tensor) -> Tensor:
         hit = any(torch.equal(inputs, one) for one in bad)
         return forward(self, inputs, targets) * (by if hit else 1.0)
 
-    monkeypatch.setattr(GPT, "forward", worse)
+    monkeypatch.setattr(NextToken, "forward", worse)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -152,9 +152,9 @@ def test_batches_are_taken_in_order_without_those_left_out() -> None:
 def test_the_limit_is_the_mean_and_so_many_deviations() -> None:
     spikes = Spikes(SpikeParams(window=4, deviations=2.0, batches=2, rollbacks=9))
     for step, loss in enumerate((9.0, 1.0, 3.0, 1.0, 3.0), start=1):  # the first is out of the window by then
-        assert spikes.judge(step, loss, finite=True) is None
-    assert spikes.judge(6, 4.0, finite=True) is None  # 2 + 2 · 1
-    spike = spikes.judge(7, 5.4, finite=True)  # of 3, 1, 3, 4: 2.75 + 2 · 1.09
+        assert spikes.detect(step, loss, finite=True) is None
+    assert spikes.detect(6, 4.0, finite=True) is None  # 2 + 2 · 1
+    spike = spikes.detect(7, 5.4, finite=True)  # of 3, 1, 3, 4: 2.75 + 2 · 1.09
     assert spike is not None
     assert spike.limit == pytest.approx(2.75 + 2 * math.sqrt(1.1875))
     assert spike.batches == (5, 6)

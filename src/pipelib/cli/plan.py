@@ -42,7 +42,7 @@ class Plan(Command):
         from pipelib.inspection.checks import check_all, checks, require_all
         from pipelib.inspection.disk import corpus_of
         from pipelib.params import load_params
-        from pipelib.training.machines import find_machines
+        from pipelib.training.launch.machines import find_machines
 
         try:
             params = load_params(self.params)

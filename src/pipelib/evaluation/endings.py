@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipelib.errors import UserError
 from pipelib.model.device import autocast
-from pipelib.model.gpt import GPT, LOGIT_ROWS, Block
+from pipelib.model.gpt import GPT, LOGIT_ROWS
 
 Tokens = Sequence[int]
 Question = tuple[Tokens, Sequence[Tokens]]
@@ -171,14 +171,11 @@ def _hidden_of_parts(model: GPT, inputs: Tensor, positions: Tensor, parts: Tenso
     before = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool, device=inputs.device).tril()
     seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
     mask = (seen & before)[:, None]  # (B, 1, T, T)
-    x = model.wte(inputs) + model.wpe(positions)
-    for block in model.h:
-        assert isinstance(block, Block)
-        query, key, value = block.attn.split_heads(block.ln_1(x))
-        x = x + block.attn.merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
-        x = x + block.mlp(block.ln_2(x))
-    out: Tensor = model.ln_f(x)
-    return out
+
+    def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    return model.hidden(inputs, positions, attend)
 
 
 def _losses(

@@ -11,8 +11,8 @@ from pipelib.model.device import pick_device, total_memory
 from pipelib.params import Params
 from pipelib.progress import format_seconds
 from pipelib.training.batches import check_shares
-from pipelib.training.machines import Machines
-from pipelib.training.memory import USABLE, checkpoint_copy, memory_of, memory_of_a_rank, rows_that_fit
+from pipelib.training.launch.machines import Machines
+from pipelib.training.memory import USABLE, checkpoint_copy, memory_of, memory_per_rank, rows_that_fit
 from pipelib.workspace.places import state_root
 
 
@@ -35,7 +35,7 @@ def with_micro_batch(params: Params, machines: Machines) -> Params:
         return params
     check_shares(params.train, machines.world_size)
     device = pick_device(local_world_size=machines.local_ranks)
-    free = memory_of_a_rank(params.model, device, machines.local_ranks)
+    free = memory_per_rank(params.model, device, machines.local_ranks)
     rows = rows_that_fit(params.model, params.train, machines.world_size, free) or 1
     return replace(params, train=replace(params.train, micro_batch_size=rows))
 

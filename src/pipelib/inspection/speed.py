@@ -11,11 +11,12 @@ from pipelib.model.gpt import GPT, initialise
 from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.params import Params
 from pipelib.training.batches import TensorBatch, tensors
-from pipelib.training.distributed import World
 from pipelib.training.hardware import peak_of
-from pipelib.training.loop import take_step
+from pipelib.training.launch.distributed import World
 from pipelib.training.memory import memory_of
-from pipelib.training.optim import make_optimizer
+from pipelib.training.objectives import NextToken
+from pipelib.training.optim.optimizer import make_optimizer
+from pipelib.training.step import take_step
 
 SECONDS = 2.0
 """How long to measure, about, after warming up."""
@@ -67,18 +68,18 @@ def _trial_size(params: Params, tokens_per_second: float) -> tuple[int, int]:
 
 def _measure(params: Params, device: torch.device, rows: int, length: int) -> tuple[float, float]:
     """Seconds of one micro-step, and of the rest of an optimizer step, from steps of one and of `MANY` micro-steps."""
-    network = GPT(params.model)
-    initialise(network, params.train.seed)
-    network.activation_checkpointing = params.train.activation_checkpointing
-    network.to(device)
-    optimizer = make_optimizer(network, params.train)
+    model = GPT(params.model)
+    initialise(model, params.train.seed)
+    model.activation_checkpointing = params.train.activation_checkpointing
+    model.to(device)
+    objective, optimizer = NextToken(model), make_optimizer(model, params.train)
 
     def seconds(micro_steps: int) -> float:
         batches = _random_batches(micro_steps, rows, length, device)
         started = time.perf_counter()
-        loss = take_step(network, optimizer, batches, 0.0, params.train, World(0, 1, device)).loss
+        loss = take_step(objective, objective, optimizer, batches, 0.0, params.train, World(0, 1, device)).loss
         loss.item()  # waits for the device
-        next(network.parameters())[0, 0].item()  # and for the optimizer on it
+        next(model.parameters())[0, 0].item()  # and for the optimizer on it
         return time.perf_counter() - started
 
     seconds(1)

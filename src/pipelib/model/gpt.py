@@ -6,6 +6,7 @@ always.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,15 @@ LOGIT_ROWS = 8192
 """Positions whose logits are there at a time where no gradient needs them all: 1.6 GB in fp32, twice that with their softmax."""
 
 
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Layer, query, key and value -> attended, (B, n_head, T, head_size) each."""
+
+
+def causal(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Every position looks at itself and at what came before it."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
 class CausalSelfAttention(nn.Module):
     """Every position looks at itself and at what came before it."""
 
@@ -29,10 +39,9 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(params.n_embd, 3 * params.n_embd)
         self.c_proj = nn.Linear(params.n_embd, params.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: int = 0, attend: Attend = causal) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        query, key, value = self.split_heads(x)
-        return self.merge_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+        return self.merge_heads(attend(layer, *self.split_heads(x)))
 
     def split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, T, C) -> query, key and value, each (B, n_head, T, head_size)."""
@@ -70,9 +79,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(params.n_embd)
         self.mlp = MLP(params)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: int = 0, attend: Attend = causal) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), layer, attend)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
 
@@ -90,15 +99,18 @@ class GPT(nn.Module):
         self.activation_checkpointing = False
         """Keep each block's input only and compute the block again in the backward pass."""
 
-    def hidden(self, inputs: Tensor) -> Tensor:
+    def hidden(self, inputs: Tensor, positions: Tensor | None = None, attend: Attend = causal) -> Tensor:
         """What the network makes of each position, before the output layer: (B, T) token ids -> (B, T, C)."""
-        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        if positions is None:
+            positions = torch.arange(inputs.shape[1], device=inputs.device)
         x = self.wte(inputs) + self.wpe(positions)
-        for block in self.h:
+        for layer, block in enumerate(self.h):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+                x = checkpoint(
+                    block, x, layer, attend, use_reentrant=False, preserve_rng_state=False
+                )  # blocks draw nothing
             else:
-                x = block(x)
+                x = block(x, layer, attend)
         out: Tensor = self.ln_f(x)
         return out
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelib.model.gpt import GPT, Block
+from pipelib.model.gpt import GPT
 
 
 class KVCache:
@@ -61,17 +61,13 @@ class KVCache:
         columns = torch.arange(self._length, device=self._device)
         positions = (columns[start:] - self._padding[:, None]).clamp(min=0)  # (B, T)
         mask = self._mask(columns, start) if self._padding.any() else None
-        x = self._model.wte(inputs) + self._model.wpe(positions)
-        for layer, block in enumerate(self._model.h):
-            assert isinstance(block, Block)
-            query, key, value = block.attn.split_heads(block.ln_1(x))
+        causal = mask is None and inputs.shape[1] > 1
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self._store(layer, start, key, value)
-            causal = mask is None and inputs.shape[1] > 1
-            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
-            x = x + block.attn.merge_heads(attended)
-            x = x + block.mlp(block.ln_2(x))
-        out: Tensor = self._model.ln_f(x[:, -1])
-        return out
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
+
+        return self._model.hidden(inputs, positions, attend)[:, -1]
 
     def _mask(self, columns: Tensor, start: int) -> Tensor:
         """Which columns each new one looks at: (B, 1, T, columns)."""

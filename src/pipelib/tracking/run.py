@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from pipelib.files import files_under, read_json, sha256_file, sha256_json
 from pipelib.schema import flatten
@@ -33,8 +33,64 @@ DIFF_BYTES = 1_000_000
 __all__ = ["NullRun", "Run", "attach_run", "is_mirroring", "open_run"]
 
 
-class Run:
-    """The record of one stage's run; leaving the `with` block records how it ended."""
+class Run(Protocol):
+    """What a stage tells of its run; leaving the `with` block tells how it ended."""
+
+    @property
+    def path(self) -> Path | None:
+        """The record's file; None where there is none."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers at a step, or final ones without it; a step that a key has already is left as it is."""
+
+    def log_text(self, name: str, text: str) -> None:
+        """Record a small text under a file's name, such as `samples/step-000100.txt`."""
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Record what was decided while running; MLflow keeps the first value of each."""
+
+    def log_outs(self, final: Path) -> None:
+        """Record finished outs: numbers in metrics/, small files in curves/ and reports/, of all others the digest.
+
+        Args:
+            final: a folder that mirrors the workspace.
+        """
+
+
+class NullRun:
+    """A run that nothing is told of: for ranks other than the first, and where no record can be written."""
+
+    path = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """See `Run`."""
+
+    def log_text(self, name: str, text: str) -> None:
+        """See `Run`."""
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """See `Run`."""
+
+    def log_outs(self, final: Path) -> None:
+        """See `Run`."""
+
+
+class RecordedRun:
+    """A run with a record, mirrored to MLflow or not."""
 
     def __init__(self, stage: str, record: Record, mirror: Mirror | None, opened: Mapping[str, Any] | None) -> None:
         """Args:
@@ -72,26 +128,22 @@ class Run:
         self._record.close()
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record numbers at a step, or final ones without it; a step that a key has already is left as it is."""
+        """See `Run`."""
         with harmless(f"{', '.join(metrics)} at step {step} are"):
             self._record.append_metrics(metrics, step)
 
     def log_text(self, name: str, text: str) -> None:
-        """Record a small text under a file's name, such as `samples/step-000100.txt`."""
+        """See `Run`."""
         with harmless(f"{name} is"):
             self._record.append("text", name=name, text=text)
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Record what was decided while running; MLflow keeps the first value of each."""
+        """See `Run`."""
         with harmless(f"{', '.join(params)} are"):
             self._record.append("params", params=params)
 
     def log_outs(self, final: Path) -> None:
-        """Record finished outs: numbers in metrics/, small files in curves/ and reports/, of all others the digest.
-
-        Args:
-            final: a folder that mirrors the workspace.
-        """
+        """See `Run`."""
         with harmless(f"the outs in {final} are"):
             hashes = finished_files(final.parent)
             outs: dict[str, dict[str, str]] = {}
@@ -114,28 +166,6 @@ class Run:
             tags |= {"data.fingerprint": fingerprint} if fingerprint else {}
             if tags:
                 self._record.append("tags", tags=tags)
-
-
-class NullRun(Run):
-    """A run that records nothing: for ranks other than the first."""
-
-    def __init__(self) -> None: ...
-
-    @property
-    def path(self) -> None:
-        """Nothing is recorded."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None: ...
-
-    def log_text(self, name: str, text: str) -> None: ...
-
-    def log_params(self, params: Mapping[str, object]) -> None: ...
-
-    def log_outs(self, final: Path) -> None: ...
 
 
 def open_run(stage: str, params: object, fingerprint: str, code: Mapping[str, str], *, is_fresh: bool = False) -> Run:
@@ -173,7 +203,7 @@ def open_run(stage: str, params: object, fingerprint: str, code: Mapping[str, st
             with harmless("MLflow's view of this run is"):
                 mirror = Mirror(path, start, Place.chosen())
                 mirror.start()
-        return Run(stage, record, mirror, opened)
+        return RecordedRun(stage, record, mirror, opened)
     return NullRun()
 
 
@@ -216,7 +246,7 @@ def attach_run(stage: str, path: Path | None) -> Run:
     """
     if path is not None:
         with harmless("this rank's part of the run is"):
-            return Run(stage, Record(path), None, None)
+            return RecordedRun(stage, Record(path), None, None)
     return NullRun()
 
 

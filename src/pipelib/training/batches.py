@@ -9,7 +9,7 @@ from torch import Tensor
 from pipelib.errors import UserError
 from pipelib.tokens.loader import Batch, BatchPlan, Loader, training_rows
 from pipelib.tokens.shards import Manifest
-from pipelib.training.distributed import World
+from pipelib.training.launch.distributed import World
 from pipelib.training.params import TrainParams
 
 TensorBatch = tuple[Tensor, Tensor]

@@ -20,11 +20,11 @@ from torch import Tensor
 from pipelib.errors import tell
 from pipelib.files import files_under, read_json, remove, sha256_file, sync_folder, write_atomic, write_json
 from pipelib.model.params import ModelParams
-from pipelib.training.machines import wait_until_seen
+from pipelib.training.launch.machines import wait_for_file
 from pipelib.training.memory import checkpoint_copy
 from pipelib.training.params import TrainParams
 
-VERSION = 1
+VERSION = 2
 KEPT = 2
 """The newest, and one to fall back on; the one with the least validation loss stays besides."""
 CHECKPOINTS = "checkpoints"
@@ -68,8 +68,6 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: Mapping[str, object], reach: int = 0) -> None:
         self.folder, self.identity, self._reach = folder, dict(identity), reach
-        self.loaded: Mapping[str, Any] = {}
-        """The meta.json of the checkpoint that was restored."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -165,13 +163,12 @@ class Checkpoints:
         if not name:
             return 0
         path = self.folder / name
-        wait_until_seen(path / "state.pt")  # another machine may have written it
+        wait_for_file(path / "state.pt")  # another machine may have written it
         # mapped where every tensor is copied to a GPU anyway, so that the ranks of a machine share the memory
         saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=torch.cuda.is_available())
         for key, stateful in states.items():
             stateful.load_state_dict(saved[key])
-        self.loaded = read_json(path / "meta.json")
-        return int(self.loaded["step"])
+        return int(name.removeprefix("step_"))
 
     def _newest_sound(self, at_most: int | None) -> str:
         """The name of the newest checkpoint that is whole and of this run; empty where there is none. Says what is wrong
@@ -244,24 +241,6 @@ def _to_host(state: Any) -> Any:
             copied[key] = _to_host(value)
         return copied
     return [_to_host(value) for value in state] if isinstance(state, list) else state
-
-
-class Counters:
-    """How far the training is."""
-
-    def __init__(self) -> None:
-        self.step = 0
-        """Finished optimizer steps."""
-        self.tokens = 0
-        """Tokens trained on."""
-
-    def state_dict(self) -> dict[str, int]:
-        """See `Stateful`."""
-        return {"step": self.step, "tokens": self.tokens}
-
-    def load_state_dict(self, state: dict[str, int], /) -> None:
-        """See `Stateful`."""
-        self.step, self.tokens = state["step"], state["tokens"]
 
 
 class RandomState:

@@ -40,7 +40,7 @@ def peak_of(device: torch.device, precision: str) -> Peak:
     )
 
 
-def most_gpu_memory() -> int:
+def peak_gpu_memory() -> int:
     """The most bytes that this process's tensors have taken on its GPU; 0 without one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 

@@ -74,7 +74,7 @@ def checkpoint_copy(model: ModelParams) -> int:
     return CHECKPOINT_BYTES * padded_parameters(model)
 
 
-def memory_of_a_rank(model: ModelParams, device: torch.device, local_ranks: int) -> int:
+def memory_per_rank(model: ModelParams, device: torch.device, local_ranks: int) -> int:
     """Bytes that one of so many ranks on this machine has, before it holds anything: on a CPU an equal share of what the
     copy for checkpoints leaves.
     """
@@ -104,7 +104,7 @@ def _fits(model: ModelParams, train: TrainParams, rows: int, free: int) -> bool:
 
 
 @contextmanager
-def out_of_memory_named(model: ModelParams, train: TrainParams, world_size: int, free: int) -> Iterator[None]:
+def explain_out_of_memory(model: ModelParams, train: TrainParams, world_size: int, free: int) -> Iterator[None]:
     """Have running out of memory in this block say which micro-batch would fit.
 
     Args:

@@ -1,19 +1,18 @@
 """`train.micro_batch_size: auto`: as many rows at a time as the memory of every rank holds."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from pipelib.model.params import ModelParams
-from pipelib.training.distributed import World, backward_on_nothing
+from pipelib.training.launch.distributed import World, warmup_backward
 from pipelib.training.memory import divisors, padded_parameters, rows_that_fit
 from pipelib.training.params import TrainParams
 
 
-def settle_micro_batch(
-    model: ModelParams, params: TrainParams, network: nn.Module, world: World, free: int, earlier: Mapping[str, object]
+def resolve_micro_batch_size(
+    model: ModelParams, params: TrainParams, network: nn.Module, world: World, free: int, earlier: int
 ) -> TrainParams:
     """The parameters with a number for `micro_batch_size: auto`, the same on every rank; as they are where it is a number.
 
@@ -22,16 +21,15 @@ def settle_micro_batch(
     Args:
         network: not yet wrapped for several ranks.
         free: bytes of each rank, before it held anything.
-        earlier: meta.json of the checkpoint that goes on, whose number stays, since other rows round otherwise.
+        earlier: the number of the checkpoint that was restored, which stays, since other rows round otherwise; 0 without one.
     """
     if params.micro_batch_size != "auto":
         return params
     share = params.rows_per_step // world.world_size
-    kept = earlier.get("micro_batch_size")
-    if isinstance(kept, int):
-        return replace(params, micro_batch_size=divisors(share, kept + 1)[0])
+    if earlier:
+        return replace(params, micro_batch_size=divisors(share, earlier + 1)[0])
     rows = rows_that_fit(model, params, world.world_size, free) or 1
-    while world.runs_ahead and rows > 1 and not world.least(_fits(model, params, network, world, rows)):
+    while world.runs_ahead and rows > 1 and not world.min(_fits(model, params, network, world, rows)):
         rows = divisors(share, rows)[0]
         _forget_compiled(params)  # else the next size is compiled for any size
     _forget_compiled(params)  # it was compiled without what DDP adds
@@ -47,7 +45,7 @@ def _fits(model: ModelParams, params: TrainParams, network: nn.Module, world: Wo
     """Whether a forward and a backward pass run, with the memory taken that AdamW's moments will need."""
     try:
         _moments = torch.empty(8 * padded_parameters(model), dtype=torch.uint8, device=world.device)
-        backward_on_nothing(network, rows, params.sequence_length, params.precision, world.device)
+        warmup_backward(network, rows, params.sequence_length, params.precision, world.device)
     except torch.OutOfMemoryError:
         return False
     finally:

@@ -1,4 +1,4 @@
-"""A loss that jumps: the training goes back to before it and leaves the batches out that led there (PaLM, section 5.1).
+"""Loss spikes: roll back to an earlier checkpoint, and skip the batches that caused the spike (PaLM, section 5.1).
 
 The result does not depend on which checkpoint it goes back to: the steps from there on are the same as before, up to the
 first of the batches left out. Which those are, and the losses that the next one is compared with, are part of every
@@ -36,8 +36,8 @@ class Spikes:
         self._recent: list[float] = []
 
     @property
-    def reach(self) -> int:
-        """The steps that a spike undoes at least."""
+    def rollback_depth(self) -> int:
+        """The number of steps that a spike undoes, at least."""
         return self._params.batches if self._params else 0
 
     def batch_of(self, step: int) -> int:
@@ -47,8 +47,8 @@ class Spikes:
             batch += left_out <= batch
         return batch
 
-    def judge(self, step: int, loss: float, finite: bool) -> Spike | None:
-        """The spike that the finished step `step` is; None where it is none, and its loss is one that others are compared with.
+    def detect(self, step: int, loss: float, finite: bool) -> Spike | None:
+        """The spike, if the finished step `step` is one; if not, None, and later losses are compared with its loss.
 
         Args:
             loss: the mean over the global batch.

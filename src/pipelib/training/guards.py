@@ -1,7 +1,8 @@
-"""What all ranks look at together, and so at the same step: values that are not finite, spikes, a wish to stop."""
+"""What all ranks look at together, and so after the same step: values that are not finite, spikes, a request to stop."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,16 +12,39 @@ from torch import Tensor
 from pipelib.errors import UserError
 from pipelib.tokens.loader import BatchPlan
 from pipelib.training.checkpoint import Checkpoints
-from pipelib.training.distributed import World
+from pipelib.training.launch.distributed import World
 from pipelib.training.params import TrainParams
 from pipelib.training.spikes import Spike, Spikes
+from pipelib.training.step import StepResult
 
 ROWS_NAMED = 64
 """The most rows that a message lists."""
 
 
-class Watch:
-    """The values of the steps since the last look, on the device until then."""
+@dataclass(frozen=True)
+class Continue:
+    """Nothing is wrong."""
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """A step is to be undone, and its batches left out."""
+
+    spike: Spike
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A rank was asked to stop."""
+
+    signal: int
+
+
+Verdict = Continue | GoBack | Stop
+
+
+class Guards:
+    """The values of the steps since the last check, on the device until then."""
 
     def __init__(
         self, params: TrainParams, plan: BatchPlan, spikes: Spikes, checkpoints: Checkpoints, world: World
@@ -29,29 +53,34 @@ class Watch:
         self._checkpoints, self._world = checkpoints, world
         self._waiting: list[tuple[int, float, Tensor]] = []
 
-    def note(self, step: int, learning_rate: float, rank_losses: Tensor, grad_norm: Tensor, stop: Tensor) -> None:
+    def note(self, step: int, learning_rate: float, result: StepResult) -> None:
         """Note a finished step without waiting for the device."""
-        values = torch.cat((rank_losses, torch.stack((grad_norm, stop))))  # (world_size + 2,)
+        values = torch.cat((result.rank_losses, torch.stack((result.grad_norm, result.stop))))  # (world_size + 2,)
         self._waiting.append((step, learning_rate, values))
 
-    def look(self) -> tuple[int, Spike | None]:
-        """Wait for the noted steps; the signal that asked any rank to stop, 0 where none did, and the first spike.
+    def check(self, *, wait: bool) -> Verdict:
+        """Judge the noted steps.
+
+        Args:
+            wait: for the device. Where the host runs ahead of it, nothing is judged before somebody waits for it anyway.
 
         Raises:
             UserError: a loss or gradient norm is not finite, and no rule undoes the step; `take_step` has left the weights
                 as they were.
         """
+        if self._world.runs_ahead and not wait:
+            return Continue()
         stop, spike = 0.0, None
         for (step, learning_rate, _), (*losses, norm, signal) in zip(
             self._waiting, torch.stack([values for *_, values in self._waiting]).tolist(), strict=True
         ):
             stop = max(stop, signal)
             finite = all(map(math.isfinite, (*losses, norm)))
-            spike = spike or self._spikes.judge(step, sum(losses) / len(losses), finite)
+            spike = spike or self._spikes.detect(step, sum(losses) / len(losses), finite)
             if not (finite or spike):
                 raise UserError(self._not_finite(step, learning_rate, losses, norm))
         self._waiting.clear()
-        return int(stop), spike
+        return GoBack(spike) if spike else Stop(int(stop)) if stop else Continue()
 
     def _not_finite(self, step: int, learning_rate: float, losses: Sequence[float], norm: float) -> str:
         """What to say about the finished step `step`."""

@@ -15,14 +15,14 @@ from pipelib.stage import Build
 from pipelib.tokens.shards import read_manifest, require_sound
 from pipelib.training.batches import check_plan
 from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
-from pipelib.training.distributed import join_world
 from pipelib.training.inputs import InitialWeights, require_weights
-from pipelib.training.job import ERROR, RESULT, Job, run_job
-from pipelib.training.loop import Cadence
-from pipelib.training.machines import Machines, find_machines, wait_until_seen
+from pipelib.training.launch.distributed import join_world
+from pipelib.training.launch.job import ERROR, RESULT, Job, run_job
+from pipelib.training.launch.machines import Machines, find_machines, wait_for_file
+from pipelib.training.launch.stopping import STOP, ask_to_stop
+from pipelib.training.launch.torchrun import start_torchrun
 from pipelib.training.params import TrainParams
-from pipelib.training.stopping import STOP, ask_to_stop
-from pipelib.training.torchrun import start_torchrun
+from pipelib.training.schedule import Cadence
 from pipelib.workspace.workdir import WorkDir
 
 
@@ -109,11 +109,11 @@ def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
         ask_to_stop(work, number)
 
     with on_first_signal(stop):
-        status = _wait(start_torchrun([*about_ranks, "-m", "pipelib.training.job", str(work)]))
+        status = _wait(start_torchrun([*about_ranks, "-m", "pipelib.training.launch.job", str(work)]))
     if status or (work / ERROR).exists():  # ranks that were started again leave it at what was said before
         raise UserError(_what_went_wrong(work / ERROR, status, asked))
     if first and machines.count > 1:
-        wait_until_seen(work / RESULT)
+        wait_for_file(work / RESULT)
 
 
 def _wait(status: Future[int]) -> int:

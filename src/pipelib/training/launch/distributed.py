@@ -44,11 +44,11 @@ class World:
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
-    def fetch(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
         """A tensor in host memory as one on this rank's device; the host does not wait where it is pinned."""
         return tensor.to(self.device, non_blocking=True)
 
-    def settle(self, network: nn.Module, rows: int, sequence_length: int, precision: str) -> None:
+    def warm_up(self, network: nn.Module, rows: int, sequence_length: int, precision: str) -> None:
         """Run one backward pass on nothing, so that gradients are summed in the same groups from the first step on.
 
         DDP groups them anew after its first backward pass, and what three ranks or more sum depends, in its last bits,
@@ -58,14 +58,14 @@ class World:
             rows: of a micro-batch: torch.compile would compile once more for another shape.
         """
         if self.world_size > 1:
-            backward_on_nothing(network, rows, sequence_length, precision, self.device)
+            warmup_backward(network, rows, sequence_length, precision, self.device)
             network.zero_grad(set_to_none=True)
 
     def sync_when(self, wanted: bool, model: nn.Module) -> AbstractContextManager[object]:
         """Average gradients in the backward pass of what runs forward in this block only when `wanted`."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) and not wanted else nullcontext()
 
-    def gather(self, value: Tensor) -> Tensor:
+    def all_gather(self, value: Tensor) -> Tensor:
         """Every rank's tensor, on every rank: one row each."""
         if self.world_size == 1:
             return value[None]
@@ -73,11 +73,11 @@ class World:
         _all_gather(rows, value[None])
         return rows
 
-    def least(self, value: int) -> int:
-        """The least of all ranks' numbers, on every rank."""
-        return int(self.gather(torch.tensor(value, device=self.device)).min())
+    def min(self, value: int) -> int:
+        """The smallest of all ranks' numbers, on every rank."""
+        return int(self.all_gather(torch.tensor(value, device=self.device)).min())
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first rank's value, on every rank."""
         if self.world_size == 1:
             return value
@@ -85,9 +85,9 @@ class World:
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def found_by_first(self, look: Callable[[], T]) -> T:
+    def from_rank_0(self, look: Callable[[], T]) -> T:
         """What the first rank finds, on every rank; no other looks."""
-        return self.share(look() if self.is_main else None)  # type: ignore[return-value]
+        return self.broadcast(look() if self.is_main else None)  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -102,9 +102,7 @@ class World:
         return value
 
 
-def backward_on_nothing(
-    network: nn.Module, rows: int, sequence_length: int, precision: str, device: torch.device
-) -> None:
+def warmup_backward(network: nn.Module, rows: int, sequence_length: int, precision: str, device: torch.device) -> None:
     """A forward and a backward pass on `rows` rows of one token; they leave gradients, and change no weight."""
     tokens = torch.zeros(rows, sequence_length, dtype=torch.long, device=device)
     with autocast(device, precision):

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     die_of_signals()  # importing torch takes seconds
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from pipelib.errors import UserError, user_message
@@ -22,12 +23,14 @@ from pipelib.model.params import InitialisedModelParams
 from pipelib.schema import parse
 from pipelib.tokens.shards import Manifest, read_manifest
 from pipelib.tracking.run import NullRun, Run, attach_run
-from pipelib.training.distributed import World, join_world
-from pipelib.training.hardware import most_gpu_memory, peak_of
+from pipelib.training.build import build_trainer
+from pipelib.training.hardware import peak_gpu_memory, peak_of
 from pipelib.training.inputs import InitialWeights
-from pipelib.training.loop import Cadence, Trainer
+from pipelib.training.launch.distributed import World, join_world
+from pipelib.training.loop import Trainer
 from pipelib.training.params import TrainParams
-from pipelib.training.recorder import NullRecorder, Recorder
+from pipelib.training.schedule import Cadence
+from pipelib.training.training_log import MainLog, NullLog
 from pipelib.workspace.places import Places
 
 JOB, RESULT, ERROR = "job.json", "result.json", "error.txt"
@@ -70,24 +73,24 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
     """Train; rank 0 then exports the model and the curves into work/outs, and writes work/result.json."""
     tokens = Path(job.tokens)
     manifest = read_manifest(tokens)
-    recorder: Recorder = NullRecorder()
-    if world.is_main:
-        flops = job.model.flops_per_token(job.train.sequence_length)
-        recorder = Recorder(
-            work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
-        )
-    trainer = Trainer(
-        job.model, job.train, job.cadence, tokens, manifest, work, world, recorder, job.initial, Path(job.benchmarks)
+    build = partial(
+        build_trainer, job.model, job.train, job.cadence, tokens, manifest, work, world, initial=job.initial,
+        benchmarks=Path(job.benchmarks),
+    )  # fmt: skip
+    if not world.is_main:
+        build(log=NullLog()).run()
+        return
+    flops = job.model.flops_per_token(job.train.sequence_length)
+    log = MainLog(
+        work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
     )
+    trainer = build(log=log)
     model = trainer.run()
-    if world.is_main:
-        export(job, manifest, model, recorder, work / "outs")
-        write_json(
-            work / RESULT, {"result": _result(job, recorder), "speed": _speed(recorder, world, trainer.device_hours)}
-        )
+    export(job, manifest, model, log, work / "outs")
+    write_json(work / RESULT, {"result": _result(job, log), "speed": _speed(trainer, log)})
 
 
-def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: Path) -> None:
+def export(job: Job, manifest: Manifest, model: GPT, log: MainLog, outs: Path) -> None:
     """Write models/, curves/, and the speed of each logged run of steps."""
     recipe = {
         "data fingerprint": manifest.fingerprint,
@@ -102,15 +105,15 @@ def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: P
         recipe["resumed with other code"] = True
     places = Places(outs)
     export_model(model, places.model, readme(job.model, recipe))
-    for curve in recorder.curves:
+    for curve in log.curves:
         write_text(places.curves / curve.path.name, curve.path.read_text(encoding="utf-8"))
-    write_text(places.speed("train", "csv"), recorder.speed.path.read_text(encoding="utf-8"))
+    write_text(places.speed("train", "csv"), log.speed.path.read_text(encoding="utf-8"))
 
 
-def _result(job: Job, recorder: Recorder) -> dict[str, object]:
-    last = recorder.train.last()
+def _result(job: Job, log: MainLog) -> dict[str, object]:
+    last = log.train.last()
     return {
-        "val_loss": round(recorder.validation.last()["loss"], 6),
+        "val_loss": round(log.validation.last()["loss"], 6),
         "train_loss": round(last["loss"], 6),
         "steps": int(last["step"]),
         "tokens": int(last["tokens"]),
@@ -118,18 +121,19 @@ def _result(job: Job, recorder: Recorder) -> dict[str, object]:
     }
 
 
-def _speed(recorder: Recorder, world: World, device_hours: float) -> dict[str, object]:
+def _speed(trainer: Trainer, log: MainLog) -> dict[str, object]:
+    throughput, world = log.throughput, trainer.world
     return {
-        "device_hours": round(device_hours, 4),
-        "tokens_per_second": round(recorder.tokens_per_second),
-        "mfu": round(recorder.mfu, 4),
-        "data_wait_ms": round(recorder.data_wait_ms, 3),
-        "peak_teraflops": round(recorder.peak.flops / 1e12, 3) if recorder.peak else 0.0,
-        "peak_source": recorder.peak.source if recorder.peak else "no step was left to train",
+        "device_hours": round(trainer.hours.total, 4),
+        "tokens_per_second": round(throughput.rate(throughput.whole)),
+        "mfu": round(throughput.mfu(throughput.whole), 4) if throughput.whole.steps else 0.0,
+        "data_wait_ms": round(throughput.whole.wait_ms, 3),
+        "peak_teraflops": round(throughput.peak.flops / 1e12, 3) if throughput.peak else 0.0,
+        "peak_source": throughput.peak.source if throughput.peak else "no step was left to train",
         "world_size": world.world_size,
-        "micro_batch_size": recorder.micro_batch_size,
+        "micro_batch_size": trainer.params.micro_batch_rows(world.world_size),
         "device": world.device.type,
-        **({"gpu_memory_gb": round(memory / 1e9, 2)} if (memory := most_gpu_memory()) else {}),
+        **({"gpu_memory_gb": round(memory / 1e9, 2)} if (memory := peak_gpu_memory()) else {}),
     }
 
 
@@ -145,7 +149,7 @@ def _rank_main(work: Path) -> None:
     try:
         with join_world() as world:
             # The first rank reads for all: another machine may still see what lay there before.
-            job = world.share(Job.read(work) if world.is_main and not (work / ERROR).exists() else None)
+            job = world.broadcast(Job.read(work) if world.is_main and not (work / ERROR).exists() else None)
             if job is None:  # torchrun has started the ranks again, and trying again does not help
                 return
             with _run_of(job, world) as run:

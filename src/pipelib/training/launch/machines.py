@@ -95,7 +95,7 @@ def process_count() -> int:
     return wish or max(1, gpus)
 
 
-def wait_until_seen(path: Path) -> None:
+def wait_for_file(path: Path) -> None:
     """Wait a while for a file that a rank, on this machine or another, has written."""
     deadline = time.monotonic() + SHOWS_UP_SECONDS
     while not path.exists() and time.monotonic() < deadline:

@@ -1,0 +1,103 @@
+"""From parameters to a training: every part made, the last checkpoint restored."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipelib.model.params import ModelParams
+from pipelib.tokens.shards import Manifest
+from pipelib.training.batches import make_loader
+from pipelib.training.checkpoint import CHECKPOINTS, Checkpoints, RandomState, Stateful
+from pipelib.training.determinism import set_determinism
+from pipelib.training.guards import Guards
+from pipelib.training.initial_weights import initial_model
+from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights
+from pipelib.training.launch.distributed import World
+from pipelib.training.launch.stopping import StopRequest
+from pipelib.training.loop import Trainer
+from pipelib.training.memory import explain_out_of_memory, memory_per_rank
+from pipelib.training.micro_batch import resolve_micro_batch_size
+from pipelib.training.objectives import NextToken
+from pipelib.training.optim.optimizer import make_optimizer
+from pipelib.training.params import TrainParams
+from pipelib.training.probes import HellaSwag, Samples, Validation
+from pipelib.training.schedule import Cadence, Schedule
+from pipelib.training.spikes import Spikes
+from pipelib.training.state import DeviceHours, TrainState
+from pipelib.training.training_log import TrainingLog
+
+
+def build_trainer(
+    model_params: ModelParams,
+    params: TrainParams,
+    cadence: Cadence,
+    tokens: Path,
+    manifest: Manifest,
+    work: Path,
+    world: World,
+    log: TrainingLog,
+    initial: InitialWeights = RANDOM_WEIGHTS,
+    benchmarks: Path = Path(),
+) -> Trainer:
+    """One rank's training on the shards of a folder, as its last checkpoint has it.
+
+    Args:
+        tokens: the folder of shards that `manifest` describes.
+        work: where checkpoints go, and are found again.
+        initial: what the model starts from, where no checkpoint is found.
+        benchmarks: the folder with the items that `hellaswag_every` scores.
+
+    Raises:
+        UserError: no checkpoint, data or micro-batch fits the parameters.
+    """
+    state, spikes, hours = TrainState(), Spikes(params.spike), DeviceHours(world.world_size)
+    set_determinism(params, world)
+    free = world.min(memory_per_rank(model_params, world.device, world.local_ranks))
+    identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
+    checkpoints = Checkpoints(work / CHECKPOINTS, identity, spikes.rollback_depth)
+    with explain_out_of_memory(model_params, params, world.world_size, free):
+        model = initial_model(model_params, params.seed, initial)
+        model.activation_checkpointing = params.activation_checkpointing
+        model.to(world.device)
+        optimizer = make_optimizer(model, params)
+        states: dict[str, Stateful] = {
+            "model": model, "optimizer": optimizer, "train": state, "spikes": spikes, "hours": hours, "rng": RandomState(),
+        }  # fmt: skip
+        checkpoints.load_latest(states, agree=world.from_rank_0)
+        objective = NextToken(model)
+        compiled: nn.Module = torch.compile(objective) if params.compile else objective  # type: ignore[assignment]
+        params = resolve_micro_batch_size(model_params, params, compiled, world, free, state.micro_batch_size)
+        network = world.wrap(compiled)
+    loader, plan = make_loader(params, tokens, manifest, world)
+    validation = Validation(params, tokens, world)
+    return Trainer(
+        params=params,
+        schedule=Schedule.of(params, cadence),
+        world=world,
+        model=model,
+        objective=objective,
+        network=network,
+        optimizer=optimizer,
+        loader=loader,
+        plan=plan,
+        state=state,
+        spikes=spikes,
+        hours=hours,
+        states=states,
+        earlier_ranks=state.world_size,
+        checkpoints=checkpoints,
+        guards=Guards(params, plan, spikes, checkpoints, world),
+        validation=validation,
+        probes=(validation, HellaSwag(params, benchmarks, world), Samples(params, world)),
+        log=log,
+        stop=StopRequest(work if world.world_size > 1 else None),
+        explain_out_of_memory=partial(explain_out_of_memory, model_params, params, world.world_size, free),
+    )
+
+
+def _plain(mapping: dict[str, object]) -> dict[str, object]:
+    """The mapping as JSON would give it back: tuples as lists."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in mapping.items()}

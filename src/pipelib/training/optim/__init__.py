@@ -1,0 +1,1 @@
+"""What changes the weights: optimizers behind one door, and the learning rate of every step."""

@@ -1,0 +1,114 @@
+"""What is measured while a training runs: validation loss, HellaSwag, samples; each knows its ranks."""
+
+import gc
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipelib.evaluation.benchmark_items import Item, read_items
+from pipelib.evaluation.hellaswag import Scores, score
+from pipelib.evaluation.loss import Loss, summed_loss
+from pipelib.evaluation.samples import write_samples
+from pipelib.model.gpt import GPT
+from pipelib.tokens.encoding import tiktoken_encoding
+from pipelib.tokens.loader import validation_batches
+from pipelib.tokens.shards import VALIDATION_SHARD
+from pipelib.training.inputs import HELLASWAG
+from pipelib.training.launch.distributed import World
+from pipelib.training.params import TrainParams
+from pipelib.training.schedule import SAMPLE, SCORE, VALIDATE
+from pipelib.training.state import TrainState
+from pipelib.training.training_log import TrainingLog
+
+
+class Probe(Protocol):
+    """Measures the model after some steps, and logs what it found; it changes nothing."""
+
+    due: str
+    """When: see `Schedule`."""
+
+    def run(self, model: GPT, state: TrainState, log: TrainingLog) -> None:
+        """Measure now. All ranks call it."""
+
+
+class Validation:
+    """The loss on the first `validate_tokens` tokens of the validation shard, shared among the ranks."""
+
+    due = VALIDATE
+
+    def __init__(self, params: TrainParams, tokens: Path, world: World) -> None:
+        self._params, self._shard, self._world = params, tokens / VALIDATION_SHARD, world
+        self._last: tuple[int, float] = (-1, 0.0)
+
+    def loss_at(self, step: int) -> float | None:
+        """The loss after that very step; None where it was not measured."""
+        measured, loss = self._last
+        return loss if measured == step else None
+
+    def run(self, model: GPT, state: TrainState, log: TrainingLog) -> None:
+        """See `Probe`."""
+        with log.pause():
+            gc.collect()
+            loss = self.measure(model)
+            log.validated(state, loss)
+        self._last = (state.step, loss.mean)
+
+    def measure(self, model: GPT) -> Loss:
+        """The loss, the same on every rank."""
+        params, world = self._params, self._world
+        rows = params.micro_batch_rows(1)
+        batches = validation_batches(self._shard, params.sequence_length, rows, params.validate_tokens)
+        mine = (batch for number, batch in enumerate(batches) if number % world.world_size == world.rank)
+        share = summed_loss(model, mine, params.precision)
+        whole = world.sum(torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=world.device)).tolist()
+        return Loss(whole[0], int(whole[1]))
+
+
+class HellaSwag:
+    """Accuracy on the items of a folder of benchmarks, which are read when they are first needed."""
+
+    due = SCORE
+
+    def __init__(self, params: TrainParams, benchmarks: Path, world: World) -> None:
+        self._params, self._benchmarks, self._world = params, benchmarks, world
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        return read_items(self._benchmarks / HELLASWAG, tiktoken_encoding())
+
+    def run(self, model: GPT, state: TrainState, log: TrainingLog) -> None:
+        """See `Probe`."""
+        with log.pause():
+            log.scored(state, self.measure(model))
+
+    def measure(self, model: GPT) -> Scores:
+        """The model's losses on all items, shared among the ranks; the same on every rank."""
+        params, world = self._params, self._world
+        mine = slice(world.rank, None, world.world_size)
+        losses = np.zeros((2, len(self._items), len(self._items[0].endings)))
+        if share := self._items[mine]:
+            batch_tokens = params.micro_batch_rows(world.world_size) * params.sequence_length
+            scores = score(model, share, max(batch_tokens, model.params.context_length), params.precision)
+            losses[:, mine] = scores.sums, scores.means
+        whole = world.sum(torch.from_numpy(losses).to(world.device)).cpu().numpy()
+        return Scores(whole[0], whole[1], self._items)
+
+
+class Samples:
+    """What the model writes after the prompts; the first rank alone."""
+
+    due = SAMPLE
+
+    def __init__(self, params: TrainParams, world: World) -> None:
+        self._params, self._world = params, world
+
+    def run(self, model: GPT, state: TrainState, log: TrainingLog) -> None:
+        """See `Probe`."""
+        if self._world.is_main:
+            with log.pause():
+                log.sampled(
+                    state, write_samples(model, self._params.sample_prompts, self._params.precision, self._params.seed)
+                )

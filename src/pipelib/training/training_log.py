@@ -1,0 +1,255 @@
+"""What rank 0 keeps and shows of a training: curves, samples, the line of progress; other ranks keep nothing.
+
+The curves hold every step, whatever the cadence of logging: losses stay on the device and are fetched together when a
+line is due, so the host waits for the device only then. A resumed run first cuts the curves back to its checkpoint, so
+that no step is in them twice and they end up equal to an uninterrupted run's, byte for byte.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipelib.evaluation.hellaswag import Scores
+from pipelib.evaluation.loss import Loss
+from pipelib.files import format_bytes
+from pipelib.progress import StatusLine, format_seconds
+from pipelib.tracking.run import Run
+from pipelib.training.curves import Curve
+from pipelib.training.hardware import Peak, peak_gpu_memory
+from pipelib.training.params import TrainParams
+from pipelib.training.spikes import Spikes
+from pipelib.training.state import TrainState
+from pipelib.training.step import StepResult
+from pipelib.training.throughput import Throughput
+
+
+class TrainingLog(Protocol):
+    """What a training tells about itself."""
+
+    def begin(self, step: int, spikes: Spikes) -> None:
+        """Training starts, or resumes after `step` finished steps.
+
+        Args:
+            spikes: what was left out until now.
+        """
+
+    def step(self, state: TrainState, result: StepResult, learning_rate: float, data_wait: float) -> None:
+        """Note a finished step, and the seconds it waited for its batch, without waiting for the device."""
+
+    def flush(self) -> None:
+        """Write the noted steps; show the last one, and the speed since this was called last."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Do something else than train in this block: its time is not training time."""
+        ...
+
+    def sync(self) -> None:
+        """Have everything noted so far survive a power cut; comes before a checkpoint that relies on it."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def went_back(self, step: int, spikes: Spikes) -> None:
+        """Forget what came after `step` finished steps: the last of `spikes` undid it."""
+
+    def validated(self, state: TrainState, loss: Loss) -> None:
+        """Note a validation loss."""
+
+    def scored(self, state: TrainState, scores: Scores) -> None:
+        """Note scores on HellaSwag."""
+
+    def sampled(self, state: TrainState, texts: Sequence[tuple[str, str]]) -> None:
+        """Note samples, as (prompt, continuation)."""
+
+
+class NullLog:
+    """What every rank but the first has."""
+
+    def begin(self, step: int, spikes: Spikes) -> None:
+        """See `TrainingLog`."""
+
+    def step(self, state: TrainState, result: StepResult, learning_rate: float, data_wait: float) -> None:
+        """See `TrainingLog`."""
+
+    def flush(self) -> None:
+        """See `TrainingLog`."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """See `TrainingLog`."""
+        return nullcontext()
+
+    def sync(self) -> None:
+        """See `TrainingLog`."""
+
+    def say(self, text: str) -> None:
+        """See `TrainingLog`."""
+
+    def went_back(self, step: int, spikes: Spikes) -> None:
+        """See `TrainingLog`."""
+
+    def validated(self, state: TrainState, loss: Loss) -> None:
+        """See `TrainingLog`."""
+
+    def scored(self, state: TrainState, scores: Scores) -> None:
+        """See `TrainingLog`."""
+
+    def sampled(self, state: TrainState, texts: Sequence[tuple[str, str]]) -> None:
+        """See `TrainingLog`."""
+
+
+class MainLog:
+    """Rank 0's: curves in a folder, a line on the terminal, numbers to the record of the run."""
+
+    def __init__(
+        self, folder: Path, run: Run, params: TrainParams, flops_per_token: int, measure_peak: Callable[[], Peak]
+    ) -> None:
+        """See `Throughput` for the last two."""
+        self._run, self._params = run, params
+        self.throughput = Throughput(params, flops_per_token, measure_peak)
+        self.train = Curve(folder / "train.csv", ("step", "tokens", "loss", "lr", "grad_norm"))
+        self.validation = Curve(folder / "validation.csv", ("step", "tokens", "loss"))
+        self.samples = Curve(folder / "samples.csv", ("step", "prompt", "text"))
+        self.hellaswag = Curve(
+            folder / "hellaswag.csv", ("step", "tokens", "acc_norm", "low", "high", "acc", "acc_low", "acc_high")
+        )
+        self.spikes = Curve(folder / "spikes.csv", ("step", "loss", "limit", "batches"))
+        self.speed = Curve(folder / "speed.csv", ("step", "tokens_per_second", "mfu", "data_wait_ms"))
+        self._waiting: list[tuple[int, int, float, Tensor, Tensor]] = []
+        self._last = (0, 0, 0.0, 0.0, 0.0)
+        """step, tokens, loss, learning rate and gradient norm of the last step that was written."""
+        self._line = StatusLine()
+
+    @property
+    def curves(self) -> list[Curve]:
+        """The reproducible curves. hellaswag.csv exists also where it is unused, because dvc.yaml plots it."""
+        every = [self.train, self.validation, self.samples, self.hellaswag]
+        return every if self._params.spike is None else [*every, self.spikes]
+
+    @property
+    def _cut_with_steps(self) -> tuple[Curve, ...]:
+        return (self.train, self.validation, self.samples, self.hellaswag, self.speed)
+
+    def begin(self, step: int, spikes: Spikes) -> None:
+        """See `TrainingLog`."""
+        for curve in self._cut_with_steps:
+            curve.resume(step)
+        self._list(spikes)
+        self.throughput.start()
+
+    def went_back(self, step: int, spikes: Spikes) -> None:
+        """See `TrainingLog`."""
+        self._waiting.clear()
+        for curve in self._cut_with_steps:
+            curve.cut(step)
+        self._list(spikes)
+        self.throughput.forget()
+        spike = spikes.found[-1]
+        text = (
+            f"step {spike.step:,} has loss {spike.loss:.4f}, where train.spike allows {spike.limit:.4f}: the training goes "
+            f"back to step {step:,} and leaves out batch {', '.join(map(str, spike.batches))} ({len(spikes.found)} of at "
+            f"most {self._params.spike and self._params.spike.rollbacks})"
+        )
+        self._run.log_text(f"spikes/step_{spike.step:08d}.txt", text)
+        self.say(text)
+
+    def _list(self, spikes: Spikes) -> None:
+        """Write all that was left out: not appended, since it is not cut back with the steps."""
+        if self._params.spike is None:
+            return
+        self.spikes.cut(-1)
+        self.spikes.append(
+            [(spike.step, spike.loss, spike.limit, " ".join(map(str, spike.batches))) for spike in spikes.found]
+        )
+
+    def step(self, state: TrainState, result: StepResult, learning_rate: float, data_wait: float) -> None:
+        """See `TrainingLog`."""
+        self.throughput.waited(data_wait)
+        self._waiting.append((state.step, state.tokens, learning_rate, result.loss, result.grad_norm))
+
+    def flush(self) -> None:
+        """See `TrainingLog`."""
+        self._fetch()
+        if self.throughput.shown.steps:
+            self._show(*self._last)
+
+    def _fetch(self) -> None:
+        """Fetch and write the noted steps."""
+        if not self._waiting:
+            return
+        values = torch.stack([torch.stack((loss, norm)).float() for *_, loss, norm in self._waiting]).tolist()
+        self.throughput.count(len(values))  # the line above waited for the device
+        rows = [
+            (step, tokens, loss, learning_rate, norm)
+            for (step, tokens, learning_rate, _, _), (loss, norm) in zip(self._waiting, values, strict=True)
+        ]
+        self._waiting.clear()
+        self.train.append(rows)
+        self._last = rows[-1]
+
+    def _show(self, step: int, tokens: int, loss: float, learning_rate: float, norm: float) -> None:
+        window = self.throughput.take()
+        rate, mfu = self.throughput.rate(window), self.throughput.mfu(window)
+        if not window.compiles:
+            self.speed.append([(step, round(rate), round(mfu, 4), round(window.wait_ms, 3))])
+        left, memory = (self._params.max_tokens - tokens) / rate, peak_gpu_memory()
+        self._line.show(
+            f"step {step:,}/{self._params.max_steps:,} | loss {loss:.4f} | lr {learning_rate:.2e} | norm {norm:.3f} | "
+            f"{rate:,.0f} tokens/s | MFU {mfu:.1%} | {format_seconds(left)} left"
+            + (f" | {format_bytes(memory)} of GPU memory" if memory else "")
+        )
+        self._run.log(
+            {
+                "train/loss": loss,
+                "train/lr": learning_rate,
+                "train/grad_norm": norm,
+                "train/tokens": tokens,
+                "speed/tokens_per_second": rate,
+                "speed/mfu": mfu,
+                "speed/data_wait_ms": window.wait_ms,
+                **({"speed/gpu_memory_gb": memory / 1e9} if memory else {}),
+            },
+            step,
+        )
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """See `TrainingLog`."""
+        self._fetch()
+        yield
+        self.throughput.start()
+
+    def sync(self) -> None:
+        """See `TrainingLog`."""
+        for curve in self._cut_with_steps:
+            curve.sync()
+
+    def say(self, text: str) -> None:
+        """See `TrainingLog`."""
+        self._line.print(text)
+
+    def validated(self, state: TrainState, loss: Loss) -> None:
+        """See `TrainingLog`."""
+        self.validation.append([(state.step, state.tokens, loss.mean)])
+        self._run.log({"val/loss": loss.mean, "val/perplexity": loss.perplexity}, state.step)
+        self.say(f"step {state.step:,}: validation loss {loss.mean:.4f}, perplexity {loss.perplexity:,.1f}")
+
+    def scored(self, state: TrainState, scores: Scores) -> None:
+        """See `TrainingLog`."""
+        norm, acc = scores.acc_norm, scores.acc
+        accuracies = (norm.value, norm.low, norm.high, acc.value, acc.low, acc.high)
+        self.hellaswag.append([(state.step, state.tokens, *accuracies)])
+        self._run.log({"hellaswag/acc_norm": norm.value, "hellaswag/acc": acc.value}, state.step)
+        self.say(f"step {state.step:,}: HellaSwag acc_norm {norm.value:.4f} ({norm.low:.4f} to {norm.high:.4f})")
+
+    def sampled(self, state: TrainState, texts: Sequence[tuple[str, str]]) -> None:
+        """See `TrainingLog`."""
+        # JSON keeps a text on one line, so that a line is a row
+        self.samples.append([(state.step, json.dumps(prompt), json.dumps(text)) for prompt, text in texts])
+        self._run.log_text(f"samples/step_{state.step:08d}.txt", "\n\n".join(prompt + text for prompt, text in texts))
+        if texts:
+            self.say(f"step {state.step:,}: {texts[0][0]}{texts[0][1]}".replace("\n", " "))
