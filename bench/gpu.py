@@ -40,6 +40,7 @@ from pipelib.training.loop import Cadence, Trainer, take_step
 from pipelib.training.optim import make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET = ROOT / "presets/gpt2-124m.yaml"
@@ -175,7 +176,7 @@ def attention_is_fused(_: Path) -> str:
     """Attention runs in a kernel that keeps no matrix of scores."""
     torch.use_deterministic_algorithms(False)  # as the presets train
     device = pick_device()
-    model, tokens = GPT(SHAPE).to(device), torch.zeros(8, 128, dtype=torch.long, device=device)
+    model, tokens = GPT(SHAPE, GPT2_TOKENIZER.size).to(device), torch.zeros(8, 128, dtype=torch.long, device=device)
     with torch.profiler.profile() as profile, autocast(device, "bf16"):
         model(tokens, tokens).backward()
     used = {event.key for event in profile.key_averages() if event.key.startswith("aten::_scaled_dot_product")}
@@ -213,7 +214,7 @@ def a_micro_batch_is_found(folder: Path) -> str:
 
 def checkpoints_stay_out_of_the_way(folder: Path) -> str:
     """What a checkpoint of the 124M model costs the training, once its host memory is there."""
-    model = GPT(load_params(PRESET).model).to(pick_device())
+    model = GPT(load_params(PRESET).model, GPT2_TOKENIZER.size).to(pick_device())
     optimizer = make_optimizer(model, training())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

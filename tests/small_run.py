@@ -24,7 +24,6 @@ import pipelib
 from pipelib.files import files_under
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
-from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.schema import read_yaml
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest
 from pipelib.tracking.run import NullRun
@@ -34,6 +33,7 @@ from pipelib.training.hardware import Peak
 from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights
 from pipelib.training.params import TrainParams
 from pipelib.training.recorder import Recorder
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 CHECKOUT = Path(pipelib.__file__).absolute().parents[2]
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16}
@@ -66,16 +66,17 @@ def train_params(**changes: Any) -> TrainParams:
 def write_tokens(folder: Path, count: int = 8192, vocabulary: int = 500) -> Manifest:
     """Shards of `count` tokens, a quarter of them the validation split, in documents of 40; always the same."""
     tokens = np.random.default_rng(0).integers(0, vocabulary, count).astype(np.uint16)
-    tokens[::40] = EOT_TOKEN_ID
-    manifest = Manifest({"name": "gpt2"}, {"kind": "test"}, tuple(write_shards(folder, [tokens], count // 4)))
-    np.save(folder / UNIGRAM_COUNTS, count_tokens(open_shard(folder / shard.name) for shard in manifest.split("train")))
+    tokens[::40] = GPT2_TOKENIZER.end_token_id
+    manifest = Manifest(GPT2_TOKENIZER.encoding, {"kind": "test"}, tuple(write_shards(folder, [tokens], count // 4)))
+    shards = (open_shard(folder / shard.name) for shard in manifest.split("train"))
+    np.save(folder / UNIGRAM_COUNTS, count_tokens(shards, GPT2_TOKENIZER.size))
     manifest.write(folder)
     return read_manifest(folder)
 
 
 def random_model(params: ModelParams, seed: int = 1) -> GPT:
     """A model in which no bias is zero and no LayerNorm the identity, so that each tensor changes the logits."""
-    model = GPT(params)
+    model = GPT(params, GPT2_TOKENIZER.size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -26,6 +26,7 @@ from pipelib.schema import read_yaml
 from pipelib.tokens.shards import Manifest
 from pipelib.training import memory
 from pipelib.training.memory import memory_of, padded_parameters
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 GPT2 = {
     "download.source": "hub", "download.repo": "HuggingFaceFW/fineweb-edu", "download.folder": "sample/10BT",
@@ -134,7 +135,7 @@ def test_a_check_finds_wrong_parameters_before_a_stage_does(capsys: pytest.Captu
 def make_model(folder: str, **changes: int) -> ModelParams:
     """A small model in a Hugging Face folder, without its tokenizer."""
     shape = ModelParams(**{"n_layer": 1, "n_head": 1, "n_embd": 4, "context_length": 128, **changes})
-    export_model(random_model(shape), Path(folder), "")
+    export_model(random_model(shape), GPT2_TOKENIZER, Path(folder), "")
     (Path(folder) / "vocab.json").unlink()
     return shape
 
@@ -231,7 +232,7 @@ def test_text_that_may_have_grown_refuses_nothing(capsys: pytest.CaptureFixture[
     """With `source: local`, data/tokens may be of text that is no longer all there is."""
     changes = {"download.source": "local", "tokenize.shard_tokens": 100_000, "train.max_tokens": 20 * 400_000}
     write_params(changes)
-    Manifest({"name": "gpt2"}, {"kind": "local", "max_tokens": None}, tuple(
+    Manifest(GPT2_TOKENIZER.encoding, {"kind": "local", "max_tokens": None}, tuple(
         write_shards(Path("data/tokens"), [np.zeros(500_000, np.uint16)], 100_000)
     )).write(Path("data/tokens"))  # fmt: skip
     assert len(plan(capsys, "--check").splitlines()) == 1
@@ -247,14 +248,14 @@ def test_data_that_is_there_counts(capsys: pytest.CaptureFixture[str]) -> None:
     tokens = np.zeros(500_000, np.uint16)
     folder = Path("data/tokens")
     for kind, known in (("local", True), ("docs", False)):
-        Manifest({"name": "gpt2"}, {"kind": kind}, tuple(write_shards(folder, [tokens], 100_000))).write(folder)
+        Manifest(GPT2_TOKENIZER.encoding, {"kind": kind}, tuple(write_shards(folder, [tokens], 100_000))).write(folder)
         said = plan(capsys, "--no-measure")
         assert ("500,000 tokens (as data/tokens/manifest.json says)" in said) == known
 
 
 def saved_bytes(params: Params, rows: int, length: int) -> int:
     """What autograd keeps of one forward pass, the model's own parameters aside."""
-    model = GPT(params.model)
+    model = GPT(params.model, GPT2_TOKENIZER.size)
     model.activation_checkpointing = params.train.activation_checkpointing
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -276,7 +277,9 @@ def test_activations_are_what_autograd_saves(precision: str) -> None:
     by_layers = []
     for layers in (2, 6):
         params = load_params(write_params({"train.precision": precision, "model.n_layer": layers}))
-        by_layers.append((saved_bytes(params, 8, 128), memory_of(params.model, params.train, 8, 128)))
+        by_layers.append(
+            (saved_bytes(params, 8, 128), memory_of(params.model, GPT2_TOKENIZER.size, params.train, 8, 128))
+        )
     (few, few_memory), (many, many_memory) = by_layers
     expected = many_memory.activations - few_memory.activations + many_memory.copies - few_memory.copies
     assert many - few == pytest.approx(expected, rel=0.02)  # LayerNorms keep a little more
@@ -289,7 +292,7 @@ def test_with_checkpointing_blocks_keep_their_inputs_alone(precision: str) -> No
         changes = {"train.precision": precision, "model.n_layer": layers, "train.activation_checkpointing": True}
         params = load_params(write_params(changes))
         saved.append(saved_bytes(params, 8, 128))
-        planned.append(memory_of(params.model, params.train, 8, 128).activations)
+        planned.append(memory_of(params.model, GPT2_TOKENIZER.size, params.train, 8, 128).activations)
     width = 8 * 128 * params.model.n_embd
     assert saved[1] - saved[0] == planned[1] - planned[0] == 4 * 4 * width
     assert planned[0] == (2 * 4 + (36 if precision == "bf16" else 64)) * width
@@ -297,10 +300,12 @@ def test_with_checkpointing_blocks_keep_their_inputs_alone(precision: str) -> No
 
 def test_parameters_disk_and_fixed_memory() -> None:
     params = load_params(write_params(GPT2))
-    count = sum(parameter.numel() for parameter in GPT(load_params(write_params({})).model).parameters())
-    assert padded_parameters(load_params(write_params({})).model) == count
+    count = sum(
+        parameter.numel() for parameter in GPT(load_params(write_params({})).model, GPT2_TOKENIZER.size).parameters()
+    )
+    assert padded_parameters(load_params(write_params({})).model, GPT2_TOKENIZER.size) == count
     padded = 124_439_808 + 47 * 768
-    need = memory_of(params.model, params.train, 64, 1024)
+    need = memory_of(params.model, GPT2_TOKENIZER.size, params.train, 64, 1024)
     assert (need.weights, need.gradients, need.moments) == (4 * padded, 4 * padded, 8 * padded)
     assert need.logits == 64 * 1024 * 50304 * 12
     disk = disk_of(params, None)
@@ -330,8 +335,10 @@ def test_an_automatic_micro_batch_and_the_copy_for_checkpoints(
 ) -> None:
     write_params({**GPT2, "train.micro_batch_size": "auto"})
     params = load_params(Path("params.yaml"))
-    need = memory_of(params.model, params.train, 4, 1024).total
-    monkeypatch.setattr(memory, "free_memory", lambda _: int(need / 0.9) + 1 + 12 * padded_parameters(params.model))
+    need = memory_of(params.model, GPT2_TOKENIZER.size, params.train, 4, 1024).total
+    monkeypatch.setattr(
+        memory, "free_memory", lambda _: int(need / 0.9) + 1 + 12 * padded_parameters(params.model, GPT2_TOKENIZER.size)
+    )
     said = plan(capsys, "--no-measure")
     assert "128 micro-steps a rank, of 4 rows of 1,024 tokens" in said
     assert "1.5 GB of main memory more on the first rank, while a checkpoint is written" in said

@@ -8,14 +8,15 @@ from pipelib.cli.main import main
 from pipelib.model.gpt import GPT, initialise
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import ModelParams
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    gpt = GPT(ModelParams(n_layer=1, n_head=2, n_embd=16, context_length=16))
+    gpt = GPT(ModelParams(n_layer=1, n_head=2, n_embd=16, context_length=16), GPT2_TOKENIZER.size)
     initialise(gpt, 0)
-    export_model(gpt, folder, "# A test\n")
+    export_model(gpt, GPT2_TOKENIZER, folder, "# A test\n")
     return folder
 
 

@@ -29,15 +29,14 @@ from pipelib.evaluation.benchmark_items import Item, read_items
 from pipelib.evaluation.endings import score_endings
 from pipelib.evaluation.hellaswag import Accuracy, score, score_unigram
 from pipelib.evaluation.loss import Loss, losses_of_rows, summed_loss
-from pipelib.evaluation.measure import accuracy_json, contexts_cut, count_text_bytes, measure_loss
+from pipelib.evaluation.measure import Data, accuracy_json, contexts_cut, count_text_bytes, measure_loss
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.report import verdict
 from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
-from pipelib.model.vocabulary import VOCAB_SIZE
-from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.loader import validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, open_shard
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,9 @@ def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT) -> None:
 
 def test_a_row_belongs_to_the_document_that_it_begins_in(tmp_path: Path, model: GPT) -> None:
     write_tokens(tmp_path, count=4003)  # a document has 40 tokens, a row 24
-    _, items = measure_loss("m", model, EvaluateParams("fp32", 60, (), None, (), ()), tmp_path / VALIDATION_SHARD)
+    _, items = measure_loss(
+        "m", model, EvaluateParams("fp32", 60, (), None, (), ()), Data(tmp_path, Path(), GPT2_TOKENIZER)
+    )
     assert items.documents.tolist() == [1 + row * 24 // 40 for row in range(42)]
 
 
@@ -102,7 +103,7 @@ def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT) -> None:
     from transformers import GPT2LMHeadModel
 
     write_tokens(tmp_path, count=4003)
-    export_model(model, tmp_path / "model", "")
+    export_model(model, GPT2_TOKENIZER, tmp_path / "model", "")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
     tokens = torch.from_numpy(open_shard(tmp_path / VALIDATION_SHARD).astype(np.int64))
     nats = 0.0
@@ -118,8 +119,8 @@ def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT) -> None:
 
 def test_the_bytes_of_a_text_are_counted_from_its_tokens() -> None:
     text = " ".join(WORDS)
-    tokens = np.array([50256, *tiktoken_encoding().encode_ordinary(text)], np.uint16)
-    assert count_text_bytes(tokens) == len(text.encode())
+    tokens = np.array([50256, *GPT2_TOKENIZER.encode(text)], np.uint16)
+    assert count_text_bytes(tokens, GPT2_TOKENIZER) == len(text.encode())
 
 
 # ---- Completion ------------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def test_the_bytes_of_a_text_are_counted_from_its_tokens() -> None:
 
 @pytest.mark.parametrize("batch_tokens", [24, 100, 100_000])
 def test_completion_scores_are_those_of_a_plain_implementation(tmp_path: Path, model: GPT, batch_tokens: int) -> None:
-    items = read_items(write_lines(tmp_path / "items.jsonl", completion_rows(25)), tiktoken_encoding())
+    items = read_items(write_lines(tmp_path / "items.jsonl", completion_rows(25)), GPT2_TOKENIZER)
     assert max(len(item.context) for item in items) > model.params.context_length
     scores = score(model, items, batch_tokens, "fp32")
     expected = [plain_losses(model, item) for item in items]
@@ -143,7 +144,7 @@ def test_predictions_on_real_items_are_those_of_a_plain_implementation() -> None
     """`PIPELIB_TEST_DATA=FOLDER`: every item of FOLDER/hellaswag*.jsonl, by a model with the context of GPT-2."""
     (path,) = real_data().glob("hellaswag*.jsonl")
     wide = random_model(model_params(n_embd=64, context_length=1024))
-    items = read_items(path, tiktoken_encoding())
+    items = read_items(path, GPT2_TOKENIZER)
     scores = score(wide, items, 4096, "fp32")
     for number, item in enumerate(items):
         sums, means = plain_losses(wide, item)
@@ -244,8 +245,8 @@ def test_items_whose_context_is_cut_are_counted() -> None:
 
 def test_items_are_read_as_written(tmp_path: Path) -> None:
     row = {"ctx": "The sum", "endings": ["of x", "of y", "is", "not"], "label": 2, "document": 9}
-    encode = tiktoken_encoding().encode_ordinary
-    (item,) = read_items(write_lines(tmp_path / "items.jsonl", [row]), tiktoken_encoding())
+    encode = GPT2_TOKENIZER.encode
+    (item,) = read_items(write_lines(tmp_path / "items.jsonl", [row]), GPT2_TOKENIZER)
     assert item == Item(tuple(encode("The sum")), tuple(tuple(encode(f" {end}")) for end in row["endings"]), 2, 9)
 
 
@@ -275,21 +276,21 @@ GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
 )
 def test_a_bad_item_is_named_by_its_line(tmp_path: Path, bad: object) -> None:
     with pytest.raises(UserError, match=r"items\.jsonl, line 2 .*pipelib verify data/benchmarks --repair"):
-        read_items(write_lines(tmp_path / "items.jsonl", [GOOD, bad]), tiktoken_encoding())
+        read_items(write_lines(tmp_path / "items.jsonl", [GOOD, bad]), GPT2_TOKENIZER)
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "has no items"), (json.dumps(GOOD)[:-3], "line 1 is not an item")])
 def test_a_file_without_whole_items_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "items.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_items(tmp_path / "items.jsonl", tiktoken_encoding())
+        read_items(tmp_path / "items.jsonl", GPT2_TOKENIZER)
 
 
 def test_a_unigram_model_scores_by_how_often_tokens_occur() -> None:
-    counts = np.zeros(VOCAB_SIZE, np.int64)
+    counts = np.zeros(GPT2_TOKENIZER.size, np.int64)
     counts[[1, 2]] = 7, 3
     item = Item((5,), ((1,), (1, 2), (3,), (2, 2, 2)), 0, 0)
-    total = VOCAB_SIZE + 10
+    total = GPT2_TOKENIZER.size + 10
     one, two, none = (-math.log(share / total) for share in (8, 4, 1))
     scores = score_unigram(counts, [item])
     assert scores.sums[0].tolist() == pytest.approx([one, one + two, none, 3 * two])

@@ -18,9 +18,9 @@ from pipelib.model.gpt import GPT, initialise
 from pipelib.model.huggingface import CONFIG, WEIGHTS, export_model, import_model
 from pipelib.model.kv_cache import KVCache
 from pipelib.model.params import InitialisedModelParams, ModelParams
-from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
 from pipelib.schema import read_yaml
-from pipelib.tokens.encoding import HARD_STRINGS, tiktoken_encoding
+from pipelib.vocabulary.engines import HARD_STRINGS
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 SIZES = {
     # n_layer and n_head as published and heads of 4 instead of 64, so that all proportions but the vocabulary's stay
@@ -33,7 +33,7 @@ PARAMETERS = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "15
 
 
 def random_tokens(rows: int, length: int) -> Tensor:
-    return torch.randint(0, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(2))
+    return torch.randint(0, GPT2_TOKENIZER.size, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def small() -> GPT:
 @pytest.fixture(scope="module")
 def exported(small: GPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    export_model(small, folder, "# A model\n")
+    export_model(small, GPT2_TOKENIZER, folder, "# A model\n")
     return folder
 
 
@@ -67,14 +67,14 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(size: str, tmp_
     from transformers import GPT2LMHeadModel
 
     ours = random_model(SIZES[size])
-    export_model(ours, tmp_path, "")
+    export_model(ours, GPT2_TOKENIZER, tmp_path, "")
     theirs, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report  # no tensor was missing, unexpected or misshapen
     inputs = random_tokens(2, 32)
     with torch.no_grad():
         expected = theirs.eval()(inputs).logits
     assert expected.std() > 0.1
-    assert (logits_of(ours, inputs)[..., :VOCAB_SIZE] - expected).abs().max() < 1e-4
+    assert (logits_of(ours, inputs)[..., : GPT2_TOKENIZER.size] - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -93,32 +93,32 @@ def test_an_imported_model_gives_the_same_logits_as_in_transformers(size: str, t
         theirs.save_pretrained(tmp_path)
         inputs = random_tokens(2, 32)
         expected = theirs(inputs).logits
-    ours = import_model(tmp_path)
+    ours = import_model(tmp_path, GPT2_TOKENIZER)
     assert ours.params == shape
-    assert (logits_of(ours, inputs)[..., :VOCAB_SIZE] - expected).abs().max() < 1e-4
+    assert (logits_of(ours, inputs)[..., : GPT2_TOKENIZER.size] - expected).abs().max() < 1e-4
 
 
 def test_what_was_exported_comes_back_bit_for_bit(small: GPT, exported: Path) -> None:
-    back = import_model(exported).state_dict()
+    back = import_model(exported, GPT2_TOKENIZER).state_dict()
     for name, tensor in small.state_dict().items():
         expected = tensor.clone()
         if name == "wte.weight":
-            expected[VOCAB_SIZE:] = 0
+            expected[GPT2_TOKENIZER.size :] = 0
         assert torch.equal(back[name], expected), name
 
 
 def test_the_exported_tokenizer_gives_tiktokens_ids(exported: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer, encoding = AutoTokenizer.from_pretrained(exported), tiktoken_encoding()
+    tokenizer, encoding = AutoTokenizer.from_pretrained(exported), GPT2_TOKENIZER
     for text in HARD_STRINGS:
         if "<|endoftext|>" not in text:  # which transformers takes for the special token, and encode_ordinary for text
-            assert tokenizer(text)["input_ids"] == encoding.encode_ordinary(text), text
-    assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id] == [encoding.eot_token]
+            assert tokenizer(text)["input_ids"] == encoding.encode(text), text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id] == [encoding.end_token_id]
 
 
 def test_equal_weights_export_to_equal_bytes(exported: Path, tmp_path: Path) -> None:
-    export_model(random_model(model_params()), tmp_path, "# A model\n")
+    export_model(random_model(model_params()), GPT2_TOKENIZER, tmp_path, "# A model\n")
     names = [path.relative_to(exported) for path in files_under(exported)]
     assert names == [path.relative_to(tmp_path) for path in files_under(tmp_path)]
     assert [name for name in names if (exported / name).read_bytes() != (tmp_path / name).read_bytes()] == []
@@ -175,12 +175,12 @@ def test_a_bad_folder_is_refused_and_says_why(exported: Path, tmp_path: Path, ca
         (tmp_path / path.name).write_bytes(path.read_bytes())
     spoil(tmp_path)
     with pytest.raises(UserError, match=message):
-        import_model(tmp_path)
+        import_model(tmp_path, GPT2_TOKENIZER)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder with a model"):
-        import_model(tmp_path / "nowhere")
+        import_model(tmp_path / "nowhere", GPT2_TOKENIZER)
 
 
 # ---- Weights and loss ------------------------------------------------------------------------------------------------
@@ -189,25 +189,28 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_the_presets_have_the_published_numbers_of_parameters(size: str) -> None:
     shape = InitialisedModelParams(**read_yaml(CHECKOUT / f"presets/gpt2-{size}.yaml")["model"])
-    assert shape.parameters == PARAMETERS[size]
+    assert shape.parameters(GPT2_TOKENIZER.size) == PARAMETERS[size]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_formula_counts_the_parameters_that_are_there(size: str) -> None:
     params = SIZES[size]
-    padding = (PADDED_VOCAB_SIZE - VOCAB_SIZE) * params.n_embd
-    assert params.parameters == sum(parameter.numel() for parameter in GPT(params).parameters()) - padding
+    padding = (GPT2_TOKENIZER.padded_size - GPT2_TOKENIZER.size) * params.n_embd
+    assert (
+        params.parameters(GPT2_TOKENIZER.size)
+        == sum(parameter.numel() for parameter in GPT(params, GPT2_TOKENIZER.size).parameters()) - padding
+    )
 
 
 def test_the_initial_loss_is_that_of_a_uniform_guess() -> None:
-    model = GPT(model_params(n_layer=4, n_head=4, n_embd=128, context_length=64))
+    model = GPT(model_params(n_layer=4, n_head=4, n_embd=128, context_length=64), GPT2_TOKENIZER.size)
     initialise(model, 1337)
     tokens = random_tokens(4, 65)
-    assert abs(model(tokens[:, :-1], tokens[:, 1:]).item() - math.log(VOCAB_SIZE)) < 0.1
+    assert abs(model(tokens[:, :-1], tokens[:, 1:]).item() - math.log(GPT2_TOKENIZER.size)) < 0.1
 
 
 def test_initial_weights_have_gpt2s_spread_and_follow_from_the_seed() -> None:
-    first, again, other = (GPT(SIZES["124m"]) for _ in range(3))
+    first, again, other = (GPT(SIZES["124m"], GPT2_TOKENIZER.size) for _ in range(3))
     for model, seed in ((first, 1), (again, 1), (other, 2)):
         torch.manual_seed(seed + 100)  # torch's own stream has no part in them
         initialise(model, seed)
@@ -216,22 +219,22 @@ def test_initial_weights_have_gpt2s_spread_and_follow_from_the_seed() -> None:
         if tensor.dim() == 2:
             assert not torch.equal(tensor, other.state_dict()[name]), name
             std = 0.02 / math.sqrt(24) if name.endswith("c_proj.weight") else 0.02
-            assert tensor[:VOCAB_SIZE].std().item() == pytest.approx(std, rel=0.1), name
+            assert tensor[: GPT2_TOKENIZER.size].std().item() == pytest.approx(std, rel=0.1), name
         else:
             assert set(tensor.tolist()) == {1.0 if "ln_" in name and name.endswith("weight") else 0.0}, name
 
 
 def test_padding_has_probability_zero_even_where_its_weights_are_great(small: GPT) -> None:
-    model = GPT(small.params)
+    model = GPT(small.params, GPT2_TOKENIZER.size)
     model.load_state_dict(small.state_dict())
     with torch.no_grad():
-        model.wte.weight[VOCAB_SIZE:] = 100.0
+        model.wte.weight[GPT2_TOKENIZER.size :] = 100.0
     probabilities = logits_of(model, random_tokens(2, 16)).softmax(dim=-1)
-    assert probabilities[..., VOCAB_SIZE:].eq(0).all()
+    assert probabilities[..., GPT2_TOKENIZER.size :].eq(0).all()
     assert probabilities.sum(dim=-1).allclose(torch.ones(2, 16))
     drawn = write(model, [1, 2, 3], 100, temperature=100.0, top_k=None, seed=4)
     drawn += write(model, [1, 2, 3], 100, temperature=100.0, top_k=10**9, seed=5)
-    assert max(drawn) < VOCAB_SIZE
+    assert max(drawn) < GPT2_TOKENIZER.size
 
 
 def test_padding_gets_no_gradient(small: GPT) -> None:
@@ -241,8 +244,8 @@ def test_padding_gets_no_gradient(small: GPT) -> None:
     gradient = small.wte.weight.grad
     small.zero_grad()
     assert gradient is not None
-    assert gradient[VOCAB_SIZE:].eq(0).all()
-    assert gradient[:VOCAB_SIZE].ne(0).any()
+    assert gradient[GPT2_TOKENIZER.size :].eq(0).all()
+    assert gradient[: GPT2_TOKENIZER.size].ne(0).any()
 
 
 def test_no_position_sees_what_comes_after_it(small: GPT) -> None:
@@ -316,7 +319,7 @@ PROMPTS = [random_tokens(1, 40)[0, :length].tolist() for length in (9, 1, 23, 4)
 def test_greedy_texts_of_a_batch_are_those_of_transformers_padded_left_and_alone(wide: GPT, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
-    export_model(wide, tmp_path, "")
+    export_model(wide, GPT2_TOKENIZER, tmp_path, "")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -398,7 +401,7 @@ def test_the_least_temperature_is_greedy(small: GPT) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_model_that_gives_no_numbers_is_refused(small: GPT, value: float) -> None:
-    model = GPT(small.params)
+    model = GPT(small.params, GPT2_TOKENIZER.size)
     model.load_state_dict(small.state_dict())
     with torch.no_grad():
         model.ln_f.bias[0] = value

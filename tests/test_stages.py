@@ -18,6 +18,7 @@ from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import InitialisedModelParams
 from pipelib.stage import run_stage
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 STAGES = ("download", "tokenize", "train", "evaluate")
 
@@ -234,7 +235,12 @@ def test_a_flipped_bit_in_a_token(project: Project, split: str) -> None:
 
 @pytest.mark.parametrize("content", [b"not tensors", b""])
 def test_evaluation_of_a_damaged_model(project: Project, content: bytes) -> None:
-    export_model(GPT(InitialisedModelParams(**PARAMS["model"])), project.root / "models", "a model")
+    export_model(
+        GPT(InitialisedModelParams(**PARAMS["model"]), GPT2_TOKENIZER.size),
+        GPT2_TOKENIZER,
+        project.root / "models",
+        "a model",
+    )
     (project.root / "models/model.safetensors").write_bytes(content)
     project.refuses("evaluate", "models/model.safetensors")
     assert not (project.root / "reports").exists()

@@ -60,6 +60,7 @@ from pipelib.training.machines import find_machines, process_count
 from pipelib.training.memory import checkpoint_copy
 from pipelib.training.optim import learning_rate_at, make_optimizer
 from pipelib.training.params import SpikeParams, TrainParams
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
@@ -72,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def new_model(seed: int = 7, **shape: int) -> GPT:
-    model = GPT(model_params(**shape))
+    model = GPT(model_params(**shape), GPT2_TOKENIZER.size)
     initialise(model, seed)
     return model
 
@@ -345,7 +346,7 @@ def test_activation_checkpointing_changes_no_bit(folder: Path, monkeypatch: pyte
         nonlocal blocks
         blocks += 1
 
-    monkeypatch.setattr(Block, "forward", lambda self, x, forward=Block.forward: count() or forward(self, x))
+    monkeypatch.setattr(Block, "forward", lambda self, *x, forward=Block.forward: count() or forward(self, *x))
     for wanted in (False, True):
         blocks = 0
         params = train_params(activation_checkpointing=wanted, max_tokens=1280)
@@ -445,8 +446,8 @@ def test_going_on_without_determinism_on_a_gpu_is_said(folder: Path, capsys: pyt
 
 
 def test_no_samples_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(samples, "tiktoken_encoding")
-    assert samples.write_samples(random_model(model_params()), (), "fp32", seed=0) == []
+    monkeypatch.setattr("pipelib.vocabulary.tokenizer.reference", None)
+    assert samples.write_samples(random_model(model_params()), GPT2_TOKENIZER, (), "fp32", seed=0) == []
 
 
 def test_the_hours_of_all_processes_count(folder: Path) -> None:
@@ -674,9 +675,10 @@ def test_no_more_checkpoints_are_on_disk_than_a_disk_is_asked_for(
 def test_the_disk_that_train_demands_is_the_one_that_plan_names() -> None:
     model = model_params()
     spike = SpikeParams(window=100, deviations=6.0, batches=1, rollbacks=10)
-    assert checkpoint_bytes(model, train_params(), 250) == 4 * checkpoint_copy(model)
-    assert checkpoint_bytes(model, train_params(spike=spike), 250) == 5 * checkpoint_copy(model)
-    assert checkpoint_bytes(model, train_params(spike=replace(spike, batches=100)), 10) == 14 * checkpoint_copy(model)
+    copy, size = checkpoint_copy(model, GPT2_TOKENIZER.size), GPT2_TOKENIZER.size
+    assert checkpoint_bytes(model, size, train_params(), 250) == 4 * copy
+    assert checkpoint_bytes(model, size, train_params(spike=spike), 250) == 5 * copy
+    assert checkpoint_bytes(model, size, train_params(spike=replace(spike, batches=100)), 10) == 14 * copy
 
 
 def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
@@ -697,7 +699,7 @@ def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
         (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))
         with pytest.raises(UserError, match="enough"):
             launch(build, shape, train_params(), loop.Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS)
-    assert asked[0] == checkpoint_bytes(shape, train_params(), 5) == asked[1] + 1000
+    assert asked[0] == checkpoint_bytes(shape, GPT2_TOKENIZER.size, train_params(), 5) == asked[1] + 1000
 
 
 def test_where_every_checkpoint_is_bad_the_training_starts_anew(tmp_path: Path) -> None:

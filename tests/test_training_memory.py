@@ -28,6 +28,7 @@ from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.job import Job
 from pipelib.training.memory import USABLE, memory_of, rows_that_fit
 from pipelib.training.params import SpikeParams, TrainParams
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture
@@ -43,15 +44,17 @@ def params(**changes: Any) -> TrainParams:
 
 def room_for(rows: int) -> int:
     """Bytes that hold a micro-batch of so many rows, and not one more."""
-    return int(memory_of(model_params(), params(), rows, 16).total / USABLE) + 1
+    return int(memory_of(model_params(), GPT2_TOKENIZER.size, params(), rows, 16).total / USABLE) + 1
 
 
 @pytest.mark.parametrize(("rows", "chosen"), [(1, 1), (2, 2), (3, 3), (5, 4), (11, 6), (12, 12), (99, 12)])
 def test_the_largest_divisor_that_fits(rows: int, chosen: int) -> None:
     wide = params(global_batch_tokens=12 * 16)
-    assert rows_that_fit(model_params(), wide, 1, room_for(rows)) == chosen
-    assert rows_that_fit(model_params(), wide, 2, room_for(rows)) == min(chosen, {4: 3, 5: 3}.get(chosen, chosen), 6)
-    assert rows_that_fit(model_params(), wide, 1, room_for(1) // 2) == 0
+    assert rows_that_fit(model_params(), GPT2_TOKENIZER.size, wide, 1, room_for(rows)) == chosen
+    assert rows_that_fit(model_params(), GPT2_TOKENIZER.size, wide, 2, room_for(rows)) == min(
+        chosen, {4: 3, 5: 3}.get(chosen, chosen), 6
+    )
+    assert rows_that_fit(model_params(), GPT2_TOKENIZER.size, wide, 1, room_for(1) // 2) == 0
 
 
 def free(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:

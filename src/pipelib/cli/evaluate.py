@@ -46,10 +46,12 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, and write what --out asks for."""
     from pipelib.evaluation.measure import Data
-    from pipelib.tokens.shards import VALIDATION_SHARD
+    from pipelib.tokens.shards import VALIDATION_SHARD, read_manifest
+    from pipelib.vocabulary.choice import chosen_tokenizer
 
     params = _params(arguments)
-    data = Data(TOKENS if (TOKENS / VALIDATION_SHARD).is_file() else None, BENCHMARKS)
+    tokens = TOKENS if (TOKENS / VALIDATION_SHARD).is_file() else None
+    data = Data(tokens, BENCHMARKS, read_manifest(tokens).tokenizer if tokens else chosen_tokenizer())
     _evaluate(arguments.model, params, data, arguments.out)
     return 0
 
@@ -106,20 +108,20 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
             f"there is no validation shard in {TOKENS}, no benchmark in {BENCHMARKS} and no task, so there is nothing to "
             "measure; run dvc repro tokenize."
         )
-    find_baselines(params.baselines)  # before anything is computed
+    find_baselines(params.baselines, data.tokenizer)  # before anything is computed
     manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
-    model = import_model(folder).to(device)
+    model = import_model(folder, data.tokenizer).to(device)
     code = code_hashes("evaluate", {}, CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(str(folder), model, params, data, Path(scratch) / "harness")
         others = measure_baselines(params, data, code, device, Path(scratch) / "harness")
     baselines = {name: other.result for name, other in others.items()}
-    samples = write_samples(model, params.sample_prompts, params.precision, seed=0) if out else []
+    samples = write_samples(model, data.tokenizer, params.sample_prompts, params.precision, seed=0) if out else []
     facts = {
         "model": f"`{folder}`",
         "weights": f"SHA-256 `{weights_sha256(folder)}`",
-        **describe_model(model.params),
+        **describe_model(model),
         **describe_environment(model, code),
     }
     if manifest:
@@ -128,7 +130,8 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
             "data source": describe_source(manifest.source),
         }
     source = manifest.source if manifest else {}
-    subject = Subject(measured.result, baselines, model.params.parameters, source, facts, samples, None)
+    parameters, vocab_size = model.params.parameters(model.vocab_size), model.vocab_size
+    subject = Subject(measured.result, baselines, parameters, vocab_size, source, facts, samples, None)
     print(aligned([[cell.replace("*", "") for cell in row[:4]] for row in rows_of(subject)]))
     if out:
         write_report(out, subject)

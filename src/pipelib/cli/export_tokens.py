@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_free_space(out, total, "the export")
     progress = Progress(f"writing {out}", len(manifest.shards), "shards")
     for shard in manifest.shards:
-        problems = shard_problems(arguments.tokens, shard)
+        problems = shard_problems(arguments.tokens, shard, manifest.tokenizer)
         if problems:
             raise UserError("\n".join(problems))
         with write_atomic(out / f"{arguments.name}_{Path(shard.name).stem}.npy") as file:

@@ -71,13 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
     from pipelib.model.generate import generate
     from pipelib.model.huggingface import import_model
-    from pipelib.model.vocabulary import EOT_TOKEN_ID
-    from pipelib.tokens.encoding import tiktoken_encoding
+    from pipelib.vocabulary.choice import chosen_tokenizer
 
-    model = import_model(arguments.model).to(_device(arguments.device))
-    encoding = tiktoken_encoding()
+    tokenizer = chosen_tokenizer()
+    model = import_model(arguments.model, tokenizer).to(_device(arguments.device))
     top_k = TOP_K if arguments.top_k is None and arguments.top_p is None else arguments.top_k
-    token_ids = [[EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)] for prompt in arguments.prompt]
+    token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in arguments.prompt]
     texts = generate(
         model,
         token_ids * arguments.num_samples,  # a prompt's first text is the same however many follow
@@ -86,10 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
         top_k=top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
-        stop_token_id=EOT_TOKEN_ID,
+        stop_token_id=tokenizer.end_token_id,
     )
     written = [
-        prompt + encoding.decode(new)
+        prompt + tokenizer.decode(new)
         for number, prompt in enumerate(arguments.prompt)
         for new in texts[number :: len(arguments.prompt)]
     ]

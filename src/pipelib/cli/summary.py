@@ -1,6 +1,7 @@
 """`pipelib summary`: what the last run gave, on one screen, and where to look next."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,14 @@ def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:
 
 def rows(evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, value) lines of the summary."""
+    from pipelib.vocabulary.choice import chosen_tokenizer
+
+    vocab_size = chosen_tokenizer().size
     lines = [
-        ("validation loss", f"{evaluate['val_loss']:.4f} (it starts near ln 50,257 = 10.82)"),
+        (
+            "validation loss",
+            f"{evaluate['val_loss']:.4f} (it starts near ln {vocab_size:,} = {math.log(vocab_size):.2f})",
+        ),
         ("perplexity", f"{evaluate['perplexity']:,.1f}"),
         ("bits per byte", f"{evaluate['bits_per_byte']:.3f}"),
     ]

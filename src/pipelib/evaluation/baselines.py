@@ -19,6 +19,7 @@ from pipelib.evaluation.params import is_folder
 from pipelib.files import read_json, sha256_file, sha256_json, write_json
 from pipelib.model.params import PUBLISHED, ModelParams
 from pipelib.model.weights import CONFIG, MODELS, WEIGHTS, is_file, published_sha256, require_published, weights_sha256
+from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.locks import LOCK, locked
 from pipelib.workspace.places import MANIFEST, StatePlaces
 
@@ -60,8 +61,11 @@ class Baseline:
         require_published(self.name, sha256_file(path))
 
 
-def find_baselines(names: Sequence[str]) -> list[Baseline]:
+def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]:
     """The models that `evaluate.baselines` names.
+
+    Args:
+        tokenizer: whose tokens they have to have.
 
     Raises:
         UserError: one is not there, or is not a GPT-2.
@@ -69,7 +73,7 @@ def find_baselines(names: Sequence[str]) -> list[Baseline]:
     found = []
     for name in names:
         if is_folder(name):
-            shape = require_baseline(name)
+            shape = require_baseline(name, tokenizer)
             found.append(Baseline(name, Path(name), weights_sha256(Path(name)), shape))
         else:
             sha256 = published_sha256(name)
@@ -82,7 +86,7 @@ def find_baselines(names: Sequence[str]) -> list[Baseline]:
     return found
 
 
-def require_baseline(name: str) -> ModelParams:
+def require_baseline(name: str, tokenizer: Tokenizer) -> ModelParams:
     """The shape of a folder among `evaluate.baselines`.
 
     Raises:
@@ -91,7 +95,7 @@ def require_baseline(name: str) -> ModelParams:
     from pipelib.model.huggingface import find_model
 
     try:
-        return find_model(Path(name)).model.params
+        return find_model(Path(name), tokenizer).model.params
     except UserError as error:
         raise UserError(f"evaluate.baselines: {error}") from None
 

@@ -44,7 +44,7 @@ def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest,
     repo = source.get("repo") if source.get("kind") == "hub" else None
     parts = [
         _front_matter(repo),
-        f"# GPT-2, {_parameters(models):,} parameters",
+        f"# GPT-2, {_parameters(models, manifest):,} parameters",
         "Pretrained with pipelib, a pipeline whose every step can be repeated. Each figure below was measured by it.",
         "## Load it",
         f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -128,10 +128,11 @@ def _front_matter(repo: str | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _parameters(models: Path) -> int:
+def _parameters(models: Path, manifest: Manifest) -> int:
     from pipelib.model.huggingface import read_params
 
-    return read_params(models).parameters
+    tokenizer = manifest.tokenizer
+    return read_params(models, tokenizer).parameters(tokenizer.size)
 
 
 def _losses(curves: Path) -> Iterator[tuple[str, str, str]]:

@@ -9,7 +9,6 @@ from torch import Tensor
 from pipelib.errors import UserError
 from pipelib.model.gpt import GPT
 from pipelib.model.kv_cache import KVCache
-from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.schema import MAX_INT
 
 BATCH = 16
@@ -73,7 +72,7 @@ def generate(
             if not writing:
                 break
             for number, logits in _next_logits(model, writing, cache).items():
-                token = _draw(logits, temperature, top_k, top_p, generators[number])
+                token = _draw(logits, model.vocab_size, temperature, top_k, top_p, generators[number])
                 if token == stop_token_id:
                     del writing[number]
                 else:
@@ -89,7 +88,7 @@ def _columns(model: GPT, lengths: Sequence[int], new_tokens: int) -> int:
 
 
 def _next_logits(model: GPT, texts: dict[int, list[int]], cache: KVCache) -> dict[int, Tensor]:
-    """The logits of every text's next token, (PADDED_VOCAB_SIZE,) each, in fp32 on the CPU."""
+    """The logits of every text's next token, (padded vocab_size,) each, in fp32 on the CPU."""
     context = model.params.context_length
     short = {number: text for number, text in texts.items() if len(text) <= context}
     long = {number: text[-context:] for number, text in texts.items() if len(text) > context}
@@ -101,17 +100,22 @@ def _next_logits(model: GPT, texts: dict[int, list[int]], cache: KVCache) -> dic
 
 
 def _draw(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    logits: Tensor,
+    vocab_size: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
 ) -> int:
-    """One token id from the logits (PADDED_VOCAB_SIZE,), whose padding is minus infinity."""
-    if not logits[:VOCAB_SIZE].isfinite().all():
+    """One token id from the logits (padded vocab_size,), whose padding is minus infinity."""
+    if not logits[:vocab_size].isfinite().all():
         raise UserError(
             "the model's logits are infinite or not numbers, so no token can be drawn; its weights are damaged or its "
             "training diverged: use another model."
         )
     if temperature == 0:
         return int(logits.argmax())
-    values, token_ids = logits.topk(min(top_k or VOCAB_SIZE, VOCAB_SIZE))
+    values, token_ids = logits.topk(min(top_k or vocab_size, vocab_size))
     probabilities = ((values - values[0]) / temperature).softmax(dim=-1)
     if top_p is not None and top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together

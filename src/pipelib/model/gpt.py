@@ -1,8 +1,8 @@
 """GPT-2 as published: pre-LayerNorm blocks, tanh-GELU, learned positions, output tied to the token embedding.
 
 Radford et al., Language Models are Unsupervised Multitask Learners, 2019; https://github.com/openai/gpt-2. The only
-addition is the padding of the vocabulary to 50,304 rows for the sake of the hardware; the padding has probability zero,
-always.
+addition is the padding of the vocabulary, from 50,257 to 50,304 rows, for the sake of the hardware; the padding always has
+probability zero.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipelib.model.params import ModelParams
-from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
+from pipelib.vocabulary.tokenizer import padded_size
 
 INIT_STD = 0.02
 LOGIT_ROWS = 8192
@@ -89,10 +89,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The network. Parameters carry the names that GPT-2 and Hugging Face give them."""
 
-    def __init__(self, params: ModelParams) -> None:
+    def __init__(self, params: ModelParams, vocab_size: int) -> None:
         super().__init__()
-        self.params = params
-        self.wte = nn.Embedding(PADDED_VOCAB_SIZE, params.n_embd)
+        self.params, self.vocab_size = params, vocab_size
+        self.wte = nn.Embedding(padded_size(vocab_size), params.n_embd)
         self.wpe = nn.Embedding(params.context_length, params.n_embd)
         self.h = nn.ModuleList(Block(params) for _ in range(params.n_layer))
         self.ln_f = nn.LayerNorm(params.n_embd)
@@ -106,16 +106,18 @@ class GPT(nn.Module):
         x = self.wte(inputs) + self.wpe(positions)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer, attend, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+                x = checkpoint(
+                    block, x, layer, attend, use_reentrant=False, preserve_rng_state=False
+                )  # blocks draw nothing
             else:
                 x = block(x, layer, attend)
         out: Tensor = self.ln_f(x)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., PADDED_VOCAB_SIZE), with minus infinity for the padding, which so has probability zero."""
+        """(..., C) -> (..., padded vocab_size), with minus infinity for the padding, which so has probability zero."""
         logits = F.linear(hidden, self.wte.weight)
-        logits[..., VOCAB_SIZE:] = -math.inf  # set, not cut off, so that the product keeps its good shape
+        logits[..., self.vocab_size :] = -math.inf  # set, not cut off, so that the product keeps its good shape
         return logits
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class GPT(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy in nats of predicting `targets` (B, T) from `inputs` (B, T), a scalar."""
-        logits = self.logits(self.hidden(inputs).flatten(0, 1))  # (B·T, PADDED_VOCAB_SIZE)
+        logits = self.logits(self.hidden(inputs).flatten(0, 1))  # (B·T, padded vocab_size)
         return F.cross_entropy(logits.float(), targets.flatten())
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -141,7 +143,8 @@ def initialise(model: GPT, seed: int) -> None:
     """Fill in GPT-2's initial weights, the same for every device and number of ranks.
 
     Normal with standard deviation 0.02; projections into the residual stream are scaled by (2·n_layer)^-0.5, since that
-    many of them add up; biases are zero and LayerNorms the identity. The loss then starts near ln(50257) = 10.82.
+    many of them add up; biases are zero and LayerNorms the identity. The loss then starts near ln(vocab_size): 10.82 for
+    50,257 tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     residual_std = INIT_STD * (2 * model.params.n_layer) ** -0.5
@@ -152,4 +155,4 @@ def initialise(model: GPT, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             else:
                 parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
-        model.wte.weight[VOCAB_SIZE:] = 0.0
+        model.wte.weight[model.vocab_size :] = 0.0

@@ -19,8 +19,7 @@ from pipelib.errors import UserError, tell
 from pipelib.files import read_json, write_atomic, write_json, write_text
 from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
-from pipelib.model.tokenizer import how_to_cut_off, require_gpt2s_tokens
-from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE, vocabulary_file
+from pipelib.model.tokenizer import how_to_cut_off, require_same_tokens
 from pipelib.model.weights import (
     CONFIG,
     GUIDE,
@@ -35,6 +34,7 @@ from pipelib.model.weights import (
     weight_files,
 )
 from pipelib.schema import parse
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _PREFIX = "transformer."
@@ -51,12 +51,10 @@ _GPT2: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
 }
 """What config.json must say where it says it; other values are other architectures under GPT-2's name."""
-_PADDED = {-(-VOCAB_SIZE // multiple) * multiple for multiple in (8, 16, 32, 64, 128, 256, 512, 1024)}
-"""Rows of an embedding that was padded for the hardware: 50,304 in nanoGPT's, for one."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def export_model(model: GPT, folder: Path, readme: str) -> None:
+def export_model(model: GPT, tokenizer: Tokenizer, folder: Path, readme: str) -> None:
     """Write config, weights (fp32, without the vocabulary's padding), tokenizer, generation config and README.
 
     The bytes are a function of the weights and `readme` alone.
@@ -65,27 +63,19 @@ def export_model(model: GPT, folder: Path, readme: str) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomic(folder / WEIGHTS) as file:
-        file.write(save(to_huggingface(model.state_dict()), metadata={"format": "pt"}))
-    write_json(folder / CONFIG, _config(model.params))
-    write_json(folder / "generation_config.json", {"bos_token_id": EOT_TOKEN_ID, "eos_token_id": EOT_TOKEN_ID})
-    with write_atomic(folder / "vocab.json") as file:
-        file.write(vocabulary_file("encoder.json").read_bytes())
-    with write_atomic(folder / "merges.txt") as file:
-        file.write(vocabulary_file("vocab.bpe").read_bytes())
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": model.params.context_length,
-            "add_prefix_space": False,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-        },
-    )
+        file.write(save(to_huggingface(model), metadata={"format": "pt"}))
+    write_json(folder / CONFIG, _config(model, tokenizer))
+    ends = {"bos_token_id": tokenizer.end_token_id, "eos_token_id": tokenizer.end_token_id}
+    write_json(folder / "generation_config.json", ends)
+    for name, content in tokenizer.files(model.params.context_length).items():
+        with write_atomic(folder / name) as file:
+            file.write(content)
     write_text(folder / "README.md", readme)
 
 
-def _config(params: ModelParams) -> dict[str, Any]:
+def _config(model: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
     """config.json, in the order of OpenAI's."""
+    params = model.params
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -93,8 +83,8 @@ def _config(params: ModelParams) -> dict[str, Any]:
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
-        "bos_token_id": EOT_TOKEN_ID,
-        "eos_token_id": EOT_TOKEN_ID,
+        "bos_token_id": tokenizer.end_token_id,
+        "eos_token_id": tokenizer.end_token_id,
         "initializer_range": 0.02,
         "layer_norm_epsilon": 1e-5,
         "n_ctx": params.context_length,
@@ -105,17 +95,17 @@ def _config(params: ModelParams) -> dict[str, Any]:
         "n_positions": params.context_length,
         "tie_word_embeddings": True,
         "dtype": "float32",
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": model.vocab_size,
     }
 
 
-def to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_huggingface(model: GPT) -> dict[str, Tensor]:
     """Our tensors under Hugging Face's names and in its layout, in fp32 on the CPU."""
     renamed = {}
-    for name, tensor in state.items():
+    for name, tensor in model.state_dict().items():
         tensor = tensor.detach().to("cpu", torch.float32)
         if name == "wte.weight":
-            tensor = tensor[:VOCAB_SIZE]
+            tensor = tensor[: model.vocab_size]
         elif name.endswith(_TRANSPOSED):
             tensor = tensor.t()
         renamed[_PREFIX + name] = tensor.contiguous()
@@ -137,51 +127,52 @@ class Found:
     """What of the folder is not used; empty where everything is."""
 
 
-def import_model(folder: Path, *, quiet: bool = False) -> GPT:
+def import_model(folder: Path, tokenizer: Tokenizer, *, quiet: bool = False) -> GPT:
     """A GPT-2 from a Hugging Face folder, in fp32 on the CPU.
 
     Args:
+        tokenizer: whose tokens the model has to have.
         quiet: leave out the line on stderr that says what of the folder is not used.
 
     Raises:
         UserError: what `find_model` refuses; a head or a mask that GPT-2 does not have; numbers that are not finite.
     """
-    with open_weights(_with_config(folder)) as weights, torch.no_grad():
-        found = _look_at(folder, weights)
+    with open_weights(_with_config(folder, tokenizer)) as weights, torch.no_grad():
+        found = _look_at(folder, weights, tokenizer)
         if found.note and not quiet:
             tell(found.note, error=True)
         model = found.model
         state = model.state_dict()
         for name, target in state.items():
-            _fill(target, name, weights.read(found.entries[name]))
+            _fill(target, name, weights.read(found.entries[name]), tokenizer.size)
             _require_finite(target, found.entries[name])
         for name in found.entries.keys() - state.keys():
             _require_derived(found.entries[name], weights.read(found.entries[name]), model)
     return model.eval()
 
 
-def find_model(folder: Path) -> Found:
+def find_model(folder: Path, tokenizer: Tokenizer) -> Found:
     """Look at the model in a Hugging Face folder without reading its numbers.
 
     Raises:
-        UserError: files are missing or damaged, the model is not a GPT-2, or its vocabulary is not GPT-2's.
+        UserError: files are missing or damaged, the model is not a GPT-2, or its vocabulary is not the tokenizer's.
     """
-    with open_weights(_with_config(folder)) as weights:
-        return _look_at(folder, weights)
+    with open_weights(_with_config(folder, tokenizer)) as weights:
+        return _look_at(folder, weights, tokenizer)
 
 
-def read_params(folder: Path) -> ModelParams:
+def read_params(folder: Path, tokenizer: Tokenizer) -> ModelParams:
     """The shape of the model in a Hugging Face folder, as its config.json says.
 
     Raises:
-        UserError: it is not a GPT-2 with GPT-2's vocabulary.
+        UserError: it is not a GPT-2 with this vocabulary.
     """
-    return _params_of(folder, _read_config(folder))
+    return _params_of(folder, _read_config(folder), tokenizer)
 
 
-def _with_config(folder: Path) -> Path:
+def _with_config(folder: Path, tokenizer: Tokenizer) -> Path:
     """The folder, once its config.json describes a GPT-2: what it is counts before what its weights look like."""
-    read_params(folder)
+    read_params(folder, tokenizer)
     return folder
 
 
@@ -196,7 +187,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(path, restore(folder))
 
 
-def _params_of(folder: Path, config: Mapping[str, Any]) -> ModelParams:
+def _params_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> ModelParams:
     path = folder / CONFIG
     for key in ("model_type", "vocab_size"):
         if key not in config:
@@ -207,10 +198,10 @@ def _params_of(folder: Path, config: Mapping[str, Any]) -> ModelParams:
                 f"{path} has {key} = {config[key]!r} where GPT-2 has {allowed[0]!r}, so its logits would come out wrong; "
                 "use a GPT-2 as published."
             )
-    if config["vocab_size"] not in (VOCAB_SIZE, *_PADDED):
+    if config["vocab_size"] not in _sizes(tokenizer):
         raise UserError(
-            f"{path} has vocab_size = {config['vocab_size']!r} where GPT-2 has {VOCAB_SIZE}, so its tokens are not those of "
-            f"the data; {how_to_cut_off(folder)}"
+            f"{path} has vocab_size = {config['vocab_size']!r} where {tokenizer.title} has {tokenizer.size}, so its tokens are "
+            f"not those of the data; {how_to_cut_off(folder, tokenizer)}"
         )
     shape = {"context_length": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
     problems: list[str] = []
@@ -222,14 +213,19 @@ def _params_of(folder: Path, config: Mapping[str, Any]) -> ModelParams:
     return params
 
 
-def _look_at(folder: Path, weights: Weights) -> Found:
+def _sizes(tokenizer: Tokenizer) -> list[int]:
+    """Rows of an embedding, as they are or padded for the hardware: 50,304 in nanoGPT's GPT-2, for one."""
+    return [-(-tokenizer.size // multiple) * multiple for multiple in (1, 8, 16, 32, 64, 128, 256, 512, 1024)]
+
+
+def _look_at(folder: Path, weights: Weights, tokenizer: Tokenizer) -> Found:
     config = _read_config(folder)
-    params, entries = _params_of(folder, config), _by_own_names(weights)
-    rows = _embedding_rows(entries, config["vocab_size"])
+    params, entries = _params_of(folder, config, tokenizer), _by_own_names(weights)
+    rows = _embedding_rows(entries, config["vocab_size"], tokenizer)
     lines = list(_outer_differences(params, entries, rows))
     if not lines:  # else the file bounds nothing of what would be made here
         with _NoInitialisation():
-            model = GPT(params)
+            model = GPT(params, tokenizer.size)
         lines = list(_differences(_shapes_in_files(model, rows), entries))
     if not lines and _HEAD not in entries and config.get("tie_word_embeddings", True) is not True:
         lines = [f"{_HEAD} is missing, and tie_word_embeddings is {config['tie_word_embeddings']!r}"]
@@ -238,9 +234,10 @@ def _look_at(folder: Path, weights: Weights) -> Found:
             f"{next(iter(entries.values())).file if entries else folder / WEIGHTS} does not fit its {CONFIG} "
             f"({', '.join(lines[:5])}), so the model would be wrong; {_other_layout(params, entries) or restore(folder)}."
         )
-    require_gpt2s_tokens(folder, rows)
-    extra = rows - VOCAB_SIZE
-    note = f"{folder}: the {extra} rows of its embedding beyond GPT-2's 50,257 tokens are padding, and not used"
+    require_same_tokens(folder, rows, tokenizer)
+    extra = rows - tokenizer.size
+    beyond = f"beyond {tokenizer.title}'s {tokenizer.size:,} tokens"
+    note = f"{folder}: the {extra} rows of its embedding {beyond} are padding, and not used"
     return Found(model, entries, note if extra else "")
 
 
@@ -258,10 +255,10 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _embedding_rows(entries: Mapping[str, Entry], vocab_size: int) -> int:
+def _embedding_rows(entries: Mapping[str, Entry], vocab_size: int, tokenizer: Tokenizer) -> int:
     """The rows of the token embedding where they are good, padded or not; else those that config.json asks for."""
     shape = entries[_EMBEDDING].shape if _EMBEDDING in entries else ()
-    good = bool(shape) and shape[0] in (VOCAB_SIZE, *_PADDED) and vocab_size in (VOCAB_SIZE, shape[0])
+    good = bool(shape) and shape[0] in _sizes(tokenizer) and vocab_size in (tokenizer.size, shape[0])
     return shape[0] if good else vocab_size
 
 
@@ -323,11 +320,11 @@ def _by_own_names(weights: Weights) -> dict[str, Entry]:
     return entries
 
 
-def _fill(target: Tensor, name: str, tensor: Tensor) -> None:
+def _fill(target: Tensor, name: str, tensor: Tensor, vocab_size: int) -> None:
     """Copy a tensor of a file into ours, in our layout; the padding of the vocabulary is zero."""
     if name == _EMBEDDING:
-        target[VOCAB_SIZE:] = 0
-        target[:VOCAB_SIZE] = tensor[:VOCAB_SIZE]
+        target[vocab_size:] = 0
+        target[:vocab_size] = tensor[:vocab_size]
     else:
         target.copy_(tensor.t() if name.endswith(_TRANSPOSED) else tensor)
 
@@ -349,9 +346,9 @@ def _require_derived(entry: Entry, tensor: Tensor, model: GPT) -> None:
         UserError: naming the tensor.
     """
     if entry.name.endswith(_HEAD):
-        embedding = model.wte.weight[:VOCAB_SIZE]
-        same = tensor.shape[1:] == embedding.shape[1:] and len(tensor) >= VOCAB_SIZE
-        if not (same and torch.equal(tensor[:VOCAB_SIZE].to(embedding.dtype), embedding)):
+        embedding = model.wte.weight[: model.vocab_size]
+        same = tensor.shape[1:] == embedding.shape[1:] and len(tensor) >= model.vocab_size
+        if not (same and torch.equal(tensor[: model.vocab_size].to(embedding.dtype), embedding)):
             raise UserError(
                 f"{entry.file}: {entry.name} is not the token embedding, so the model has a head of its own, which GPT-2 does "
                 "not have and this code would not use; use a model whose head is tied to the embedding."
@@ -376,12 +373,12 @@ def _is_minus_infinity(bias: Tensor) -> bool:
     return bias.numel() == 1 and bias.item() <= -1e4
 
 
-def readme(params: ModelParams, recipe: dict[str, object]) -> str:
+def readme(params: ModelParams, vocab_size: int, recipe: dict[str, object]) -> str:
     """The README of an exported model: a function of the stage's inputs, so that equal inputs give equal bytes."""
     rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in recipe.items())
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2, pipelib]\n---\n\n"
-        f"# GPT-2, {params.parameters:,} parameters\n\n"
+        f"# GPT-2, {params.parameters(vocab_size):,} parameters\n\n"
         "Pretrained by pipelib. Load it with transformers:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("models")\n'

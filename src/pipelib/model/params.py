@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
 from pipelib.schema import PositiveInt
+from pipelib.vocabulary.tokenizer import padded_size
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,26 @@ class ModelParams:
                 f"the nearest that fits is {max(1, round(self.n_embd / self.n_head)) * self.n_head}."
             )
 
-    @property
-    def parameters(self) -> int:
+    def parameters(self, vocab_size: int) -> int:
         """Trainable numbers, tied embeddings counted once, padding left out: 124,439,808 for GPT-2 124M."""
         block = 12 * self.n_embd**2 + 13 * self.n_embd
-        return (VOCAB_SIZE + self.context_length) * self.n_embd + self.n_layer * block + 2 * self.n_embd
+        return (vocab_size + self.context_length) * self.n_embd + self.n_layer * block + 2 * self.n_embd
 
-    def flops_per_token(self, sequence_length: int) -> int:
+    def flops_per_token(self, vocab_size: int, sequence_length: int) -> int:
         """Floating-point operations that training needs for one token, forward and backward.
 
         6 for every weight of a matrix product (the padded, tied head included; looked-up positions and biases not) and
         12·n_layer·n_embd·T for attention (PaLM, appendix B): 854.7 million for GPT-2 124M at T = 1024.
         """
-        matrices = 12 * self.n_layer * self.n_embd**2 + PADDED_VOCAB_SIZE * self.n_embd
+        matrices = 12 * self.n_layer * self.n_embd**2 + padded_size(vocab_size) * self.n_embd
         return 6 * matrices + 12 * self.n_layer * self.n_embd * sequence_length
 
-    def nanogpt_flops_per_token(self, sequence_length: int) -> int:
+    def nanogpt_flops_per_token(self, vocab_size: int, sequence_length: int) -> int:
         """The same as nanoGPT counts it: 6 for every parameter but the positions, of a padded vocabulary too, and 12·L·H·Q·T.
 
         855.4 million for GPT-2 124M at T = 1024: biases and LayerNorms are the difference.
         """
-        parameters = self.parameters + (PADDED_VOCAB_SIZE - VOCAB_SIZE - self.context_length) * self.n_embd
+        parameters = self.parameters(padded_size(vocab_size)) - self.context_length * self.n_embd
         return 6 * parameters + 12 * self.n_layer * self.n_embd * sequence_length
 
 

@@ -72,7 +72,7 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
     manifest = read_manifest(tokens)
     recorder: Recorder = NullRecorder()
     if world.is_main:
-        flops = job.model.flops_per_token(job.train.sequence_length)
+        flops = job.model.flops_per_token(manifest.tokenizer.size, job.train.sequence_length)
         recorder = Recorder(
             work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
         )
@@ -83,7 +83,8 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
     if world.is_main:
         export(job, manifest, model, recorder, work / "outs")
         write_json(
-            work / RESULT, {"result": _result(job, recorder), "speed": _speed(recorder, world, trainer.device_hours)}
+            work / RESULT,
+            {"result": _result(job, manifest, recorder), "speed": _speed(recorder, world, trainer.device_hours)},
         )
 
 
@@ -101,20 +102,20 @@ def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: P
     if job.resumed_with_other_code:
         recipe["resumed with other code"] = True
     places = Places(outs)
-    export_model(model, places.model, readme(job.model, recipe))
+    export_model(model, manifest.tokenizer, places.model, readme(job.model, manifest.tokenizer.size, recipe))
     for curve in recorder.curves:
         write_text(places.curves / curve.path.name, curve.path.read_text(encoding="utf-8"))
     write_text(places.speed("train", "csv"), recorder.speed.path.read_text(encoding="utf-8"))
 
 
-def _result(job: Job, recorder: Recorder) -> dict[str, object]:
+def _result(job: Job, manifest: Manifest, recorder: Recorder) -> dict[str, object]:
     last = recorder.train.last()
     return {
         "val_loss": round(recorder.validation.last()["loss"], 6),
         "train_loss": round(last["loss"], 6),
         "steps": int(last["step"]),
         "tokens": int(last["tokens"]),
-        "parameters": job.model.parameters,
+        "parameters": job.model.parameters(manifest.tokenizer.size),
     }
 
 

@@ -76,12 +76,13 @@ class Trainer:
         """
         self._began = time.monotonic()
         set_determinism(params, world)
-        free = world.least(memory_of_a_rank(model_params, world.device, world.local_ranks))
+        self._tokenizer, vocab_size = manifest.tokenizer, manifest.tokenizer.size
+        free = world.least(memory_of_a_rank(model_params, vocab_size, world.device, world.local_ranks))
         self._state, self._spikes = Counters(), Spikes(params.spike)
         identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
         self._checkpoints = Checkpoints(work / CHECKPOINTS, identity, self._spikes.reach)
-        with out_of_memory_named(model_params, params, world.world_size, free):
-            self._model = initial_model(model_params, params.seed, initial)
+        with out_of_memory_named(model_params, vocab_size, params, world.world_size, free):
+            self._model = initial_model(model_params, self._tokenizer, params.seed, initial)
             self._model.activation_checkpointing = params.activation_checkpointing
             self._model.to(world.device)
             self._optimizer = make_optimizer(self._model, params)
@@ -92,14 +93,16 @@ class Trainer:
             self._checkpoints.load_latest(self._states, agree=world.found_by_first)
             self._earlier_hours: float = self._checkpoints.loaded.get("device_hours", 0.0)
             network: nn.Module = torch.compile(self._model) if params.compile else self._model  # type: ignore[assignment]
-            self._params = settle_micro_batch(model_params, params, network, world, free, self._checkpoints.loaded)
+            self._params = settle_micro_batch(
+                model_params, vocab_size, params, network, world, free, self._checkpoints.loaded
+            )
             self._network = world.wrap(network)
         self._loader, self._plan = make_loader(self._params, tokens, manifest, world)
         self._cadence, self._tokens, self._world, self._recorder = cadence, tokens, world, recorder
         self._watch = Watch(self._params, self._plan, self._spikes, self._checkpoints, world)
         self._stop = StopRequest(work if world.world_size > 1 else None)
-        self._hellaswag = HellaSwag(benchmarks)
-        self._memory = out_of_memory_named(model_params, self._params, world.world_size, free)
+        self._hellaswag = HellaSwag(benchmarks, self._tokenizer)
+        self._memory = out_of_memory_named(model_params, vocab_size, self._params, world.world_size, free)
 
     @property
     def device_hours(self) -> float:
@@ -145,7 +148,9 @@ class Trainer:
                         recorder.scored(state, self._hellaswag.score(self._model, params, self._world))
                 if sampling and self._world.is_main:
                     with recorder.pause():
-                        texts = write_samples(self._model, params.sample_prompts, params.precision, params.seed)
+                        texts = write_samples(
+                            self._model, self._tokenizer, params.sample_prompts, params.precision, params.seed
+                        )
                         recorder.sampled(state, texts)
                 if saving or stopping:
                     self._save(val_loss)

@@ -10,12 +10,12 @@ from pipelib.evaluation.benchmark_items import Item, read_items
 from pipelib.evaluation.hellaswag import Scores, score
 from pipelib.evaluation.loss import Loss, summed_loss
 from pipelib.model.gpt import GPT
-from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.loader import validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD
 from pipelib.training.distributed import World
 from pipelib.training.inputs import HELLASWAG
 from pipelib.training.params import TrainParams
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 
 def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World) -> Loss:
@@ -31,12 +31,12 @@ def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World)
 class HellaSwag:
     """The items of a folder of benchmarks, read when they are first needed."""
 
-    def __init__(self, benchmarks: Path) -> None:
-        self._benchmarks = benchmarks
+    def __init__(self, benchmarks: Path, tokenizer: Tokenizer) -> None:
+        self._benchmarks, self._tokenizer = benchmarks, tokenizer
 
     @cached_property
     def _items(self) -> list[Item]:
-        return read_items(self._benchmarks / HELLASWAG, tiktoken_encoding())
+        return read_items(self._benchmarks / HELLASWAG, self._tokenizer)
 
     def score(self, model: GPT, params: TrainParams, world: World) -> Scores:
         """The model's losses on all items, shared among the ranks; the same on every rank."""
