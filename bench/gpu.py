@@ -28,8 +28,8 @@ from train_step import write_tokens
 
 from pipelib.errors import UserError
 from pipelib.model.device import autocast, pick_device
-from pipelib.model.gpt import GPT
-from pipelib.model.params import ModelParams
+from pipelib.model.families.gpt2 import GPT2
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.params import Params, load_params
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking.run import NullRun
@@ -52,7 +52,7 @@ BENCHES = (
     ["--params", "presets/gpt2-774m.yaml"],
     ["--params", "presets/gpt2-1558m.yaml"],
 )
-SHAPE = ModelParams(n_layer=4, n_head=2, n_embd=128, context_length=128)
+SHAPE = GPT2Params(n_layer=4, n_head=2, n_embd=128, context_length=128)
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def training(**changes: object) -> TrainParams:
     return replace(load_params(PRESET).train, **{**small, **changes})  # type: ignore[arg-type]
 
 
-def train_in(folder: Path, params: TrainParams) -> GPT:
+def train_in(folder: Path, params: TrainParams) -> GPT2:
     """Train on `folder/tokens`, with a checkpoint every ten steps."""
     with join_world() as world:
         recorder = Recorder(folder, NullRun(), params, 1, lambda: Peak(1e12, ""))
@@ -132,13 +132,13 @@ def not_finite_changes_nothing(folder: Path) -> str:
     ours.step()
     before = [tensor.clone() for tensor in weights_and_moments(ours)]
     poisoned = ours.loader.micro_batches(9)
-    forward = GPT.forward
-    GPT.forward = lambda self, *batch: forward(self, *batch) * float("nan")  # type: ignore[method-assign]
+    forward = GPT2.forward
+    GPT2.forward = lambda self, *batch: forward(self, *batch) * float("nan")  # type: ignore[method-assign]
     try:
         torch._dynamo.reset()
         result = take_step(ours.network, ours.optimizer, poisoned, 1e-2, ours.params, ours.world)
     finally:
-        GPT.forward = forward  # type: ignore[method-assign]
+        GPT2.forward = forward  # type: ignore[method-assign]
         torch._dynamo.reset()
     assert not result.loss.isfinite(), "the step was not poisoned"
     after = weights_and_moments(ours)
@@ -154,20 +154,20 @@ def weights_and_moments(ours: Ours) -> list[torch.Tensor]:
 
 def too_large_a_micro_batch_is_named(folder: Path) -> str:
     """Running out of memory says which micro-batch would fit."""
-    hidden = GPT.hidden
+    hidden = GPT2.hidden
 
-    def too_much(self: GPT, inputs: torch.Tensor) -> torch.Tensor:
+    def too_much(self: GPT2, inputs: torch.Tensor) -> torch.Tensor:
         torch.empty(2**50, device=inputs.device)
         return hidden(self, inputs)
 
-    GPT.hidden = too_much  # type: ignore[method-assign]
+    GPT2.hidden = too_much  # type: ignore[method-assign]
     said = "no error"
     try:
         train_in(folder, training(compile=False))
     except UserError as error:
         said = str(error)
     finally:
-        GPT.hidden = hidden  # type: ignore[method-assign]
+        GPT2.hidden = hidden  # type: ignore[method-assign]
     assert "train.micro_batch_size: 2 would fit" in said, said
     return said
 
@@ -176,7 +176,7 @@ def attention_is_fused(_: Path) -> str:
     """Attention runs in a kernel that keeps no matrix of scores."""
     torch.use_deterministic_algorithms(False)  # as the presets train
     device = pick_device()
-    model, tokens = GPT(SHAPE, GPT2_TOKENIZER.size).to(device), torch.zeros(8, 128, dtype=torch.long, device=device)
+    model, tokens = GPT2(SHAPE, GPT2_TOKENIZER.size).to(device), torch.zeros(8, 128, dtype=torch.long, device=device)
     with torch.profiler.profile() as profile, autocast(device, "bf16"):
         model(tokens, tokens).backward()
     used = {event.key for event in profile.key_averages() if event.key.startswith("aten::_scaled_dot_product")}
@@ -214,7 +214,7 @@ def a_micro_batch_is_found(folder: Path) -> str:
 
 def checkpoints_stay_out_of_the_way(folder: Path) -> str:
     """What a checkpoint of the 124M model costs the training, once its host memory is there."""
-    model = GPT(load_params(PRESET).model, GPT2_TOKENIZER.size).to(pick_device())
+    model = GPT2(load_params(PRESET).model, GPT2_TOKENIZER.size).to(pick_device())
     optimizer = make_optimizer(model, training())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from pipelib.evaluation.benchmark_items import Item, read_items
 from pipelib.evaluation.hellaswag import score
 from pipelib.model.device import autocast, pick_device
-from pipelib.model.gpt import GPT, initialise
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import import_model
-from pipelib.model.params import PUBLISHED
+from pipelib.model.shapes.gpt2 import PUBLISHED
 from pipelib.processes import peak_memory
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -74,11 +74,11 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def load_model(name: str, device: torch.device) -> GPT:
+def load_model(name: str, device: torch.device) -> GPT2:
     """A published shape with random weights, or a model from a folder."""
     if name in PUBLISHED:
-        model = GPT(PUBLISHED[name], GPT2_TOKENIZER.size)
-        initialise(model, 0)
+        model = GPT2(PUBLISHED[name], GPT2_TOKENIZER.size)
+        model.initialise(0)
     else:
         model = import_model(Path(name), GPT2_TOKENIZER)
     return model.to(device).eval()
@@ -94,14 +94,14 @@ def made_up_items(count: int) -> list[Item]:
     return [Item(tokens(20, 100), tuple(tokens(5, 45) for _ in range(4)), 0, number) for number in range(count)]
 
 
-def ours(model: GPT, items: Sequence[Item], batch_tokens: int, precision: str) -> Predictions:
+def ours(model: GPT2, items: Sequence[Item], batch_tokens: int, precision: str) -> Predictions:
     """As the pipeline does it."""
     scores = score(model, items, batch_tokens, precision)
     return list(zip(scores.sums.argmin(axis=1).tolist(), scores.means.argmin(axis=1).tolist(), strict=True))
 
 
 @torch.no_grad()
-def plain(model: GPT, items: Sequence[Item], precision: str) -> Predictions:
+def plain(model: GPT2, items: Sequence[Item], precision: str) -> Predictions:
     """One item a forward pass."""
     device = model.wte.weight.device
     predictions = []
@@ -121,7 +121,7 @@ def plain(model: GPT, items: Sequence[Item], precision: str) -> Predictions:
     return predictions
 
 
-def flops(model: GPT, items: Sequence[Item]) -> dict[str, float]:
+def flops(model: GPT2, items: Sequence[Item]) -> dict[str, float]:
     """The operations that either way cannot do without: 2 for each weight of a matrix product, attention left out."""
     trunk = 2 * 12 * model.params.n_layer * model.params.n_embd**2
     head = 2 * GPT2_TOKENIZER.padded_size * model.params.n_embd
@@ -134,7 +134,7 @@ def flops(model: GPT, items: Sequence[Item]) -> dict[str, float]:
 def report(
     arguments: argparse.Namespace,
     device: torch.device,
-    model: GPT,
+    model: GPT2,
     items: Sequence[Item],
     seconds: dict[str, list[float]],
     found: dict[str, Predictions],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelib.model.device import autocast
-from pipelib.model.gpt import GPT, CausalSelfAttention, initialise
+from pipelib.model.families.gpt2 import GPT2, CausalSelfAttention
 from pipelib.params import Params
 from pipelib.processes import available_cores
 from pipelib.tokens.shards import read_manifest
@@ -58,8 +58,8 @@ def loop_step(params: Params, rows: int, length: int, on: set[str]) -> Step:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(available_cores())
     torch.set_float32_matmul_precision("high" if "TF32" in on else "highest")
-    model = GPT(params.model, GPT2_TOKENIZER.size)
-    initialise(model, 0)
+    model = GPT2(params.model, GPT2_TOKENIZER.size)
+    model.initialise(0)
     model.activation_checkpointing = params.train.activation_checkpointing
     if "flash attention" not in on:
         for block in model.h:
@@ -160,8 +160,8 @@ class Ours:
         )
         self.world = world
         set_determinism(self.params, world)
-        model = GPT(params.model, GPT2_TOKENIZER.size)
-        initialise(model, 0)
+        model = GPT2(params.model, GPT2_TOKENIZER.size)
+        model.initialise(0)
         model.activation_checkpointing = params.train.activation_checkpointing
         model.to(world.device)
         self.network = world.wrap(torch.compile(model) if params.train.compile else model)  # type: ignore[arg-type]

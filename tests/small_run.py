@@ -22,8 +22,8 @@ from small_corpus import write_shards
 
 import pipelib
 from pipelib.files import files_under
-from pipelib.model.gpt import GPT
-from pipelib.model.params import ModelParams
+from pipelib.model.families.gpt2 import GPT2
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.schema import read_yaml
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest
 from pipelib.tracking.run import NullRun
@@ -52,9 +52,9 @@ EVALUATE = {"precision": "fp32", "batch_tokens": 256, "tasks": [], "task_limit":
 ROLES = {"stages.train": "launcher", "pipelib.training.job": "rank"}
 
 
-def model_params(**changes: int) -> ModelParams:
+def model_params(**changes: int) -> GPT2Params:
     """The shape of the small model."""
-    return ModelParams(**{**MODEL, **changes})
+    return GPT2Params(**{**MODEL, **changes})
 
 
 def train_params(**changes: Any) -> TrainParams:
@@ -74,9 +74,9 @@ def write_tokens(folder: Path, count: int = 8192, vocabulary: int = 500) -> Mani
     return read_manifest(folder)
 
 
-def random_model(params: ModelParams, seed: int = 1) -> GPT:
+def random_model(params: GPT2Params, seed: int = 1) -> GPT2:
     """A model in which no bias is zero and no LayerNorm the identity, so that each tensor changes the logits."""
-    model = GPT(params, GPT2_TOKENIZER.size)
+    model = GPT2(params, GPT2_TOKENIZER.size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -100,11 +100,11 @@ def train_small(
     folder: Path,
     params: TrainParams,
     *,
-    shape: ModelParams | None = None,
+    shape: GPT2Params | None = None,
     checkpoint_every: int = 10**6,
     log_every: int = 10**6,
     initial: InitialWeights = RANDOM_WEIGHTS,
-) -> GPT:
+) -> GPT2:
     """Train in this process, on `folder/tokens` and in `folder/work`; curves and checkpoints lie in the latter."""
     manifest = read_manifest(folder / "tokens")
     work = folder / "work"
@@ -195,7 +195,7 @@ class SmallProject:
         preset = read_yaml(CHECKOUT / "presets/gpt2-124m.yaml")
         logging = {name: train.pop(name, value) for name, value in LOGGING.items()}
         sections = {
-            "model": {**MODEL, "init_from": "scratch"},
+            "model": {"architecture": "gpt2", **MODEL, "init_from": "scratch"},
             "train": {**TRAIN, **train},
             "evaluate": EVALUATE,
             "logging": logging,

@@ -14,7 +14,7 @@ from pipelib.cli.main import main
 from pipelib.evaluation.model_card import evaluation_rows, licence, write_model_card
 from pipelib.inspection.verify import _folder_md5, _sums
 from pipelib.model.huggingface import readme
-from pipelib.model.params import ModelParams
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.tokens.shards import Manifest, Shard
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -37,7 +37,7 @@ def write_card(folder: Path) -> str:
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "model_type": "gpt2", "vocab_size": 50257}
     (models / "config.json").write_text(json.dumps(shape))
     recipe = {"data fingerprint": "f", "code and packages, sha256": "c0de", "train.max_lr": 6e-4, "train.text": "a | b"}
-    params = ModelParams(n_layer=1, n_head=2, n_embd=16, context_length=32)
+    params = GPT2Params(n_layer=1, n_head=2, n_embd=16, context_length=32)
     (models / "README.md").write_text(readme(params, GPT2_TOKENIZER.size, recipe))
     (curves / "train.csv").write_text("step,tokens,loss\n1,256,10.5\n2,512,9.5\n")
     (curves / "validation.csv").write_text("step,tokens,loss\n2,512,9.75\n")

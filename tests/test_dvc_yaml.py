@@ -97,7 +97,7 @@ def test_an_edit_reruns_no_more_than_it_must() -> None:
     def rerun_by(path: str) -> set[str]:
         return {name for name in STAGES if f"src/pipelib/{path}" in stages[name]}
 
-    assert rerun_by("model/gpt.py") == {"train", "evaluate"}
+    assert rerun_by("model/decoder.py") == {"train", "evaluate"}
     assert rerun_by("training/params.py") == {"train"}
     assert rerun_by("training/loop.py") == {"train"}
     assert rerun_by("evaluation/report.py") == {"evaluate"}

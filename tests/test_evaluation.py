@@ -32,7 +32,7 @@ from pipelib.evaluation.loss import Loss, losses_of_rows, summed_loss
 from pipelib.evaluation.measure import Data, accuracy_json, contexts_cut, count_text_bytes, measure_loss
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.report import verdict
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
 from pipelib.tokens.loader import validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, open_shard
@@ -40,14 +40,14 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT:
+def model() -> GPT2:
     return small_model()
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_does_not_depend_on_the_batch_size_and_counts_every_token(tmp_path: Path, model: GPT) -> None:
+def test_the_loss_does_not_depend_on_the_batch_size_and_counts_every_token(tmp_path: Path, model: GPT2) -> None:
     write_tokens(tmp_path, count=4003)  # 1,000 of them to validate on, so the last row is a short one
     losses = [
         summed_loss(model, validation_batches(tmp_path / VALIDATION_SHARD, 24, rows, None), "fp32")
@@ -58,7 +58,7 @@ def test_the_loss_does_not_depend_on_the_batch_size_and_counts_every_token(tmp_p
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_shares_of_several_ranks_add_up_to_the_loss(tmp_path: Path, model: GPT, world_size: int) -> None:
+def test_the_shares_of_several_ranks_add_up_to_the_loss(tmp_path: Path, model: GPT2, world_size: int) -> None:
     write_tokens(tmp_path, count=4003)
     whole = summed_loss(model, validation_batches(tmp_path / VALIDATION_SHARD, 24, 4, None), "fp32")
     batches = list(validation_batches(tmp_path / VALIDATION_SHARD, 24, 4, None))
@@ -68,7 +68,7 @@ def test_the_shares_of_several_ranks_add_up_to_the_loss(tmp_path: Path, model: G
     assert together.mean == pytest.approx(whole.mean, rel=1e-9)
 
 
-def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT) -> None:
+def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT2) -> None:
     write_tokens(tmp_path, count=4003)
     seen: list[int] = []
     batches = list(validation_batches(tmp_path / VALIDATION_SHARD, 24, 7, None))
@@ -83,7 +83,7 @@ def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT) -> None:
         assert nats[row] / tokens[row] == pytest.approx(alone.item(), rel=1e-5)
 
 
-def test_a_row_belongs_to_the_document_that_it_begins_in(tmp_path: Path, model: GPT) -> None:
+def test_a_row_belongs_to_the_document_that_it_begins_in(tmp_path: Path, model: GPT2) -> None:
     write_tokens(tmp_path, count=4003)  # a document has 40 tokens, a row 24
     _, items = measure_loss(
         "m", model, EvaluateParams("fp32", 60, (), None, (), ()), Data(tmp_path, Path(), GPT2_TOKENIZER)
@@ -99,7 +99,7 @@ def test_bits_per_byte_by_hand() -> None:
     assert Loss(nats=8 * math.log(2), tokens=4).bits_per_byte(text_bytes=16) == pytest.approx(0.5)
 
 
-def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT) -> None:
+def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT2) -> None:
     from transformers import GPT2LMHeadModel
 
     write_tokens(tmp_path, count=4003)
@@ -127,7 +127,7 @@ def test_the_bytes_of_a_text_are_counted_from_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("batch_tokens", [24, 100, 100_000])
-def test_completion_scores_are_those_of_a_plain_implementation(tmp_path: Path, model: GPT, batch_tokens: int) -> None:
+def test_completion_scores_are_those_of_a_plain_implementation(tmp_path: Path, model: GPT2, batch_tokens: int) -> None:
     items = read_items(write_lines(tmp_path / "items.jsonl", completion_rows(25)), GPT2_TOKENIZER)
     assert max(len(item.context) for item in items) > model.params.context_length
     scores = score(model, items, batch_tokens, "fp32")
@@ -152,7 +152,7 @@ def test_predictions_on_real_items_are_those_of_a_plain_implementation() -> None
         assert int(np.argmin(means)) == scores.means[number].argmin()
 
 
-def test_an_ending_longer_than_the_context_is_scored_in_pieces(model: GPT) -> None:
+def test_an_ending_longer_than_the_context_is_scored_in_pieces(model: GPT2) -> None:
     chance = np.random.default_rng(5)
     context, ending = (5, 6, 7), tuple(chance.integers(0, 500, 60).tolist())
     ((found, short),) = score_endings(model, [(context, [ending, (9, 9)])], 100, "fp32")
@@ -166,7 +166,7 @@ def test_an_ending_longer_than_the_context_is_scored_in_pieces(model: GPT) -> No
 
 
 @pytest.mark.parametrize("batch_tokens", [24, 300])
-def test_many_endings_share_their_context_without_seeing_each_other(model: GPT, batch_tokens: int) -> None:
+def test_many_endings_share_their_context_without_seeing_each_other(model: GPT2, batch_tokens: int) -> None:
     chance = np.random.default_rng(6)
     context = tuple(chance.integers(0, 500, 9).tolist())
     endings = [tuple(chance.integers(0, 500, count).tolist()) for count in (1, 3, 16, 2, 5, 1, 15)]
@@ -177,7 +177,7 @@ def test_many_endings_share_their_context_without_seeing_each_other(model: GPT, 
         assert found.greedy == alone.greedy
 
 
-def test_the_models_own_choices_are_greedy(model: GPT) -> None:
+def test_the_models_own_choices_are_greedy(model: GPT2) -> None:
     context = [3, 1, 4]
     ending: list[int] = []
     for _ in range(5):
@@ -189,7 +189,7 @@ def test_the_models_own_choices_are_greedy(model: GPT) -> None:
     assert not not_own.greedy
 
 
-def test_bf16_tells_the_likeliest_token_from_the_next_also_far_from_zero(model: GPT) -> None:
+def test_bf16_tells_the_likeliest_token_from_the_next_also_far_from_zero(model: GPT2) -> None:
     """Logits of published models lie between -30 and -120, where bf16 has steps of a quarter to a half."""
     far = random_model(model.params)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def small_items() -> list[Item]:
     return [Item(tokens(12), tuple(tokens(9) for _ in range(4)), 0, number) for number in range(9)]
 
 
-def test_the_shares_of_several_ranks_are_the_scores(model: GPT) -> None:
+def test_the_shares_of_several_ranks_are_the_scores(model: GPT2) -> None:
     items = small_items()
     whole = score(model, items, 100, "fp32")
     for rank in (0, 1):
@@ -227,12 +227,12 @@ def test_the_shares_of_several_ranks_are_the_scores(model: GPT) -> None:
         assert np.allclose(share.sums, whole.sums[rank::2], rtol=1e-5)
 
 
-def test_bf16_scores_are_about_those_of_fp32(model: GPT) -> None:
+def test_bf16_scores_are_about_those_of_fp32(model: GPT2) -> None:
     items = small_items()
     assert np.allclose(score(model, items, 100, "bf16").means, score(model, items, 100, "fp32").means, rtol=0.02)
 
 
-def test_no_items_have_no_scores(model: GPT) -> None:
+def test_no_items_have_no_scores(model: GPT2) -> None:
     """A rank may have none."""
     assert score(model, [], 100, "fp32").sums.shape == (0, 4)
 
@@ -356,7 +356,7 @@ def test_a_verdict_says_what_the_interval_says(low: float, value: float, high: f
 # ---- Lost weights ----------------------------------------------------------------------------------------------------
 
 
-def test_scores_of_lost_weights_are_refused(model: GPT) -> None:
+def test_scores_of_lost_weights_are_refused(model: GPT2) -> None:
     lost = random_model(model.params)
     with torch.no_grad():
         lost.ln_f.bias.fill_(math.nan)

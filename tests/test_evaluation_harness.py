@@ -34,14 +34,14 @@ from pipelib.errors import UserError
 from pipelib.evaluation.harness import TaskResult, continue_prompts, language_model, run_tasks, standard_error
 from pipelib.evaluation.params import TASKS as FOLDER
 from pipelib.evaluation.params import known_tasks
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.generate import generate
-from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT:
+def model() -> GPT2:
     return small_model()
 
 
@@ -147,7 +147,7 @@ def assert_equal(ours: dict[str, TaskResult], outcome: Any) -> None:
 
 
 def test_scores_are_those_of_the_harness_own_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: GPT
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: GPT2
 ) -> None:
     chance = np.random.default_rng(4)
     monkeypatch.chdir(tmp_path)
@@ -260,7 +260,7 @@ def test_standard_errors_are_about_those_of_a_bootstrap() -> None:
     assert standard_error("acc", losses[:1], None) is None
 
 
-def test_prompts_are_continued_together_as_alone(model: GPT) -> None:
+def test_prompts_are_continued_together_as_alone(model: GPT2) -> None:
     encoding = GPT2_TOKENIZER
     options = {"max_gen_toks": 5, "until": ["\n"]}
     prompts = [([number + 5] * (1 + number % 4 * 9), options) for number in range(7)]  # some leave no room
@@ -273,7 +273,7 @@ def test_prompts_are_continued_together_as_alone(model: GPT) -> None:
 
 
 def test_a_task_without_its_data_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT2
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data is missing .*name its benchmark in download.benchmarks"):
@@ -281,7 +281,7 @@ def test_a_task_without_its_data_says_how_to_get_it(
 
 
 def test_a_model_whose_logits_are_no_numbers_has_no_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT2
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "data/benchmarks/completion.jsonl", completion_rows(3))
@@ -296,7 +296,7 @@ def test_a_model_whose_logits_are_no_numbers_has_no_scores(
     "bad", ["{", "[1]", '{"endings": []}', '{"endings": ["a", " "]}', '{"choices": {"label": []}}']
 )
 def test_an_example_that_cannot_be_scored_is_named_by_its_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT, bad: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT2, bad: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_lines(tmp_path / "data/benchmarks/completion.jsonl", completion_rows(2))
@@ -305,7 +305,7 @@ def test_an_example_that_cannot_be_scored_is_named_by_its_line(
         run_tasks(model, GPT2_TOKENIZER, replace(PARAMS, tasks=("completion",)), BENCHMARKS, tmp_path / "scratch")
 
 
-def test_a_context_of_white_space_alone_is_the_start_of_a_text(model: GPT) -> None:
+def test_a_context_of_white_space_alone_is_the_start_of_a_text(model: GPT2) -> None:
     harness = language_model(model, GPT2_TOKENIZER, PARAMS, nullcontext)
     (blank,) = harness._loglikelihood_tokens([(("", ""), [], [7, 8]), (("", ""), [1, 2], [7, 8])])[:1]
     (start,) = harness._loglikelihood_tokens([(("", ""), [50256], [7, 8])])

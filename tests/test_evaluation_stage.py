@@ -34,7 +34,7 @@ from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.published import FIGURES, PARAMETERS, published_beside
 from pipelib.evaluation.report import Subject, write_report
 from pipelib.files import files_under, sha256_file, write_json
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
 from pipelib.stage import Build
 from pipelib.tracking.run import NullRun
@@ -213,7 +213,7 @@ def only_once() -> Any:
     """`import_model` of the model that is evaluated, and of no other."""
     from pipelib.model.huggingface import import_model
 
-    def load(folder: Path, _: object) -> GPT:
+    def load(folder: Path, _: object) -> GPT2:
         assert folder.name == "models", f"{folder} was loaded again"
         return import_model(folder, GPT2_TOKENIZER)
 
@@ -272,7 +272,7 @@ def test_weights_that_are_not_those_of_the_manifest_are_refused(
 def test_weights_that_are_lost_are_an_error_and_no_score(trained: Path, tmp_path: Path, benchmarks: bool) -> None:
     folder = tmp_path / "lost"
     shutil.copytree(trained, folder, ignore=None if benchmarks else shutil.ignore_patterns("completion.jsonl"))
-    model = GPT(model_params(), GPT2_TOKENIZER.size)
+    model = GPT2(model_params(), GPT2_TOKENIZER.size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1e30)  # finite, so that it can be loaded; its logits are not

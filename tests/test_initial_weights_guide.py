@@ -16,14 +16,14 @@ from small_run import CHECKOUT, random_model
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model, import_model
-from pipelib.model.params import ModelParams
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.model.tokenizer import resize_command
 from pipelib.model.weights import CONVERT, GUIDE, NANOGPT, WEIGHTS
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
-SHAPE = ModelParams(n_layer=2, n_head=2, n_embd=8, context_length=16)
+SHAPE = GPT2Params(n_layer=2, n_head=2, n_embd=8, context_length=16)
 SCRIPT = CHECKOUT / NANOGPT.removeprefix("python ")
 TOKENS = torch.randint(0, GPT2_TOKENIZER.size, (2, 16), generator=torch.Generator().manual_seed(5))
 Tensors = dict[str, Tensor]
@@ -82,7 +82,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 @torch.no_grad()
-def logits_of(model: GPT) -> Tensor:
+def logits_of(model: GPT2) -> Tensor:
     return model.logits(model.hidden(TOKENS))[..., : GPT2_TOKENIZER.size]
 
 
@@ -103,7 +103,9 @@ def test_a_checkpoint_of_nanogpt_becomes_a_folder(
     )
     run_script(monkeypatch, str(tmp_path / "ckpt.pt"), str(tmp_path / "mine"))
     said = capsys.readouterr().out
-    assert "section model: {n_layer: 2, n_head: 2, n_embd: 8, context_length: 16, init_from: " in said
+    assert (
+        "section model: {architecture: gpt2, n_layer: 2, n_head: 2, n_embd: 8, context_length: 16, init_from: " in said
+    )
     assert "nanoGPT's GELU is exact" in said
     ours = logits_of(import_model(tmp_path / "mine", GPT2_TOKENIZER))
     assert (ours - nanogpt_logits(tensors, "tanh")).abs().max() < 1e-5

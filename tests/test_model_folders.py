@@ -18,25 +18,24 @@ from transformers import GPT2Config
 
 from pipelib.errors import UserError
 from pipelib.files import files_under, read_json, write_json
-from pipelib.model import huggingface
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model, find_model, import_model
-from pipelib.model.params import ModelParams
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.model.weights import CONFIG, INDEX, WEIGHTS, weights_sha256
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
-SHAPE = ModelParams(n_layer=2, n_head=2, n_embd=4, context_length=8)
+SHAPE = GPT2Params(n_layer=2, n_head=2, n_embd=4, context_length=8)
 HEAD, EMBEDDING, NORM = "lm_head.weight", "transformer.wte.weight", "transformer.ln_f.bias"
 Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT:
+def model() -> GPT2:
     return random_model(SHAPE)
 
 
 @pytest.fixture(scope="module")
-def exported(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without its tokenizer's files, which take longest to read."""
     folder = tmp_path_factory.mktemp("model")
     export_model(model, GPT2_TOKENIZER, folder, "")
@@ -76,7 +75,7 @@ def refused(folder: Path, *words: str) -> str:
     return str(caught.value)
 
 
-def same(one: GPT, other: GPT) -> bool:
+def same(one: GPT2, other: GPT2) -> bool:
     """Whether two models have the same weights, the vocabulary's padding aside."""
     pairs = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
     return all(
@@ -89,7 +88,7 @@ def same(one: GPT, other: GPT) -> bool:
 
 
 @pytest.mark.parametrize("tied", [True, False, None])
-def test_a_head_is_compared_with_the_embedding(folder: Path, model: GPT, tied: bool | None) -> None:
+def test_a_head_is_compared_with_the_embedding(folder: Path, model: GPT2, tied: bool | None) -> None:
     change_config(folder, tie_word_embeddings=tied)
     if tied is None:
         write_json(folder / CONFIG, {k: v for k, v in read_json(folder / CONFIG).items() if k != "tie_word_embeddings"})
@@ -119,7 +118,7 @@ CAUSAL = torch.ones(8, 8).tril()
 @pytest.mark.parametrize(
     "mask", [CAUSAL.view(1, 1, 8, 8), CAUSAL, CAUSAL.bool(), CAUSAL.to(torch.uint8).view(1, 1, 8, 8)]
 )
-def test_a_causal_mask_is_what_our_model_does(folder: Path, model: GPT, mask: Tensor) -> None:
+def test_a_causal_mask_is_what_our_model_does(folder: Path, model: GPT2, mask: Tensor) -> None:
     added = {"transformer__h__0__attn__bias": mask, "transformer__h__1__attn__masked_bias": torch.tensor(-1e4)}
     change_tensors(folder, add(**added))
     assert same(import_model(folder, GPT2_TOKENIZER), model)
@@ -160,7 +159,7 @@ def test_another_mask_is_refused(folder: Path, name: str, tensor: Tensor) -> Non
     ],
 )
 def test_what_compile_and_ddp_put_before_a_name_is_dropped(
-    folder: Path, model: GPT, rename: Callable[[str], str]
+    folder: Path, model: GPT2, rename: Callable[[str], str]
 ) -> None:
     change_tensors(folder, lambda found: {rename(name): tensor for name, tensor in found.items()})
     assert same(import_model(folder, GPT2_TOKENIZER), model)
@@ -172,7 +171,7 @@ def test_a_name_that_comes_twice_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_floats_become_fp32(folder: Path, model: GPT, dtype: torch.dtype) -> None:
+def test_floats_become_fp32(folder: Path, model: GPT2, dtype: torch.dtype) -> None:
     change_tensors(folder, lambda found: {name: tensor.to(dtype) for name, tensor in found.items()})
     state = import_model(folder, GPT2_TOKENIZER).state_dict()
     for name, tensor in model.state_dict().items():
@@ -224,10 +223,10 @@ def test_other_tensors_are_refused(folder: Path, change: Callable[[Tensors], Any
     "changes", [{"n_layer": 10**9}, {"n_embd": 10**12, "n_head": 1}, {"n_positions": 10**15}, {"n_layer": 10**300}]
 )
 def test_an_absurd_size_makes_no_model(folder: Path, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_model(*_: object) -> GPT:
+    def no_model(*_: object) -> None:
         raise AssertionError("a model was made")
 
-    monkeypatch.setattr(huggingface, "GPT", no_model)
+    monkeypatch.setattr(GPT2, "__init__", no_model)
     change_config(folder, **changes)
     refused(folder, "config.json")
 
@@ -244,7 +243,7 @@ def pad(rows: int) -> Callable[[Tensors], None]:
 
 @pytest.mark.parametrize(("rows", "vocab_size"), [(50304, 50304), (50304, 50257), (50264, 50264), (51200, 51200)])
 def test_padding_of_the_vocabulary_is_left_out_and_said(
-    folder: Path, model: GPT, rows: int, vocab_size: int, capsys: pytest.CaptureFixture[str]
+    folder: Path, model: GPT2, rows: int, vocab_size: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_tensors(folder, pad(rows))
     change_tensors(folder, lambda found: {**found, HEAD: found[EMBEDDING].clone()})
@@ -285,7 +284,7 @@ def write_tokenizer(folder: Path, name: str, more: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
-def test_another_tokenizer_is_refused_though_it_has_as_many_tokens(model: GPT, tmp_path: Path, name: str) -> None:
+def test_another_tokenizer_is_refused_though_it_has_as_many_tokens(model: GPT2, tmp_path: Path, name: str) -> None:
     export_model(model, GPT2_TOKENIZER, tmp_path / "good", "")
     write_tokenizer(tmp_path / "good", name, {})
     assert same(import_model(tmp_path / "good", GPT2_TOKENIZER), model)
@@ -295,7 +294,7 @@ def test_another_tokenizer_is_refused_though_it_has_as_many_tokens(model: GPT, t
 
 
 @pytest.mark.parametrize("where", ["vocab.json", "added_tokens.json", "tokenizer.json"])
-def test_tokens_that_were_added_are_named(folder: Path, model: GPT, where: str) -> None:
+def test_tokens_that_were_added_are_named(folder: Path, model: GPT2, where: str) -> None:
     change_tensors(folder, pad(50304))
     change_config(folder, vocab_size=50304)
     if where == "added_tokens.json":
@@ -331,7 +330,7 @@ def split(folder: Path) -> dict[str, str]:
     return where
 
 
-def test_weights_in_several_files_are_read(folder: Path, model: GPT) -> None:
+def test_weights_in_several_files_are_read(folder: Path, model: GPT2) -> None:
     single = weights_sha256(folder)
     split(folder)
     assert same(import_model(folder, GPT2_TOKENIZER), model)
@@ -343,7 +342,7 @@ def test_weights_in_several_files_are_read(folder: Path, model: GPT) -> None:
     assert weights_sha256(folder) not in (single, sharded)
 
 
-def test_a_single_file_wins_over_an_index(folder: Path, model: GPT) -> None:
+def test_a_single_file_wins_over_an_index(folder: Path, model: GPT2) -> None:
     write_json(folder / INDEX, {"weight_map": {"a": "b.safetensors"}})
     assert same(import_model(folder, GPT2_TOKENIZER), model)
 
@@ -521,7 +520,7 @@ ODD = st.one_of(
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def import_or_refuse(folder: Path) -> GPT | None:
+def import_or_refuse(folder: Path) -> GPT2 | None:
     """The model, or None where a message refuses it; anything else that is raised fails the test."""
     try:
         return import_model(folder, GPT2_TOKENIZER, quiet=True)
@@ -535,7 +534,7 @@ def import_or_refuse(folder: Path) -> GPT | None:
 @example(key="n_inner", value=None)
 @given(key=st.sampled_from(KEYS), value=ODD)
 def test_any_value_in_a_config_gives_the_model_or_a_message(
-    folder: Path, exported: Path, model: GPT, key: str, value: object
+    folder: Path, exported: Path, model: GPT2, key: str, value: object
 ) -> None:
     config = read_json(exported / CONFIG)
     (folder / CONFIG).write_text(json.dumps({**config, key: value}))

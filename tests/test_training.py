@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from pipelib.errors import UserError, user_message
 from pipelib.evaluation import samples
 from pipelib.files import plural, read_json, write_json
-from pipelib.model.gpt import GPT, Block, initialise
-from pipelib.model.params import InitialisedModelParams
+from pipelib.model.families.gpt2 import GPT2, Block
+from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.tokens.loader import Batch, Loader
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import launch as launch_module
@@ -72,9 +72,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def new_model(seed: int = 7, **shape: int) -> GPT:
-    model = GPT(model_params(**shape), GPT2_TOKENIZER.size)
-    initialise(model, seed)
+def new_model(seed: int = 7, **shape: int) -> GPT2:
+    model = GPT2(model_params(**shape), GPT2_TOKENIZER.size)
+    model.initialise(seed)
     return model
 
 
@@ -210,7 +210,7 @@ def plain_loss(weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, n_la
 
 
 def plain_training(
-    model: GPT, steps: Iterable[list[Batch]], rates: Sequence[float], params: TrainParams
+    model: GPT2, steps: Iterable[list[Batch]], rates: Sequence[float], params: TrainParams
 ) -> list[float]:
     """The losses of a training with torch's AdamW, one tensor at a time, and whole batches, at the given rates."""
     weights = {
@@ -475,7 +475,7 @@ def test_killed_and_stopped_at_random_steps_it_ends_with_the_same_bits(
     whole = train_small(folder, params)
     curves = {name: (folder / "work" / name).read_bytes() for name in CURVES}
     shutil.rmtree(folder / "work")
-    resumed: GPT | None = None
+    resumed: GPT2 | None = None
     messages: list[str] = []
     while resumed is None:
         countdown, how = itertools.count(chance.randint(1, 25), -1), chance.choice(["kill", "stop"])
@@ -505,7 +505,7 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from small_run import model_params, train_params
 from pipelib.errors import UserError, user_message
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking.run import NullRun
 from pipelib.training.distributed import World
@@ -515,7 +515,7 @@ from pipelib.training.recorder import NullRecorder, Recorder
 
 folder, world_size, options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 poisoned_rank, poisoned_call, checkpoint_every = (options.pop(name) for name in ("rank", "call", "checkpoint_every"))
-params, calls, forward = train_params(**options), 0, GPT.forward
+params, calls, forward = train_params(**options), 0, GPT2.forward
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1)])  # imports what each rank would take a second for
 
@@ -530,7 +530,7 @@ def run(rank):
     cadence, tokens = Cadence(10**6, checkpoint_every), folder / "tokens"
     world = World(rank, world_size, torch.device("cpu"))
     if rank == poisoned_rank:
-        GPT.forward = poison
+        GPT2.forward = poison
     try:
         Trainer(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, recorder).run()
     except UserError as error:
@@ -594,7 +594,7 @@ def test_the_checkpoint_holds_all_that_survives(folder: Path) -> None:
     assert saved["spikes"] == {"found": [], "recent": []}
     assert saved["train"] == {"step": 40, "tokens": 2560}
     meta = read_json(folder / "work/checkpoints/step_00000040/meta.json")
-    assert (meta["step"], meta["tokens"], meta["model"]) == (40, 2560, asdict(model_params()))
+    assert (meta["step"], meta["tokens"], meta["model"]) == (40, 2560, model_params().decides())
     assert meta["data"] == read_manifest(folder / "tokens").fingerprint
 
 
@@ -636,7 +636,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
 ) -> None:
     spoil, reason = DAMAGE[case]
     model, counters = nn.Linear(3, 3), Counters()
-    identity = {"model": {"n_layer": 1}, "data": "mine"}
+    identity = {"model": {"architecture": "gpt2", "n_layer": 1}, "data": "mine"}
     checkpoints = Checkpoints(tmp_path, identity)
     weights = {}
     for counters.step in (10, 20):
@@ -692,7 +692,7 @@ def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
         raise UserError("enough")
 
     monkeypatch.setattr(launch_module, "require_free_space", refuse)
-    shape = InitialisedModelParams(**asdict(model_params()), init_from="scratch")
+    shape = GPT2Section(**asdict(model_params()), init_from="scratch")
     build: Any = SimpleNamespace(work=folder / "work")
     for size in (0, 1000):
         (folder / "work/checkpoints/step_00000001").mkdir(parents=True, exist_ok=True)
@@ -794,7 +794,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training(folder: Path, mo
 class Poisoned(nn.Module):
     """A model whose loss or gradient is not finite."""
 
-    def __init__(self, model: GPT, what: str) -> None:
+    def __init__(self, model: GPT2, what: str) -> None:
         super().__init__()
         self.model, self.what = model, what
 
@@ -830,12 +830,12 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_is_in_no_checkpoint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, runs_ahead: bool
 ) -> None:
     monkeypatch.setattr(World, "runs_ahead", runs_ahead)
-    calls, forward = itertools.count(1), GPT.forward
+    calls, forward = itertools.count(1), GPT2.forward
 
-    def poisoned(self: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    def poisoned(self: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
         return forward(self, inputs, targets) * (math.nan if next(calls) == 2 * 13 else 1.0)  # in step 13's second half
 
-    monkeypatch.setattr(GPT, "forward", poisoned)
+    monkeypatch.setattr(GPT2, "forward", poisoned)
     params = train_params(validate_every=40)
     with pytest.raises(UserError) as caught:
         train_small(folder, params, checkpoint_every=5, log_every=9)

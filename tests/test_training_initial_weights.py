@@ -16,7 +16,7 @@ from pipelib.corpus.baselines import BASELINES
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_json
 from pipelib.model.huggingface import WEIGHTS, export_model
-from pipelib.model.params import PUBLISHED, InitialisedModelParams
+from pipelib.model.shapes.gpt2 import PUBLISHED, GPT2Section
 from pipelib.params import load_params
 from pipelib.schema import ParamsError
 from pipelib.training.initial_weights import initial_model
@@ -24,10 +24,10 @@ from pipelib.training.inputs import find_initial_weights, require_weights
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
-def section(init_from: str, **changes: int) -> InitialisedModelParams:
+def section(init_from: str, **changes: int) -> GPT2Section:
     """Section `model` of the small model."""
     shape = model_params(**changes)
-    return InitialisedModelParams(shape.n_layer, shape.n_head, shape.n_embd, shape.context_length, init_from)
+    return GPT2Section(shape.n_layer, shape.n_head, shape.n_embd, shape.context_length, init_from)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> 
     done = project.stage("train", PIPELIB_NPROC="2")
     assert "finished earlier" in done.stdout
     export_model(
-        random_model(InitialisedModelParams(**PARAMS["model"])), GPT2_TOKENIZER, tmp_path / "base", ""
+        random_model(GPT2Section(**PARAMS["model"])), GPT2_TOKENIZER, tmp_path / "base", ""
     )  # other weights under the same name
     project.runs("train", PIPELIB_THREADS="1")
     assert abs(validation(project)[0] - alone[0]) > 0.1

@@ -18,8 +18,8 @@ from small_run import (
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.model.gpt import GPT
-from pipelib.model.params import InitialisedModelParams
+from pipelib.model.families.gpt2 import GPT2
+from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop
@@ -89,16 +89,16 @@ def test_it_is_chosen_said_and_kept_by_the_checkpoint(
 
 def out_of_memory(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     """Have the forward pass ask for more than there is."""
-    hidden = GPT.hidden
+    hidden = GPT2.hidden
 
-    def too_much(self: GPT, inputs: Tensor) -> Tensor:
+    def too_much(self: GPT2, inputs: Tensor) -> Tensor:
         if inputs.shape[0] > 1 and torch.is_grad_enabled():
             if error == "torch, on a CPU":
                 torch.empty(2**55)
             raise torch.OutOfMemoryError("CUDA out of memory") if error == "torch, on a GPU" else MemoryError
         return hidden(self, inputs)
 
-    monkeypatch.setattr(GPT, "hidden", too_much)
+    monkeypatch.setattr(GPT2, "hidden", too_much)
 
 
 @pytest.mark.parametrize("error", ["torch, on a CPU", "torch, on a GPU", "Python"])
@@ -123,10 +123,10 @@ def test_running_out_of_memory_names_what_would_fit(folder: Path, monkeypatch: p
 def test_a_model_that_does_not_fit_by_itself_is_told_what_it_needs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, rows: int | str
 ) -> None:
-    def too_large(*_: object) -> GPT:
+    def too_large(*_: object) -> GPT2:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(GPT, "to", too_large)
+    monkeypatch.setattr(GPT2, "to", too_large)
     monkeypatch.setattr(loop, "memory_of_a_rank", lambda *_: 1000)
     with pytest.raises(
         UserError, match=r"rows of 16 tokens needs about .* and 1\.0 [kK]i?B were free, .* no smaller micro-batch"
@@ -135,7 +135,7 @@ def test_a_model_that_does_not_fit_by_itself_is_told_what_it_needs(
 
 
 def test_ranks_read_the_job_that_the_launcher_wrote(tmp_path: Path) -> None:
-    model = InitialisedModelParams(**vars(model_params()), init_from="scratch")
+    model = GPT2Section(**vars(model_params()), init_from="scratch")
     rule = SpikeParams(window=4, deviations=6.0, batches=2, rollbacks=3)
     for train in (params(), params(micro_batch_size=4, spike=rule, hellaswag_every=7)):
         job = Job(model, train, loop.Cadence(1, 5), "data/tokens", "data/benchmarks", "", "", False, RANDOM_WEIGHTS)
@@ -147,7 +147,7 @@ def test_other_errors_stay_what_they_are(folder: Path, monkeypatch: pytest.Monke
     def broken(*_: object) -> Tensor:
         raise RuntimeError("the shapes do not fit")
 
-    monkeypatch.setattr(GPT, "hidden", broken)
+    monkeypatch.setattr(GPT2, "hidden", broken)
     with pytest.raises(RuntimeError, match="the shapes do not fit"):
         train_small(folder, params())
 

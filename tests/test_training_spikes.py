@@ -19,7 +19,7 @@ from small_run import (
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop
@@ -46,13 +46,13 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch, folder: Path, *numbers: int, by
     """Have the loss of these batches be worse by so much: what such text would do."""
     loader, _ = make_loader(params(), folder / "tokens", read_manifest(folder / "tokens"), ALONE)
     bad = [inputs for number in numbers for inputs, _ in loader.micro_batches(number)]
-    forward = GPT.forward
+    forward = GPT2.forward
 
-    def worse(self: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    def worse(self: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
         hit = any(torch.equal(inputs, one) for one in bad)
         return forward(self, inputs, targets) * (by if hit else 1.0)
 
-    monkeypatch.setattr(GPT, "forward", worse)
+    monkeypatch.setattr(GPT2, "forward", worse)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
-from pipelib.model.params import ModelParams
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.schema import parse
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -53,11 +53,16 @@ def convert(path: Path, folder: Path) -> list[str]:
     is_nanogpt = isinstance(content.get("model_args"), dict)
     sizes = content["model_args"] if is_nanogpt else vars(content.get("config", GPTConfig()))
     problems: list[str] = []
-    params = parse(ModelParams, {ours: sizes.get(theirs) for ours, theirs in SHAPE.items()}, "", problems)
+    params = parse(
+        GPT2Params,
+        {"architecture": "gpt2", **{ours: sizes.get(theirs) for ours, theirs in SHAPE.items()}},
+        "",
+        problems,
+    )
     if params is None or sizes.get("vocab_size") not in (GPT2_TOKENIZER.size, GPT2_TOKENIZER.padded_size):
         problems.append(f"vocab_size: {sizes.get('vocab_size')}; GPT-2's is {GPT2_TOKENIZER.size}.")
         raise UserError(f"{path} is not a checkpoint of a GPT-2, so it was not converted: {' '.join(problems)}")
-    model = GPT(params, GPT2_TOKENIZER.size)
+    model = GPT2(params, GPT2_TOKENIZER.size)
     model.load_state_dict(our_tensors(path, content.get("model"), model.state_dict()))
     export_model(model, GPT2_TOKENIZER, folder, f"# A GPT-2\n\nConverted from {path.name}.\n")
     shape = ", ".join(f"{name}: {value}" for name, value in vars(params).items())

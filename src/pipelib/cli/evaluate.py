@@ -1,4 +1,4 @@
-"""`pipelib evaluate`: what a GPT-2 in a Hugging Face folder is worth, without the pipeline."""
+"""`pipelib evaluate`: what a model in a Hugging Face folder is worth, without the pipeline."""
 
 import argparse
 from dataclasses import replace
@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `evaluate` to the command."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="measure any GPT-2 in a Hugging Face folder",
+        help="measure any model in a Hugging Face folder",
         description="Measure what the stage evaluate measures: the loss on data/tokens' validation shard, the four-way "
         "benchmarks and the lm-eval tasks whose data is in data/benchmarks. What is not given comes from section evaluate of "
         "params.yaml. The pipeline's outs and metrics stay as they are.",
@@ -112,7 +112,7 @@ def _evaluate(folder: Path, params: "EvaluateParams", data: "Data", out: Path | 
     manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
     model = import_model(folder, data.tokenizer).to(device)
-    code = code_hashes("evaluate", {}, CHECKOUT)
+    code = code_hashes("evaluate", {"model.architecture": model.params.architecture}, CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(str(folder), model, params, data, Path(scratch) / "harness")
         others = measure_baselines(params, data, code, device, Path(scratch) / "harness")

@@ -101,8 +101,7 @@ def _model_and_steps(params: "Params", ranks: int) -> Iterator[tuple[str, str]]:
     model, train, vocab_size = params.model, params.train, chosen_tokenizer().size
     yield (
         "model",
-        f"{model.parameters(vocab_size):,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-        f"context {model.context_length:,}",
+        f"{model.title}, {model.parameters(vocab_size):,} parameters: {model.description}",
     )
     tokens = train.max_steps * train.global_batch_tokens
     yield "steps", f"{train.max_steps:,} of {train.global_batch_tokens:,} tokens = {tokens:,} tokens"

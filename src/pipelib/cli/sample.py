@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "sample",
         help="let a model go on from a prompt",
-        description="Print each prompt and what a GPT-2 in a Hugging Face folder writes after it, until it ends the text "
+        description="Print each prompt and what a model in a Hugging Face folder writes after it, until it ends the text "
         "or has written --tokens tokens.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -75,9 +75,17 @@ def next_steps() -> str:
 def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:
     """What was trained on what."""
     return (
-        f"GPT-2, {train['parameters']:,} parameters, {train['steps']:,} steps on {train['tokens']:,} of "
+        f"{family()}, {train['parameters']:,} parameters, {train['steps']:,} steps on {train['tokens']:,} of "
         f"{tokens['train_tokens']:,} tokens"
     )
+
+
+def family() -> str:
+    """What kind of model was trained, where it is in the workspace."""
+    from pipelib.model.params import family_params
+
+    config = HERE.model / "config.json"
+    return family_params(read_json(config)["model_type"]).title if config.is_file() else "A model"
 
 
 def rows(evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str]]:

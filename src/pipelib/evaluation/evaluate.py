@@ -23,14 +23,14 @@ from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.report import Subject, completions_of, verdict, write_report
 from pipelib.evaluation.samples import write_samples
 from pipelib.files import sha256_file, sha256_json
+from pipelib.model.decoder import Decoder
 from pipelib.model.device import pick_device
-from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import import_model
 from pipelib.model.weights import weights_sha256
 from pipelib.stage import Build
 from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, Manifest, read_manifest, shard_problems
 from pipelib.workspace.places import Places
-from pipelib.workspace.provenance import import_closure
+from pipelib.workspace.provenance import chosen_files, code_hash, import_closure
 
 CHECKOUT = Path(__file__).absolute().parents[3]
 MEASURE = Path("src/pipelib/evaluation/measure.py")
@@ -95,7 +95,6 @@ def measure_baselines(
     Args:
         code: what makes the evaluation, see `provenance.code_hashes`; files that measuring does not need do not count.
     """
-    measuring = {path.as_posix() for path in import_closure(CHECKOUT, MEASURE)}
     names = sorted({*data.completions, *params.tasks})
     decides: dict[str, object] = {
         "params": asdict(replace(params, baselines=(), sample_prompts=())),
@@ -103,19 +102,32 @@ def measure_baselines(
         "validation": sha256_file(data.tokens / VALIDATION_SHARD) if data.tokens else None,
         "benchmarks": {name: sha256_file(data.benchmarks / f"{name}.jsonl") for name in names},
         "tasks": task_hashes(params),
-        "code": {name: value for name, value in code.items() if name.startswith("package ") or name in measuring},
     }
 
     def measure_baseline(baseline: Baseline) -> Measured:
         return measure(baseline.name, import_model(baseline.folder, data.tokenizer).to(device), params, data, scratch)
 
     return {
-        baseline.name: measure_once(baseline, decides, partial(measure_baseline, baseline))
+        baseline.name: measure_once(
+            baseline, {**decides, "code": code_that_measures(baseline, code)}, partial(measure_baseline, baseline)
+        )
         for baseline in find_baselines(params.baselines, data.tokenizer)
     }
 
 
-def facts(models: Path, model: GPT, manifest: Manifest, code: Mapping[str, str], curves: Path) -> dict[str, str]:
+def code_that_measures(baseline: Baseline, code: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of the code that a baseline's scores depend on: its own family's, and not that of the model in training.
+
+    Args:
+        code: the evaluation's, see `provenance.code_hashes`.
+    """
+    family = chosen_files("evaluate", {"model.architecture": baseline.params.architecture})
+    measuring = {path.as_posix() for path in import_closure(CHECKOUT, MEASURE, *family)}
+    others = {name: code_hash((CHECKOUT / name).read_text(encoding="utf-8")) for name in measuring - code.keys()}
+    return others | {name: value for name, value in code.items() if name.startswith("package ") or name in measuring}
+
+
+def facts(models: Path, model: Decoder, manifest: Manifest, code: Mapping[str, str], curves: Path) -> dict[str, str]:
     """What the numbers belong to. Nothing that differs between two runs of the same code on one machine: no date, no
     duration, no commit, since other commits have the same code."""
     seen = tokens_seen(curves / "train.csv")
@@ -133,16 +145,15 @@ def facts(models: Path, model: GPT, manifest: Manifest, code: Mapping[str, str],
     }
 
 
-def describe_model(model: GPT) -> dict[str, str]:
+def describe_model(model: Decoder) -> dict[str, str]:
     """The size of a model."""
-    params = model.params
-    shape = f"{params.n_layer} layers, {params.n_head} heads, {params.n_embd} wide, context {params.context_length:,}"
-    return {"parameters": f"{params.parameters(model.vocab_size):,}", "shape": shape}
+    parameters = f"{model.params.parameters(model.vocab_size):,}"
+    return {"parameters": parameters, "shape": f"{model.params.title}: {model.params.description}"}
 
 
-def describe_environment(model: GPT, code: Mapping[str, str]) -> dict[str, str]:
+def describe_environment(model: Decoder, code: Mapping[str, str]) -> dict[str, str]:
     """What computed the numbers: the device and the versions."""
-    device = model.wte.weight.device
+    device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     packages = {name.removeprefix("package "): value for name, value in code.items() if name.startswith("package ")}
     versions = ", ".join(f"{package} {version}" for package, version in sorted(packages.items()))

@@ -23,8 +23,8 @@ from pipelib.errors import UserError, how_to_repair, tell
 from pipelib.evaluation.endings import Question, Tokens, score_endings
 from pipelib.evaluation.items import ItemScores, Numbers, item_ids
 from pipelib.evaluation.params import TASKS, EvaluateParams
+from pipelib.model.decoder import Decoder
 from pipelib.model.generate import generate
-from pipelib.model.gpt import GPT
 from pipelib.progress import Progress
 from pipelib.vocabulary.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ class TaskResult:
 
 
 def run_tasks(
-    model: GPT, tokenizer: Tokenizer, params: EvaluateParams, benchmarks: Path, scratch: Path
+    model: Decoder, tokenizer: Tokenizer, params: EvaluateParams, benchmarks: Path, scratch: Path
 ) -> dict[str, TaskResult]:
     """Run `params.tasks`.
 
@@ -173,7 +173,7 @@ def standard_error(metric: str, values: Numbers, weights: Numbers | None) -> flo
     return error / math.log(2) if metric == "bits_per_byte" else error
 
 
-def language_model(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, showing: Callable[[], Any]) -> Any:
+def language_model(model: Decoder, tokenizer: Tokenizer, params: EvaluateParams, showing: Callable[[], Any]) -> Any:
     """Our model as the harness sees one; made in a function because the base class is imported only when used.
 
     Args:
@@ -227,7 +227,7 @@ def language_model(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, sho
 
 
 def score_pairs(
-    model: GPT,
+    model: Decoder,
     pairs: Sequence[tuple[Tokens, Tokens]],
     params: EvaluateParams,
     advance: Callable[[int], object] = lambda _: None,
@@ -251,7 +251,7 @@ def score_pairs(
 
 
 def continue_prompts(
-    model: GPT,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[tuple[Tokens, Mapping[str, Any]]],
     advance: Callable[[int], object] = lambda _: None,

@@ -19,7 +19,7 @@ from pipelib.evaluation.items import ItemScores, Measured, item_ids
 from pipelib.evaluation.loss import Loss, losses_of_rows
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.files import remove
-from pipelib.model.gpt import GPT
+from pipelib.model.decoder import Decoder
 from pipelib.progress import Progress
 from pipelib.tokens.loader import Batch, validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, count_tokens, open_shard
@@ -47,7 +47,7 @@ class Data:
         return {name: path for name, path in paths.items() if holds_items(path)}
 
 
-def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
+def measure(name: str, model: Decoder, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
     """Measure a model on everything that is there.
 
     Args:
@@ -98,7 +98,7 @@ def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: 
     return Measured(result, items, seconds)
 
 
-def measure_loss(name: str, model: GPT, params: EvaluateParams, data: Data) -> tuple[Loss, ItemScores]:
+def measure_loss(name: str, model: Decoder, params: EvaluateParams, data: Data) -> tuple[Loss, ItemScores]:
     """The loss over every token of the validation shard but the first, in rows of the model's context, and that of each row.
 
     Raises:
@@ -135,7 +135,7 @@ def measure_loss(name: str, model: GPT, params: EvaluateParams, data: Data) -> t
     )
 
 
-def measure_completion(what: str, model: GPT, params: EvaluateParams, items: list[Item]) -> Scores:
+def measure_completion(what: str, model: Decoder, params: EvaluateParams, items: list[Item]) -> Scores:
     """The scores of a four-way benchmark, with a line of progress."""
     progress = Progress(what, sum(len(ending) for item in items for ending in item.endings), "tokens of endings")
     scores = score(model, items, params.batch_tokens, params.precision, progress.add)

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
+from pipelib.model.decoder import Decoder
 from pipelib.model.device import autocast
 from pipelib.model.generate import generate
-from pipelib.model.gpt import GPT
 from pipelib.vocabulary.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 64
 
 
 def write_samples(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], precision: str, seed: int
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], precision: str, seed: int
 ) -> list[tuple[str, str]]:
     """(prompt, continuation) of every prompt, up to `SAMPLE_TOKENS` tokens or the end of the text.
 
@@ -20,6 +20,6 @@ def write_samples(
     if not prompts:
         return []
     token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    with autocast(model.wte.weight.device, precision):
+    with autocast(model.device, precision):
         texts = generate(model, token_ids, SAMPLE_TOKENS, seed=seed, stop_token_id=tokenizer.end_token_id)
     return [(prompt, tokenizer.decode(new)) for prompt, new in zip(prompts, texts, strict=True)]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipelib.model.decoder import build
 from pipelib.model.device import free_memory, pick_device
-from pipelib.model.gpt import GPT, initialise
 from pipelib.params import Params
 from pipelib.training.batches import TensorBatch, tensors
 from pipelib.training.distributed import World
@@ -67,8 +67,8 @@ def _trial_size(params: Params, tokens_per_second: float) -> tuple[int, int]:
 
 def _measure(params: Params, vocab_size: int, device: torch.device, rows: int, length: int) -> tuple[float, float]:
     """Seconds of one micro-step, and of the rest of an optimizer step, from steps of one and of `MANY` micro-steps."""
-    network = GPT(params.model, vocab_size)
-    initialise(network, params.train.seed)
+    network = build(params.model, vocab_size)
+    network.initialise(params.train.seed)
     network.activation_checkpointing = params.train.activation_checkpointing
     network.to(device)
     optimizer = make_optimizer(network, params.train)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json, write_text
-from pipelib.model.gpt import GPT
+from pipelib.model.decoder import Decoder
 from pipelib.model.huggingface import export_model, readme
 from pipelib.model.params import InitialisedModelParams
 from pipelib.schema import parse
@@ -88,13 +88,13 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
         )
 
 
-def export(job: Job, manifest: Manifest, model: GPT, recorder: Recorder, outs: Path) -> None:
+def export(job: Job, manifest: Manifest, model: Decoder, recorder: Recorder, outs: Path) -> None:
     """Write models/, curves/, and the speed of each logged run of steps."""
     recipe = {
         "data fingerprint": manifest.fingerprint,
         "data source": manifest.source,
         "code and packages, sha256": job.code,
-        **{f"model.{key}": value for key, value in asdict(job.model).items()},
+        **{f"model.{key}": value for key, value in job.model.decides().items()},
         **{f"train.{key}": value for key, value in asdict(job.train).items()},
     }
     if job.initial.sha256:

@@ -1,4 +1,4 @@
-"""The training of a GPT-2, from its first step, or from its last checkpoint, to its last.
+"""The training of a model, from its first step, or from its last checkpoint, to its last.
 
 What a run is, besides its data and parameters, is in `states` below; nothing else survives a checkpoint. The batch of a
 step follows from the step and from the batches that were left out, so a loader has no state.
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pipelib.errors import UserError, tell
 from pipelib.evaluation.samples import write_samples
 from pipelib.files import plural
+from pipelib.model.decoder import Decoder
 from pipelib.model.device import autocast
-from pipelib.model.gpt import GPT
 from pipelib.model.params import ModelParams
 from pipelib.processes import on_first_signal
 from pipelib.tokens.loader import BatchPlan
@@ -79,7 +79,7 @@ class Trainer:
         self._tokenizer, vocab_size = manifest.tokenizer, manifest.tokenizer.size
         free = world.least(memory_of_a_rank(model_params, vocab_size, world.device, world.local_ranks))
         self._state, self._spikes = Counters(), Spikes(params.spike)
-        identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
+        identity = {"model": model_params.decides(), "train": _plain(asdict(params)), "data": manifest.fingerprint}
         self._checkpoints = Checkpoints(work / CHECKPOINTS, identity, self._spikes.reach)
         with out_of_memory_named(model_params, vocab_size, params, world.world_size, free):
             self._model = initial_model(model_params, self._tokenizer, params.seed, initial)
@@ -110,7 +110,7 @@ class Trainer:
         before it was stopped, but without the steps that a kill undid."""
         return self._earlier_hours + (time.monotonic() - self._began) * self._world.world_size / 3600
 
-    def run(self) -> GPT:
+    def run(self) -> Decoder:
         """Take the steps that are left, and return the model, on this rank's device.
 
         Raises:

@@ -48,23 +48,17 @@ class Memory:
 def memory_of(model: ModelParams, vocab_size: int, train: TrainParams, rows: int, length: int) -> Memory:
     """What `rows` rows of `length` tokens need at a time, without torch.compile, which saves less.
 
-    fp32: weights, gradients 4 bytes a parameter, moments 8. Each block saves, in units of n_embd numbers a token: the
-    inputs of two LayerNorms (2), their outputs (2), query, key and value (3), attention's output (1), the MLP before and
-    after GELU (8): 16 in all. In fp32 that is 64 bytes; in bf16 the LayerNorms' inputs stay fp32 and the rest has 2 bytes:
-    36. With `activation_checkpointing` a block saves its input in fp32, 4 bytes, and one block at a time the rest. The output
-    layer peaks in the backward pass, with the log-probabilities, their gradient and the logits' gradient
-    alive at once: 3 fp32 numbers for each logit of a token, the padding's included.
+    Weights and gradients take 4 bytes a parameter, moments 8. What the layers keep for the backward pass is the family's to
+    say (`ModelParams.activation_bytes`). The output layer peaks in the backward pass, with the log-probabilities, their
+    gradient and the logits' gradient alive at once: 3 fp32 numbers for each logit of a token, the padding's included.
     """
     tokens, parameters, bf16 = rows * length, padded_parameters(model, vocab_size), train.precision == "bf16"
-    of_block = 36 if bf16 else 64
-    of_blocks = 4 * model.n_layer + of_block if train.activation_checkpointing else of_block * model.n_layer
-    matrices = 12 * model.n_layer * model.n_embd**2 + padded_size(vocab_size) * model.n_embd
     return Memory(
         weights=4 * parameters,
         gradients=4 * parameters,
         moments=8 * parameters,
-        copies=2 * matrices if bf16 else 0,
-        activations=tokens * model.n_embd * of_blocks,
+        copies=2 * model.matrix_parameters(vocab_size) if bf16 else 0,
+        activations=tokens * model.activation_bytes(bf16, train.activation_checkpointing),
         logits=tokens * padded_size(vocab_size) * 12,
     )
 

@@ -9,7 +9,7 @@ import torch
 from pipelib.evaluation.benchmark_items import Item, read_items
 from pipelib.evaluation.hellaswag import Scores, score
 from pipelib.evaluation.loss import Loss, summed_loss
-from pipelib.model.gpt import GPT
+from pipelib.model.decoder import Decoder
 from pipelib.tokens.loader import validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD
 from pipelib.training.distributed import World
@@ -18,7 +18,7 @@ from pipelib.training.params import TrainParams
 from pipelib.vocabulary.tokenizer import Tokenizer
 
 
-def validation_loss(model: GPT, tokens: Path, params: TrainParams, world: World) -> Loss:
+def validation_loss(model: Decoder, tokens: Path, params: TrainParams, world: World) -> Loss:
     """The loss on the first `validate_tokens` tokens of the validation shard, shared among the ranks."""
     rows = params.micro_batch_rows(1)
     batches = validation_batches(tokens / VALIDATION_SHARD, params.sequence_length, rows, params.validate_tokens)
@@ -38,7 +38,7 @@ class HellaSwag:
     def _items(self) -> list[Item]:
         return read_items(self._benchmarks / HELLASWAG, self._tokenizer)
 
-    def score(self, model: GPT, params: TrainParams, world: World) -> Scores:
+    def score(self, model: Decoder, params: TrainParams, world: World) -> Scores:
         """The model's losses on all items, shared among the ranks; the same on every rank."""
         mine = slice(world.rank, None, world.world_size)
         losses = np.zeros((2, len(self._items), len(self._items[0].endings)))
