@@ -34,10 +34,11 @@ from pipelib.corpus.sources.docs import DocsSource
 from pipelib.files import format_bytes
 from pipelib.stage import Build
 from pipelib.tokens.encode_corpus import encode_corpus
-from pipelib.tokens.encoding import Texts, load_engine, tiktoken_encoding
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tokens.workers import Workers, worker_engine
 from pipelib.tracking.run import NullRun
+from pipelib.vocabulary.engines import Texts, load_engine
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 SHARD_TOKENS = 10_000_000
 WAIT = 1.0
@@ -107,7 +108,11 @@ def measure_ours(engine: str, workers: int, folder: Path) -> dict:
             build = Build(Path(place) / "outs", Path(place) / "work", NullRun(), {}, False)
             began = time.perf_counter()
             counts, speed = encode_corpus(
-                build, folder / name, TokenizeParams(SHARD_TOKENS if name == "raw" else 1_000_000, "none"), 0
+                build,
+                folder / name,
+                TokenizeParams(SHARD_TOKENS if name == "raw" else 1_000_000, "none"),
+                0,
+                GPT2_TOKENIZER,
             )
             result[name] = {"tokens": counts["tokens"], "seconds": time.perf_counter() - began, **speed}
     result["start"] = start_seconds(workers)
@@ -118,7 +123,7 @@ def measure_ours(engine: str, workers: int, folder: Path) -> dict:
 def start_seconds(count: int) -> float:
     """What it takes until all workers are there, with their tokenizers."""
     began = time.perf_counter()
-    with Workers(count) as workers:
+    with Workers(count, GPT2_TOKENIZER) as workers:
         workers.each("start", load_and_wait, range(count), WAIT)
         return time.perf_counter() - began - WAIT
 
@@ -133,11 +138,11 @@ def encode_only(engine: str, folder: Path) -> float:
     """Tokens a second of the engine alone, on Python strings in memory, for text it has not seen and then has."""
     texts = [row["text"] for row in iterate_raw(folder / "first")]
     if engine == "tiktoken":
-        encoding = tiktoken_encoding()
+        encoding = GPT2_TOKENIZER
         began = time.perf_counter()
-        tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
+        tokens = sum(len(encoding.encode(text)) for text in texts)
     else:
-        loaded = load_engine(engine)
+        loaded = load_engine(engine, GPT2_TOKENIZER)
         together = Texts.of(texts)
         began = time.perf_counter()
         tokens = len(loaded.encode(together)[0])
@@ -166,7 +171,7 @@ def measure_plain(_: str, workers: int, folder: Path) -> dict:
 
 def tokenize_plainly(text: str) -> np.ndarray:
     tokens = [50256]
-    tokens.extend(tiktoken_encoding().encode_ordinary(text))
+    tokens.extend(GPT2_TOKENIZER.encode(text))
     return np.array(tokens).astype(np.uint16)
 
 

@@ -29,8 +29,8 @@ from train_step import write_tokens
 
 from pipelib.errors import UserError
 from pipelib.model.device import autocast, pick_device
-from pipelib.model.gpt import GPT
-from pipelib.model.params import ModelParams
+from pipelib.model.families.gpt2 import GPT2
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.params import Params, load_params
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking.run import NullRun
@@ -43,6 +43,7 @@ from pipelib.training.optim.optimizer import make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET = ROOT / "presets/gpt2-124m.yaml"
@@ -54,7 +55,7 @@ BENCHES = (
     ["--params", "presets/gpt2-774m.yaml"],
     ["--params", "presets/gpt2-1558m.yaml"],
 )
-SHAPE = ModelParams(n_layer=4, n_head=2, n_embd=128, context_length=128)
+SHAPE = GPT2Params(n_layer=4, n_head=2, n_embd=128, context_length=128)
 
 
 def main() -> None:
@@ -107,7 +108,7 @@ def training(**changes: object) -> TrainParams:
     return replace(load_params(PRESET).train, **{**small, **changes})  # type: ignore[arg-type]
 
 
-def train_in(folder: Path, params: TrainParams) -> GPT:
+def train_in(folder: Path, params: TrainParams) -> GPT2:
     """Train on `folder/tokens`, with a checkpoint every ten steps."""
     with join_world() as world:
         log = MainLog(folder, NullRun(), params, 1, lambda: Peak(1e12, ""))
@@ -156,20 +157,20 @@ def weights_and_moments(ours: Ours) -> list[torch.Tensor]:
 
 def too_large_a_micro_batch_is_named(folder: Path) -> str:
     """Running out of memory says which micro-batch would fit."""
-    hidden = GPT.hidden
+    hidden = GPT2.hidden
 
-    def too_much(self: GPT, inputs: torch.Tensor, *others: Any) -> torch.Tensor:
+    def too_much(self: GPT2, inputs: torch.Tensor, *others: Any) -> torch.Tensor:
         torch.empty(2**50, device=inputs.device)
         return hidden(self, inputs, *others)
 
-    GPT.hidden = too_much  # type: ignore[method-assign]
+    GPT2.hidden = too_much  # type: ignore[method-assign]
     said = "no error"
     try:
         train_in(folder, training(compile=False))
     except UserError as error:
         said = str(error)
     finally:
-        GPT.hidden = hidden  # type: ignore[method-assign]
+        GPT2.hidden = hidden  # type: ignore[method-assign]
     assert "train.micro_batch_size: 2 would fit" in said, said
     return said
 
@@ -178,7 +179,7 @@ def attention_is_fused(_: Path) -> str:
     """Attention runs in a kernel that keeps no matrix of scores."""
     torch.use_deterministic_algorithms(False)  # as the presets train
     device = pick_device()
-    model, tokens = GPT(SHAPE).to(device), torch.zeros(8, 128, dtype=torch.long, device=device)
+    model, tokens = GPT2(SHAPE, GPT2_TOKENIZER.size).to(device), torch.zeros(8, 128, dtype=torch.long, device=device)
     with torch.profiler.profile() as profile, autocast(device, "bf16"):
         model(tokens, tokens).backward()
     used = {event.key for event in profile.key_averages() if event.key.startswith("aten::_scaled_dot_product")}
@@ -216,7 +217,7 @@ def a_micro_batch_is_found(folder: Path) -> str:
 
 def checkpoints_stay_out_of_the_way(folder: Path) -> str:
     """What a checkpoint of the 124M model costs the training, once its host memory is there."""
-    model = GPT(load_params(PRESET).model).to(pick_device())
+    model = GPT2(load_params(PRESET).model, GPT2_TOKENIZER.size).to(pick_device())
     optimizer = make_optimizer(model, training())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

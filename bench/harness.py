@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from pipelib.evaluation.harness import language_model
 from pipelib.evaluation.params import TASKS, EvaluateParams
 from pipelib.model.device import pick_device
-from pipelib.model.gpt import GPT, initialise
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model, import_model
-from pipelib.model.params import PUBLISHED
+from pipelib.model.shapes.gpt2 import PUBLISHED
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 def main() -> None:
@@ -45,15 +46,15 @@ def main() -> None:
         folder = Path(arguments.model)
         if arguments.model in PUBLISHED:
             folder = Path(scratch) / "model"
-            fresh = GPT(PUBLISHED[arguments.model])
-            initialise(fresh, 0)
-            export_model(fresh, folder, "")
-        model = import_model(folder).to(device)
+            fresh = GPT2(PUBLISHED[arguments.model], GPT2_TOKENIZER.size)
+            fresh.initialise(0)
+            export_model(fresh, GPT2_TOKENIZER, folder, "")
+        model = import_model(folder, GPT2_TOKENIZER).to(device)
         params = EvaluateParams("fp32", 1, tuple(arguments.tasks), arguments.limit, (), ())
         models = {"hf": hugging_faces_model(folder, arguments.batch_size, device)}
         lengths = request_lengths(models["hf"], params)
         params = replace(params, batch_tokens=max(model.params.context_length, arguments.batch_size * max(lengths)))
-        models["ours"] = language_model(model, params, nullcontext)
+        models["ours"] = language_model(model, GPT2_TOKENIZER, params, nullcontext)
         seconds: dict[str, list[float]] = {name: [] for name in models}
         results: dict[str, Any] = {}
         for _ in range(arguments.rounds):

@@ -26,12 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from pipelib.evaluation.benchmark_items import Item, read_items
 from pipelib.evaluation.hellaswag import score
 from pipelib.model.device import autocast, pick_device
-from pipelib.model.gpt import GPT, initialise
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import import_model
-from pipelib.model.params import PUBLISHED
-from pipelib.model.vocabulary import PADDED_VOCAB_SIZE
+from pipelib.model.shapes.gpt2 import PUBLISHED
 from pipelib.processes import peak_memory
-from pipelib.tokens.encoding import tiktoken_encoding
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 Predictions = list[tuple[int, int]]
 """By summed and by mean loss, of every item."""
@@ -42,7 +41,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = pick_device()
     model = load_model(arguments.model, device)
-    items = read_items(arguments.items, tiktoken_encoding()) if arguments.items else made_up_items(arguments.count)
+    items = read_items(arguments.items, GPT2_TOKENIZER) if arguments.items else made_up_items(arguments.count)
     items = items[: arguments.count]
     ways: dict[str, Callable[[Sequence[Item]], Predictions]] = {
         "plain": lambda some: plain(model, some, arguments.precision),
@@ -75,13 +74,13 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def load_model(name: str, device: torch.device) -> GPT:
+def load_model(name: str, device: torch.device) -> GPT2:
     """A published shape with random weights, or a model from a folder."""
     if name in PUBLISHED:
-        model = GPT(PUBLISHED[name])
-        initialise(model, 0)
+        model = GPT2(PUBLISHED[name], GPT2_TOKENIZER.size)
+        model.initialise(0)
     else:
-        model = import_model(Path(name))
+        model = import_model(Path(name), GPT2_TOKENIZER)
     return model.to(device).eval()
 
 
@@ -95,14 +94,14 @@ def made_up_items(count: int) -> list[Item]:
     return [Item(tokens(20, 100), tuple(tokens(5, 45) for _ in range(4)), 0, number) for number in range(count)]
 
 
-def ours(model: GPT, items: Sequence[Item], batch_tokens: int, precision: str) -> Predictions:
+def ours(model: GPT2, items: Sequence[Item], batch_tokens: int, precision: str) -> Predictions:
     """As the pipeline does it."""
     scores = score(model, items, batch_tokens, precision)
     return list(zip(scores.sums.argmin(axis=1).tolist(), scores.means.argmin(axis=1).tolist(), strict=True))
 
 
 @torch.no_grad()
-def plain(model: GPT, items: Sequence[Item], precision: str) -> Predictions:
+def plain(model: GPT2, items: Sequence[Item], precision: str) -> Predictions:
     """One item a forward pass."""
     device = model.wte.weight.device
     predictions = []
@@ -122,10 +121,10 @@ def plain(model: GPT, items: Sequence[Item], precision: str) -> Predictions:
     return predictions
 
 
-def flops(model: GPT, items: Sequence[Item]) -> dict[str, float]:
+def flops(model: GPT2, items: Sequence[Item]) -> dict[str, float]:
     """The operations that either way cannot do without: 2 for each weight of a matrix product, attention left out."""
     trunk = 2 * 12 * model.params.n_layer * model.params.n_embd**2
-    head = 2 * PADDED_VOCAB_SIZE * model.params.n_embd
+    head = 2 * GPT2_TOKENIZER.padded_size * model.params.n_embd
     alone = sum(len(item.context) + len(ending) - 1 for item in items for ending in item.endings)
     shared = sum(len(item.context) + sum(len(ending) - 1 for ending in item.endings) for item in items)
     wanted = sum(1 + sum(len(ending) - 1 for ending in item.endings) for item in items)
@@ -135,14 +134,16 @@ def flops(model: GPT, items: Sequence[Item]) -> dict[str, float]:
 def report(
     arguments: argparse.Namespace,
     device: torch.device,
-    model: GPT,
+    model: GPT2,
     items: Sequence[Item],
     seconds: dict[str, list[float]],
     found: dict[str, Predictions],
 ) -> None:
     """Print what was measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{model.params.parameters:,} parameters, {arguments.precision}, {name}, torch {torch.__version__}")
+    print(
+        f"{model.params.parameters(GPT2_TOKENIZER.size):,} parameters, {arguments.precision}, {name}, torch {torch.__version__}"
+    )
     print(
         f"{len(items):,} items of {arguments.items or 'made-up tokens'}, {arguments.batch_tokens:,} positions a forward pass"
     )

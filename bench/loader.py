@@ -20,9 +20,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from pipelib.files import format_bytes
-from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.tokens.loader import BatchPlan, Loader, Rows, TokenStream
 from pipelib.tokens.shards import shard_name, write_shard
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 GPU_TOKENS_PER_SECOND = 579_000
 LENGTH, MICRO_ROWS, STEP_ROWS = 1024, 64, 512
@@ -71,7 +71,7 @@ def write_random_shards(folder: Path, tokens: int) -> list[Path]:
     for index, start in enumerate(range(0, tokens, SHARD_TOKENS)):
         count = min(SHARD_TOKENS, tokens - start)
         paths.append(folder / shard_name(index))
-        write_shard(paths[-1], count, [draw.integers(0, VOCAB_SIZE, count, dtype=np.uint16)])
+        write_shard(paths[-1], count, [draw.integers(0, GPT2_TOKENIZER.size, count, dtype=np.uint16)], GPT2_TOKENIZER)
     return paths
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelib.model.device import autocast
-from pipelib.model.gpt import GPT, CausalSelfAttention, initialise
-from pipelib.model.vocabulary import VOCAB_SIZE
+from pipelib.model.families.gpt2 import GPT2, CausalSelfAttention
 from pipelib.params import Params
 from pipelib.processes import available_cores
 from pipelib.tokens.shards import read_manifest
@@ -24,6 +23,7 @@ from pipelib.training.launch.distributed import World
 from pipelib.training.objectives import NextToken
 from pipelib.training.optim.optimizer import make_optimizer
 from pipelib.training.step import StepResult, take_step
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 Step = Callable[[], float]
 """Runs one optimizer step and returns its loss, which waits for the device."""
@@ -60,20 +60,22 @@ def loop_step(params: Params, rows: int, length: int, on: set[str]) -> Step:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(available_cores())
     torch.set_float32_matmul_precision("high" if "TF32" in on else "highest")
-    model = GPT(params.model)
-    initialise(model, 0)
+    model = GPT2(params.model, GPT2_TOKENIZER.size)
+    model.initialise(0)
     model.activation_checkpointing = params.train.activation_checkpointing
     if "flash attention" not in on:
         for block in model.h:
             block.attn.__class__ = NaiveAttention
     if "padded vocabulary" not in on:
-        model.wte = nn.Embedding(VOCAB_SIZE, params.model.n_embd)
+        model.wte = nn.Embedding(GPT2_TOKENIZER.size, params.model.n_embd)
         nn.init.normal_(model.wte.weight, std=0.02)
     model.to(device)
     network = torch.compile(model) if "compile" in on else model
     fused = True if "fused AdamW" in on else None  # torch's default
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
-    tokens = torch.randint(VOCAB_SIZE, (rows, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = torch.randint(GPT2_TOKENIZER.size, (rows, length + 1), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> float:
@@ -160,8 +162,8 @@ class Ours:
         )
         self.world = world
         set_determinism(self.params, world)
-        model = GPT(params.model)
-        initialise(model, 0)
+        model = GPT2(params.model, GPT2_TOKENIZER.size)
+        model.initialise(0)
         model.activation_checkpointing = params.train.activation_checkpointing
         model.to(world.device)
         self.objective = NextToken(model)

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from steps import LADDER, NEEDS_CUDA, Ours, Step, plain, rung
 
 from pipelib.model.device import pick_device
-from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.params import Params, load_params
 from pipelib.tokens.shards import Manifest, write_shard
 from pipelib.training.hardware import peak_of
 from pipelib.training.launch.distributed import join_world
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 WARMUP, STEPS_OF_DATA = 3, 8
 PARTS = ("data", "forward", "backward", "optimizer", "communication")
@@ -93,10 +93,15 @@ def write_tokens(folder: Path, count: int) -> None:
     folder.mkdir(exist_ok=True)
     chance = np.random.default_rng(0)
     shards = [
-        write_shard(folder / f"{split}_00000{number}.bin", count, [chance.integers(0, VOCAB_SIZE, count, np.uint16)])[0]
+        write_shard(
+            folder / f"{split}_00000{number}.bin",
+            count,
+            [chance.integers(0, GPT2_TOKENIZER.size, count, np.uint16)],
+            GPT2_TOKENIZER,
+        )[0]
         for number, split in enumerate(("val", "train"))
     ]
-    Manifest({"name": "gpt2"}, {"kind": "random"}, tuple(shards)).write(folder)
+    Manifest(GPT2_TOKENIZER.encoding, {"kind": "random"}, tuple(shards)).write(folder)
 
 
 def run_alone(name: str, tokens: Path, ranks: int) -> Result:
@@ -148,8 +153,13 @@ def report(params: Params, rows: int, length: int, ranks: int, results: dict[str
     device, model = pick_device(0, ranks), params.model
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak = peak_of(device, params.train.precision).times(ranks)
-    palm, nanogpt = model.flops_per_token(length), model.nanogpt_flops_per_token(length)
-    print(f"{model.parameters:,} parameters, {rows} x {length} tokens a rank, {ranks} rank(s), {name}")
+    palm, nanogpt = (
+        model.flops_per_token(GPT2_TOKENIZER.size, length),
+        model.nanogpt_flops_per_token(GPT2_TOKENIZER.size, length),
+    )
+    print(
+        f"{model.parameters(GPT2_TOKENIZER.size):,} parameters, {rows} x {length} tokens a rank, {ranks} rank(s), {name}"
+    )
     print(f"torch {torch.__version__}, compile: {params.train.compile}, {params.train.precision}")
     print(f"peak {peak.flops / 1e12:.3f} TFLOP/s ({peak.source}), also for rungs of other precision")
     print(

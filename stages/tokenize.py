@@ -1,4 +1,4 @@
-"""tokenize: data/raw/*.parquet -> data/tokens/*.bin and manifest.json: GPT-2 tokens in shards, validation first.
+"""tokenize: data/raw/*.parquet -> data/tokens/*.bin and manifest.json: tokens in shards, validation first.
 
 `python -m stages.tokenize --share i/n` encodes the i-th of n shares of the text and nothing else, for several machines
 that share the folder of states; the stage itself then only makes shards of what it finds.
@@ -20,6 +20,7 @@ from pipelib.files import sha256_file
 from pipelib.params import Params, load_params
 from pipelib.schema import flatten
 from pipelib.stage import Build, Made, build_outs, run_stage
+from pipelib.vocabulary.choice import chosen_tokenizer
 from pipelib.workspace.places import HERE, MANIFEST
 from pipelib.workspace.provenance import code_hashes
 
@@ -52,7 +53,7 @@ def main() -> None:
     def work(build: Build) -> Made:
         from pipelib.tokens.encode_corpus import encode_corpus  # not where outs are only linked
 
-        return encode_corpus(build, RAW, params.tokenize, documents)
+        return encode_corpus(build, RAW, params.tokenize, documents, chosen_tokenizer())
 
     build_outs("tokenize", params, inputs, work)
 
@@ -63,7 +64,7 @@ def encode_share(text: str, params: Params) -> None:
     from pipelib.tokens.unit_store import Share
 
     share = Share.parse(text)
-    count = encode_corpus.encode_share(code_hashes("tokenize", dict(flatten(params))), RAW, share)
+    count = encode_corpus.encode_share(code_hashes("tokenize", dict(flatten(params))), RAW, share, chosen_tokenizer())
     tell(f"tokenize: share {text} is complete: {count} units")
 
 

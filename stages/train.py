@@ -54,7 +54,7 @@ def main() -> None:
 def inputs(params: Params, initial: InitialWeights) -> dict[str, object]:
     """Everything that decides the result."""
     return {
-        "model": asdict(params.model),
+        "model": params.model.decides(),
         "train": asdict(params.train),
         "initial weights": initial.sha256,
         "data": read_manifest(TOKENS).fingerprint,

@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelib.files import sha256_file, write_json
-from pipelib.tokens.encoding import HARD_STRINGS
-from pipelib.tokens.shards import Shard, Tokens, shard_name, write_shard
+from pipelib.tokens.shards import Shard, shard_name, write_shard
+from pipelib.vocabulary.engines import HARD_STRINGS
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from pipelib.vocabulary.tokenizer import Tokens
 
 WORDS = [
     "the", "of", "and", "in", "to", "model", "data", "gradient", "tokens", "Learning", "3.14", "naïve", "don't", "東京", "x=1;",
@@ -48,4 +50,7 @@ def write_shards(folder: Path, pieces: Sequence[Tokens], shard_tokens: int) -> l
     """Shards of `shard_tokens` tokens of these arrays, one after the other."""
     tokens = np.concatenate([np.zeros(0, np.uint16), *pieces])
     parts = [tokens[start : start + shard_tokens] for start in range(0, len(tokens), shard_tokens)]
-    return [write_shard(folder / shard_name(index), len(part), [part])[0] for index, part in enumerate(parts)]
+    return [
+        write_shard(folder / shard_name(index), len(part), [part], GPT2_TOKENIZER)[0]
+        for index, part in enumerate(parts)
+    ]

@@ -13,7 +13,7 @@ from small_run import model_params, random_model
 
 from pipelib.evaluation.benchmark_items import Item
 from pipelib.evaluation.params import EvaluateParams
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 
 WORDS = ["the", "a", "model", "of", "data", "returns", "array", "index", "is", "not", "and", "each", "café", "日本"]
 PARAMS = EvaluateParams(
@@ -21,7 +21,7 @@ PARAMS = EvaluateParams(
 )
 
 
-def small_model() -> GPT:
+def small_model() -> GPT2:
     """A model whose context is shorter than many of the questions."""
     return random_model(model_params(n_embd=32, context_length=24))
 
@@ -105,7 +105,7 @@ TASKS = ("hellaswag", "lambada_openai", "piqa", "arc_easy", "winogrande", "sciq"
 
 
 @torch.no_grad()
-def plain_losses(model: GPT, item: Item) -> tuple[list[float], list[float]]:
+def plain_losses(model: GPT2, item: Item) -> tuple[list[float], list[float]]:
     """Summed and mean loss of each ending, one forward pass each, with everything written out."""
     sums, means = [], []
     for ending in item.endings:

@@ -23,7 +23,7 @@ PARAMS: dict[str, dict[str, Any]] = {
         "max_tokens": None, "benchmarks": ["completion"], "benchmark_documents": 8, "models": [], "seed": 1,
     },
     "tokenize": {"shard_tokens": 4096, "dedup": "none"},
-    "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32, "init_from": "scratch"},
+    "model": {"architecture": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32, "init_from": "scratch"},
     "train": {
         "seed": 1, "max_tokens": 2048, "max_epochs": 1.0, "global_batch_tokens": 256, "sequence_length": 32,
         "micro_batch_size": 4, "max_lr": 3e-3, "min_lr": 1e-6, "warmup_steps": 2, "weight_decay": 0.1, "beta1": 0.9,

@@ -22,9 +22,8 @@ from small_corpus import write_shards
 
 import pipelib
 from pipelib.files import files_under
-from pipelib.model.gpt import GPT
-from pipelib.model.params import ModelParams
-from pipelib.model.vocabulary import EOT_TOKEN_ID
+from pipelib.model.families.gpt2 import GPT2
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.schema import read_yaml
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest
 from pipelib.tracking.run import NullRun
@@ -36,6 +35,7 @@ from pipelib.training.loop import Trainer
 from pipelib.training.params import TrainParams
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 CHECKOUT = Path(pipelib.__file__).absolute().parents[2]
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16}
@@ -54,9 +54,9 @@ EVALUATE = {"precision": "fp32", "batch_tokens": 256, "tasks": [], "task_limit":
 ROLES = {"stages.train": "launcher", "pipelib.training.launch.job": "rank"}
 
 
-def model_params(**changes: int) -> ModelParams:
+def model_params(**changes: int) -> GPT2Params:
     """The shape of the small model."""
-    return ModelParams(**{**MODEL, **changes})
+    return GPT2Params(**{**MODEL, **changes})
 
 
 def train_params(**changes: Any) -> TrainParams:
@@ -68,16 +68,17 @@ def train_params(**changes: Any) -> TrainParams:
 def write_tokens(folder: Path, count: int = 8192, vocabulary: int = 500) -> Manifest:
     """Shards of `count` tokens, a quarter of them the validation split, in documents of 40; always the same."""
     tokens = np.random.default_rng(0).integers(0, vocabulary, count).astype(np.uint16)
-    tokens[::40] = EOT_TOKEN_ID
-    manifest = Manifest({"name": "gpt2"}, {"kind": "test"}, tuple(write_shards(folder, [tokens], count // 4)))
-    np.save(folder / UNIGRAM_COUNTS, count_tokens(open_shard(folder / shard.name) for shard in manifest.split("train")))
+    tokens[::40] = GPT2_TOKENIZER.end_token_id
+    manifest = Manifest(GPT2_TOKENIZER.encoding, {"kind": "test"}, tuple(write_shards(folder, [tokens], count // 4)))
+    shards = (open_shard(folder / shard.name) for shard in manifest.split("train"))
+    np.save(folder / UNIGRAM_COUNTS, count_tokens(shards, GPT2_TOKENIZER.size))
     manifest.write(folder)
     return read_manifest(folder)
 
 
-def random_model(params: ModelParams, seed: int = 1) -> GPT:
+def random_model(params: GPT2Params, seed: int = 1) -> GPT2:
     """A model in which no bias is zero and no LayerNorm the identity, so that each tensor changes the logits."""
-    model = GPT(params)
+    model = GPT2(params, GPT2_TOKENIZER.size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -101,7 +102,7 @@ def small_trainer(
     folder: Path,
     params: TrainParams,
     *,
-    shape: ModelParams | None = None,
+    shape: GPT2Params | None = None,
     checkpoint_every: int = 10**6,
     log_every: int = 10**6,
     initial: InitialWeights = RANDOM_WEIGHTS,
@@ -117,7 +118,7 @@ def small_trainer(
     )
 
 
-def train_small(folder: Path, params: TrainParams, **options: Any) -> GPT:
+def train_small(folder: Path, params: TrainParams, **options: Any) -> GPT2:
     """Run `small_trainer` to its end."""
     return small_trainer(folder, params, **options).run()
 
@@ -201,7 +202,7 @@ class SmallProject:
         preset = read_yaml(CHECKOUT / "presets/gpt2-124m.yaml")
         logging = {name: train.pop(name, value) for name, value in LOGGING.items()}
         sections = {
-            "model": {**MODEL, "init_from": "scratch"},
+            "model": {"architecture": "gpt2", **MODEL, "init_from": "scratch"},
             "train": {**TRAIN, **train},
             "evaluate": EVALUATE,
             "logging": logging,

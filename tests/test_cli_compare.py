@@ -197,7 +197,7 @@ def repository(here: Path) -> dict[str, bytes]:
         found[name] = write_run(here, shift, max_lr=1e-3 + shift)
         md5 = put_into_cache(here, found[name])
         listing = put_into_cache(here, json.dumps([{"md5": md5, "relpath": "items.npz"}]).encode(), ".dir")
-        code = {"path": "src/pipelib/model/gpt.py", "md5": name}
+        code = {"path": "src/pipelib/model/families/gpt2.py", "md5": name}
         lock = {"stages": {"evaluate": {"deps": [code], "outs": [{"path": "reports", "md5": listing}]}}}
         (here / "dvc.lock").write_text(yaml.safe_dump(lock))
         git("add", "--all")
@@ -232,7 +232,7 @@ def test_commits_and_experiments_are_read_from_git_and_dvcs_cache(
     assert main(["compare", "HEAD", "small-rate"]) == 0
     said = capsys.readouterr().out
     assert " to " in next(line for line in said.splitlines() if line.startswith("evaluate val_loss"))
-    assert "small-rate ran other code than HEAD: src/pipelib/model/gpt.py." in said
+    assert "small-rate ran other code than HEAD: src/pipelib/model/families/gpt2.py." in said
 
 
 def test_names_that_are_no_run_are_refused(repository: dict[str, bytes], here: Path) -> None:  # noqa: ARG001

@@ -252,9 +252,9 @@ def test_mlflow_database(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vocabulary_that_engines_disagree_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> None:
+    def refuse(name: str, _: object) -> None:
         raise UserError(f"{name} and tiktoken encode 'x' differently")
 
-    monkeypatch.setattr("pipelib.tokens.encoding.load_engine", refuse)
+    monkeypatch.setattr("pipelib.vocabulary.engines.load_engine", refuse)
     (finding,) = health.examine(health.check_vocabulary)
     assert finding == Finding("FAIL", "gigatoken and tiktoken encode 'x' differently")

@@ -21,6 +21,7 @@ from pipelib.cli.main import main
 from pipelib.evaluation.items import read_items_file
 from pipelib.files import files_under, read_json, write_json
 from pipelib.model.huggingface import export_model
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_params(folder)
     write_tokens(folder / "data/tokens", 2048)
     write_lines(folder / "data/benchmarks/completion.jsonl", completion_rows(6))
-    export_model(random_model(model_params(context_length=24)), folder / "mine", "")
-    export_model(random_model(model_params(), 2), folder / "yours", "")
+    export_model(random_model(model_params(context_length=24)), GPT2_TOKENIZER, folder / "mine", "")
+    export_model(random_model(model_params(), 2), GPT2_TOKENIZER, folder / "yours", "")
     return folder
 
 
@@ -99,7 +100,7 @@ def test_what_cannot_be_measured_is_refused(
     [
         ({"vocab_size": 50258}, "config.json has vocab_size = 50258 where GPT-2 has 50257"),
         ({"n_positions": 48}, "does not fit its config.json (wpe.weight is (24, 16), not (48, 16))"),
-        ({"model_type": "llama"}, "config.json has model_type = 'llama' where GPT-2 has 'gpt2'"),
+        ({"model_type": "llama"}, "config.json has model_type = 'llama', and this code has gpt2"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(
@@ -114,7 +115,7 @@ def test_weights_that_are_lost_are_refused(capsys: pytest.CaptureFixture[str]) -
     lost = random_model(model_params(context_length=24))
     with torch.no_grad():
         lost.ln_f.bias.fill_(math.nan)
-    export_model(lost, Path("mine"), "")
+    export_model(lost, GPT2_TOKENIZER, Path("mine"), "")
     assert "ln_f.bias has 16 numbers of 16 that are infinite or not numbers" in refuses(
         capsys, "--model", "mine", "--out", "out"
     )

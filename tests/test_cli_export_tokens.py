@@ -8,13 +8,16 @@ from small_corpus import write_shards
 
 from pipelib.cli.main import main
 from pipelib.tokens.shards import Manifest
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture
 def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     monkeypatch.chdir(tmp_path)
     tokens = np.arange(2500, dtype=np.uint16)
-    Manifest({"name": "gpt2"}, {}, tuple(write_shards(Path("data/tokens"), [tokens], 1000))).write(Path("data/tokens"))
+    Manifest(GPT2_TOKENIZER.encoding, {}, tuple(write_shards(Path("data/tokens"), [tokens], 1000))).write(
+        Path("data/tokens")
+    )
     return tokens
 
 

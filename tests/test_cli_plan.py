@@ -18,16 +18,17 @@ from pipelib.files import read_json, write_json
 from pipelib.inspection import speed
 from pipelib.inspection.disk import disk_of
 from pipelib.model.device import autocast
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
-from pipelib.model.params import ModelParams
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.params import Params, load_params
 from pipelib.schema import read_yaml
 from pipelib.tokens.shards import Manifest
 from pipelib.training import memory
 from pipelib.training.memory import memory_of, padded_parameters
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
-GPT2 = {
+PRESET = {
     "download.source": "hub", "download.repo": "HuggingFaceFW/fineweb-edu", "download.folder": "sample/10BT",
     "tokenize.shard_tokens": 100_000_000,
     "model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "model.context_length": 1024,
@@ -62,10 +63,10 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_gpt2_124m_by_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
-    write_params(GPT2)
+    write_params(PRESET)
     said = plan(capsys, "--no-measure")
     for words in (
-        "124,439,808 parameters: 12 layers, 12 heads, 768 wide, context 1,024",
+        "GPT-2, 124,439,808 parameters: 12 layers, 12 heads, 768 wide, context 1,024",
         "18,692 of 524,288 tokens = 9,799,991,296 tokens",
         "8 micro-steps a rank, of 64 rows of 1,024 tokens",
         "854.7 MFLOP a token, 8.376 EFLOP in total",
@@ -84,14 +85,14 @@ def test_ranks_share_the_step(capsys: pytest.CaptureFixture[str], monkeypatch: p
     if torch.cuda.is_available():
         pytest.skip("a rank needs a GPU of its own")
     monkeypatch.setenv("PIPELIB_NPROC", "8")
-    write_params(GPT2)
+    write_params(PRESET)
     said = plan(capsys, "--no-measure")
     assert "with 8 ranks" in said
     assert "1 micro-step a rank" in said
 
 
 def test_what_the_train_stage_refuses_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    write_params({**GPT2, "train.max_tokens": 20_000_000_000})
+    write_params({**PRESET, "train.max_tokens": 20_000_000_000})
     assert main(["plan"]) == 1
     said = capsys.readouterr()
     assert "2.024 passes over the 9,882,590,278 training tokens" in said.err
@@ -109,7 +110,7 @@ def test_a_params_file_is_read_strictly(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_check_says_the_disk_that_is_needed_and_refuses_too_small_a_one(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_params(GPT2)
+    write_params(PRESET)
     free = 10**12
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     (line,) = plan(capsys, "--check").splitlines()
@@ -131,10 +132,10 @@ def test_a_check_finds_wrong_parameters_before_a_stage_does(capsys: pytest.Captu
     assert "train.max_lr: -1 must be greater than 0" in capsys.readouterr().err
 
 
-def make_model(folder: str, **changes: int) -> ModelParams:
+def make_model(folder: str, **changes: int) -> GPT2Params:
     """A small model in a Hugging Face folder, without its tokenizer."""
-    shape = ModelParams(**{"n_layer": 1, "n_head": 1, "n_embd": 4, "context_length": 128, **changes})
-    export_model(random_model(shape), Path(folder), "")
+    shape = GPT2Params(**{"n_layer": 1, "n_head": 1, "n_embd": 4, "context_length": 128, **changes})
+    export_model(random_model(shape), GPT2_TOKENIZER, Path(folder), "")
     (Path(folder) / "vocab.json").unlink()
     return shape
 
@@ -159,7 +160,7 @@ def test_a_check_of_models_that_are_there_is_a_line(capsys: pytest.CaptureFixtur
         ({"model.init_from": "./mine"}, "./mine has n_layer = 1, not 2"),
         ({"model.init_from": "./broken"}, "model.init_from: broken/model.safetensors is missing"),
         ({"evaluate.baselines": ["./nowhere"]}, "evaluate.baselines: nowhere is not a folder with a model"),
-        ({"evaluate.baselines": ["./llama"]}, "llama/config.json has model_type = 'llama' where GPT-2 has 'gpt2'"),
+        ({"evaluate.baselines": ["./llama"]}, "llama/config.json has model_type = 'llama', and this code has gpt2"),
         ({"evaluate.baselines": ["gpt2"]}, "evaluate.baselines: gpt2 is not in download.models"),
         ({"evaluate.tasks": ["piqa"]}, "evaluate.tasks: piqa needs data that download makes"),
         ({"train.max_tokens": 13 * 7_400_214}, "passes over the 7,"),
@@ -222,7 +223,7 @@ def test_an_estimate_refuses_nothing_that_could_fit(capsys: pytest.CaptureFixtur
         write_params({"train.max_tokens": int(factor * tokens) // step * step})
         assert main(["plan", "--check"]) == status
     capsys.readouterr()
-    write_params({**GPT2, "train.max_tokens": 9_990_000_000})  # 1.011 passes
+    write_params({**PRESET, "train.max_tokens": 9_990_000_000})  # 1.011 passes
     assert main(["plan", "--check"]) == 1
     assert "passes over the 9,882,590,278 training tokens" in capsys.readouterr().err
 
@@ -231,7 +232,7 @@ def test_text_that_may_have_grown_refuses_nothing(capsys: pytest.CaptureFixture[
     """With `source: local`, data/tokens may be of text that is no longer all there is."""
     changes = {"download.source": "local", "tokenize.shard_tokens": 100_000, "train.max_tokens": 20 * 400_000}
     write_params(changes)
-    Manifest({"name": "gpt2"}, {"kind": "local", "max_tokens": None}, tuple(
+    Manifest(GPT2_TOKENIZER.encoding, {"kind": "local", "max_tokens": None}, tuple(
         write_shards(Path("data/tokens"), [np.zeros(500_000, np.uint16)], 100_000)
     )).write(Path("data/tokens"))  # fmt: skip
     assert len(plan(capsys, "--check").splitlines()) == 1
@@ -247,14 +248,14 @@ def test_data_that_is_there_counts(capsys: pytest.CaptureFixture[str]) -> None:
     tokens = np.zeros(500_000, np.uint16)
     folder = Path("data/tokens")
     for kind, known in (("local", True), ("docs", False)):
-        Manifest({"name": "gpt2"}, {"kind": kind}, tuple(write_shards(folder, [tokens], 100_000))).write(folder)
+        Manifest(GPT2_TOKENIZER.encoding, {"kind": kind}, tuple(write_shards(folder, [tokens], 100_000))).write(folder)
         said = plan(capsys, "--no-measure")
         assert ("500,000 tokens (as data/tokens/manifest.json says)" in said) == known
 
 
 def saved_bytes(params: Params, rows: int, length: int) -> int:
     """What autograd keeps of one forward pass, the model's own parameters aside."""
-    model = GPT(params.model)
+    model = GPT2(params.model, GPT2_TOKENIZER.size)
     model.activation_checkpointing = params.train.activation_checkpointing
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -276,7 +277,9 @@ def test_activations_are_what_autograd_saves(precision: str) -> None:
     by_layers = []
     for layers in (2, 6):
         params = load_params(write_params({"train.precision": precision, "model.n_layer": layers}))
-        by_layers.append((saved_bytes(params, 8, 128), memory_of(params.model, params.train, 8, 128)))
+        by_layers.append(
+            (saved_bytes(params, 8, 128), memory_of(params.model, GPT2_TOKENIZER.size, params.train, 8, 128))
+        )
     (few, few_memory), (many, many_memory) = by_layers
     expected = many_memory.activations - few_memory.activations + many_memory.copies - few_memory.copies
     assert many - few == pytest.approx(expected, rel=0.02)  # LayerNorms keep a little more
@@ -289,18 +292,20 @@ def test_with_checkpointing_blocks_keep_their_inputs_alone(precision: str) -> No
         changes = {"train.precision": precision, "model.n_layer": layers, "train.activation_checkpointing": True}
         params = load_params(write_params(changes))
         saved.append(saved_bytes(params, 8, 128))
-        planned.append(memory_of(params.model, params.train, 8, 128).activations)
+        planned.append(memory_of(params.model, GPT2_TOKENIZER.size, params.train, 8, 128).activations)
     width = 8 * 128 * params.model.n_embd
     assert saved[1] - saved[0] == planned[1] - planned[0] == 4 * 4 * width
     assert planned[0] == (2 * 4 + (36 if precision == "bf16" else 64)) * width
 
 
 def test_parameters_disk_and_fixed_memory() -> None:
-    params = load_params(write_params(GPT2))
-    count = sum(parameter.numel() for parameter in GPT(load_params(write_params({})).model).parameters())
-    assert padded_parameters(load_params(write_params({})).model) == count
+    params = load_params(write_params(PRESET))
+    count = sum(
+        parameter.numel() for parameter in GPT2(load_params(write_params({})).model, GPT2_TOKENIZER.size).parameters()
+    )
+    assert padded_parameters(load_params(write_params({})).model, GPT2_TOKENIZER.size) == count
     padded = 124_439_808 + 47 * 768
-    need = memory_of(params.model, params.train, 64, 1024)
+    need = memory_of(params.model, GPT2_TOKENIZER.size, params.train, 64, 1024)
     assert (need.weights, need.gradients, need.moments) == (4 * padded, 4 * padded, 8 * padded)
     assert need.logits == 64 * 1024 * 50304 * 12
     disk = disk_of(params, None)
@@ -328,10 +333,12 @@ def test_a_model_that_does_not_fit_is_guessed(
 def test_an_automatic_micro_batch_and_the_copy_for_checkpoints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_params({**GPT2, "train.micro_batch_size": "auto"})
+    write_params({**PRESET, "train.micro_batch_size": "auto"})
     params = load_params(Path("params.yaml"))
-    need = memory_of(params.model, params.train, 4, 1024).total
-    monkeypatch.setattr(memory, "free_memory", lambda _: int(need / 0.9) + 1 + 12 * padded_parameters(params.model))
+    need = memory_of(params.model, GPT2_TOKENIZER.size, params.train, 4, 1024).total
+    monkeypatch.setattr(
+        memory, "free_memory", lambda _: int(need / 0.9) + 1 + 12 * padded_parameters(params.model, GPT2_TOKENIZER.size)
+    )
     said = plan(capsys, "--no-measure")
     assert "128 micro-steps a rank, of 4 rows of 1,024 tokens" in said
     assert "1.5 GB of main memory more on the first rank, while a checkpoint is written" in said
@@ -341,7 +348,7 @@ def test_an_automatic_micro_batch_and_the_copy_for_checkpoints(
 
 
 def test_a_prefix_of_the_corpus_takes_whole_files_of_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
-    write_params({**GPT2, "download.max_tokens": 1_000_000_000, "train.max_tokens": 800_000_000})
+    write_params({**PRESET, "download.max_tokens": 1_000_000_000, "train.max_tokens": 800_000_000})
     said = plan(capsys, "--no-measure")
     assert "1,000,000,000 tokens (download.max_tokens, about, of the hub's own count" in said
     assert "data/raw     4.1 GB" in said  # 2 of 14 files

@@ -14,8 +14,9 @@ from pipelib.cli.main import main
 from pipelib.evaluation.model_card import evaluation_rows, licence, write_model_card
 from pipelib.inspection.verify import _folder_md5, _sums
 from pipelib.model.huggingface import readme
-from pipelib.model.params import ModelParams
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.tokens.shards import Manifest, Shard
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 TOKEN = "hf_thisIsTheCanaryOfThePublishTests"
 REPO = "somebody/a-small-gpt2"
@@ -36,12 +37,14 @@ def write_card(folder: Path) -> str:
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "model_type": "gpt2", "vocab_size": 50257}
     (models / "config.json").write_text(json.dumps(shape))
     recipe = {"data fingerprint": "f", "code and packages, sha256": "c0de", "train.max_lr": 6e-4, "train.text": "a | b"}
-    params = ModelParams(n_layer=1, n_head=2, n_embd=16, context_length=32)
-    (models / "README.md").write_text(readme(params, recipe))
+    params = GPT2Params(n_layer=1, n_head=2, n_embd=16, context_length=32)
+    (models / "README.md").write_text(readme(params, GPT2_TOKENIZER.size, recipe))
     (curves / "train.csv").write_text("step,tokens,loss\n1,256,10.5\n2,512,9.5\n")
     (curves / "validation.csv").write_text("step,tokens,loss\n2,512,9.75\n")
     shards = (Shard("val_000000.bin", "val", 1000, 3, "0"), Shard("train_000001.bin", "train", 7000, 30, "1"))
-    write_model_card(folder / "reports/model_card.md", models, curves, Manifest({}, SOURCE, shards), RESULT)
+    write_model_card(
+        folder / "reports/model_card.md", models, curves, Manifest(GPT2_TOKENIZER.encoding, SOURCE, shards), RESULT
+    )
     return (folder / "reports/model_card.md").read_text(encoding="utf-8")
 
 
@@ -61,7 +64,7 @@ def test_the_card_has_what_a_stranger_must_know(tmp_path: Path) -> None:
     ):
         assert line in card.splitlines(), line
     assert "ODC-By 1.0" in card
-    assert Manifest({}, SOURCE, ()).source["revision"] in card
+    assert Manifest(GPT2_TOKENIZER.encoding, SOURCE, ()).source["revision"] in card
     assert 'from_pretrained("models")' in card
     assert "dvc repro" in card
     assert write_card(tmp_path / "two") == card, "equal inputs give equal bytes"

@@ -5,17 +5,18 @@ from pathlib import Path
 import pytest
 
 from pipelib.cli.main import main
-from pipelib.model.gpt import GPT, initialise
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
-from pipelib.model.params import ModelParams
+from pipelib.model.shapes.gpt2 import GPT2Params
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    gpt = GPT(ModelParams(n_layer=1, n_head=2, n_embd=16, context_length=16))
-    initialise(gpt, 0)
-    export_model(gpt, folder, "# A test\n")
+    gpt = GPT2(GPT2Params(n_layer=1, n_head=2, n_embd=16, context_length=16), GPT2_TOKENIZER.size)
+    gpt.initialise(0)
+    export_model(gpt, GPT2_TOKENIZER, folder, "# A test\n")
     return folder
 
 

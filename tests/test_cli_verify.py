@@ -15,7 +15,6 @@ from small_corpus import write_shards
 import pipelib
 from pipelib.cli.main import main
 from pipelib.files import sha256_file
-from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.tokens.shards import (
     UNIGRAM_COUNTS,
     Manifest,
@@ -23,6 +22,7 @@ from pipelib.tokens.shards import (
     open_shard,
     read_manifest,
 )
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.workspace.places import MANIFEST
 
 SOURCE = Path(pipelib.__file__).absolute().parents[1]
@@ -31,10 +31,10 @@ TRAIN = "train_000001.bin"
 
 def make_tokens(folder: Path) -> None:
     """A validation shard and two training shards of 1,000 tokens, documents of 50."""
-    tokens = np.random.default_rng(0).integers(0, EOT_TOKEN_ID, 3000).astype(np.uint16)
-    tokens[::50] = EOT_TOKEN_ID
-    manifest = Manifest({"name": "gpt2"}, {"kind": "test"}, tuple(write_shards(folder, [tokens], 1000)))
-    counts = count_tokens(open_shard(folder / shard.name) for shard in manifest.split("train"))
+    tokens = np.random.default_rng(0).integers(0, GPT2_TOKENIZER.end_token_id, 3000).astype(np.uint16)
+    tokens[::50] = GPT2_TOKENIZER.end_token_id
+    manifest = Manifest(GPT2_TOKENIZER.encoding, {"kind": "test"}, tuple(write_shards(folder, [tokens], 1000)))
+    counts = count_tokens((open_shard(folder / shard.name) for shard in manifest.split("train")), GPT2_TOKENIZER.size)
     np.save(folder / UNIGRAM_COUNTS, counts)
     manifest.write(folder)
 

@@ -16,6 +16,7 @@ from pipelib.corpus.baselines import BASELINES, Baseline, write_baselines
 from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.params import Baseline as BaselineName
 from pipelib.model.huggingface import import_model
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def test_weights_are_linked_and_the_model_code_takes_them(tmp_path: Path, monkey
     assert manifest == json.loads((tmp_path / "models/manifest.json").read_text())
     assert manifest["gpt2"]["sha256"] == hashlib.sha256(stored.read_bytes()).hexdigest()
     assert stored.samefile(tmp_path / "models/gpt2/model.safetensors")
-    ours = import_model(tmp_path / "models/gpt2")
+    ours = import_model(tmp_path / "models/gpt2", GPT2_TOKENIZER)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "models/gpt2")
     token_ids = torch.arange(20)[None]
     with torch.no_grad():

@@ -7,6 +7,8 @@ import ast
 import csv
 import io
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -171,7 +173,8 @@ def test_a_second_repro_runs_nothing(clone: Clone) -> None:
         ("src/pipelib/tracking/run.py", set()),
         ("src/pipelib/training/params.py", {"train"}),
         ("src/pipelib/evaluation/report.py", {"evaluate"}),
-        ("src/pipelib/model/gpt.py", {"train", "evaluate"}),
+        ("src/pipelib/model/families/gpt2.py", {"train", "evaluate"}),
+        ("src/pipelib/model/decoder.py", {"train", "evaluate"}),
         ("src/pipelib/tokens/encode_corpus.py", {"tokenize"}),
         ("texts/a.jsonl", {"download"}),
     ],
@@ -281,6 +284,34 @@ def test_a_new_stage_place_parameter_and_source_rerun_nothing_for_others(clone: 
     assert ran(clone.dvc("repro", "--single-item", "download")) == ["download"]
     clone.git("checkout", "--quiet", ".")
     clone.git("clean", "--quiet", "--force", "-d", "src", "stages")
+    clone.dvc("checkout")
+    assert clone.changed_stages() == set()
+
+
+def test_a_new_family_reruns_nothing_and_one_message_says_how_to_choose_it(clone: Clone) -> None:
+    for folder in ("families", "shapes"):
+        code = (CHECKOUT / "tests/toy_family" / folder / "toy.py").read_bytes()
+        (clone.root / "src/pipelib/model" / folder / "toy.py").write_bytes(code)
+    assert clone.changed_stages() == set()
+    clone.commit("a family")
+    said = clone.fails([".venv/bin/dvc", "exp", "run", "-S", "model.architecture=toy"])
+    message = (
+        "model.architecture: toy needs other keys (missing: width; superfluous: n_layer, n_head, n_embd); change them"
+    )
+    assert said.count(message) == 1
+    (command,) = re.findall(r"`\.venv/bin/dvc (exp run .*?)`", said)
+    assert command == (
+        "exp run -S model.architecture=toy -S '+model.width=WIDTH' "
+        "-S '~model.n_layer' -S '~model.n_head' -S '~model.n_embd'"
+    )
+    clone.git("checkout", "--quiet", "params.yaml")
+    typed = shlex.split(command.replace("WIDTH", "16"))
+    assert ran(clone.dvc(*typed)) == ["train", "evaluate"]
+    assert "# Toy, " in clone.text("models/README.md")
+    deps = {dep["path"] for dep in clone.lock()["train"]["deps"]}
+    assert "src/pipelib/model/families/toy.py" in deps
+    assert "src/pipelib/model/families/gpt2.py" not in deps
+    clone.git("reset", "--quiet", "--hard", "HEAD~1")
     clone.dvc("checkout")
     assert clone.changed_stages() == set()
 

@@ -29,26 +29,25 @@ from pipelib.evaluation.benchmark_items import Item, read_items
 from pipelib.evaluation.endings import score_endings
 from pipelib.evaluation.hellaswag import Accuracy, score, score_unigram
 from pipelib.evaluation.loss import Loss, losses_of_rows, summed_loss
-from pipelib.evaluation.measure import accuracy_json, contexts_cut, count_text_bytes, measure_loss
+from pipelib.evaluation.measure import Data, accuracy_json, contexts_cut, count_text_bytes, measure_loss
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.report import verdict
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
-from pipelib.model.vocabulary import VOCAB_SIZE
-from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.loader import validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, open_shard
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT:
+def model() -> GPT2:
     return small_model()
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_does_not_depend_on_the_batch_size_and_counts_every_token(tmp_path: Path, model: GPT) -> None:
+def test_the_loss_does_not_depend_on_the_batch_size_and_counts_every_token(tmp_path: Path, model: GPT2) -> None:
     write_tokens(tmp_path, count=4003)  # 1,000 of them to validate on, so the last row is a short one
     losses = [
         summed_loss(model, validation_batches(tmp_path / VALIDATION_SHARD, 24, rows, None), "fp32")
@@ -59,7 +58,7 @@ def test_the_loss_does_not_depend_on_the_batch_size_and_counts_every_token(tmp_p
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_shares_of_several_ranks_add_up_to_the_loss(tmp_path: Path, model: GPT, world_size: int) -> None:
+def test_the_shares_of_several_ranks_add_up_to_the_loss(tmp_path: Path, model: GPT2, world_size: int) -> None:
     write_tokens(tmp_path, count=4003)
     whole = summed_loss(model, validation_batches(tmp_path / VALIDATION_SHARD, 24, 4, None), "fp32")
     batches = list(validation_batches(tmp_path / VALIDATION_SHARD, 24, 4, None))
@@ -69,7 +68,7 @@ def test_the_shares_of_several_ranks_add_up_to_the_loss(tmp_path: Path, model: G
     assert together.mean == pytest.approx(whole.mean, rel=1e-9)
 
 
-def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT) -> None:
+def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT2) -> None:
     write_tokens(tmp_path, count=4003)
     seen: list[int] = []
     batches = list(validation_batches(tmp_path / VALIDATION_SHARD, 24, 7, None))
@@ -84,9 +83,11 @@ def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT) -> None:
         assert nats[row] / tokens[row] == pytest.approx(alone.item(), rel=1e-5)
 
 
-def test_a_row_belongs_to_the_document_that_it_begins_in(tmp_path: Path, model: GPT) -> None:
+def test_a_row_belongs_to_the_document_that_it_begins_in(tmp_path: Path, model: GPT2) -> None:
     write_tokens(tmp_path, count=4003)  # a document has 40 tokens, a row 24
-    _, items = measure_loss("m", model, EvaluateParams("fp32", 60, (), None, (), ()), tmp_path / VALIDATION_SHARD)
+    _, items = measure_loss(
+        "m", model, EvaluateParams("fp32", 60, (), None, (), ()), Data(tmp_path, Path(), GPT2_TOKENIZER)
+    )
     assert items.documents.tolist() == [1 + row * 24 // 40 for row in range(42)]
 
 
@@ -98,11 +99,11 @@ def test_bits_per_byte_by_hand() -> None:
     assert Loss(nats=8 * math.log(2), tokens=4).bits_per_byte(text_bytes=16) == pytest.approx(0.5)
 
 
-def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT) -> None:
+def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT2) -> None:
     from transformers import GPT2LMHeadModel
 
     write_tokens(tmp_path, count=4003)
-    export_model(model, tmp_path / "model", "")
+    export_model(model, GPT2_TOKENIZER, tmp_path / "model", "")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
     tokens = torch.from_numpy(open_shard(tmp_path / VALIDATION_SHARD).astype(np.int64))
     nats = 0.0
@@ -118,16 +119,16 @@ def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT) -> None:
 
 def test_the_bytes_of_a_text_are_counted_from_its_tokens() -> None:
     text = " ".join(WORDS)
-    tokens = np.array([50256, *tiktoken_encoding().encode_ordinary(text)], np.uint16)
-    assert count_text_bytes(tokens) == len(text.encode())
+    tokens = np.array([50256, *GPT2_TOKENIZER.encode(text)], np.uint16)
+    assert count_text_bytes(tokens, GPT2_TOKENIZER) == len(text.encode())
 
 
 # ---- Completion ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_tokens", [24, 100, 100_000])
-def test_completion_scores_are_those_of_a_plain_implementation(tmp_path: Path, model: GPT, batch_tokens: int) -> None:
-    items = read_items(write_lines(tmp_path / "items.jsonl", completion_rows(25)), tiktoken_encoding())
+def test_completion_scores_are_those_of_a_plain_implementation(tmp_path: Path, model: GPT2, batch_tokens: int) -> None:
+    items = read_items(write_lines(tmp_path / "items.jsonl", completion_rows(25)), GPT2_TOKENIZER)
     assert max(len(item.context) for item in items) > model.params.context_length
     scores = score(model, items, batch_tokens, "fp32")
     expected = [plain_losses(model, item) for item in items]
@@ -143,7 +144,7 @@ def test_predictions_on_real_items_are_those_of_a_plain_implementation() -> None
     """`PIPELIB_TEST_DATA=FOLDER`: every item of FOLDER/hellaswag*.jsonl, by a model with the context of GPT-2."""
     (path,) = real_data().glob("hellaswag*.jsonl")
     wide = random_model(model_params(n_embd=64, context_length=1024))
-    items = read_items(path, tiktoken_encoding())
+    items = read_items(path, GPT2_TOKENIZER)
     scores = score(wide, items, 4096, "fp32")
     for number, item in enumerate(items):
         sums, means = plain_losses(wide, item)
@@ -151,7 +152,7 @@ def test_predictions_on_real_items_are_those_of_a_plain_implementation() -> None
         assert int(np.argmin(means)) == scores.means[number].argmin()
 
 
-def test_an_ending_longer_than_the_context_is_scored_in_pieces(model: GPT) -> None:
+def test_an_ending_longer_than_the_context_is_scored_in_pieces(model: GPT2) -> None:
     chance = np.random.default_rng(5)
     context, ending = (5, 6, 7), tuple(chance.integers(0, 500, 60).tolist())
     ((found, short),) = score_endings(model, [(context, [ending, (9, 9)])], 100, "fp32")
@@ -165,7 +166,7 @@ def test_an_ending_longer_than_the_context_is_scored_in_pieces(model: GPT) -> No
 
 
 @pytest.mark.parametrize("batch_tokens", [24, 300])
-def test_many_endings_share_their_context_without_seeing_each_other(model: GPT, batch_tokens: int) -> None:
+def test_many_endings_share_their_context_without_seeing_each_other(model: GPT2, batch_tokens: int) -> None:
     chance = np.random.default_rng(6)
     context = tuple(chance.integers(0, 500, 9).tolist())
     endings = [tuple(chance.integers(0, 500, count).tolist()) for count in (1, 3, 16, 2, 5, 1, 15)]
@@ -176,7 +177,7 @@ def test_many_endings_share_their_context_without_seeing_each_other(model: GPT, 
         assert found.greedy == alone.greedy
 
 
-def test_the_models_own_choices_are_greedy(model: GPT) -> None:
+def test_the_models_own_choices_are_greedy(model: GPT2) -> None:
     context = [3, 1, 4]
     ending: list[int] = []
     for _ in range(5):
@@ -188,7 +189,7 @@ def test_the_models_own_choices_are_greedy(model: GPT) -> None:
     assert not not_own.greedy
 
 
-def test_bf16_tells_the_likeliest_token_from_the_next_also_far_from_zero(model: GPT) -> None:
+def test_bf16_tells_the_likeliest_token_from_the_next_also_far_from_zero(model: GPT2) -> None:
     """Logits of published models lie between -30 and -120, where bf16 has steps of a quarter to a half."""
     far = random_model(model.params)
     with torch.no_grad():
@@ -218,7 +219,7 @@ def small_items() -> list[Item]:
     return [Item(tokens(12), tuple(tokens(9) for _ in range(4)), 0, number) for number in range(9)]
 
 
-def test_the_shares_of_several_ranks_are_the_scores(model: GPT) -> None:
+def test_the_shares_of_several_ranks_are_the_scores(model: GPT2) -> None:
     items = small_items()
     whole = score(model, items, 100, "fp32")
     for rank in (0, 1):
@@ -226,12 +227,12 @@ def test_the_shares_of_several_ranks_are_the_scores(model: GPT) -> None:
         assert np.allclose(share.sums, whole.sums[rank::2], rtol=1e-5)
 
 
-def test_bf16_scores_are_about_those_of_fp32(model: GPT) -> None:
+def test_bf16_scores_are_about_those_of_fp32(model: GPT2) -> None:
     items = small_items()
     assert np.allclose(score(model, items, 100, "bf16").means, score(model, items, 100, "fp32").means, rtol=0.02)
 
 
-def test_no_items_have_no_scores(model: GPT) -> None:
+def test_no_items_have_no_scores(model: GPT2) -> None:
     """A rank may have none."""
     assert score(model, [], 100, "fp32").sums.shape == (0, 4)
 
@@ -244,8 +245,8 @@ def test_items_whose_context_is_cut_are_counted() -> None:
 
 def test_items_are_read_as_written(tmp_path: Path) -> None:
     row = {"ctx": "The sum", "endings": ["of x", "of y", "is", "not"], "label": 2, "document": 9}
-    encode = tiktoken_encoding().encode_ordinary
-    (item,) = read_items(write_lines(tmp_path / "items.jsonl", [row]), tiktoken_encoding())
+    encode = GPT2_TOKENIZER.encode
+    (item,) = read_items(write_lines(tmp_path / "items.jsonl", [row]), GPT2_TOKENIZER)
     assert item == Item(tuple(encode("The sum")), tuple(tuple(encode(f" {end}")) for end in row["endings"]), 2, 9)
 
 
@@ -275,21 +276,21 @@ GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
 )
 def test_a_bad_item_is_named_by_its_line(tmp_path: Path, bad: object) -> None:
     with pytest.raises(UserError, match=r"items\.jsonl, line 2 .*pipelib verify data/benchmarks --repair"):
-        read_items(write_lines(tmp_path / "items.jsonl", [GOOD, bad]), tiktoken_encoding())
+        read_items(write_lines(tmp_path / "items.jsonl", [GOOD, bad]), GPT2_TOKENIZER)
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "has no items"), (json.dumps(GOOD)[:-3], "line 1 is not an item")])
 def test_a_file_without_whole_items_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "items.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_items(tmp_path / "items.jsonl", tiktoken_encoding())
+        read_items(tmp_path / "items.jsonl", GPT2_TOKENIZER)
 
 
 def test_a_unigram_model_scores_by_how_often_tokens_occur() -> None:
-    counts = np.zeros(VOCAB_SIZE, np.int64)
+    counts = np.zeros(GPT2_TOKENIZER.size, np.int64)
     counts[[1, 2]] = 7, 3
     item = Item((5,), ((1,), (1, 2), (3,), (2, 2, 2)), 0, 0)
-    total = VOCAB_SIZE + 10
+    total = GPT2_TOKENIZER.size + 10
     one, two, none = (-math.log(share / total) for share in (8, 4, 1))
     scores = score_unigram(counts, [item])
     assert scores.sums[0].tolist() == pytest.approx([one, one + two, none, 3 * two])
@@ -355,7 +356,7 @@ def test_a_verdict_says_what_the_interval_says(low: float, value: float, high: f
 # ---- Lost weights ----------------------------------------------------------------------------------------------------
 
 
-def test_scores_of_lost_weights_are_refused(model: GPT) -> None:
+def test_scores_of_lost_weights_are_refused(model: GPT2) -> None:
     lost = random_model(model.params)
     with torch.no_grad():
         lost.ln_f.bias.fill_(math.nan)

@@ -34,14 +34,14 @@ from pipelib.errors import UserError
 from pipelib.evaluation.harness import TaskResult, continue_prompts, language_model, run_tasks, standard_error
 from pipelib.evaluation.params import TASKS as FOLDER
 from pipelib.evaluation.params import known_tasks
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.generate import generate
-from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import export_model
-from pipelib.tokens.encoding import tiktoken_encoding
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT:
+def model() -> GPT2:
     return small_model()
 
 
@@ -147,7 +147,7 @@ def assert_equal(ours: dict[str, TaskResult], outcome: Any) -> None:
 
 
 def test_scores_are_those_of_the_harness_own_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: GPT
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: GPT2
 ) -> None:
     chance = np.random.default_rng(4)
     monkeypatch.chdir(tmp_path)
@@ -156,9 +156,9 @@ def test_scores_are_those_of_the_harness_own_model(
     write_lines(elsewhere / "heldout.jsonl", [{"text": words(chance, 2, 90)} for _ in range(6)])
     for name, rows in hub_rows(12).items():
         write_lines(elsewhere / f"{name}.jsonl", rows)
-    export_model(model, tmp_path / "model", "")
+    export_model(model, GPT2_TOKENIZER, tmp_path / "model", "")
     tasks = ("completion", "heldout", *TASKS)
-    ours = run_tasks(model, replace(PARAMS, tasks=tasks), elsewhere, tmp_path / "scratch")
+    ours = run_tasks(model, GPT2_TOKENIZER, replace(PARAMS, tasks=tasks), elsewhere, tmp_path / "scratch")
     (tmp_path / "data").mkdir()
     elsewhere.rename(tmp_path / BENCHMARKS)  # where the tasks' files have their data
     shown = capsys.readouterr().err
@@ -181,7 +181,9 @@ def test_scores_are_those_of_the_harness_own_model(
             assert mean == pytest.approx(found.scores[metric], rel=1e-9), f"{task}.{metric}"
     assert ours["completion"].items.documents.tolist() == [number // 3 for number in range(12)]
 
-    limited = run_tasks(model, replace(PARAMS, tasks=("piqa",), task_limit=5), BENCHMARKS, tmp_path / "scratch")
+    limited = run_tasks(
+        model, GPT2_TOKENIZER, replace(PARAMS, tasks=("piqa",), task_limit=5), BENCHMARKS, tmp_path / "scratch"
+    )
     assert_equal(limited, theirs(lm, ("piqa",), limit=5))
     assert limited["piqa"].scores["limit"] == 5
     assert limited["piqa"].scores["examples_in_all"] == 12
@@ -189,7 +191,7 @@ def test_scores_are_those_of_the_harness_own_model(
     prompts = [words(chance, 1, 20) for _ in range(5)]
     options = {"until": [" not", "café"], "max_gen_toks": 6}
     requests = [SimpleNamespace(args=(prompt, options)) for prompt in prompts]
-    written = language_model(model, PARAMS, nullcontext).generate_until(requests)
+    written = language_model(model, GPT2_TOKENIZER, PARAMS, nullcontext).generate_until(requests)
     assert written == lm.generate_until(requests, disable_tqdm=True)
 
 
@@ -201,9 +203,11 @@ def test_scores_on_real_data_are_those_of_the_harness_own_model(
     monkeypatch.chdir(tmp_path)
     for name, rows in real_rows(real_data(), 60).items():
         write_lines(tmp_path / f"data/benchmarks/{name}.jsonl", rows)
-    export_model(wide, tmp_path / "model", "")
+    export_model(wide, GPT2_TOKENIZER, tmp_path / "model", "")
     tasks = ("hellaswag", "piqa", "arc_easy", "lambada_openai", "wikitext")
-    ours = run_tasks(wide, replace(PARAMS, batch_tokens=2048, tasks=tasks), BENCHMARKS, tmp_path / "scratch")
+    ours = run_tasks(
+        wide, GPT2_TOKENIZER, replace(PARAMS, batch_tokens=2048, tasks=tasks), BENCHMARKS, tmp_path / "scratch"
+    )
     assert_equal(ours, theirs(hugging_faces_model(tmp_path / "model", monkeypatch), tasks))
 
 
@@ -256,12 +260,12 @@ def test_standard_errors_are_about_those_of_a_bootstrap() -> None:
     assert standard_error("acc", losses[:1], None) is None
 
 
-def test_prompts_are_continued_together_as_alone(model: GPT) -> None:
-    encoding = tiktoken_encoding()
+def test_prompts_are_continued_together_as_alone(model: GPT2) -> None:
+    encoding = GPT2_TOKENIZER
     options = {"max_gen_toks": 5, "until": ["\n"]}
     prompts = [([number + 5] * (1 + number % 4 * 9), options) for number in range(7)]  # some leave no room
     done: list[int] = []
-    together = continue_prompts(model, [*prompts, ([1, 2], {"max_gen_toks": 2})], encoding.decode, done.append)
+    together = continue_prompts(model, GPT2_TOKENIZER, [*prompts, ([1, 2], {"max_gen_toks": 2})], done.append)
     for (token_ids, _), text in zip(prompts, together[:-1], strict=True):
         (new,) = generate(model, [token_ids[-19:]], 5, temperature=0.0, stop_token_id=50256)
         assert text == encoding.decode(new).split("\n")[0]
@@ -269,15 +273,15 @@ def test_prompts_are_continued_together_as_alone(model: GPT) -> None:
 
 
 def test_a_task_without_its_data_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT2
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data is missing .*name its benchmark in download.benchmarks"):
-        run_tasks(model, replace(PARAMS, tasks=("heldout",)), BENCHMARKS, tmp_path / "scratch")
+        run_tasks(model, GPT2_TOKENIZER, replace(PARAMS, tasks=("heldout",)), BENCHMARKS, tmp_path / "scratch")
 
 
 def test_a_model_whose_logits_are_no_numbers_has_no_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT2
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "data/benchmarks/completion.jsonl", completion_rows(3))
@@ -285,24 +289,24 @@ def test_a_model_whose_logits_are_no_numbers_has_no_scores(
     with torch.no_grad():
         lost.ln_f.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        run_tasks(lost, replace(PARAMS, tasks=("completion",)), BENCHMARKS, tmp_path / "scratch")
+        run_tasks(lost, GPT2_TOKENIZER, replace(PARAMS, tasks=("completion",)), BENCHMARKS, tmp_path / "scratch")
 
 
 @pytest.mark.parametrize(
     "bad", ["{", "[1]", '{"endings": []}', '{"endings": ["a", " "]}', '{"choices": {"label": []}}']
 )
 def test_an_example_that_cannot_be_scored_is_named_by_its_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT, bad: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT2, bad: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_lines(tmp_path / "data/benchmarks/completion.jsonl", completion_rows(2))
     path.write_text(path.read_text(encoding="utf-8") + bad + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"completion\.jsonl, line 3 is not .*pipelib verify data/benchmarks --repair"):
-        run_tasks(model, replace(PARAMS, tasks=("completion",)), BENCHMARKS, tmp_path / "scratch")
+        run_tasks(model, GPT2_TOKENIZER, replace(PARAMS, tasks=("completion",)), BENCHMARKS, tmp_path / "scratch")
 
 
-def test_a_context_of_white_space_alone_is_the_start_of_a_text(model: GPT) -> None:
-    harness = language_model(model, PARAMS, nullcontext)
+def test_a_context_of_white_space_alone_is_the_start_of_a_text(model: GPT2) -> None:
+    harness = language_model(model, GPT2_TOKENIZER, PARAMS, nullcontext)
     (blank,) = harness._loglikelihood_tokens([(("", ""), [], [7, 8]), (("", ""), [1, 2], [7, 8])])[:1]
     (start,) = harness._loglikelihood_tokens([(("", ""), [50256], [7, 8])])
     assert blank == pytest.approx(start)

@@ -26,7 +26,7 @@ def curves(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda curves, path: draw_loss(curves, path, [("GPT-2, measured", 3.29)]),
+        lambda curves, path: draw_loss(curves, path, 50257, [("GPT-2, measured", 3.29)]),
         lambda curves, path: draw_hellaswag(curves, path, [("GPT-2, published", 0.2955)]),
         lambda curves, path: draw_column(curves, "grad_norm", path, "gradient norm"),
     ],

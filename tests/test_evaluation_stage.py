@@ -34,10 +34,11 @@ from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.published import FIGURES, PARAMETERS, published_beside
 from pipelib.evaluation.report import Subject, write_report
 from pipelib.files import files_under, sha256_file, write_json
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
 from pipelib.stage import Build
 from pipelib.tracking.run import NullRun
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     write_tokens(folder / "tokens", 2048)
     model = train_small(folder, train_params(max_tokens=640))
-    export_model(model, folder / "models", "")
+    export_model(model, GPT2_TOKENIZER, folder / "models", "")
     (folder / "curves").mkdir()
     for name in ("train.csv", "validation.csv", "samples.csv"):
         shutil.copy(folder / "work" / name, folder / "curves")
@@ -142,7 +143,7 @@ def test_a_curve_of_hellaswag_is_drawn(trained: Path, tmp_path: Path) -> None:
     )
     accuracy = {"value": 0.28, "low": 0.2, "high": 0.3, "items": 10}
     result = {"hellaswag": {"acc": accuracy, "acc_norm": accuracy, "contexts_cut": 0}}
-    write_report(tmp_path / "reports", Subject(result, {}, 124_000_000, {}, {}, [], curves))
+    write_report(tmp_path / "reports", Subject(result, {}, 124_000_000, 50257, {}, {}, [], curves))
     text = (tmp_path / "reports/evaluation.md").read_text(encoding="utf-8")
     assert "![HellaSwag during training](hellaswag.png)" in text
     assert "| hellaswag.acc_norm | GPT-2 124M | 0.2955 |  | published: llm.c" in text
@@ -171,8 +172,8 @@ def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateP
     """A published model as download leaves it, and a folder of the user's; the state is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
-    export_model(random_model(model_params(), 2), Path("data/models/gpt2"), "")
-    export_model(random_model(model_params(n_embd=32, context_length=24), 3), Path("other"), "")
+    export_model(random_model(model_params(), 2), GPT2_TOKENIZER, Path("data/models/gpt2"), "")
+    export_model(random_model(model_params(n_embd=32, context_length=24), 3), GPT2_TOKENIZER, Path("other"), "")
     write_json(
         Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
     )
@@ -212,9 +213,9 @@ def only_once() -> Any:
     """`import_model` of the model that is evaluated, and of no other."""
     from pipelib.model.huggingface import import_model
 
-    def load(folder: Path) -> GPT:
+    def load(folder: Path, _: object) -> GPT2:
         assert folder.name == "models", f"{folder} was loaded again"
-        return import_model(folder)
+        return import_model(folder, GPT2_TOKENIZER)
 
     return load
 
@@ -231,7 +232,7 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     write_lines(folder / "benchmarks/completion.jsonl", completion_rows(6))
     run_evaluation(folder, tmp_path / "items", params)
     run_evaluation(folder, tmp_path / "batch", replace(params, batch_tokens=64))
-    export_model(random_model(model_params(), 5), Path("data/models/gpt2"), "")
+    export_model(random_model(model_params(), 5), GPT2_TOKENIZER, Path("data/models/gpt2"), "")
     write_json(
         Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
     )
@@ -252,13 +253,13 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
 @pytest.mark.usefixtures("with_baselines")
 def test_a_baseline_that_is_not_there_is_refused(name: str, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
-        baselines.find_baselines([name])
+        baselines.find_baselines([name], GPT2_TOKENIZER)
 
 
 def test_weights_that_are_not_those_of_the_manifest_are_refused(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams
 ) -> None:
-    export_model(random_model(model_params(), 9), Path("data/models/gpt2"), "")
+    export_model(random_model(model_params(), 9), GPT2_TOKENIZER, Path("data/models/gpt2"), "")
     with pytest.raises(UserError, match="cannot be trusted"):
         run_evaluation(trained, tmp_path / "outs", with_baselines)
     assert files_under(tmp_path / "outs") == []
@@ -271,11 +272,11 @@ def test_weights_that_are_not_those_of_the_manifest_are_refused(
 def test_weights_that_are_lost_are_an_error_and_no_score(trained: Path, tmp_path: Path, benchmarks: bool) -> None:
     folder = tmp_path / "lost"
     shutil.copytree(trained, folder, ignore=None if benchmarks else shutil.ignore_patterns("completion.jsonl"))
-    model = GPT(model_params())
+    model = GPT2(model_params(), GPT2_TOKENIZER.size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1e30)  # finite, so that it can be loaded; its logits are not
-    export_model(model, folder / "models", "")
+    export_model(model, GPT2_TOKENIZER, folder / "models", "")
     with pytest.raises(UserError, match="weights are lost"):
         run_evaluation(folder, tmp_path / "outs")
     assert files_under(tmp_path / "outs") == []
@@ -298,5 +299,5 @@ def test_every_file_that_is_read_decides_the_evaluation(trained: Path, with_base
         (trained / name).write_bytes(kept)
     assert evaluation_inputs(PARAMS, *folders(trained)) == before
     of_baselines = evaluation_inputs(with_baselines, *folders(trained))
-    export_model(random_model(model_params(), 7), Path("other"), "")
+    export_model(random_model(model_params(), 7), GPT2_TOKENIZER, Path("other"), "")
     assert evaluation_inputs(with_baselines, *folders(trained)) != of_baselines

@@ -16,16 +16,16 @@ from small_run import CHECKOUT, random_model
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model, import_model
-from pipelib.model.params import ModelParams
-from pipelib.model.tokenizer import RESIZE
-from pipelib.model.vocabulary import VOCAB_SIZE
+from pipelib.model.shapes.gpt2 import GPT2Params
+from pipelib.model.tokenizer import resize_command
 from pipelib.model.weights import CONVERT, GUIDE, NANOGPT, WEIGHTS
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
-SHAPE = ModelParams(n_layer=2, n_head=2, n_embd=8, context_length=16)
+SHAPE = GPT2Params(n_layer=2, n_head=2, n_embd=8, context_length=16)
 SCRIPT = CHECKOUT / NANOGPT.removeprefix("python ")
-TOKENS = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(5))
+TOKENS = torch.randint(0, GPT2_TOKENIZER.size, (2, 16), generator=torch.Generator().manual_seed(5))
 Tensors = dict[str, Tensor]
 
 
@@ -72,7 +72,7 @@ def nanogpt_logits(tensors: Tensors, approximate: str) -> Tensor:
         x = x + linear(attended, f"h.{layer}.attn.c_proj")
         hidden = F.gelu(linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc"), approximate=approximate)
         x = x + linear(hidden, f"h.{layer}.mlp.c_proj")
-    return F.linear(norm(x, "ln_f"), tensors["lm_head.weight"])[..., :VOCAB_SIZE]
+    return F.linear(norm(x, "ln_f"), tensors["lm_head.weight"])[..., : GPT2_TOKENIZER.size]
 
 
 def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -82,8 +82,8 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 @torch.no_grad()
-def logits_of(model: GPT) -> Tensor:
-    return model.logits(model.hidden(TOKENS))[..., :VOCAB_SIZE]
+def logits_of(model: GPT2) -> Tensor:
+    return model.logits(model.hidden(TOKENS))[..., : GPT2_TOKENIZER.size]
 
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 50304}
@@ -103,9 +103,11 @@ def test_a_checkpoint_of_nanogpt_becomes_a_folder(
     )
     run_script(monkeypatch, str(tmp_path / "ckpt.pt"), str(tmp_path / "mine"))
     said = capsys.readouterr().out
-    assert "section model: {n_layer: 2, n_head: 2, n_embd: 8, context_length: 16, init_from: " in said
+    assert (
+        "section model: {architecture: gpt2, n_layer: 2, n_head: 2, n_embd: 8, context_length: 16, init_from: " in said
+    )
     assert "nanoGPT's GELU is exact" in said
-    ours = logits_of(import_model(tmp_path / "mine"))
+    ours = logits_of(import_model(tmp_path / "mine", GPT2_TOKENIZER))
     assert (ours - nanogpt_logits(tensors, "tanh")).abs().max() < 1e-5
     difference = (ours - nanogpt_logits(tensors, "none")).abs().max()
     assert 1e-6 < difference < 0.02 * ours.std()
@@ -123,7 +125,9 @@ def test_a_checkpoint_of_build_nanogpt_becomes_a_folder(
     torch.save({"model": tensors, "config": config, "step": 9, "val_loss": 3.3}, tmp_path / "model_00009.pt")
     run_script(monkeypatch, str(tmp_path / "model_00009.pt"), str(tmp_path / "mine"))
     assert "exact" not in capsys.readouterr().out
-    assert (logits_of(import_model(tmp_path / "mine")) - nanogpt_logits(tensors, "tanh")).abs().max() < 1e-5
+    assert (
+        logits_of(import_model(tmp_path / "mine", GPT2_TOKENIZER)) - nanogpt_logits(tensors, "tanh")
+    ).abs().max() < 1e-5
 
 
 def without(name: str) -> Callable[[dict[str, Any]], object]:
@@ -177,23 +181,24 @@ def test_the_commands_of_the_messages_make_folders_that_can_be_read(tmp_path: Pa
     from transformers import GPT2LMHeadModel
 
     model = random_model(SHAPE)
-    export_model(model, tmp_path / "mine", "")
+    export_model(model, GPT2_TOKENIZER, tmp_path / "mine", "")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "mine")
     torch.save(theirs.state_dict(), tmp_path / "mine/pytorch_model.bin")
     (tmp_path / "mine" / WEIGHTS).unlink()
     with pytest.raises(UserError, match=re.escape(f"`{CONVERT} {tmp_path / 'mine'}`")):
-        import_model(tmp_path / "mine")
-    theirs.resize_token_embeddings(VOCAB_SIZE + 1)
+        import_model(tmp_path / "mine", GPT2_TOKENIZER)
+    theirs.resize_token_embeddings(GPT2_TOKENIZER.size + 1)
     theirs.save_pretrained(tmp_path / "padded")
-    with pytest.raises(UserError, match=re.escape(f"`{RESIZE} {tmp_path / 'padded'} {tmp_path / 'padded'}-50257`")):
-        import_model(tmp_path / "padded")
+    command = f"{resize_command(GPT2_TOKENIZER)} {tmp_path / 'padded'} {tmp_path / 'padded'}-50257"
+    with pytest.raises(UserError, match=re.escape(f"`{command}`")):
+        import_model(tmp_path / "padded", GPT2_TOKENIZER)
     typed(CONVERT, str(tmp_path / "mine"))
-    typed(RESIZE, str(tmp_path / "padded"), str(tmp_path / "padded-50257"))
+    typed(resize_command(GPT2_TOKENIZER), str(tmp_path / "padded"), str(tmp_path / "padded-50257"))
     for name in ("mine", "padded-50257"):
-        assert torch.equal(logits_of(import_model(tmp_path / name)), logits_of(model))
+        assert torch.equal(logits_of(import_model(tmp_path / name, GPT2_TOKENIZER)), logits_of(model))
 
 
 def test_the_guide_names_the_commands() -> None:
     text = (CHECKOUT / GUIDE).read_text(encoding="utf-8")
-    for command in (CONVERT, RESIZE, NANOGPT):
+    for command in (CONVERT, resize_command(GPT2_TOKENIZER), NANOGPT):
         assert command in text

@@ -13,49 +13,49 @@ from torch import Tensor
 
 from pipelib.errors import UserError
 from pipelib.files import files_under
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.generate import generate
-from pipelib.model.gpt import GPT, initialise
 from pipelib.model.huggingface import CONFIG, WEIGHTS, export_model, import_model
 from pipelib.model.kv_cache import KVCache
-from pipelib.model.params import InitialisedModelParams, ModelParams
-from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
+from pipelib.model.shapes.gpt2 import GPT2Params, GPT2Section
 from pipelib.schema import read_yaml
-from pipelib.tokens.encoding import HARD_STRINGS, tiktoken_encoding
+from pipelib.vocabulary.engines import HARD_STRINGS
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 SIZES = {
     # n_layer and n_head as published and heads of 4 instead of 64, so that all proportions but the vocabulary's stay
-    "124m": ModelParams(n_layer=12, n_head=12, n_embd=48, context_length=32),
-    "350m": ModelParams(n_layer=24, n_head=16, n_embd=64, context_length=32),
-    "774m": ModelParams(n_layer=36, n_head=20, n_embd=80, context_length=32),
-    "1558m": ModelParams(n_layer=48, n_head=25, n_embd=100, context_length=32),
+    "124m": GPT2Params(n_layer=12, n_head=12, n_embd=48, context_length=32),
+    "350m": GPT2Params(n_layer=24, n_head=16, n_embd=64, context_length=32),
+    "774m": GPT2Params(n_layer=36, n_head=20, n_embd=80, context_length=32),
+    "1558m": GPT2Params(n_layer=48, n_head=25, n_embd=100, context_length=32),
 }
 PARAMETERS = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "1558m": 1_557_611_200}
 
 
 def random_tokens(rows: int, length: int) -> Tensor:
-    return torch.randint(0, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(2))
+    return torch.randint(0, GPT2_TOKENIZER.size, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
 @torch.no_grad()
-def logits_of(model: GPT, inputs: Tensor) -> Tensor:
+def logits_of(model: GPT2, inputs: Tensor) -> Tensor:
     return model.logits(model.hidden(inputs))
 
 
-def write(model: GPT, prompt: list[int], new_tokens: int, **options: Any) -> list[int]:
+def write(model: GPT2, prompt: list[int], new_tokens: int, **options: Any) -> list[int]:
     """The continuation of a prompt that is alone in its batch."""
     (text,) = generate(model, [prompt], new_tokens, **options)
     return text
 
 
 @pytest.fixture(scope="module")
-def small() -> GPT:
+def small() -> GPT2:
     return random_model(model_params())
 
 
 @pytest.fixture(scope="module")
-def exported(small: GPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(small: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    export_model(small, folder, "# A model\n")
+    export_model(small, GPT2_TOKENIZER, folder, "# A model\n")
     return folder
 
 
@@ -67,14 +67,14 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(size: str, tmp_
     from transformers import GPT2LMHeadModel
 
     ours = random_model(SIZES[size])
-    export_model(ours, tmp_path, "")
+    export_model(ours, GPT2_TOKENIZER, tmp_path, "")
     theirs, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report  # no tensor was missing, unexpected or misshapen
     inputs = random_tokens(2, 32)
     with torch.no_grad():
         expected = theirs.eval()(inputs).logits
     assert expected.std() > 0.1
-    assert (logits_of(ours, inputs)[..., :VOCAB_SIZE] - expected).abs().max() < 1e-4
+    assert (logits_of(ours, inputs)[..., : GPT2_TOKENIZER.size] - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -93,32 +93,32 @@ def test_an_imported_model_gives_the_same_logits_as_in_transformers(size: str, t
         theirs.save_pretrained(tmp_path)
         inputs = random_tokens(2, 32)
         expected = theirs(inputs).logits
-    ours = import_model(tmp_path)
+    ours = import_model(tmp_path, GPT2_TOKENIZER)
     assert ours.params == shape
-    assert (logits_of(ours, inputs)[..., :VOCAB_SIZE] - expected).abs().max() < 1e-4
+    assert (logits_of(ours, inputs)[..., : GPT2_TOKENIZER.size] - expected).abs().max() < 1e-4
 
 
-def test_what_was_exported_comes_back_bit_for_bit(small: GPT, exported: Path) -> None:
-    back = import_model(exported).state_dict()
+def test_what_was_exported_comes_back_bit_for_bit(small: GPT2, exported: Path) -> None:
+    back = import_model(exported, GPT2_TOKENIZER).state_dict()
     for name, tensor in small.state_dict().items():
         expected = tensor.clone()
         if name == "wte.weight":
-            expected[VOCAB_SIZE:] = 0
+            expected[GPT2_TOKENIZER.size :] = 0
         assert torch.equal(back[name], expected), name
 
 
 def test_the_exported_tokenizer_gives_tiktokens_ids(exported: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer, encoding = AutoTokenizer.from_pretrained(exported), tiktoken_encoding()
+    tokenizer, encoding = AutoTokenizer.from_pretrained(exported), GPT2_TOKENIZER
     for text in HARD_STRINGS:
         if "<|endoftext|>" not in text:  # which transformers takes for the special token, and encode_ordinary for text
-            assert tokenizer(text)["input_ids"] == encoding.encode_ordinary(text), text
-    assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id] == [encoding.eot_token]
+            assert tokenizer(text)["input_ids"] == encoding.encode(text), text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [tokenizer.eos_token_id] == [encoding.end_token_id]
 
 
 def test_equal_weights_export_to_equal_bytes(exported: Path, tmp_path: Path) -> None:
-    export_model(random_model(model_params()), tmp_path, "# A model\n")
+    export_model(random_model(model_params()), GPT2_TOKENIZER, tmp_path, "# A model\n")
     names = [path.relative_to(exported) for path in files_under(exported)]
     assert names == [path.relative_to(tmp_path) for path in files_under(tmp_path)]
     assert [name for name in names if (exported / name).read_bytes() != (tmp_path / name).read_bytes()] == []
@@ -175,12 +175,12 @@ def test_a_bad_folder_is_refused_and_says_why(exported: Path, tmp_path: Path, ca
         (tmp_path / path.name).write_bytes(path.read_bytes())
     spoil(tmp_path)
     with pytest.raises(UserError, match=message):
-        import_model(tmp_path)
+        import_model(tmp_path, GPT2_TOKENIZER)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder with a model"):
-        import_model(tmp_path / "nowhere")
+        import_model(tmp_path / "nowhere", GPT2_TOKENIZER)
 
 
 # ---- Weights and loss ------------------------------------------------------------------------------------------------
@@ -188,64 +188,67 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_the_presets_have_the_published_numbers_of_parameters(size: str) -> None:
-    shape = InitialisedModelParams(**read_yaml(CHECKOUT / f"presets/gpt2-{size}.yaml")["model"])
-    assert shape.parameters == PARAMETERS[size]
+    shape = GPT2Section(**read_yaml(CHECKOUT / f"presets/gpt2-{size}.yaml")["model"])
+    assert shape.parameters(GPT2_TOKENIZER.size) == PARAMETERS[size]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_formula_counts_the_parameters_that_are_there(size: str) -> None:
     params = SIZES[size]
-    padding = (PADDED_VOCAB_SIZE - VOCAB_SIZE) * params.n_embd
-    assert params.parameters == sum(parameter.numel() for parameter in GPT(params).parameters()) - padding
+    padding = (GPT2_TOKENIZER.padded_size - GPT2_TOKENIZER.size) * params.n_embd
+    assert (
+        params.parameters(GPT2_TOKENIZER.size)
+        == sum(parameter.numel() for parameter in GPT2(params, GPT2_TOKENIZER.size).parameters()) - padding
+    )
 
 
 def test_the_initial_loss_is_that_of_a_uniform_guess() -> None:
-    model = GPT(model_params(n_layer=4, n_head=4, n_embd=128, context_length=64))
-    initialise(model, 1337)
+    model = GPT2(model_params(n_layer=4, n_head=4, n_embd=128, context_length=64), GPT2_TOKENIZER.size)
+    model.initialise(1337)
     tokens = random_tokens(4, 65)
-    assert abs(model(tokens[:, :-1], tokens[:, 1:]).item() - math.log(VOCAB_SIZE)) < 0.1
+    assert abs(model(tokens[:, :-1], tokens[:, 1:]).item() - math.log(GPT2_TOKENIZER.size)) < 0.1
 
 
 def test_initial_weights_have_gpt2s_spread_and_follow_from_the_seed() -> None:
-    first, again, other = (GPT(SIZES["124m"]) for _ in range(3))
+    first, again, other = (GPT2(SIZES["124m"], GPT2_TOKENIZER.size) for _ in range(3))
     for model, seed in ((first, 1), (again, 1), (other, 2)):
         torch.manual_seed(seed + 100)  # torch's own stream has no part in them
-        initialise(model, seed)
+        model.initialise(seed)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
         if tensor.dim() == 2:
             assert not torch.equal(tensor, other.state_dict()[name]), name
             std = 0.02 / math.sqrt(24) if name.endswith("c_proj.weight") else 0.02
-            assert tensor[:VOCAB_SIZE].std().item() == pytest.approx(std, rel=0.1), name
+            assert tensor[: GPT2_TOKENIZER.size].std().item() == pytest.approx(std, rel=0.1), name
         else:
             assert set(tensor.tolist()) == {1.0 if "ln_" in name and name.endswith("weight") else 0.0}, name
 
 
-def test_padding_has_probability_zero_even_where_its_weights_are_great(small: GPT) -> None:
-    model = GPT(small.params)
+def test_padding_has_probability_zero_even_where_its_weights_are_great(small: GPT2) -> None:
+    model = GPT2(small.params, GPT2_TOKENIZER.size)
     model.load_state_dict(small.state_dict())
     with torch.no_grad():
-        model.wte.weight[VOCAB_SIZE:] = 100.0
+        model.wte.weight[GPT2_TOKENIZER.size :] = 100.0
     probabilities = logits_of(model, random_tokens(2, 16)).softmax(dim=-1)
-    assert probabilities[..., VOCAB_SIZE:].eq(0).all()
+    assert probabilities[..., GPT2_TOKENIZER.size :].eq(0).all()
     assert probabilities.sum(dim=-1).allclose(torch.ones(2, 16))
     drawn = write(model, [1, 2, 3], 100, temperature=100.0, top_k=None, seed=4)
     drawn += write(model, [1, 2, 3], 100, temperature=100.0, top_k=10**9, seed=5)
-    assert max(drawn) < VOCAB_SIZE
+    assert max(drawn) < GPT2_TOKENIZER.size
 
 
-def test_padding_gets_no_gradient(small: GPT) -> None:
+def test_padding_gets_no_gradient(small: GPT2) -> None:
     small.zero_grad()
     tokens = random_tokens(2, 17)
     small(tokens[:, :-1], tokens[:, 1:]).backward()
     gradient = small.wte.weight.grad
     small.zero_grad()
     assert gradient is not None
-    assert gradient[VOCAB_SIZE:].eq(0).all()
-    assert gradient[:VOCAB_SIZE].ne(0).any()
+    assert gradient[GPT2_TOKENIZER.size :].eq(0).all()
+    assert gradient[: GPT2_TOKENIZER.size].ne(0).any()
 
 
-def test_no_position_sees_what_comes_after_it(small: GPT) -> None:
+def test_no_position_sees_what_comes_after_it(small: GPT2) -> None:
     tokens = random_tokens(1, 16)
     changed = tokens.clone()
     changed[0, 9:] += 1
@@ -257,7 +260,7 @@ def test_no_position_sees_what_comes_after_it(small: GPT) -> None:
 # ---- Text ------------------------------------------------------------------------------------------------------------
 
 
-def greedy(model: GPT, token_ids: list[int], count: int) -> list[int]:
+def greedy(model: GPT2, token_ids: list[int], count: int) -> list[int]:
     """The likeliest token, again and again, written out."""
     for _ in range(count):
         window = torch.tensor([token_ids[-model.params.context_length :]])
@@ -265,17 +268,17 @@ def greedy(model: GPT, token_ids: list[int], count: int) -> list[int]:
     return token_ids[-count:]
 
 
-def test_temperature_zero_takes_the_likeliest_token_also_beyond_the_context(small: GPT) -> None:
+def test_temperature_zero_takes_the_likeliest_token_also_beyond_the_context(small: GPT2) -> None:
     prompt = random_tokens(1, 10)[0].tolist()
     assert write(small, prompt, 20, temperature=0) == greedy(small, prompt, 20)
 
 
-def test_a_long_prompt_counts_with_its_end_alone(small: GPT) -> None:
+def test_a_long_prompt_counts_with_its_end_alone(small: GPT2) -> None:
     prompt = random_tokens(1, 50)[0].tolist()
     assert write(small, prompt, 5, seed=1) == write(small, prompt[-small.params.context_length :], 5, seed=1)
 
 
-def test_the_seed_alone_decides_a_text_and_torchs_own_stream_is_left_alone(small: GPT) -> None:
+def test_the_seed_alone_decides_a_text_and_torchs_own_stream_is_left_alone(small: GPT2) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = write(small, [5], 30, seed=1)
@@ -285,13 +288,13 @@ def test_the_seed_alone_decides_a_text_and_torchs_own_stream_is_left_alone(small
     assert write(small, [5], 30, seed=2) != first
 
 
-def test_top_k_draws_among_the_likeliest_only(small: GPT) -> None:
+def test_top_k_draws_among_the_likeliest_only(small: GPT2) -> None:
     likeliest = logits_of(small, torch.tensor([[5]]))[0, -1].topk(3).indices.tolist()
     drawn = {write(small, [5], 1, temperature=10.0, top_k=3, seed=seed)[0] for seed in range(40)}
     assert drawn == set(likeliest)
 
 
-def test_draws_follow_the_models_probabilities(small: GPT) -> None:
+def test_draws_follow_the_models_probabilities(small: GPT2) -> None:
     values, tokens = logits_of(small, torch.tensor([[5]]))[0, -1].topk(3)
     expected = (values / 2.0).softmax(dim=-1)
     draws = [write(small, [5], 1, temperature=2.0, top_k=3, seed=seed)[0] for seed in range(1000)]
@@ -299,13 +302,13 @@ def test_draws_follow_the_models_probabilities(small: GPT) -> None:
     assert (shares - expected).abs().max() < 0.06  # four standard deviations of a share of 1,000
 
 
-def test_a_text_ends_before_the_stop_token(small: GPT) -> None:
+def test_a_text_ends_before_the_stop_token(small: GPT2) -> None:
     text = write(small, [5], 30, seed=1)
     assert write(small, [5], 30, seed=1, stop_token_id=text[7]) == text[: text.index(text[7])]
 
 
 @pytest.fixture(scope="module")
-def wide() -> GPT:
+def wide() -> GPT2:
     """A model with room for texts of different lengths."""
     return random_model(model_params(context_length=48))
 
@@ -313,10 +316,10 @@ def wide() -> GPT:
 PROMPTS = [random_tokens(1, 40)[0, :length].tolist() for length in (9, 1, 23, 4)]
 
 
-def test_greedy_texts_of_a_batch_are_those_of_transformers_padded_left_and_alone(wide: GPT, tmp_path: Path) -> None:
+def test_greedy_texts_of_a_batch_are_those_of_transformers_padded_left_and_alone(wide: GPT2, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
-    export_model(wide, tmp_path, "")
+    export_model(wide, GPT2_TOKENIZER, tmp_path, "")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -333,7 +336,7 @@ def test_greedy_texts_of_a_batch_are_those_of_transformers_padded_left_and_alone
     assert len(set(map(tuple, ours))) == len(ours)
 
 
-def test_the_cache_gives_the_logits_of_the_whole_text_at_every_token(wide: GPT) -> None:
+def test_the_cache_gives_the_logits_of_the_whole_text_at_every_token(wide: GPT2) -> None:
     texts = dict(enumerate(map(list, PROMPTS)))
     cache = KVCache(wide, 48)
     for step in range(20):
@@ -346,17 +349,17 @@ def test_the_cache_gives_the_logits_of_the_whole_text_at_every_token(wide: GPT) 
             text.append(100 * number + step)
 
 
-def test_a_prompt_alone_has_the_very_logits_of_the_training_pass(wide: GPT) -> None:
+def test_a_prompt_alone_has_the_very_logits_of_the_training_pass(wide: GPT2) -> None:
     assert torch.equal(KVCache(wide, 23).last_hidden({0: PROMPTS[2]}), wide.hidden(torch.tensor(PROMPTS[2:3]))[:, -1])
 
 
-def test_texts_of_a_batch_outgrow_the_context_one_after_the_other(small: GPT) -> None:
+def test_texts_of_a_batch_outgrow_the_context_one_after_the_other(small: GPT2) -> None:
     prompts = [*PROMPTS, random_tokens(1, 50)[0].tolist()]  # two of them are longer than the context from the start
     texts = generate(small, prompts, 30, temperature=0)
     assert texts == [greedy(small, prompt, 30) for prompt in prompts]
 
 
-def test_a_text_does_not_hang_on_what_it_is_written_with(wide: GPT) -> None:
+def test_a_text_does_not_hang_on_what_it_is_written_with(wide: GPT2) -> None:
     together = generate(wide, PROMPTS, 60, seed=3)
     assert together == [write(wide, prompt, 60, seed=3 + number) for number, prompt in enumerate(PROMPTS)]
     many = generate(wide, PROMPTS * 9, 5, seed=3)  # more than are written at a time
@@ -365,7 +368,7 @@ def test_a_text_does_not_hang_on_what_it_is_written_with(wide: GPT) -> None:
     assert generate(wide, [], 5) == []
 
 
-def test_a_text_that_ends_leaves_the_others_alone(wide: GPT) -> None:
+def test_a_text_that_ends_leaves_the_others_alone(wide: GPT2) -> None:
     texts = generate(wide, PROMPTS, 30, seed=3)
     stop = texts[0][5]
     ended = generate(wide, PROMPTS, 30, seed=3, stop_token_id=stop)
@@ -373,7 +376,7 @@ def test_a_text_that_ends_leaves_the_others_alone(wide: GPT) -> None:
     assert len(ended[0]) <= 5
 
 
-def test_top_p_draws_among_the_fewest_likeliest_that_have_it_together(small: GPT) -> None:
+def test_top_p_draws_among_the_fewest_likeliest_that_have_it_together(small: GPT2) -> None:
     probabilities, tokens = (logits_of(small, torch.tensor([[5]]))[0, -1] / 0.5).softmax(dim=-1).sort(descending=True)
     for top_p, count in ((probabilities[0] / 2, 1), (probabilities[:3].sum() - 1e-4, 3)):
         options = {"temperature": 0.5, "top_k": None, "top_p": float(top_p)}
@@ -384,7 +387,7 @@ def test_top_p_draws_among_the_fewest_likeliest_that_have_it_together(small: GPT
     assert everything[0] == everything[1]
 
 
-def test_top_p_counts_what_top_k_left(small: GPT) -> None:
+def test_top_p_counts_what_top_k_left(small: GPT2) -> None:
     values, tokens = logits_of(small, torch.tensor([[5]]))[0, -1].topk(2)
     share = values.softmax(dim=-1)[0].item()  # of the first among the two
     assert {write(small, [5], 1, top_k=2, top_p=share - 0.01, seed=seed)[0] for seed in range(40)} == {tokens[0].item()}
@@ -392,13 +395,13 @@ def test_top_p_counts_what_top_k_left(small: GPT) -> None:
     assert drawn == set(tokens.tolist())
 
 
-def test_the_least_temperature_is_greedy(small: GPT) -> None:
+def test_the_least_temperature_is_greedy(small: GPT2) -> None:
     assert write(small, [5], 12, temperature=1e-38) == greedy(small, [5], 12)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_model_that_gives_no_numbers_is_refused(small: GPT, value: float) -> None:
-    model = GPT(small.params)
+def test_a_model_that_gives_no_numbers_is_refused(small: GPT2, value: float) -> None:
+    model = GPT2(small.params, GPT2_TOKENIZER.size)
     model.load_state_dict(small.state_dict())
     with torch.no_grad():
         model.ln_f.bias[0] = value
@@ -420,6 +423,6 @@ def test_a_model_that_gives_no_numbers_is_refused(small: GPT, value: float) -> N
         ([1], {"seed": 2**63}, "seed 9223372036854775808 does not fit"),
     ],
 )
-def test_what_means_nothing_is_refused(small: GPT, prompt: list[int], options: Any, message: str) -> None:
+def test_what_means_nothing_is_refused(small: GPT2, prompt: list[int], options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         write(small, prompt, 1, **options)

@@ -18,28 +18,27 @@ from transformers import GPT2Config
 
 from pipelib.errors import UserError
 from pipelib.files import files_under, read_json, write_json
-from pipelib.model import huggingface
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model, find_model, import_model
-from pipelib.model.params import ModelParams
-from pipelib.model.vocabulary import VOCAB_SIZE
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.model.weights import CONFIG, INDEX, WEIGHTS, weights_sha256
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
-SHAPE = ModelParams(n_layer=2, n_head=2, n_embd=4, context_length=8)
+SHAPE = GPT2Params(n_layer=2, n_head=2, n_embd=4, context_length=8)
 HEAD, EMBEDDING, NORM = "lm_head.weight", "transformer.wte.weight", "transformer.ln_f.bias"
 Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT:
+def model() -> GPT2:
     return random_model(SHAPE)
 
 
 @pytest.fixture(scope="module")
-def exported(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without its tokenizer's files, which take longest to read."""
     folder = tmp_path_factory.mktemp("model")
-    export_model(model, folder, "")
+    export_model(model, GPT2_TOKENIZER, folder, "")
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / name).unlink()
     return folder
@@ -70,31 +69,34 @@ def change_config(folder: Path, **changes: Any) -> None:
 def refused(folder: Path, *words: str) -> str:
     """The message about a folder, which must have these words in it."""
     with pytest.raises(UserError) as caught:
-        import_model(folder)
+        import_model(folder, GPT2_TOKENIZER)
     for word in words:
         assert word in str(caught.value)
     return str(caught.value)
 
 
-def same(one: GPT, other: GPT) -> bool:
+def same(one: GPT2, other: GPT2) -> bool:
     """Whether two models have the same weights, the vocabulary's padding aside."""
     pairs = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
-    return all(torch.equal(*(t[:VOCAB_SIZE] if name == "wte.weight" else t for t in (a, b))) for (name, a), b in pairs)
+    return all(
+        torch.equal(*(t[: GPT2_TOKENIZER.size] if name == "wte.weight" else t for t in (a, b)))
+        for (name, a), b in pairs
+    )
 
 
 # ---- What follows from other tensors ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False, None])
-def test_a_head_is_compared_with_the_embedding(folder: Path, model: GPT, tied: bool | None) -> None:
+def test_a_head_is_compared_with_the_embedding(folder: Path, model: GPT2, tied: bool | None) -> None:
     change_config(folder, tie_word_embeddings=tied)
     if tied is None:
         write_json(folder / CONFIG, {k: v for k, v in read_json(folder / CONFIG).items() if k != "tie_word_embeddings"})
     change_tensors(folder, lambda found: {**found, HEAD: found[EMBEDDING].clone()})
-    assert same(import_model(folder), model)
+    assert same(import_model(folder, GPT2_TOKENIZER), model)
 
     def differ_in_one_number(found: Tensors) -> None:
-        found[HEAD][VOCAB_SIZE - 1, 3] += 1
+        found[HEAD][GPT2_TOKENIZER.size - 1, 3] += 1
 
     change_tensors(folder, differ_in_one_number)
     refused(folder, "lm_head.weight is not the token embedding", "a head of its own", "whose head is tied")
@@ -116,10 +118,10 @@ CAUSAL = torch.ones(8, 8).tril()
 @pytest.mark.parametrize(
     "mask", [CAUSAL.view(1, 1, 8, 8), CAUSAL, CAUSAL.bool(), CAUSAL.to(torch.uint8).view(1, 1, 8, 8)]
 )
-def test_a_causal_mask_is_what_our_model_does(folder: Path, model: GPT, mask: Tensor) -> None:
+def test_a_causal_mask_is_what_our_model_does(folder: Path, model: GPT2, mask: Tensor) -> None:
     added = {"transformer__h__0__attn__bias": mask, "transformer__h__1__attn__masked_bias": torch.tensor(-1e4)}
     change_tensors(folder, add(**added))
-    assert same(import_model(folder), model)
+    assert same(import_model(folder, GPT2_TOKENIZER), model)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +159,10 @@ def test_another_mask_is_refused(folder: Path, name: str, tensor: Tensor) -> Non
     ],
 )
 def test_what_compile_and_ddp_put_before_a_name_is_dropped(
-    folder: Path, model: GPT, rename: Callable[[str], str]
+    folder: Path, model: GPT2, rename: Callable[[str], str]
 ) -> None:
     change_tensors(folder, lambda found: {rename(name): tensor for name, tensor in found.items()})
-    assert same(import_model(folder), model)
+    assert same(import_model(folder, GPT2_TOKENIZER), model)
 
 
 def test_a_name_that_comes_twice_is_refused(folder: Path) -> None:
@@ -169,12 +171,12 @@ def test_a_name_that_comes_twice_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_floats_become_fp32(folder: Path, model: GPT, dtype: torch.dtype) -> None:
+def test_floats_become_fp32(folder: Path, model: GPT2, dtype: torch.dtype) -> None:
     change_tensors(folder, lambda found: {name: tensor.to(dtype) for name, tensor in found.items()})
-    state = import_model(folder).state_dict()
+    state = import_model(folder, GPT2_TOKENIZER).state_dict()
     for name, tensor in model.state_dict().items():
         assert state[name].dtype == torch.float32
-        assert torch.equal(state[name][:VOCAB_SIZE], tensor.to(dtype).float()[:VOCAB_SIZE])
+        assert torch.equal(state[name][: GPT2_TOKENIZER.size], tensor.to(dtype).float()[: GPT2_TOKENIZER.size])
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn])
@@ -221,10 +223,10 @@ def test_other_tensors_are_refused(folder: Path, change: Callable[[Tensors], Any
     "changes", [{"n_layer": 10**9}, {"n_embd": 10**12, "n_head": 1}, {"n_positions": 10**15}, {"n_layer": 10**300}]
 )
 def test_an_absurd_size_makes_no_model(folder: Path, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_model(*_: object) -> GPT:
+    def no_model(*_: object) -> None:
         raise AssertionError("a model was made")
 
-    monkeypatch.setattr(huggingface, "GPT", no_model)
+    monkeypatch.setattr(GPT2, "__init__", no_model)
     change_config(folder, **changes)
     refused(folder, "config.json")
 
@@ -234,23 +236,25 @@ def test_an_absurd_size_makes_no_model(folder: Path, changes: dict[str, int], mo
 
 def pad(rows: int) -> Callable[[Tensors], None]:
     """More rows of the embedding, which are not zero."""
-    return lambda found: found.update({EMBEDDING: torch.cat([found[EMBEDDING], torch.ones(rows - VOCAB_SIZE, 4)])})
+    return lambda found: found.update(
+        {EMBEDDING: torch.cat([found[EMBEDDING], torch.ones(rows - GPT2_TOKENIZER.size, 4)])}
+    )
 
 
 @pytest.mark.parametrize(("rows", "vocab_size"), [(50304, 50304), (50304, 50257), (50264, 50264), (51200, 51200)])
 def test_padding_of_the_vocabulary_is_left_out_and_said(
-    folder: Path, model: GPT, rows: int, vocab_size: int, capsys: pytest.CaptureFixture[str]
+    folder: Path, model: GPT2, rows: int, vocab_size: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_tensors(folder, pad(rows))
     change_tensors(folder, lambda found: {**found, HEAD: found[EMBEDDING].clone()})
     change_config(folder, vocab_size=vocab_size)
-    imported = import_model(folder)
+    imported = import_model(folder, GPT2_TOKENIZER)
     assert same(imported, model)
-    assert imported.wte.weight[VOCAB_SIZE:].eq(0).all()
-    assert f"the {rows - VOCAB_SIZE} rows of its embedding beyond GPT-2's 50,257 tokens are padding" in (
+    assert imported.wte.weight[GPT2_TOKENIZER.size :].eq(0).all()
+    assert f"the {rows - GPT2_TOKENIZER.size} rows of its embedding beyond GPT-2's 50,257 tokens are padding" in (
         capsys.readouterr().err
     )
-    import_model(folder, quiet=True)
+    import_model(folder, GPT2_TOKENIZER, quiet=True)
     assert capsys.readouterr().err == ""
 
 
@@ -265,7 +269,7 @@ def test_padding_of_the_vocabulary_is_left_out_and_said(
     ],
 )
 def test_other_numbers_of_tokens_are_refused(folder: Path, rows: int, vocab_size: int, words: str) -> None:
-    if rows > VOCAB_SIZE:
+    if rows > GPT2_TOKENIZER.size:
         change_tensors(folder, pad(rows))
     change_config(folder, vocab_size=vocab_size)
     refused(folder, words)
@@ -280,23 +284,23 @@ def write_tokenizer(folder: Path, name: str, more: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
-def test_another_tokenizer_is_refused_though_it_has_as_many_tokens(model: GPT, tmp_path: Path, name: str) -> None:
-    export_model(model, tmp_path / "good", "")
+def test_another_tokenizer_is_refused_though_it_has_as_many_tokens(model: GPT2, tmp_path: Path, name: str) -> None:
+    export_model(model, GPT2_TOKENIZER, tmp_path / "good", "")
     write_tokenizer(tmp_path / "good", name, {})
-    assert same(import_model(tmp_path / "good"), model)
-    export_model(model, tmp_path / "other", "")
+    assert same(import_model(tmp_path / "good", GPT2_TOKENIZER), model)
+    export_model(model, GPT2_TOKENIZER, tmp_path / "other", "")
     write_tokenizer(tmp_path / "other", name, {"Ġthe": 11, ",": 262})
     refused(tmp_path / "other", f"{name} is not GPT-2's vocabulary (2 of 50,257 tokens differ, ',' for one)")
 
 
 @pytest.mark.parametrize("where", ["vocab.json", "added_tokens.json", "tokenizer.json"])
-def test_tokens_that_were_added_are_named(folder: Path, model: GPT, where: str) -> None:
+def test_tokens_that_were_added_are_named(folder: Path, model: GPT2, where: str) -> None:
     change_tensors(folder, pad(50304))
     change_config(folder, vocab_size=50304)
     if where == "added_tokens.json":
         write_json(folder / where, {"<|im_start|>": 50257, "[PAD]": 50258})
     else:
-        export_model(model, folder.parent / "whole", "")
+        export_model(model, GPT2_TOKENIZER, folder.parent / "whole", "")
         shutil.copy(folder.parent / "whole/vocab.json", folder)
         write_tokenizer(folder, where, {"<|im_start|>": 50257, "[PAD]": 50258})
     refused(
@@ -326,10 +330,10 @@ def split(folder: Path) -> dict[str, str]:
     return where
 
 
-def test_weights_in_several_files_are_read(folder: Path, model: GPT) -> None:
+def test_weights_in_several_files_are_read(folder: Path, model: GPT2) -> None:
     single = weights_sha256(folder)
     split(folder)
-    assert same(import_model(folder), model)
+    assert same(import_model(folder, GPT2_TOKENIZER), model)
     sharded = weights_sha256(folder)
     assert sharded != single
     with (folder / "model-00002-of-00002.safetensors").open("r+b") as file:
@@ -338,9 +342,9 @@ def test_weights_in_several_files_are_read(folder: Path, model: GPT) -> None:
     assert weights_sha256(folder) not in (single, sharded)
 
 
-def test_a_single_file_wins_over_an_index(folder: Path, model: GPT) -> None:
+def test_a_single_file_wins_over_an_index(folder: Path, model: GPT2) -> None:
     write_json(folder / INDEX, {"weight_map": {"a": "b.safetensors"}})
-    assert same(import_model(folder), model)
+    assert same(import_model(folder, GPT2_TOKENIZER), model)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +410,7 @@ def test_another_format_is_named_with_what_to_do(
     for name in names:
         path = "there" / Path(name)
         path.parent.mkdir(exist_ok=True, parents=True)
-        content: dict[str, object] = {"model_type": "gpt2", "vocab_size": VOCAB_SIZE}
+        content: dict[str, object] = {"model_type": "gpt2", "vocab_size": GPT2_TOKENIZER.size}
         write_json(path, {**content, "n_layer": 2, "n_head": 2, "n_embd": 4, "n_positions": 8})
     refused(Path("there"), "there/model.safetensors is missing", words)
 
@@ -516,10 +520,10 @@ ODD = st.one_of(
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def import_or_refuse(folder: Path) -> GPT | None:
+def import_or_refuse(folder: Path) -> GPT2 | None:
     """The model, or None where a message refuses it; anything else that is raised fails the test."""
     try:
-        return import_model(folder, quiet=True)
+        return import_model(folder, GPT2_TOKENIZER, quiet=True)
     except UserError:
         return None
 
@@ -530,7 +534,7 @@ def import_or_refuse(folder: Path) -> GPT | None:
 @example(key="n_inner", value=None)
 @given(key=st.sampled_from(KEYS), value=ODD)
 def test_any_value_in_a_config_gives_the_model_or_a_message(
-    folder: Path, exported: Path, model: GPT, key: str, value: object
+    folder: Path, exported: Path, model: GPT2, key: str, value: object
 ) -> None:
     config = read_json(exported / CONFIG)
     (folder / CONFIG).write_text(json.dumps({**config, key: value}))
@@ -563,7 +567,7 @@ def test_a_flipped_byte_gives_a_model_or_a_message(
 
 def test_looking_at_a_folder_reads_no_numbers(folder: Path) -> None:
     change_tensors(folder, lambda found: found[NORM].fill_(math.nan))
-    assert find_model(folder).model.params == SHAPE
+    assert find_model(folder, GPT2_TOKENIZER).model.params == SHAPE
     assert sorted(path.name for path in files_under(folder)) == [
         "README.md", CONFIG, "generation_config.json", WEIGHTS,
     ]  # fmt: skip
@@ -571,5 +575,5 @@ def test_looking_at_a_folder_reads_no_numbers(folder: Path) -> None:
 
 def test_a_model_that_is_read_leaves_torchs_random_stream_alone(folder: Path) -> None:
     before = torch.get_rng_state()
-    import_model(folder)
+    import_model(folder, GPT2_TOKENIZER)
     assert torch.equal(torch.get_rng_state(), before)

@@ -11,6 +11,7 @@ from dvc.utils.hydra import apply_overrides
 
 from pipelib.params import Params, load_params
 from pipelib.schema import ParamsError
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -46,7 +47,7 @@ def test_every_key_has_a_comment(path: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_presets_are_the_published_models(size: str) -> None:
     params = load_params(ROOT / "presets" / f"gpt2-{size}.yaml")
-    assert params.model.parameters == SIZES[size]
+    assert params.model.parameters(GPT2_TOKENIZER.size) == SIZES[size]
     assert params.model.context_length == 1024
     assert params.train.global_batch_tokens == 524_288
     assert params.tokenize.shard_tokens == 100_000_000
@@ -64,7 +65,7 @@ def test_gpt3s_preset_is_the_published_shape_and_recipe() -> None:
     params = load_params(ROOT / "presets/gpt3-125m.yaml")
     model, train = params.model, params.train
     assert (model.n_layer, model.n_head, model.n_embd, model.context_length) == (12, 12, 768, 2048)
-    assert model.parameters == SIZES["124m"] + 1024 * 768 == 125_226_240
+    assert model.parameters(GPT2_TOKENIZER.size) == SIZES["124m"] + 1024 * 768 == 125_226_240
     assert (train.sequence_length, train.global_batch_tokens, train.max_lr, train.min_lr) == (2048, 2**19, 6e-4, 6e-5)
     assert train.warmup_steps * train.global_batch_tokens == pytest.approx(375e6, rel=1e-3)
     assert (train.beta1, train.beta2, train.eps, train.weight_decay, train.grad_clip_norm) == (

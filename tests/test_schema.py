@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 
 from pipelib.errors import UserError
-from pipelib.schema import Bounds, NaturalInt, PositiveFloat, flatten, parse, read_yaml
+from pipelib.schema import Bounds, Choice, NaturalInt, PositiveFloat, flatten, parse, read_yaml
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,64 @@ def test_all_problems_are_said_at_once() -> None:
         "part.optimizer.max_lr",
         "part.optimizer.beta",
     ]
+
+
+# ---- A choice that has keys of its own -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Circle:
+    kind: Literal["circle"]
+    radius: int
+    color: str
+
+
+@dataclass(frozen=True)
+class Square:
+    kind: Literal["square"]
+    side: int
+    color: str
+
+
+class Shape:
+    choice = Choice("kind", lambda: ["circle", "square"], lambda name: {"circle": Circle, "square": Square}[name])
+
+
+def test_a_key_chooses_the_dataclass() -> None:
+    problems: list[str] = []
+    assert parse(Shape, {"kind": "square", "side": 2, "color": "red"}, "a", problems) == Square("square", 2, "red")
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"side": 2}, "a.kind is missing, and no parameter has a default in code; add it: circle, square."),
+        ({"kind": "squares"}, "a.kind: 'squares' is not one of circle, square; did you mean square?"),
+        ({"kind": ["square"]}, "a.kind: ['square'] is not one of circle, square"),
+        (
+            {"kind": "square", "sides": 2, "color": "red"},
+            "a.sides is not a parameter, so its value would be ignored; did",
+        ),
+        (
+            {"kind": "square", "radius": 2, "color": "red"},
+            "a.kind: square needs other keys (missing: side; superfluous: radius); change them in the file, or type "
+            "`dvc exp run -S a.kind=square -S '+a.side=SIDE' -S '~a.radius'`, with values in place of the capitals.",
+        ),
+        (
+            {"kind": "circle", "radius": 2, "color": "red", "side": 1},
+            "a.kind: circle needs other keys (superfluous: side); change them in the file, or type "
+            "`dvc exp run -S a.kind=circle -S '~a.side'`.",
+        ),
+        ({"kind": "circle", "radius": "x", "color": "red"}, "a.radius: 'x' is text; it must be a whole number."),
+        ([], "a is a list, not a section with keys"),
+    ],
+)
+def test_keys_of_another_choice_are_one_message_with_the_command(value: object, problem: str) -> None:
+    problems: list[str] = []
+    assert parse(Shape, value, "a", problems) is None
+    assert problems[0].startswith(problem)
+    assert len(problems) == (2 if "sides" in str(value) and "squares" not in str(value) else 1)
 
 
 def test_flatten_names_every_value_by_its_path() -> None:

@@ -14,10 +14,11 @@ from small_project import PARAMS, Project, write_params
 
 from pipelib.errors import UserError
 from pipelib.files import read_json, sha256_file
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
-from pipelib.model.params import InitialisedModelParams
+from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.stage import run_stage
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 STAGES = ("download", "tokenize", "train", "evaluate")
 
@@ -234,7 +235,12 @@ def test_a_flipped_bit_in_a_token(project: Project, split: str) -> None:
 
 @pytest.mark.parametrize("content", [b"not tensors", b""])
 def test_evaluation_of_a_damaged_model(project: Project, content: bytes) -> None:
-    export_model(GPT(InitialisedModelParams(**PARAMS["model"])), project.root / "models", "a model")
+    export_model(
+        GPT2(GPT2Section(**PARAMS["model"]), GPT2_TOKENIZER.size),
+        GPT2_TOKENIZER,
+        project.root / "models",
+        "a model",
+    )
     (project.root / "models/model.safetensors").write_bytes(content)
     project.refuses("evaluate", "models/model.safetensors")
     assert not (project.root / "reports").exists()

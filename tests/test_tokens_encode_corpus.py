@@ -22,18 +22,18 @@ from test_tokens_shards import read_as_llm_c
 
 from pipelib.errors import UserError
 from pipelib.files import files_under, sha256_file, sha256_json, write_json
-from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.stage import Build
 from pipelib.tokens import encode_corpus as module
 from pipelib.tokens import units as units_module
 from pipelib.tokens.dedup import find_duplicates
 from pipelib.tokens.encode_corpus import DoneUnit, Part, cut_parts, encode_corpus, encode_share
-from pipelib.tokens.encoding import VOCABULARY_SHA256, TiktokenEngine, tiktoken_encoding
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tokens.shards import UNIGRAM_COUNTS, read_manifest, shard_problems
 from pipelib.tokens.unit_store import Share
 from pipelib.tokens.units import Unit, encode_unit
 from pipelib.tracking.run import NullRun
+from pipelib.vocabulary.engines import TiktokenEngine
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.workspace.places import state_root
 
 SHARD_TOKENS = 100_000
@@ -59,7 +59,7 @@ def build_in(folder: Path) -> Build:
 def run(
     raw: Path, build: Build, shard_tokens: int = SHARD_TOKENS, benchmark_documents: int = 0, dedup: Any = "none"
 ) -> Any:
-    return encode_corpus(build, raw, TokenizeParams(shard_tokens, dedup), benchmark_documents)
+    return encode_corpus(build, raw, TokenizeParams(shard_tokens, dedup), benchmark_documents, GPT2_TOKENIZER)
 
 
 # ---- What it makes ---------------------------------------------------------------------------------------------------
@@ -85,8 +85,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, raw: Path, state: None) -> tu
 @pytest.fixture(scope="module")
 def expected(state: None) -> list[int]:  # noqa: ARG001
     """The whole corpus as tiktoken encodes it, each document led by <|endoftext|>."""
-    encoding = tiktoken_encoding()
-    return [token for text in TEXTS for token in (EOT_TOKEN_ID, *encoding.encode_ordinary(text))]
+    encoding = GPT2_TOKENIZER
+    return [token for text in TEXTS for token in (GPT2_TOKENIZER.end_token_id, *encoding.encode(text))]
 
 
 def test_shards_hold_the_tokens_of_every_document(made: tuple[Path, Any, Any], expected: list[int]) -> None:
@@ -96,14 +96,14 @@ def test_shards_hold_the_tokens_of_every_document(made: tuple[Path, Any, Any], e
     assert {shard.tokens for shard in manifest.shards[:-1]} == {SHARD_TOKENS}
     assert len(manifest.shards) > 3
     assert manifest.shards[0].name == "val_000000.bin"
-    assert all(shard_problems(folder, shard) == [] for shard in manifest.shards)
+    assert all(shard_problems(folder, shard, GPT2_TOKENIZER) == [] for shard in manifest.shards)
 
 
 def test_a_document_is_split_where_a_shard_ends(made: tuple[Path, Any, Any], expected: list[int]) -> None:
     folder, _, _ = made
-    assert any(expected[end] != EOT_TOKEN_ID for end in range(SHARD_TOKENS, len(expected), SHARD_TOKENS)), (
-        "the corpus proves nothing"
-    )
+    assert any(
+        expected[end] != GPT2_TOKENIZER.end_token_id for end in range(SHARD_TOKENS, len(expected), SHARD_TOKENS)
+    ), "the corpus proves nothing"
     manifest = read_manifest(folder)
     assert sum(shard.documents for shard in manifest.shards) == len(TEXTS)
 
@@ -111,7 +111,7 @@ def test_a_document_is_split_where_a_shard_ends(made: tuple[Path, Any, Any], exp
 def test_manifest_counts_and_metrics(made: tuple[Path, Any, Any], expected: list[int]) -> None:
     folder, result, speed = made
     manifest = read_manifest(folder)
-    assert manifest.encoding == {"name": "gpt2", "vocabulary_sha256": VOCABULARY_SHA256}
+    assert manifest.encoding == {"name": "gpt2", "vocabulary_sha256": GPT2_TOKENIZER.fingerprint}
     assert manifest.source == {"kind": "test"}
     counts = np.load(folder / UNIGRAM_COUNTS)
     assert np.array_equal(counts, np.bincount(expected[SHARD_TOKENS:], minlength=len(counts)))
@@ -232,7 +232,7 @@ def test_a_unit_that_changes_between_its_encoding_and_its_use(
 
 def units_of(code: Mapping[str, str]) -> Path:
     """The folder of units that a run with this code uses."""
-    return state_root() / "units" / sha256_json(dict(code))[:16]
+    return state_root() / "units" / sha256_json({**code, "vocabulary": GPT2_TOKENIZER.fingerprint})[:16]
 
 
 def test_two_units_that_were_swapped_are_encoded_again(tmp_path: Path, raw: Path, made: tuple[Path, Any, Any]) -> None:
@@ -267,7 +267,7 @@ def test_shares_in_several_processes_give_the_same_shards(
     tmp_path: Path, raw: Path, made: tuple[Path, Any, Any]
 ) -> None:
     build = build_in(tmp_path)
-    counts = [encode_share(build.code, raw, Share(index, 3)) for index in range(3)]
+    counts = [encode_share(build.code, raw, Share(index, 3), GPT2_TOKENIZER) for index in range(3)]
     assert max(counts) - min(counts) <= 1
     result, speed = run(raw, build)
     assert speed["units_encoded"] == 0
@@ -278,7 +278,7 @@ def test_shares_in_several_processes_give_the_same_shards(
 
 def test_a_missing_share_is_made_by_the_stage(tmp_path: Path, raw: Path, made: tuple[Path, Any, Any]) -> None:
     build = build_in(tmp_path)
-    encode_share(build.code, raw, Share(1, 2))
+    encode_share(build.code, raw, Share(1, 2), GPT2_TOKENIZER)
     _, speed = run(raw, build)
     assert 0 < speed["units_encoded"] < speed["units"]
     assert hashes(build.outs / "data/tokens") == hashes(made[0])
@@ -347,7 +347,7 @@ def test_parts_are_cut_exactly(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, shard_tokens: int
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
-    engine = TiktokenEngine()
+    engine = TiktokenEngine(GPT2_TOKENIZER)
     parts: list[Part] = []
     expected: list[int] = []
     for number in range(data.draw(st.integers(0, 3))):
@@ -358,7 +358,7 @@ def test_parts_are_cut_exactly(
         counts, seconds = encode_unit(unit, engine, path)
         done = DoneUnit(path, unit.identity, counts, seconds)
         dropped = sorted(data.draw(st.sets(st.integers(0, len(texts) - 1))))
-        lists = [[EOT_TOKEN_ID, *tiktoken_encoding().encode_ordinary(text)] for text in texts]
+        lists = [[GPT2_TOKENIZER.end_token_id, *GPT2_TOKENIZER.encode(text)] for text in texts]
         parts.append(Part(done, np.array(dropped, np.uint32), sum(len(lists[index]) for index in dropped)))
         kept = np.array([len(tokens) for index, tokens in enumerate(lists) if index not in dropped], np.int64)
         assert parts[-1].starts().tolist() == (np.cumsum(kept) - kept).tolist()
@@ -379,12 +379,13 @@ from pipelib.stage import Build
 from pipelib.tokens.encode_corpus import encode_corpus
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tracking.run import NullRun
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 if __name__ == "__main__":
     folder, raw = Path(sys.argv[1]), Path(sys.argv[2])
     (folder / "outs").mkdir(exist_ok=True)
     build = Build(folder / "outs", folder / "work", NullRun(), {"folder": str(folder)}, False)
-    encode_corpus(build, raw, TokenizeParams(100_000, "none"), 0)
+    encode_corpus(build, raw, TokenizeParams(100_000, "none"), 0, GPT2_TOKENIZER)
 """
 
 

@@ -16,7 +16,6 @@ from small_corpus import write_shards
 
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
-from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
 from pipelib.tokens.shards import (
     Manifest,
     Shard,
@@ -27,6 +26,7 @@ from pipelib.tokens.shards import (
     shard_problems,
     write_shard,
 )
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.workspace.places import MANIFEST
 
 
@@ -54,21 +54,23 @@ def pieces_of(*lengths: int) -> list[np.ndarray]:
 @given(lengths=st.lists(st.integers(0, 60), max_size=12))
 def test_pieces_of_any_length_make_the_same_shard(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]) -> None:
     path, total = tmp_path_factory.mktemp("shards") / "train_000001.bin", sum(lengths)
-    shard, counts = write_shard(path, total, pieces_of(*lengths))
+    shard, counts = write_shard(path, total, pieces_of(*lengths), GPT2_TOKENIZER)
     assert read_as_llm_c(path) == list(range(total))
     assert shard == Shard("train_000001.bin", "train", total, 0, sha256_file(path))
-    assert counts.tolist() == [1] * total + [0] * (VOCAB_SIZE - total)
+    assert counts.tolist() == [1] * total + [0] * (GPT2_TOKENIZER.size - total)
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_wrong_number_of_tokens_leaves_no_shard(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="got 3 tokens and was to get 4"):
-        write_shard(tmp_path / "val_000000.bin", 4, pieces_of(3))
+        write_shard(tmp_path / "val_000000.bin", 4, pieces_of(3), GPT2_TOKENIZER)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_names_counts_and_hashes(tmp_path: Path) -> None:
-    tokens = np.array([EOT_TOKEN_ID, 5, 6, EOT_TOKEN_ID, 7, EOT_TOKEN_ID, 8], np.uint16)
+    tokens = np.array(
+        [GPT2_TOKENIZER.end_token_id, 5, 6, GPT2_TOKENIZER.end_token_id, 7, GPT2_TOKENIZER.end_token_id, 8], np.uint16
+    )
     shards = write_shards(tmp_path, [tokens], 4)
     assert [(shard.name, shard.split, shard.tokens, shard.documents) for shard in shards] == [
         ("val_000000.bin", "val", 4, 2),
@@ -112,21 +114,27 @@ def test_a_missing_shard_is_one_message(tmp_path: Path) -> None:
 def test_problems_of_a_shard(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, pieces_of(10), 10)
     path = tmp_path / shard.name
-    assert shard_problems(tmp_path, shard) == []
+    assert shard_problems(tmp_path, shard, GPT2_TOKENIZER) == []
     content = bytearray(path.read_bytes())
     content[1030] ^= 1
     path.write_bytes(content)
-    (problem,) = shard_problems(tmp_path, shard)
+    (problem,) = shard_problems(tmp_path, shard, GPT2_TOKENIZER)
     assert "its bytes changed" in problem
-    content[1030:1032] = (VOCAB_SIZE).to_bytes(2, "little")
+    content[1030:1032] = (GPT2_TOKENIZER.size).to_bytes(2, "little")
     path.write_bytes(content)
-    assert f"holds the token {VOCAB_SIZE}" in shard_problems(tmp_path, replace(shard, sha256=sha256_file(path)))[0]
-    assert "has 10 tokens and the manifest says 11" in shard_problems(tmp_path, replace(shard, tokens=11))[0]
+    assert (
+        f"holds the token {GPT2_TOKENIZER.size}"
+        in shard_problems(tmp_path, replace(shard, sha256=sha256_file(path)), GPT2_TOKENIZER)[0]
+    )
+    assert (
+        "has 10 tokens and the manifest says 11"
+        in shard_problems(tmp_path, replace(shard, tokens=11), GPT2_TOKENIZER)[0]
+    )
 
 
 def test_counts_of_tokens() -> None:
-    counts = count_tokens([np.array([1, 1, 50256], np.uint16), np.array([1], np.uint16)])
-    assert counts.shape == (VOCAB_SIZE,)
+    counts = count_tokens([np.array([1, 1, 50256], np.uint16), np.array([1], np.uint16)], GPT2_TOKENIZER.size)
+    assert counts.shape == (GPT2_TOKENIZER.size,)
     assert (counts[1], counts[50256], counts.sum()) == (3, 1, 4)
 
 

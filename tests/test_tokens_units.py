@@ -19,14 +19,14 @@ from small_corpus import make_texts, write_raw_files
 from pipelib.corpus.raw import RawFile, read_manifest
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
-from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.tokens import texts as texts_module
 from pipelib.tokens import units as module
-from pipelib.tokens.encoding import HARD_STRINGS, GigatokenEngine, Texts, TiktokenEngine, tiktoken_encoding
 from pipelib.tokens.texts import chunks, read_texts
 from pipelib.tokens.unit_file import UnitCounts, check_unit, read_documents, read_tokens
 from pipelib.tokens.unit_store import Share
 from pipelib.tokens.units import Unit, encode_unit, plan_units
+from pipelib.vocabulary.engines import HARD_STRINGS, GigatokenEngine, Texts, TiktokenEngine
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 RUNS = 10 * int(os.environ.get("PIPELIB_TEST_RUNS", "5"))
 
@@ -134,7 +134,7 @@ def test_shares_take_every_unit_once(tmp_path: Path) -> None:
 def test_null_and_empty_rows_make_no_document(tmp_path: Path, kind: pa.DataType) -> None:
     unit = write_texts(tmp_path / "a.parquet", [None, "", "a", None, "bé", "", None], kind=kind)
     assert strings(unit) == ["a", "bé"]
-    counts, _ = encode_unit(unit, TiktokenEngine(), tmp_path / "unit")
+    counts, _ = encode_unit(unit, TiktokenEngine(GPT2_TOKENIZER), tmp_path / "unit")
     assert counts == UnitCounts(tokens=5, documents=2, empty_documents=5, text_bytes=4)
 
 
@@ -172,7 +172,7 @@ def test_other_kinds_of_strings_are_text_too(tmp_path: Path, column: pa.Array) -
 def test_a_file_of_nothing_but_nulls_has_no_documents(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "a.parquet")
     (unit,) = plan_units(tmp_path, (RawFile("a.parquet", 1, 3, "0" * 64),))
-    assert encode_unit(unit, TiktokenEngine(), tmp_path / "unit")[0] == UnitCounts(empty_documents=3)
+    assert encode_unit(unit, TiktokenEngine(GPT2_TOKENIZER), tmp_path / "unit")[0] == UnitCounts(empty_documents=3)
 
 
 def test_two_columns_of_text(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ documents = st.lists(st.lists(alphabet, min_size=1, max_size=60).map("".join), m
 @example(texts=["a's b's 'll \n\n x"], piece=1, chunk=1)
 @example(texts=[text for text in HARD_STRINGS if text], piece=5, chunk=100)
 def test_pieces_change_no_token(texts: list[str], piece: int, chunk: int) -> None:
-    encoding = tiktoken_encoding()
+    encoding = GPT2_TOKENIZER
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts_module, "PIECE_BYTES", piece)
         patch.setattr(texts_module, "CHUNK_BYTES", chunk)
@@ -215,8 +215,8 @@ def test_pieces_change_no_token(texts: list[str], piece: int, chunk: int) -> Non
             if leads:
                 tokens.append([])
             assert len(tokens) == document + 1
-            tokens[-1] += encoding.encode_ordinary(text)
-    assert tokens == [encoding.encode_ordinary(text) for text in texts]
+            tokens[-1] += encoding.encode(text)
+    assert tokens == [encoding.encode(text) for text in texts]
 
 
 def test_a_long_document_comes_in_pieces_and_a_word_without_end_in_one() -> None:
@@ -231,22 +231,30 @@ def test_a_long_document_comes_in_pieces_and_a_word_without_end_in_one() -> None
 def test_ten_megabytes_without_a_space(tmp_path: Path) -> None:
     """The reference takes its time for such a word too; both give the same tokens."""
     unit = write_texts(tmp_path / "a.parquet", ["one", "ab" * 5_000_000, "two"])
-    counts, _ = encode_unit(unit, GigatokenEngine(), tmp_path / "unit")
+    counts, _ = encode_unit(unit, GigatokenEngine(GPT2_TOKENIZER), tmp_path / "unit")
     tokens = np.concatenate(list(read_tokens(tmp_path / "unit", 0, counts.tokens))).tolist()
-    long = tiktoken_encoding().encode_ordinary("ab" * 5_000_000)
-    assert tokens == [EOT_TOKEN_ID, 505, EOT_TOKEN_ID, *long, EOT_TOKEN_ID, 11545]
+    long = GPT2_TOKENIZER.encode("ab" * 5_000_000)
+    assert tokens == [
+        GPT2_TOKENIZER.end_token_id,
+        505,
+        GPT2_TOKENIZER.end_token_id,
+        *long,
+        GPT2_TOKENIZER.end_token_id,
+        11545,
+    ]
 
 
 MEMORY = """
 import sys
 from pathlib import Path
 import pyarrow.parquet as pq
-from pipelib.tokens.encoding import load_engine
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from pipelib.vocabulary.engines import load_engine
 from pipelib.tokens.units import Unit, encode_unit
 from pipelib.processes import peak_memory
 path, target, engine = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 unit = Unit(path, "", 0, pq.ParquetFile(path).metadata.num_row_groups, pq.ParquetFile(path).metadata.num_rows, 0)
-counts, _ = encode_unit(unit, load_engine(engine), target)
+counts, _ = encode_unit(unit, load_engine(engine, GPT2_TOKENIZER), target)
 print(counts.tokens, peak_memory())
 """
 
@@ -286,8 +294,9 @@ def test_memory_stays_below_a_gigabyte(tmp_path: Path, kind: str) -> None:
 ENDLESS = """
 import numpy as np
 from pipelib.processes import peak_memory
-from pipelib.tokens.encoding import GigatokenEngine, Texts
-engine, draw = GigatokenEngine(), np.random.default_rng(0)
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from pipelib.vocabulary.engines import GigatokenEngine, Texts
+engine, draw = GigatokenEngine(GPT2_TOKENIZER), np.random.default_rng(0)
 for _ in range(25):
     words = draw.integers(97, 123, (500_000, 8), dtype=np.uint8)
     words[:, 7] = 32
@@ -309,8 +318,8 @@ def test_what_a_file_holds(tmp_path: Path) -> None:
     texts = make_texts(50)
     unit = write_texts(tmp_path / "a.parquet", ["", *texts], row_group_rows=7)
     target = tmp_path / "store/unit"
-    counts, _ = encode_unit(unit, GigatokenEngine(), target)
-    lists = [[EOT_TOKEN_ID, *tiktoken_encoding().encode_ordinary(text)] for text in texts]
+    counts, _ = encode_unit(unit, GigatokenEngine(GPT2_TOKENIZER), target)
+    lists = [[GPT2_TOKENIZER.end_token_id, *GPT2_TOKENIZER.encode(text)] for text in texts]
     tokens = [token for each in lists for token in each]
     assert counts == UnitCounts(len(tokens), 50, 1, sum(len(text.encode()) for text in texts))
     assert check_unit(target, unit.identity) == counts
@@ -325,7 +334,7 @@ def test_what_a_file_holds(tmp_path: Path) -> None:
 def test_a_file_that_is_not_whole_or_of_another_text_is_none(tmp_path: Path) -> None:
     path = tmp_path / "unit"
     unit = write_texts(tmp_path / "a.parquet", make_texts(5))
-    counts, _ = encode_unit(unit, TiktokenEngine(), path)
+    counts, _ = encode_unit(unit, TiktokenEngine(GPT2_TOKENIZER), path)
     assert check_unit(path, unit.identity) == counts
     for other in (replace(unit, rows=4), replace(unit, sha256="0" * 64), replace(unit, first_group=1)):
         assert check_unit(path, other.identity) is None
@@ -343,5 +352,5 @@ def test_an_error_leaves_no_file(tmp_path: Path) -> None:
     array = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"], pa.binary()).buffers())
     pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
     with pytest.raises(UserError):
-        encode_unit(unit_of(tmp_path / "a.parquet"), TiktokenEngine(), tmp_path / "store/unit")
+        encode_unit(unit_of(tmp_path / "a.parquet"), TiktokenEngine(GPT2_TOKENIZER), tmp_path / "store/unit")
     assert list((tmp_path / "store").iterdir()) == []

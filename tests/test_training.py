@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from pipelib.errors import UserError, user_message
 from pipelib.evaluation import samples
 from pipelib.files import plural, read_json, write_json
-from pipelib.model.gpt import GPT, Block, initialise
-from pipelib.model.params import InitialisedModelParams
+from pipelib.model.families.gpt2 import GPT2, Block
+from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.tokens.loader import Batch, Loader
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import loop, training_log
@@ -65,6 +65,7 @@ from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.schedule import Cadence
 from pipelib.training.state import DeviceHours, TrainState
 from pipelib.training.step import StepResult, take_step
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
@@ -76,9 +77,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def new_model(seed: int = 7, **shape: int) -> GPT:
-    model = GPT(model_params(**shape))
-    initialise(model, seed)
+def new_model(seed: int = 7, **shape: int) -> GPT2:
+    model = GPT2(model_params(**shape), GPT2_TOKENIZER.size)
+    model.initialise(seed)
     return model
 
 
@@ -92,7 +93,7 @@ def differing(first: nn.Module, second: nn.Module) -> list[str]:
 
 
 def step_of(
-    model: GPT, optimizer: Optimizer, batches: list[TensorBatch], params: TrainParams, rate: float = 1e-2
+    model: GPT2, optimizer: Optimizer, batches: list[TensorBatch], params: TrainParams, rate: float = 1e-2
 ) -> StepResult:
     """One step towards the next token."""
     objective = NextToken(model)
@@ -242,7 +243,7 @@ def plain_loss(weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, n_la
 
 
 def plain_training(
-    model: GPT, steps: Iterable[list[Batch]], rates: Sequence[float], params: TrainParams
+    model: GPT2, steps: Iterable[list[Batch]], rates: Sequence[float], params: TrainParams
 ) -> list[float]:
     """The losses of a training with torch's AdamW, one tensor at a time, and whole batches, at the given rates."""
     weights = {
@@ -477,8 +478,8 @@ def test_going_on_without_determinism_on_a_gpu_is_said(folder: Path, capsys: pyt
 
 
 def test_no_samples_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(samples, "tiktoken_encoding")
-    assert samples.write_samples(random_model(model_params()), (), "fp32", seed=0) == []
+    monkeypatch.setattr("pipelib.vocabulary.tokenizer.reference", None)
+    assert samples.write_samples(random_model(model_params()), GPT2_TOKENIZER, (), "fp32", seed=0) == []
 
 
 def test_the_hours_of_all_processes_count(folder: Path) -> None:
@@ -509,7 +510,7 @@ def test_killed_and_stopped_at_random_steps_it_ends_with_the_same_bits(
     whole = train_small(folder, params)
     curves = {name: (folder / "work" / name).read_bytes() for name in CURVES}
     shutil.rmtree(folder / "work")
-    resumed: GPT | None = None
+    resumed: GPT2 | None = None
     messages: list[str] = []
     while resumed is None:
         countdown, how = itertools.count(chance.randint(1, 25), -1), chance.choice(["kill", "stop"])
@@ -539,7 +540,7 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from small_run import model_params, train_params
 from pipelib.errors import UserError, user_message
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking.run import NullRun
 from pipelib.training.launch.distributed import World
@@ -630,7 +631,7 @@ def test_the_checkpoint_holds_all_that_survives(folder: Path) -> None:
     assert saved["spikes"] == {"found": [], "recent": []}
     assert saved["train"] == {"step": 40, "tokens": 2560, "world_size": 1, "micro_batch_size": 2}
     meta = read_json(folder / "work/checkpoints/step_00000040/meta.json")
-    assert (meta["step"], meta["tokens"], meta["model"]) == (40, 2560, asdict(model_params()))
+    assert (meta["step"], meta["tokens"], meta["model"]) == (40, 2560, model_params().decides())
     assert meta["data"] == read_manifest(folder / "tokens").fingerprint
 
 
@@ -672,7 +673,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_used(
 ) -> None:
     spoil, reason = DAMAGE[case]
     model, counters = nn.Linear(3, 3), TrainState()
-    identity = {"model": {"n_layer": 1}, "data": "mine"}
+    identity = {"model": {"architecture": "gpt2", "n_layer": 1}, "data": "mine"}
     checkpoints = Checkpoints(tmp_path, identity)
     weights = {}
     for counters.step in (10, 20):
@@ -711,9 +712,10 @@ def test_no_more_checkpoints_are_on_disk_than_a_disk_is_asked_for(
 def test_the_disk_that_train_demands_is_the_one_that_plan_names() -> None:
     model = model_params()
     spike = SpikeParams(window=100, deviations=6.0, batches=1, rollbacks=10)
-    assert checkpoint_bytes(model, train_params(), 250) == 4 * checkpoint_copy(model)
-    assert checkpoint_bytes(model, train_params(spike=spike), 250) == 5 * checkpoint_copy(model)
-    assert checkpoint_bytes(model, train_params(spike=replace(spike, batches=100)), 10) == 14 * checkpoint_copy(model)
+    copy, size = checkpoint_copy(model, GPT2_TOKENIZER.size), GPT2_TOKENIZER.size
+    assert checkpoint_bytes(model, size, train_params(), 250) == 4 * copy
+    assert checkpoint_bytes(model, size, train_params(spike=spike), 250) == 5 * copy
+    assert checkpoint_bytes(model, size, train_params(spike=replace(spike, batches=100)), 10) == 14 * copy
 
 
 def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
@@ -727,14 +729,14 @@ def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
         raise UserError("enough")
 
     monkeypatch.setattr(launch_module, "require_free_space", refuse)
-    shape = InitialisedModelParams(**asdict(model_params()), init_from="scratch")
+    shape = GPT2Section(**asdict(model_params()), init_from="scratch")
     build: Any = SimpleNamespace(work=folder / "work")
     for size in (0, 1000):
         (folder / "work/checkpoints/step_00000001").mkdir(parents=True, exist_ok=True)
         (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))
         with pytest.raises(UserError, match="enough"):
             launch(build, shape, train_params(), Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS)
-    assert asked[0] == checkpoint_bytes(shape, train_params(), 5) == asked[1] + 1000
+    assert asked[0] == checkpoint_bytes(shape, GPT2_TOKENIZER.size, train_params(), 5) == asked[1] + 1000
 
 
 def test_where_every_checkpoint_is_bad_the_training_starts_anew(tmp_path: Path) -> None:

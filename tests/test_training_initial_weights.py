@@ -16,17 +16,18 @@ from pipelib.corpus.baselines import BASELINES
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_json
 from pipelib.model.huggingface import WEIGHTS, export_model
-from pipelib.model.params import PUBLISHED, InitialisedModelParams
+from pipelib.model.shapes.gpt2 import PUBLISHED, GPT2Section
 from pipelib.params import load_params
 from pipelib.schema import ParamsError
 from pipelib.training.initial_weights import initial_model
 from pipelib.training.inputs import find_initial_weights, require_weights
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
-def section(init_from: str, **changes: int) -> InitialisedModelParams:
+def section(init_from: str, **changes: int) -> GPT2Section:
     """Section `model` of the small model."""
     shape = model_params(**changes)
-    return InitialisedModelParams(shape.n_layer, shape.n_head, shape.n_embd, shape.context_length, init_from)
+    return GPT2Section(shape.n_layer, shape.n_head, shape.n_embd, shape.context_length, init_from)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model in ./mine and the same one as download's gpt2."""
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "data/models/gpt2"):
-        export_model(random_model(model_params()), tmp_path / name, "")
+        export_model(random_model(model_params()), GPT2_TOKENIZER, tmp_path / name, "")
     digest = sha256_file(tmp_path / "data/models/gpt2" / WEIGHTS)
     write_json(tmp_path / "data/models/manifest.json", {"gpt2": {"sha256": digest}})
     return tmp_path
@@ -47,7 +48,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_model_starts_from_the_named_weights(here: Path, init_from: str) -> None:
     weights = find_initial_weights(section(init_from))
     assert weights.sha256 == sha256_file(here / "mine" / WEIGHTS)
-    model = initial_model(section(init_from), 1, weights)
+    model = initial_model(section(init_from), GPT2_TOKENIZER, 1, weights)
     assert torch.equal(model.h[1].mlp.c_fc.weight, random_model(model_params()).h[1].mlp.c_fc.weight)  # type: ignore[union-attr]
 
 
@@ -59,7 +60,7 @@ def test_from_scratch_nothing_has_to_be_there(tmp_path: Path, monkeypatch: pytes
 def test_a_checkpoint_wins_over_the_initial_weights(here: Path) -> None:
     write_tokens(here / "tokens")
     first = train_small(here, train_params(), shape=section("./mine"), initial=find_initial_weights(section("./mine")))
-    export_model(random_model(model_params(), seed=2), here / "mine", "")
+    export_model(random_model(model_params(), seed=2), GPT2_TOKENIZER, here / "mine", "")
     again = train_small(here, train_params(), shape=section("./mine"), initial=find_initial_weights(section("./mine")))
     assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
 
@@ -69,7 +70,7 @@ def test_what_does_not_fit_is_refused_with_what_to_write() -> None:
     with pytest.raises(
         UserError, match=r"n_layer = 2, not 3, context_length = 16, not 32.*write model.n_layer: 2, model.c"
     ):
-        require_weights(section("./mine", n_layer=3, context_length=32))
+        require_weights(section("./mine", n_layer=3, context_length=32), GPT2_TOKENIZER)
     with pytest.raises(UserError, match=r"model.init_from: nowhere is not a folder with a model.*name a folder"):
         find_initial_weights(section("./nowhere"))
     with pytest.raises(
@@ -79,7 +80,7 @@ def test_what_does_not_fit_is_refused_with_what_to_write() -> None:
 
 
 def test_published_weights_are_those_that_download_verified(here: Path) -> None:
-    export_model(random_model(model_params(), seed=2), here / "data/models/gpt2", "")
+    export_model(random_model(model_params(), seed=2), GPT2_TOKENIZER, here / "data/models/gpt2", "")
     with pytest.raises(
         UserError, match=r"is not the file that data/models/manifest.json names.*verify data/models --repair"
     ):
@@ -153,7 +154,7 @@ def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> 
     done = project.stage("train", PIPELIB_NPROC="2")
     assert "finished earlier" in done.stdout
     export_model(
-        random_model(InitialisedModelParams(**PARAMS["model"])), tmp_path / "base", ""
+        random_model(GPT2Section(**PARAMS["model"])), GPT2_TOKENIZER, tmp_path / "base", ""
     )  # other weights under the same name
     project.runs("train", PIPELIB_THREADS="1")
     assert abs(validation(project)[0] - alone[0]) > 0.1

@@ -17,8 +17,8 @@ from small_run import (
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.model.gpt import GPT
-from pipelib.model.params import InitialisedModelParams
+from pipelib.model.families.gpt2 import GPT2
+from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
 from pipelib.training import build
@@ -28,6 +28,7 @@ from pipelib.training.launch.job import Job
 from pipelib.training.memory import USABLE, memory_of, rows_that_fit
 from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.schedule import Cadence
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture
@@ -43,15 +44,17 @@ def params(**changes: Any) -> TrainParams:
 
 def room_for(rows: int) -> int:
     """Bytes that hold a micro-batch of so many rows, and not one more."""
-    return int(memory_of(model_params(), params(), rows, 16).total / USABLE) + 1
+    return int(memory_of(model_params(), GPT2_TOKENIZER.size, params(), rows, 16).total / USABLE) + 1
 
 
 @pytest.mark.parametrize(("rows", "chosen"), [(1, 1), (2, 2), (3, 3), (5, 4), (11, 6), (12, 12), (99, 12)])
 def test_the_largest_divisor_that_fits(rows: int, chosen: int) -> None:
     wide = params(global_batch_tokens=12 * 16)
-    assert rows_that_fit(model_params(), wide, 1, room_for(rows)) == chosen
-    assert rows_that_fit(model_params(), wide, 2, room_for(rows)) == min(chosen, {4: 3, 5: 3}.get(chosen, chosen), 6)
-    assert rows_that_fit(model_params(), wide, 1, room_for(1) // 2) == 0
+    assert rows_that_fit(model_params(), GPT2_TOKENIZER.size, wide, 1, room_for(rows)) == chosen
+    assert rows_that_fit(model_params(), GPT2_TOKENIZER.size, wide, 2, room_for(rows)) == min(
+        chosen, {4: 3, 5: 3}.get(chosen, chosen), 6
+    )
+    assert rows_that_fit(model_params(), GPT2_TOKENIZER.size, wide, 1, room_for(1) // 2) == 0
 
 
 def free(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -86,16 +89,16 @@ def test_it_is_chosen_said_and_kept_by_the_checkpoint(
 
 def out_of_memory(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     """Have the forward pass ask for more than there is."""
-    hidden = GPT.hidden
+    hidden = GPT2.hidden
 
-    def too_much(self: GPT, inputs: Tensor, *others: Any) -> Tensor:
+    def too_much(self: GPT2, inputs: Tensor, *others: Any) -> Tensor:
         if inputs.shape[0] > 1 and torch.is_grad_enabled():
             if error == "torch, on a CPU":
                 torch.empty(2**55)
             raise torch.OutOfMemoryError("CUDA out of memory") if error == "torch, on a GPU" else MemoryError
         return hidden(self, inputs, *others)
 
-    monkeypatch.setattr(GPT, "hidden", too_much)
+    monkeypatch.setattr(GPT2, "hidden", too_much)
 
 
 @pytest.mark.parametrize("error", ["torch, on a CPU", "torch, on a GPU", "Python"])
@@ -120,10 +123,10 @@ def test_running_out_of_memory_names_what_would_fit(folder: Path, monkeypatch: p
 def test_a_model_that_does_not_fit_by_itself_is_told_what_it_needs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, rows: int | str
 ) -> None:
-    def too_large(*_: object) -> GPT:
+    def too_large(*_: object) -> GPT2:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(GPT, "to", too_large)
+    monkeypatch.setattr(GPT2, "to", too_large)
     monkeypatch.setattr(build, "memory_per_rank", lambda *_: 1000)
     with pytest.raises(
         UserError, match=r"rows of 16 tokens needs about .* and 1\.0 [kK]i?B were free, .* no smaller micro-batch"
@@ -132,7 +135,7 @@ def test_a_model_that_does_not_fit_by_itself_is_told_what_it_needs(
 
 
 def test_ranks_read_the_job_that_the_launcher_wrote(tmp_path: Path) -> None:
-    model = InitialisedModelParams(**vars(model_params()), init_from="scratch")
+    model = GPT2Section(**vars(model_params()), init_from="scratch")
     rule = SpikeParams(window=4, deviations=6.0, batches=2, rollbacks=3)
     for train in (params(), params(micro_batch_size=4, spike=rule, hellaswag_every=7)):
         job = Job(model, train, Cadence(1, 5), "data/tokens", "data/benchmarks", "", "", False, RANDOM_WEIGHTS)
@@ -144,7 +147,7 @@ def test_other_errors_stay_what_they_are(folder: Path, monkeypatch: pytest.Monke
     def broken(*_: object) -> Tensor:
         raise RuntimeError("the shapes do not fit")
 
-    monkeypatch.setattr(GPT, "hidden", broken)
+    monkeypatch.setattr(GPT2, "hidden", broken)
     with pytest.raises(RuntimeError, match="the shapes do not fit"):
         train_small(folder, params())
 

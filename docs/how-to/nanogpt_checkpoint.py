@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.model.gpt import GPT
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
-from pipelib.model.params import ModelParams
-from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.schema import parse
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 SHAPE = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "context_length": "block_size"}
 
@@ -53,13 +53,18 @@ def convert(path: Path, folder: Path) -> list[str]:
     is_nanogpt = isinstance(content.get("model_args"), dict)
     sizes = content["model_args"] if is_nanogpt else vars(content.get("config", GPTConfig()))
     problems: list[str] = []
-    params = parse(ModelParams, {ours: sizes.get(theirs) for ours, theirs in SHAPE.items()}, "", problems)
-    if params is None or sizes.get("vocab_size") not in (VOCAB_SIZE, PADDED_VOCAB_SIZE):
-        problems.append(f"vocab_size: {sizes.get('vocab_size')}; GPT-2's is {VOCAB_SIZE}.")
+    params = parse(
+        GPT2Params,
+        {"architecture": "gpt2", **{ours: sizes.get(theirs) for ours, theirs in SHAPE.items()}},
+        "",
+        problems,
+    )
+    if params is None or sizes.get("vocab_size") not in (GPT2_TOKENIZER.size, GPT2_TOKENIZER.padded_size):
+        problems.append(f"vocab_size: {sizes.get('vocab_size')}; GPT-2's is {GPT2_TOKENIZER.size}.")
         raise UserError(f"{path} is not a checkpoint of a GPT-2, so it was not converted: {' '.join(problems)}")
-    model = GPT(params)
+    model = GPT2(params, GPT2_TOKENIZER.size)
     model.load_state_dict(our_tensors(path, content.get("model"), model.state_dict()))
-    export_model(model, folder, f"# A GPT-2\n\nConverted from {path.name}.\n")
+    export_model(model, GPT2_TOKENIZER, folder, f"# A GPT-2\n\nConverted from {path.name}.\n")
     shape = ", ".join(f"{name}: {value}" for name, value in vars(params).items())
     gelu = "nanoGPT's GELU is exact and GPT-2's an approximation, so the logits differ a little from nanoGPT's"
     return [
@@ -102,7 +107,9 @@ def our_tensors(path: Path, found: object, ours: Mapping[str, Tensor]) -> dict[s
         raise UserError(f"{path} has an lm_head.weight of its own, which GPT-2 does not have, so it was not converted.")
     zeros = {name: torch.zeros_like(tensor) for name, tensor in ours.items()}
     if embedding.ndim == 2:
-        tensors["wte.weight"] = F.pad(embedding[:VOCAB_SIZE], (0, 0, 0, PADDED_VOCAB_SIZE - VOCAB_SIZE))
+        tensors["wte.weight"] = F.pad(
+            embedding[: GPT2_TOKENIZER.size], (0, 0, 0, GPT2_TOKENIZER.padded_size - GPT2_TOKENIZER.size)
+        )
     tensors = {name: tensor for name, tensor in zeros.items() if name.endswith(".bias")} | tensors
     differing = {name for name in ours.keys() | tensors.keys() if shape_of(tensors, name) != shape_of(ours, name)}
     if differing:

@@ -1,1 +1,1 @@
-"""pipelib: from web text to an evaluated GPT-2, in reproducible stages."""
+"""pipelib: from web text to an evaluated language model, in reproducible stages."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipelib.corpus.params import DownloadParams
 from pipelib.evaluation.params import BASELINES, EvaluateParams, benchmark_of, is_folder, known_tasks
-from pipelib.model.params import PUBLISHED, InitialisedModelParams
+from pipelib.model.params import PUBLISHED, InitialisedModelParams, published_params
 from pipelib.schema import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.tokens.params import TokenizeParams
 from pipelib.training.params import TrainParams
@@ -100,7 +100,7 @@ class Params:
                     f"model.init_from: {name} needs weights that download fetches, and download.models = "
                     f"{list(self.download.models)} does not name it; add it there."
                 )
-            if differing := self.model.difference(PUBLISHED[name]):
+            if differing := self.model.difference(published_params(name)):
                 yield f"model.init_from: {name} has {differing}"
         elif _is_trained(name):
             yield (

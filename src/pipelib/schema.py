@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -56,6 +56,18 @@ class Bounds:
         if value > self.most:
             return f"must be at most {self.most if isinstance(self.most, int) else f'{self.most:g}'}"
         return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A section whose keys follow from one of them, which names a dataclass. The class of the section has it as `choice`."""
+
+    key: str
+    """The key that names the dataclass, itself a field of each."""
+    names: Callable[[], list[str]]
+    """What it may say."""
+    load: Callable[[str], type]
+    """The dataclass of a name."""
 
 
 MAX_INT = 2**63 - 1
@@ -170,12 +182,17 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
     Appends every problem to `problems` and returns None when there is any: unknown, missing, of a wrong type, out of
     range, and whatever the dataclass's own `problems()` method yields about values that do not go together.
     """
-    assert dataclasses.is_dataclass(cls)
     if not isinstance(value, Mapping):
         problems.append(
             f"{key or 'the file'} is {kind_of(value)}, not a section with keys; see presets/ for its shape."
         )
         return None
+    if isinstance(choice := vars(cls).get("choice"), Choice):
+        chosen = _chosen(choice, value, key, problems)
+        if chosen is None:
+            return None
+        cls = chosen
+    assert dataclasses.is_dataclass(cls)
     before = len(problems)
     hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -199,6 +216,43 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
     for line in getattr(instance, "problems", tuple)():
         problems.append(f"{prefix}{line}")
     return instance if len(problems) == before else None
+
+
+def _chosen(choice: Choice, value: Mapping[Any, Any], key: str, problems: list[str]) -> Any:
+    """The dataclass that a section names; None, and a line in `problems`, where its keys are not that one's.
+
+    Keys that are only misspelt are left to `parse`, which knows what may have been meant.
+    """
+    prefix = f"{key}." if key else ""
+    name = value.get(choice.key)
+    known = choice.names()
+    if choice.key not in value:
+        problems.append(
+            f"{prefix}{choice.key} is missing, and no parameter has a default in code; add it: {', '.join(known)}."
+        )
+        return None
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        problems.append(f"{prefix}{choice.key}: {name!r} is not one of {', '.join(known)}{hint}")
+        return None
+    chosen = choice.load(str(name))
+    names = [field.name for field in dataclasses.fields(chosen)]
+    missing = [field for field in names if field not in value]
+    extra = [str(field) for field in value if field not in names]
+    if not (missing or extra) or any(difflib.get_close_matches(field, missing, n=1) for field in extra):
+        return chosen
+    parts = [
+        f"{what}: {', '.join(fields)}" for what, fields in (("missing", missing), ("superfluous", extra)) if fields
+    ]
+    changes = [f"-S '+{prefix}{field}={field.upper()}'" for field in missing]
+    changes += [f"-S '~{prefix}{field}'" for field in extra]
+    values = ", with values in place of the capitals" if missing else ""
+    problems.append(
+        f"{prefix}{choice.key}: {name} needs other keys ({'; '.join(parts)}); change them in the file, or type "
+        f"`dvc exp run -S {prefix}{choice.key}={name} {' '.join(changes)}`{values}."
+    )
+    return None
 
 
 def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:

@@ -1,4 +1,4 @@
-"""`pipelib evaluate`: what a GPT-2 in a Hugging Face folder is worth, without the pipeline."""
+"""`pipelib evaluate`: what a model in a Hugging Face folder is worth, without the pipeline."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ class Evaluate(Command):
     """Measure a model."""
 
     command = "evaluate"
-    help = "measure any GPT-2 in a Hugging Face folder"
+    help = "measure any model in a Hugging Face folder"
     description = (
         "Measure what the stage evaluate measures: the loss on data/tokens' validation shard, the four-way benchmarks and the "
         "lm-eval tasks whose data is in data/benchmarks. What is not given comes from section evaluate of params.yaml. The "

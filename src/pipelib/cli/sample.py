@@ -28,7 +28,7 @@ class Sample(Command):
     command = "sample"
     help = "let a model continue a prompt"
     description = (
-        "Print each prompt and what a GPT-2 in a Hugging Face folder writes after it, until it ends the text or has written "
+        "Print each prompt and what a model in a Hugging Face folder writes after it, until it ends the text or has written "
         "--tokens tokens."
     )
     examples = EXAMPLES
@@ -69,12 +69,11 @@ class Sample(Command):
             )
         from pipelib.model.generate import generate
         from pipelib.model.huggingface import import_model
-        from pipelib.model.vocabulary import EOT_TOKEN_ID
-        from pipelib.tokens.encoding import tiktoken_encoding
+        from pipelib.vocabulary.choice import chosen_tokenizer
 
-        model = import_model(self.model).to(_device(self.device))
-        encoding = tiktoken_encoding()
-        token_ids = [[EOT_TOKEN_ID, *encoding.encode_ordinary(prompt)] for prompt in self.prompt]
+        tokenizer = chosen_tokenizer()
+        model = import_model(self.model, tokenizer).to(_device(self.device))
+        token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in self.prompt]
         texts = generate(
             model,
             token_ids * self.num_samples,  # a prompt's first text is the same however many follow
@@ -83,10 +82,10 @@ class Sample(Command):
             top_k=TOP_K if self.top_k is None and self.top_p is None else self.top_k,
             top_p=self.top_p,
             seed=self.seed,
-            stop_token_id=EOT_TOKEN_ID,
+            stop_token_id=tokenizer.end_token_id,
         )
         written = [
-            prompt + encoding.decode(new)
+            prompt + tokenizer.decode(new)
             for number, prompt in enumerate(self.prompt)
             for new in texts[number :: len(self.prompt)]
         ]

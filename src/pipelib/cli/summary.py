@@ -1,5 +1,6 @@
 """`pipelib summary`: what the last run gave, on one screen, and where to look next."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,26 @@ def next_steps() -> str:
 def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:
     """What was trained on what."""
     return (
-        f"GPT-2, {train['parameters']:,} parameters, {train['steps']:,} steps on {train['tokens']:,} of "
+        f"{family()}, {train['parameters']:,} parameters, {train['steps']:,} steps on {train['tokens']:,} of "
         f"{tokens['train_tokens']:,} tokens"
     )
 
 
+def family() -> str:
+    """What kind of model was trained, where it is in the workspace."""
+    from pipelib.model.params import family_params
+
+    config = HERE.model / "config.json"
+    return family_params(read_json(config)["model_type"]).title if config.is_file() else "A model"
+
+
 def rows(evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, value) lines of the summary."""
+    from pipelib.vocabulary.choice import chosen_tokenizer
+
+    size = chosen_tokenizer().size
     lines = [
-        ("validation loss", f"{evaluate['val_loss']:.4f} (it starts near ln 50,257 = 10.82)"),
+        ("validation loss", f"{evaluate['val_loss']:.4f} (it starts near ln {size:,} = {math.log(size):.2f})"),
         ("perplexity", f"{evaluate['perplexity']:,.1f}"),
         ("bits per byte", f"{evaluate['bits_per_byte']:.3f}"),
     ]

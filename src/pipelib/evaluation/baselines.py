@@ -9,7 +9,7 @@ that measures. So another experiment, and another model of ours, finds it there,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from pipelib.errors import UserError, tell
 from pipelib.evaluation.items import Measured, read_items_file, write_items
 from pipelib.evaluation.params import is_folder
 from pipelib.files import read_json, sha256_file, sha256_json, write_json
-from pipelib.model.params import PUBLISHED, ModelParams
+from pipelib.model.params import ModelParams, published_params
 from pipelib.model.weights import CONFIG, MODELS, WEIGHTS, is_file, published_sha256, require_published, weights_sha256
+from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.locks import LOCK, locked
 from pipelib.workspace.places import MANIFEST, StatePlaces
 
@@ -33,13 +34,13 @@ class Baseline:
     """A Hugging Face folder; of a published model it may be missing where its result is kept."""
     sha256: str
     """Of its weights."""
-    shape: ModelParams
+    params: ModelParams
     """What its config.json says; the tensors do not tell how many heads there are."""
 
     @property
     def identity(self) -> dict[str, object]:
         """What decides its scores."""
-        return {"weights": self.sha256, "shape": asdict(self.shape)}
+        return {"weights": self.sha256, "shape": self.params.decides()}
 
     def require_weights(self) -> None:
         """Refuse weights that are not there or not those that were named.
@@ -60,17 +61,20 @@ class Baseline:
         require_published(self.name, sha256_file(path))
 
 
-def find_baselines(names: Sequence[str]) -> list[Baseline]:
+def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]:
     """The models that `evaluate.baselines` names.
 
+    Args:
+        tokenizer: whose tokens they have to have.
+
     Raises:
-        UserError: one is not there, or is not a GPT-2.
+        UserError: one is not there, or is not a model of ours.
     """
     found = []
     for name in names:
         if is_folder(name):
-            shape = require_baseline(name)
-            found.append(Baseline(name, Path(name), weights_sha256(Path(name)), shape))
+            params = require_baseline(name, tokenizer)
+            found.append(Baseline(name, Path(name), weights_sha256(Path(name)), params))
         else:
             sha256 = published_sha256(name)
             if sha256 is None:
@@ -78,20 +82,20 @@ def find_baselines(names: Sequence[str]) -> list[Baseline]:
                     f"evaluate.baselines: {name} is not in {MODELS / MANIFEST}, so there are no weights of it; name it in "
                     "download.models and run dvc repro."
                 )
-            found.append(Baseline(name, MODELS / name, sha256, PUBLISHED[name]))
+            found.append(Baseline(name, MODELS / name, sha256, published_params(name)))
     return found
 
 
-def require_baseline(name: str) -> ModelParams:
-    """The shape of a folder among `evaluate.baselines`.
+def require_baseline(name: str, tokenizer: Tokenizer) -> ModelParams:
+    """The parameters of a folder among `evaluate.baselines`.
 
     Raises:
-        UserError: it is not there, or not a GPT-2.
+        UserError: it is not there, or not a model of ours.
     """
     from pipelib.model.huggingface import find_model
 
     try:
-        return find_model(Path(name)).model.params
+        return find_model(Path(name), tokenizer).model.params
     except UserError as error:
         raise UserError(f"evaluate.baselines: {error}") from None
 

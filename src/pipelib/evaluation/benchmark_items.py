@@ -3,10 +3,9 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipelib.errors import UserError, how_to_repair
-from pipelib.model.vocabulary import EOT_TOKEN_ID
+from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.places import HERE
 
 ENDINGS = 4
@@ -30,7 +29,7 @@ def holds_items(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 1
 
 
-def read_items(path: Path, encoding: Any) -> list[Item]:
+def read_items(path: Path, tokenizer: Tokenizer) -> list[Item]:
     """The items of a JSON-lines file in HellaSwag's schema.
 
     Raises:
@@ -46,8 +45,8 @@ def read_items(path: Path, encoding: Any) -> list[Item]:
                     raise TypeError("endings is no list")
                 document = row.get("document")
                 item = Item(
-                    tuple(encoding.encode_ordinary(context)) or (EOT_TOKEN_ID,),
-                    tuple(tuple(encoding.encode_ordinary(" " + ending)) for ending in endings),
+                    tuple(tokenizer.encode(context)) or (tokenizer.end_token_id,),
+                    tuple(tuple(tokenizer.encode(" " + ending)) for ending in endings),
                     label,
                     number if document is None else int(document),
                 )

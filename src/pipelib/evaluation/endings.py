@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipelib.errors import UserError
+from pipelib.model.attend import attention
+from pipelib.model.decoder import LOGIT_ROWS, Decoder
 from pipelib.model.device import autocast
-from pipelib.model.gpt import GPT, LOGIT_ROWS
 
 Tokens = Sequence[int]
 Question = tuple[Tokens, Sequence[Tokens]]
@@ -54,7 +54,7 @@ class _Row:
 
 
 def score_endings(
-    model: GPT,
+    model: Decoder,
     questions: Sequence[Question],
     batch_tokens: int,
     precision: str,
@@ -93,7 +93,7 @@ def _join(pieces: Sequence[EndingScore]) -> EndingScore:
     return EndingScore(np.concatenate([piece.losses for piece in pieces]), all(piece.greedy for piece in pieces))
 
 
-def _rows_of(number: int, question: Question, model: GPT, batch_tokens: int) -> Iterator[_Row]:
+def _rows_of(number: int, question: Question, model: Decoder, batch_tokens: int) -> Iterator[_Row]:
     """As few rows as hold the endings, none longer than the model's context, and rows of their own for what must be cut."""
     context, endings = question
     limit = model.params.context_length
@@ -128,9 +128,9 @@ def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
 
 
 @torch.no_grad()
-def _score_rows(model: GPT, rows: Sequence[_Row], precision: str, with_greedy: bool) -> list[list[EndingScore]]:
+def _score_rows(model: Decoder, rows: Sequence[_Row], precision: str, with_greedy: bool) -> list[list[EndingScore]]:
     """The scores of each row's endings, in one forward pass. Padding stands on the right, where nothing that counts sees it."""
-    device = model.wte.weight.device
+    device = model.device
     width = max(row.length for row in rows)
     inputs = np.zeros((len(rows), width), np.int64)
     positions = np.zeros((len(rows), width), np.int64)
@@ -166,20 +166,20 @@ def _score_rows(model: GPT, rows: Sequence[_Row], precision: str, with_greedy: b
     return [[next(scores) for _ in row.tokens] for row in rows]
 
 
-def _hidden_of_parts(model: GPT, inputs: Tensor, positions: Tensor, parts: Tensor) -> Tensor:
-    """`GPT.hidden` where a place sees the context before it and its own part, (B, T) three times -> (B, T, C)."""
+def _hidden_of_parts(model: Decoder, inputs: Tensor, positions: Tensor, parts: Tensor) -> Tensor:
+    """`Decoder.hidden` where a place sees the context before it and its own part, (B, T) three times -> (B, T, C)."""
     before = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool, device=inputs.device).tril()
     seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
     mask = (seen & before)[:, None]  # (B, 1, T, T)
 
     def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return attention(query, key, value, mask)
 
     return model.hidden(inputs, positions, attend)
 
 
 def _losses(
-    model: GPT,
+    model: Decoder,
     hidden: Tensor,
     of_target: npt.NDArray[np.int64],
     targets: npt.NDArray[np.int64],

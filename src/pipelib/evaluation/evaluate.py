@@ -23,16 +23,14 @@ from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.report import Subject, completions_of, verdict, write_report
 from pipelib.evaluation.samples import write_samples
 from pipelib.files import sha256_file, sha256_json
+from pipelib.model.decoder import Decoder
 from pipelib.model.device import pick_device
-from pipelib.model.gpt import GPT
 from pipelib.model.huggingface import import_model
-from pipelib.model.params import ModelParams
 from pipelib.model.weights import weights_sha256
 from pipelib.stage import Build
-from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, Manifest, read_manifest, shard_problems
 from pipelib.workspace.places import Places
-from pipelib.workspace.provenance import import_closure
+from pipelib.workspace.provenance import chosen_files, code_hash, import_closure
 
 CHECKOUT = Path(__file__).absolute().parents[3]
 MEASURE = Path("src/pipelib/evaluation/measure.py")
@@ -45,7 +43,9 @@ def require_validation(tokens: Path) -> Manifest:
         UserError: it is not.
     """
     manifest = read_manifest(tokens)
-    problems = [problem for shard in manifest.split("val") for problem in shard_problems(tokens, shard)]
+    problems = [
+        problem for shard in manifest.split("val") for problem in shard_problems(tokens, shard, manifest.tokenizer)
+    ]
     if problems:
         raise UserError("\n".join(problems))
     return manifest
@@ -57,12 +57,13 @@ def evaluate(
     """Evaluate the model in `models` and build `reports/`; the stage's result and speed."""
     device = pick_device()
     manifest = require_validation(tokens)
-    data = Data(tokens, benchmarks)
-    model = import_model(models).to(device)
+    tokenizer = manifest.tokenizer
+    data = Data(tokens, benchmarks, tokenizer)
+    model = import_model(models, tokenizer).to(device)
     measured = measure(models.name, model, params, data, build.work / "harness")
     result, seconds = dict(measured.result), dict(measured.seconds)
     for name, path in data.completions.items():
-        unigram = score_unigram(np.load(tokens / UNIGRAM_COUNTS), read_items(path, tiktoken_encoding()))
+        unigram = score_unigram(np.load(tokens / UNIGRAM_COUNTS), read_items(path, tokenizer))
         result[name] |= {"unigram": {"acc": accuracy_json(unigram.acc), "acc_norm": accuracy_json(unigram.acc_norm)}}
     for name in completions_of(result):
         tell(f"evaluate: {verdict(name, result[name]['acc_norm'], result[name]['unigram']['acc_norm'])}")
@@ -73,9 +74,9 @@ def evaluate(
     if baselines:
         result["baselines"] = baselines
 
-    samples = write_samples(model, params.sample_prompts, params.precision, seed=0)
+    samples = write_samples(model, tokenizer, params.sample_prompts, params.precision, seed=0)
     subject = Subject(
-        result, baselines, model.params.parameters, manifest.source,
+        result, baselines, model.params.parameters(model.vocab_size), model.vocab_size, manifest.source,
         facts(models, model, manifest, build.code, curves), samples, curves,
     )  # fmt: skip
     made = Places(build.outs)
@@ -94,7 +95,6 @@ def measure_baselines(
     Args:
         code: what makes the evaluation, see `provenance.code_hashes`; files that measuring does not need do not count.
     """
-    measuring = {path.as_posix() for path in import_closure(CHECKOUT, MEASURE)}
     names = sorted({*data.completions, *params.tasks})
     decides: dict[str, object] = {
         "params": asdict(replace(params, baselines=(), sample_prompts=())),
@@ -102,27 +102,41 @@ def measure_baselines(
         "validation": sha256_file(data.tokens / VALIDATION_SHARD) if data.tokens else None,
         "benchmarks": {name: sha256_file(data.benchmarks / f"{name}.jsonl") for name in names},
         "tasks": task_hashes(params),
-        "code": {name: value for name, value in code.items() if name.startswith("package ") or name in measuring},
     }
 
     def measure_baseline(baseline: Baseline) -> Measured:
-        return measure(baseline.name, import_model(baseline.folder).to(device), params, data, scratch)
+        return measure(baseline.name, import_model(baseline.folder, data.tokenizer).to(device), params, data, scratch)
 
     return {
-        baseline.name: measure_once(baseline, decides, partial(measure_baseline, baseline))
-        for baseline in find_baselines(params.baselines)
+        baseline.name: measure_once(
+            baseline, {**decides, "code": code_that_measures(baseline, code)}, partial(measure_baseline, baseline)
+        )
+        for baseline in find_baselines(params.baselines, data.tokenizer)
     }
 
 
-def facts(models: Path, model: GPT, manifest: Manifest, code: Mapping[str, str], curves: Path) -> dict[str, str]:
+def code_that_measures(baseline: Baseline, code: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of the code that a baseline's scores depend on: its own family's, and not that of the model in training.
+
+    Args:
+        code: the evaluation's, see `provenance.code_hashes`.
+    """
+    family = chosen_files("evaluate", {"model.architecture": baseline.params.architecture})
+    measuring = {path.as_posix() for path in import_closure(CHECKOUT, MEASURE, *family)}
+    others = {name: code_hash((CHECKOUT / name).read_text(encoding="utf-8")) for name in measuring - code.keys()}
+    return others | {name: value for name, value in code.items() if name.startswith("package ") or name in measuring}
+
+
+def facts(models: Path, model: Decoder, manifest: Manifest, code: Mapping[str, str], curves: Path) -> dict[str, str]:
     """What the numbers belong to. Nothing that differs between two runs of the same code on one machine: no date, no
     duration, no commit, since other commits have the same code."""
     seen = tokens_seen(curves / "train.csv")
+    flops = model.params.flops_per_token(model.vocab_size, model.params.context_length)
     return {
-        **describe_model(model.params),
+        **describe_model(model),
         "weights": f"SHA-256 `{weights_sha256(models)}`",
         "tokens trained on": f"{seen:,} of {manifest.tokens('train'):,} in the data",
-        "training compute": f"{seen * model.params.flops_per_token(model.params.context_length) / 1e15:,.3f} PFLOP, by the "
+        "training compute": f"{seen * flops / 1e15:,.3f} PFLOP, by the "
         "formula of `ModelParams.flops_per_token`; `device_hours` stand in `metrics/speed/train.json`",
         "data fingerprint": f"`{manifest.fingerprint[:16]}`",
         "data source": describe_source(manifest.source),
@@ -131,15 +145,15 @@ def facts(models: Path, model: GPT, manifest: Manifest, code: Mapping[str, str],
     }
 
 
-def describe_model(params: ModelParams) -> dict[str, str]:
+def describe_model(model: Decoder) -> dict[str, str]:
     """The size of a model."""
-    shape = f"{params.n_layer} layers, {params.n_head} heads, {params.n_embd} wide, context {params.context_length:,}"
-    return {"parameters": f"{params.parameters:,}", "shape": shape}
+    parameters = f"{model.params.parameters(model.vocab_size):,}"
+    return {"parameters": parameters, "shape": f"{model.params.title}: {model.params.description}"}
 
 
-def describe_environment(model: GPT, code: Mapping[str, str]) -> dict[str, str]:
+def describe_environment(model: Decoder, code: Mapping[str, str]) -> dict[str, str]:
     """What computed the numbers: the device and the versions."""
-    device = model.wte.weight.device
+    device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     packages = {name.removeprefix("package "): value for name, value in code.items() if name.startswith("package ")}
     versions = ", ".join(f"{package} {version}" for package, version in sorted(packages.items()))

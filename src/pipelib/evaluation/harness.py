@@ -23,10 +23,10 @@ from pipelib.errors import UserError, how_to_repair, tell
 from pipelib.evaluation.endings import Question, Tokens, score_endings
 from pipelib.evaluation.items import ItemScores, Numbers, item_ids
 from pipelib.evaluation.params import TASKS, EvaluateParams
+from pipelib.model.decoder import Decoder
 from pipelib.model.generate import generate
-from pipelib.model.gpt import GPT
-from pipelib.model.vocabulary import EOT_TOKEN_ID
 from pipelib.progress import Progress
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class TaskResult:
     """Every example's."""
 
 
-def run_tasks(model: GPT, params: EvaluateParams, benchmarks: Path, scratch: Path) -> dict[str, TaskResult]:
+def run_tasks(
+    model: Decoder, tokenizer: Tokenizer, params: EvaluateParams, benchmarks: Path, scratch: Path
+) -> dict[str, TaskResult]:
     """Run `params.tasks`.
 
     Args:
@@ -69,7 +71,7 @@ def run_tasks(model: GPT, params: EvaluateParams, benchmarks: Path, scratch: Pat
             for task in loaded["tasks"].values():
                 task.set_config(key="num_fewshot", value=0)
             outcome = evaluate(
-                language_model(model, params, lambda: redirect_stderr(shown)),
+                language_model(model, tokenizer, params, lambda: redirect_stderr(shown)),
                 loaded,
                 limit=params.task_limit,
                 bootstrap_iters=0,
@@ -171,7 +173,7 @@ def standard_error(metric: str, values: Numbers, weights: Numbers | None) -> flo
     return error / math.log(2) if metric == "bits_per_byte" else error
 
 
-def language_model(model: GPT, params: EvaluateParams, showing: Callable[[], Any]) -> Any:
+def language_model(model: Decoder, tokenizer: Tokenizer, params: EvaluateParams, showing: Callable[[], Any]) -> Any:
     """Our model as the harness sees one; made in a function because the base class is imported only when used.
 
     Args:
@@ -180,10 +182,7 @@ def language_model(model: GPT, params: EvaluateParams, showing: Callable[[], Any
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    from pipelib.tokens.encoding import tiktoken_encoding
-
-    encoding = tiktoken_encoding()
-    limit = model.params.context_length
+    end, limit = tokenizer.end_token_id, model.params.context_length
 
     def log_likelihoods(what: str, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
         with showing():
@@ -197,19 +196,19 @@ def language_model(model: GPT, params: EvaluateParams, showing: Callable[[], Any
 
         @property
         def eot_token_id(self) -> int:
-            return EOT_TOKEN_ID
+            return end
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: ARG002
-            return list(encoding.encode(string, allowed_special={"<|endoftext|>"}))
+            return tokenizer.encode(string, with_special=True)
 
         def _loglikelihood_tokens(
             self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
-            return log_likelihoods("answers", [(context or [EOT_TOKEN_ID], ending) for _, context, ending in requests])
+            return log_likelihoods("answers", [(context or [end], ending) for _, context, ending in requests])
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
             windows = [
-                [make_disjoint_window(pair) for pair in get_rolling_token_windows(tokens, EOT_TOKEN_ID, limit, 1)]
+                [make_disjoint_window(pair) for pair in get_rolling_token_windows(tokens, end, limit, 1)]
                 for tokens in (self.tok_encode(request.args[0]) for request in requests)
             ]
             flat = [window for of_text in windows for window in of_text]
@@ -217,10 +216,10 @@ def language_model(model: GPT, params: EvaluateParams, showing: Callable[[], Any
             return [sum(next(scores)[0] for _ in of_text) for of_text in windows]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
-            prompts = [(self.tok_encode(request.args[0]) or [EOT_TOKEN_ID], request.args[1]) for request in requests]
+            prompts = [(self.tok_encode(request.args[0]) or [end], request.args[1]) for request in requests]
             with showing():
                 progress = Progress("lm-eval: generated texts", len(prompts), "texts")
-                texts = continue_prompts(model, prompts, encoding.decode, progress.add)
+                texts = continue_prompts(model, tokenizer, prompts, progress.add)
                 progress.close()
             return texts
 
@@ -228,7 +227,7 @@ def language_model(model: GPT, params: EvaluateParams, showing: Callable[[], Any
 
 
 def score_pairs(
-    model: GPT,
+    model: Decoder,
     pairs: Sequence[tuple[Tokens, Tokens]],
     params: EvaluateParams,
     advance: Callable[[int], object] = lambda _: None,
@@ -252,9 +251,9 @@ def score_pairs(
 
 
 def continue_prompts(
-    model: GPT,
+    model: Decoder,
+    tokenizer: Tokenizer,
     prompts: Sequence[tuple[Tokens, Mapping[str, Any]]],
-    decode: Callable[[Sequence[int]], str],
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
     """The text after each prompt, up to the first of its stop strings; prompts with the same options go together.
@@ -278,10 +277,10 @@ def continue_prompts(
             [prompts[number][0][-room:] for number in numbers],
             wanted,
             temperature=temperature,
-            stop_token_id=EOT_TOKEN_ID,
+            stop_token_id=tokenizer.end_token_id,
         )
         for number, new in zip(numbers, written, strict=True):
-            texts[number] = _before(decode(new), options.get("until", []))
+            texts[number] = _before(tokenizer.decode(new), options.get("until", []))
         advance(len(numbers))
     return texts
 

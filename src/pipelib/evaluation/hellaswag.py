@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pipelib.evaluation.benchmark_items import ENDINGS, Item
 from pipelib.evaluation.endings import score_endings
-from pipelib.model.gpt import GPT
+from pipelib.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Scores:
 
 
 def score(
-    model: GPT,
+    model: Decoder,
     items: Sequence[Item],
     batch_tokens: int,
     precision: str,

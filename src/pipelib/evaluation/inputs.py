@@ -9,7 +9,7 @@ from pipelib.evaluation.benchmark_items import holds_items
 from pipelib.evaluation.params import TASKS, EvaluateParams, benchmark_of
 from pipelib.files import files_under, sha256_file
 from pipelib.model.weights import CONFIG
-from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD
+from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, read_manifest
 from pipelib.workspace.places import MANIFEST
 
 
@@ -30,7 +30,8 @@ def evaluation_inputs(
         if not path.is_file():
             raise UserError(f"{path} does not exist, so there is nothing to evaluate; run dvc repro.")
     hashes = {path.as_posix(): sha256_file(path) for path in files}
-    baselines = {baseline.name: baseline.identity for baseline in find_baselines(params.baselines)}
+    found = find_baselines(params.baselines, read_manifest(tokens).tokenizer) if params.baselines else []
+    baselines = {baseline.name: baseline.identity for baseline in found}
     return {"evaluate": asdict(params), "files": hashes | task_hashes(params), "baselines": baselines}
 
 

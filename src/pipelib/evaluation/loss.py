@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelib.model.decoder import Decoder
 from pipelib.model.device import autocast
-from pipelib.model.gpt import GPT
 from pipelib.tokens.loader import Batch
 
 
@@ -39,7 +39,7 @@ class Loss:
 
 
 @torch.no_grad()
-def summed_loss(model: GPT, batches: Iterable[Batch], precision: str) -> Loss:
+def summed_loss(model: Decoder, batches: Iterable[Batch], precision: str) -> Loss:
     """The loss over all targets of `batches`, each token's loss added in 64 bits."""
     nats, tokens = losses_of_rows(model, batches, precision)
     return Loss(float(nats.sum()), int(tokens.sum()))
@@ -47,14 +47,14 @@ def summed_loss(model: GPT, batches: Iterable[Batch], precision: str) -> Loss:
 
 @torch.no_grad()
 def losses_of_rows(
-    model: GPT, batches: Iterable[Batch], precision: str, advance: Callable[[int], object] = lambda _: None
+    model: Decoder, batches: Iterable[Batch], precision: str, advance: Callable[[int], object] = lambda _: None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """The summed loss in nats of every row of `batches`, and its tokens, each (rows,).
 
     Args:
         advance: is told how many more tokens are done.
     """
-    device = model.wte.weight.device
+    device = model.device
     nats: list[torch.Tensor] = []
     tokens: list[int] = []
     for inputs, targets in batches:

@@ -19,12 +19,11 @@ from pipelib.evaluation.items import ItemScores, Measured, item_ids
 from pipelib.evaluation.loss import Loss, losses_of_rows
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.files import remove
-from pipelib.model.gpt import GPT
-from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
+from pipelib.model.decoder import Decoder
 from pipelib.progress import Progress
-from pipelib.tokens.encoding import tiktoken_encoding
 from pipelib.tokens.loader import Batch, validation_batches
-from pipelib.tokens.shards import VALIDATION_SHARD, Tokens, count_tokens, open_shard
+from pipelib.tokens.shards import VALIDATION_SHARD, count_tokens, open_shard
+from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
 
 COMPLETIONS = ("completion", "hellaswag")
 """Benchmarks of four endings, scored in the completion style."""
@@ -38,6 +37,8 @@ class Data:
     """The folder of shards; None where there is none: then there is no validation loss."""
     benchmarks: Path
     """The folder of the benchmarks' JSON lines."""
+    tokenizer: Tokenizer
+    """What the shards were made with, and the benchmarks' text is encoded with."""
 
     @property
     def completions(self) -> dict[str, Path]:
@@ -46,7 +47,7 @@ class Data:
         return {name: path for name, path in paths.items() if holds_items(path)}
 
 
-def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
+def measure(name: str, model: Decoder, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
     """Measure a model on everything that is there.
 
     Args:
@@ -67,8 +68,8 @@ def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: 
         seconds[part], clock = time.perf_counter() - clock, time.perf_counter()
 
     if data.tokens is not None:
-        loss, items["validation"] = measure_loss(name, model, params, data.tokens / VALIDATION_SHARD)
-        text_bytes = count_text_bytes(open_shard(data.tokens / VALIDATION_SHARD)[1:])
+        loss, items["validation"] = measure_loss(name, model, params, data)
+        text_bytes = count_text_bytes(open_shard(data.tokens / VALIDATION_SHARD)[1:], data.tokenizer)
         result |= {
             "val_loss": round(loss.mean, 6),
             "perplexity": round(loss.perplexity, 4),
@@ -77,7 +78,7 @@ def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: 
         }
         lap("loss_seconds")
     for benchmark, path in data.completions.items():
-        scores = measure_completion(f"{name}: {benchmark}", model, params, read_items(path, tiktoken_encoding()))
+        scores = measure_completion(f"{name}: {benchmark}", model, params, read_items(path, data.tokenizer))
         items[benchmark] = completion_items(scores)
         result[benchmark] = {
             "acc": accuracy_json(scores.acc),
@@ -86,7 +87,7 @@ def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: 
         }
     lap("completion_seconds")
     if params.tasks:
-        tasks = run_tasks(model, params, data.benchmarks, scratch)
+        tasks = run_tasks(model, data.tokenizer, params, data.benchmarks, scratch)
         remove(scratch)
         items |= {f"lm_eval/{task}": found.items for task, found in tasks.items()}
         result["lm_eval"] = {
@@ -97,12 +98,14 @@ def measure(name: str, model: GPT, params: EvaluateParams, data: Data, scratch: 
     return Measured(result, items, seconds)
 
 
-def measure_loss(name: str, model: GPT, params: EvaluateParams, shard: Path) -> tuple[Loss, ItemScores]:
-    """The loss over every token of a shard but the first, in rows of the model's context, and that of each row.
+def measure_loss(name: str, model: Decoder, params: EvaluateParams, data: Data) -> tuple[Loss, ItemScores]:
+    """The loss over every token of the validation shard but the first, in rows of the model's context, and that of each row.
 
     Raises:
         UserError: it is not finite.
     """
+    assert data.tokens is not None
+    shard, end = data.tokens / VALIDATION_SHARD, data.tokenizer.end_token_id
     length = model.params.context_length
     rows = max(1, params.batch_tokens // length)
     contents: list[bytes] = []
@@ -114,7 +117,7 @@ def measure_loss(name: str, model: GPT, params: EvaluateParams, shard: Path) -> 
         for inputs, targets in validation_batches(shard, length, rows, None):
             whole = np.concatenate([inputs, targets[:, -1:]], axis=1).astype("<u2")
             contents.extend(row.tobytes() for row in whole)
-            starts = started + np.cumsum(inputs == EOT_TOKEN_ID).reshape(inputs.shape)
+            starts = started + np.cumsum(inputs == end).reshape(inputs.shape)
             documents.extend(starts[:, 0].tolist())
             started = int(starts[-1, -1])
             yield inputs, targets
@@ -132,7 +135,7 @@ def measure_loss(name: str, model: GPT, params: EvaluateParams, shard: Path) -> 
     )
 
 
-def measure_completion(what: str, model: GPT, params: EvaluateParams, items: list[Item]) -> Scores:
+def measure_completion(what: str, model: Decoder, params: EvaluateParams, items: list[Item]) -> Scores:
     """The scores of a four-way benchmark, with a line of progress."""
     progress = Progress(what, sum(len(ending) for item in items for ending in item.endings), "tokens of endings")
     scores = score(model, items, params.batch_tokens, params.precision, progress.add)
@@ -165,12 +168,9 @@ def accuracy_json(accuracy: Accuracy) -> dict[str, float | int]:
     }
 
 
-def count_text_bytes(tokens: Tokens) -> int:
-    """Bytes of the text that tokens stand for; `<|endoftext|>` stands for none."""
-    encoding = tiktoken_encoding()
-    lengths = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(VOCAB_SIZE)])
-    lengths[EOT_TOKEN_ID] = 0
-    return int(count_tokens([tokens]) @ lengths)
+def count_text_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
+    """Bytes of the text that tokens stand for; the end token stands for none."""
+    return int(count_tokens([tokens], tokenizer.size) @ tokenizer.byte_lengths())
 
 
 def _rounded(value: Any) -> Any:

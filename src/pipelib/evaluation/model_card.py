@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelib.evaluation.document import Table, to_markdown
 from pipelib.files import sha256_file, write_text
+from pipelib.model.params import ModelParams
 from pipelib.tokens.shards import Manifest
 
 REPRODUCE = "## Reproduce it"
@@ -38,13 +39,14 @@ def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest,
         manifest: of the data.
         result: what evaluate measured, as metrics/evaluate.json has it.
     """
+    params = _params(models, manifest)
     recipe = read_recipe(models / "README.md")
     rows = [(key, _value(value)) for key, value in recipe.items() if not key.startswith("data ")]
     source = manifest.source
     repo = source.get("repo") if source.get("kind") == "hub" else None
     parts = [
-        _front_matter(repo),
-        f"# GPT-2, {_parameters(models):,} parameters",
+        _front_matter(params.architecture, repo),
+        f"# {params.title}, {params.parameters(manifest.tokenizer.size):,} parameters",
         "Pretrained with pipelib, a pipeline whose every step can be repeated. Each figure below was measured by it.",
         "## Load it",
         f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -122,16 +124,16 @@ def _table(header: tuple[str, ...], rows: Iterable[Sequence[str]]) -> str:
     return to_markdown([Table(header, list(rows))]).rstrip("\n")
 
 
-def _front_matter(repo: str | None) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, pipelib]"]
+def _front_matter(architecture: str, repo: str | None) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [{architecture}, pipelib]"]
     lines += [f"datasets: [{repo}]"] if repo else []
     return "\n".join(["---", *lines, "---"])
 
 
-def _parameters(models: Path) -> int:
+def _params(models: Path, manifest: Manifest) -> ModelParams:
     from pipelib.model.huggingface import read_params
 
-    return read_params(models).parameters
+    return read_params(models, manifest.tokenizer)
 
 
 def _losses(curves: Path) -> Iterator[tuple[str, str, str]]:

@@ -11,16 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelib.model.vocabulary import VOCAB_SIZE
-
 Line = tuple[str, float]
 """What a level line says, and where it lies."""
 
 
-def draw_loss(curves: Path, path: Path, levels: Sequence[Line] = ()) -> None:
+def draw_loss(curves: Path, path: Path, vocab_size: int, levels: Sequence[Line] = ()) -> None:
     """The training and validation loss over the tokens seen.
 
     Args:
+        vocab_size: tokens that a uniform guess chooses among.
         levels: losses of other models on the same text.
     """
     train, validation = read_columns(curves / "train.csv"), read_columns(curves / "validation.csv")
@@ -30,11 +29,11 @@ def draw_loss(curves: Path, path: Path, levels: Sequence[Line] = ()) -> None:
             validation["tokens"], validation["loss"], color="#08519c", marker="o", markersize=4, label="validation"
         )
         axes.axhline(
-            math.log(VOCAB_SIZE),
+            math.log(vocab_size),
             color="#888888",
             linestyle=":",
             linewidth=1,
-            label=f"uniform guess, ln {VOCAB_SIZE:,}",
+            label=f"uniform guess, ln {vocab_size:,}",
         )
         _draw_levels(axes, levels)
 

@@ -30,6 +30,8 @@ class Subject:
     baselines: Mapping[str, Mapping[str, Any]]
     """The same of other models, by their names."""
     parameters: int
+    vocab_size: int
+    """Tokens that it chooses among."""
     source: Mapping[str, Any]
     """Where the corpus comes from; empty where nobody knows."""
     facts: Mapping[str, str]
@@ -147,7 +149,7 @@ def _pictures(folder: Path, subject: Subject) -> Iterator[Block]:
     if subject.curves is None:
         return
     yield Heading("Training")
-    draw_loss(subject.curves, folder / "loss.png", _levels("val_loss", subject))
+    draw_loss(subject.curves, folder / "loss.png", subject.vocab_size, _levels("val_loss", subject))
     yield Picture(folder / "loss.png", "Loss of training and validation")
     if has_rows(subject.curves / "hellaswag.csv"):
         draw_hellaswag(subject.curves, folder / "hellaswag.png", _levels("hellaswag.acc_norm", subject))

@@ -51,6 +51,7 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
     from pipelib.evaluation.params import is_folder
     from pipelib.training.batches import check_shares
     from pipelib.training.inputs import require_weights
+    from pipelib.vocabulary.choice import chosen_tokenizer
 
     path = Path(params.download.path)
     if params.download.source == "local":
@@ -58,10 +59,10 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
     else:  # not read, and yet DVC hashes it
         yield partial(require_readable, path, links=False)
     if "/" in params.model.init_from:  # the others are what download fetches
-        yield partial(require_weights, params.model)
+        yield partial(require_weights, params.model, chosen_tokenizer())
     for name in params.evaluate.baselines:
         if is_folder(name):
-            yield partial(require_baseline, name)
+            yield partial(require_baseline, name, chosen_tokenizer())
     yield partial(check_shares, params.train, ranks)
     if corpus is not None:
         yield partial(_check_tokens, params, corpus)

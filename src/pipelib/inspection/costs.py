@@ -13,6 +13,7 @@ from pipelib.progress import format_seconds
 from pipelib.training.batches import check_shares
 from pipelib.training.launch.machines import Machines
 from pipelib.training.memory import USABLE, checkpoint_copy, memory_of, memory_per_rank, rows_that_fit
+from pipelib.vocabulary.choice import chosen_tokenizer
 from pipelib.workspace.places import state_root
 
 
@@ -34,19 +35,15 @@ def with_micro_batch(params: Params, machines: Machines) -> Params:
     if params.train.micro_batch_size != "auto":
         return params
     check_shares(params.train, machines.world_size)
-    device = pick_device(local_world_size=machines.local_ranks)
-    free = memory_per_rank(params.model, device, machines.local_ranks)
-    rows = rows_that_fit(params.model, params.train, machines.world_size, free) or 1
+    device, vocab_size = pick_device(local_world_size=machines.local_ranks), chosen_tokenizer().size
+    free = memory_per_rank(params.model, vocab_size, device, machines.local_ranks)
+    rows = rows_that_fit(params.model, vocab_size, params.train, machines.world_size, free) or 1
     return replace(params, train=replace(params.train, micro_batch_size=rows))
 
 
 def _model_and_steps(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
-    model, train = params.model, params.train
-    yield (
-        "model",
-        f"{model.parameters:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-        f"context {model.context_length:,}",
-    )
+    model, train, vocab_size = params.model, params.train, chosen_tokenizer().size
+    yield "model", f"{model.title}, {model.parameters(vocab_size):,} parameters: {model.description}"
     tokens = train.max_steps * train.global_batch_tokens
     yield "steps", f"{train.max_steps:,} of {train.global_batch_tokens:,} tokens = {tokens:,} tokens"
     micro_steps = train.rows_per_step / (train.micro_batch_rows(ranks) * ranks)
@@ -55,7 +52,7 @@ def _model_and_steps(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
         f"{plural(micro_steps, 'micro-step')} a rank, of {plural(train.micro_batch_rows(ranks), 'row')} of "
         f"{train.sequence_length:,} tokens",
     )
-    flops = model.flops_per_token(train.sequence_length)
+    flops = model.flops_per_token(vocab_size, train.sequence_length)
     yield "compute", f"{_scaled(flops)}FLOP a token, {_scaled(flops * tokens)}FLOP in total, forward and backward"
 
 
@@ -93,13 +90,13 @@ def _disk(params: Params, corpus: Corpus | None) -> Iterator[tuple[str, str]]:
 
 
 def _memory(params: Params, machines: Machines) -> Iterator[tuple[str, str]]:
-    train, ranks = params.train, machines.local_ranks
+    train, ranks, vocab_size = params.train, machines.local_ranks, chosen_tokenizer().size
     device = pick_device(local_world_size=ranks)
     rows = train.micro_batch_rows(machines.world_size)
-    need = memory_of(params.model, train, rows, train.sequence_length)
+    need = memory_of(params.model, vocab_size, train, rows, train.sequence_length)
     parts = (f"{name} {format_bytes(count)}" for name, count in asdict(need).items() if count)
     yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
-    copy, on_gpu = checkpoint_copy(params.model), device.type == "cuda"
+    copy, on_gpu = checkpoint_copy(params.model, vocab_size), device.type == "cuda"
     pinned = " (up to twice that: torch pins powers of two)" if on_gpu else ""
     yield "", f"{format_bytes(copy)}{pinned} of main memory more on the first rank, while a checkpoint is written"
     needed, here = (need.total, total_memory(device)) if on_gpu else (need.total + copy, total_memory(device) // ranks)

@@ -43,7 +43,7 @@ def export_npy(tokens: Path, out: Path, name: str) -> None:
     require_free_space(out, total, "the export")
     progress = Progress(f"writing {out}", len(manifest.shards), "shards")
     for shard in manifest.shards:
-        problems = shard_problems(tokens, shard)
+        problems = shard_problems(tokens, shard, manifest.tokenizer)
         if problems:
             raise UserError("\n".join(problems))
         with write_atomic(out / f"{name}_{Path(shard.name).stem}.npy") as file:

@@ -24,7 +24,8 @@ from pipelib.inspection.out_folder import make_out
 from pipelib.model.device import pick_device
 from pipelib.model.huggingface import import_model
 from pipelib.model.weights import weights_sha256
-from pipelib.tokens.shards import VALIDATION_SHARD
+from pipelib.tokens.shards import VALIDATION_SHARD, read_manifest
+from pipelib.vocabulary.choice import chosen_tokenizer
 from pipelib.workspace.places import HERE
 from pipelib.workspace.provenance import code_hashes
 
@@ -33,7 +34,7 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
     """Measure a model and its baselines on what the workspace has: the validation shard, the benchmarks, or one of them.
 
     Args:
-        folder: a GPT-2 as Hugging Face saves it.
+        folder: a model as Hugging Face saves it.
         out: where to write the report, its numbers and every item; None for nowhere.
 
     Returns:
@@ -42,30 +43,30 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
     Raises:
         UserError: there is no such model, a baseline or the data of a task is missing, or there is nothing to measure.
     """
-    tokens, benchmarks = HERE.tokens, HERE.benchmarks
-    data = Data(tokens if (tokens / VALIDATION_SHARD).is_file() else None, benchmarks)
+    tokens, benchmarks = HERE.tokens if (HERE.tokens / VALIDATION_SHARD).is_file() else None, HERE.benchmarks
+    data = Data(tokens, benchmarks, read_manifest(tokens).tokenizer if tokens else chosen_tokenizer())
     require_data(params, benchmarks)
     if not (data.tokens or data.completions or params.tasks):
         raise UserError(
-            f"there is no validation shard in {tokens}, no benchmark in {benchmarks} and no task, so there is nothing to "
+            f"there is no validation shard in {HERE.tokens}, no benchmark in {benchmarks} and no task, so there is nothing to "
             "measure; run dvc repro tokenize."
         )
-    find_baselines(params.baselines)  # before anything is computed
+    find_baselines(params.baselines, data.tokenizer)  # before anything is computed
     manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
-    model = import_model(folder).to(device)
+    model = import_model(folder, data.tokenizer).to(device)
     if out:
         make_out(out, empty=False)  # before what takes long
-    code = code_hashes("evaluate", {}, CHECKOUT)
+    code = code_hashes("evaluate", {"model.architecture": model.params.architecture}, CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(str(folder), model, params, data, Path(scratch) / "harness")
         others = measure_baselines(params, data, code, device, Path(scratch) / "harness")
     baselines = {name: other.result for name, other in others.items()}
-    samples = write_samples(model, params.sample_prompts, params.precision, seed=0) if out else []
+    samples = write_samples(model, data.tokenizer, params.sample_prompts, params.precision, seed=0) if out else []
     facts = {
         "model": f"`{folder}`",
         "weights": f"SHA-256 `{weights_sha256(folder)}`",
-        **describe_model(model.params),
+        **describe_model(model),
         **describe_environment(model, code),
     }
     if manifest:
@@ -74,7 +75,8 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
             "data source": describe_source(manifest.source),
         }
     source = manifest.source if manifest else {}
-    subject = Subject(measured.result, baselines, model.params.parameters, source, facts, samples, None)
+    parameters, vocab_size = model.params.parameters(model.vocab_size), model.vocab_size
+    subject = Subject(measured.result, baselines, parameters, vocab_size, source, facts, samples, None)
     if out:
         write_report(out, subject)
         write_items(out / "items.npz", measured.items)

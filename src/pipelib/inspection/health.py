@@ -290,10 +290,11 @@ def check_results() -> Iterator[Finding]:
 
 def check_params() -> Iterator[Finding]:
     """params.yaml, as strictly as the stages read it."""
+    from pipelib.vocabulary.choice import chosen_tokenizer
+
     params = _params()
-    yield Finding(
-        "ok", f"params.yaml is valid: {params.model.parameters:,} parameters, {params.train.max_steps:,} steps"
-    )
+    parameters = params.model.parameters(chosen_tokenizer().size)
+    yield Finding("ok", f"params.yaml is valid: {parameters:,} parameters, {params.train.max_steps:,} steps")
 
 
 def check_corpus() -> Iterator[Finding]:
@@ -306,12 +307,15 @@ def check_corpus() -> Iterator[Finding]:
 
 
 def check_vocabulary() -> Iterator[Finding]:
-    """GPT-2's vocabulary by its SHA-256, and that both tokenizers agree on strings where encoders go wrong."""
-    from pipelib.tokens.encoding import HARD_STRINGS, load_engine
+    """The vocabulary by its SHA-256, and that both engines agree on strings where encoders go wrong."""
+    from pipelib.vocabulary.choice import chosen_tokenizer
+    from pipelib.vocabulary.engines import HARD_STRINGS, load_engine
 
-    load_engine("gigatoken")  # refuses a wrong vocabulary, and an engine that differs from tiktoken
+    tokenizer = chosen_tokenizer()
+    load_engine("gigatoken", tokenizer)  # refuses a wrong vocabulary, and an engine that differs from tiktoken
     yield Finding(
-        "ok", f"GPT-2's, with the right SHA-256; gigatoken and tiktoken agree on {len(HARD_STRINGS)} hard strings"
+        "ok",
+        f"{tokenizer.title}'s, with the right SHA-256; gigatoken and tiktoken agree on {len(HARD_STRINGS)} hard strings",
     )
 
 

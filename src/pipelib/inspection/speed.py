@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipelib.model.decoder import build
 from pipelib.model.device import free_memory, pick_device
-from pipelib.model.gpt import GPT, initialise
-from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.params import Params
 from pipelib.training.batches import TensorBatch, tensors
 from pipelib.training.hardware import peak_of
@@ -17,6 +16,7 @@ from pipelib.training.memory import memory_of
 from pipelib.training.objectives import NextToken
 from pipelib.training.optim.optimizer import make_optimizer
 from pipelib.training.step import take_step
+from pipelib.vocabulary.choice import chosen_tokenizer
 
 SECONDS = 2.0
 """How long to measure, about, after warming up."""
@@ -40,18 +40,18 @@ class Speed:
 
 def measure_speed(params: Params, ranks: int) -> Speed:
     """Train this model on random tokens for a few seconds; where it is too big for that, guess from the peak."""
-    model, train = params.model, params.train
+    model, train, vocab_size = params.model, params.train, chosen_tokenizer().size
     device = pick_device(local_world_size=ranks)
     peak = peak_of(device, train.precision).flops
-    flops = model.flops_per_token(train.sequence_length)
+    flops = model.flops_per_token(vocab_size, train.sequence_length)
     guess = UTILISATION * peak / flops
     rows, length = _trial_size(params, guess)
-    if length < LEAST_TOKENS or memory_of(model, train, rows, length).total > 0.8 * free_memory(device):
+    if length < LEAST_TOKENS or memory_of(model, vocab_size, train, rows, length).total > 0.8 * free_memory(device):
         why = "would take too long" if length < LEAST_TOKENS else "would not fit in the memory that is free"
         how = f"a guess: one short step {why} here, so {UTILISATION:.0%} of a peak of {peak / 1e12:.3g} TFLOP/s is assumed"
         return Speed(guess, how)
-    micro_step, rest = _measure(params, device, rows, length)
-    micro_step *= flops / model.flops_per_token(length)  # shorter rows spend less on attention
+    micro_step, rest = _measure(params, vocab_size, device, rows, length)
+    micro_step *= flops / model.flops_per_token(vocab_size, length)  # shorter rows spend less on attention
     rank_tokens = train.global_batch_tokens / ranks
     seconds = micro_step * rank_tokens / (rows * length) + rest
     how = f"measured: real steps on {rows} x {length} random tokens" + (", not compiled" if train.compile else "")
@@ -66,16 +66,16 @@ def _trial_size(params: Params, tokens_per_second: float) -> tuple[int, int]:
     return rows, length
 
 
-def _measure(params: Params, device: torch.device, rows: int, length: int) -> tuple[float, float]:
+def _measure(params: Params, vocab_size: int, device: torch.device, rows: int, length: int) -> tuple[float, float]:
     """Seconds of one micro-step, and of the rest of an optimizer step, from steps of one and of `MANY` micro-steps."""
-    model = GPT(params.model)
-    initialise(model, params.train.seed)
+    model = build(params.model, vocab_size)
+    model.initialise(params.train.seed)
     model.activation_checkpointing = params.train.activation_checkpointing
     model.to(device)
     objective, optimizer = NextToken(model), make_optimizer(model, params.train)
 
     def seconds(micro_steps: int) -> float:
-        batches = _random_batches(micro_steps, rows, length, device)
+        batches = _random_batches(micro_steps, rows, length, vocab_size, device)
         started = time.perf_counter()
         loss = take_step(objective, objective, optimizer, batches, 0.0, params.train, World(0, 1, device)).loss
         loss.item()  # waits for the device
@@ -90,6 +90,6 @@ def _measure(params: Params, device: torch.device, rows: int, length: int) -> tu
     return micro_step, max(0.0, one - micro_step)
 
 
-def _random_batches(count: int, rows: int, length: int, device: torch.device) -> list[TensorBatch]:
-    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (count, rows, length + 1))
+def _random_batches(count: int, rows: int, length: int, vocab_size: int, device: torch.device) -> list[TensorBatch]:
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (count, rows, length + 1))
     return [tensors((batch[:, :-1], batch[:, 1:]), device) for batch in tokens]

@@ -1,1 +1,1 @@
-"""GPT-2: the network, its Hugging Face form, and text from it."""
+"""Models: what every family promises, the families, their Hugging Face form, and text from them."""

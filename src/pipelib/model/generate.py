@@ -1,24 +1,23 @@
 """Text from a model, token by token, with a random stream of its own: sampling changes nothing else that is random."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.model.gpt import GPT
+from pipelib.model.decoder import Decoder
 from pipelib.model.kv_cache import KVCache
-from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.schema import MAX_INT
 
 BATCH = 16
 """Texts that are written at a time; the keys and values of a context of GPT-2 124M are 75 MB a text in fp32."""
 
 
-@torch.no_grad()
 def generate(
-    model: GPT,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
@@ -28,13 +27,47 @@ def generate(
     seed: int = 0,
     stop_token_id: int | None = None,
 ) -> list[list[int]]:
-    """Continue prompts, several at a time.
+    """Continue prompts, several at a time; see `stream` for the arguments.
+
+    Returns:
+        The new token ids alone, for each prompt.
+
+    Raises:
+        UserError: as `stream` does.
+    """
+    texts: list[list[int]] = [[] for _ in prompts]
+    for row, token in stream(
+        model,
+        prompts,
+        new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_token_id=stop_token_id,
+    ):
+        texts[row].append(token)
+    return texts
+
+
+def stream(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_token_id: int | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Continue prompts, several at a time, and yield each token when it is drawn: (number of the prompt, token id).
 
     A token costs one position as long as its text fits the context. Beyond that the model sees the last
     `context_length` tokens: all their positions change with each token, so all are computed again.
 
     Args:
-        prompts: token ids of each, at least one; `<|endoftext|>` for a text from nothing.
+        prompts: token ids of each, at least one; the end token for a text from nothing.
         new_tokens: how many to add to each at most.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: draw among this many likeliest tokens only; None for all. The padding of the vocabulary is never drawn.
@@ -44,11 +77,9 @@ def generate(
             draw falls on another token.
         stop_token_id: end a text before this token.
 
-    Returns:
-        The new token ids alone, for each prompt.
-
     Raises:
-        UserError: an empty prompt, a temperature, top_k, top_p or seed that means nothing, or logits that are not numbers.
+        UserError: at once for an empty prompt, or a temperature, top_k, top_p or seed that means nothing; with the first token
+            for logits that are not numbers.
     """
     if not all(prompts):
         raise UserError("the prompt is empty, so there is nothing to go on from; give a word, or <|endoftext|> alone.")
@@ -63,6 +94,19 @@ def generate(
         raise UserError(
             f"seed {seed} does not fit torch's random streams, so no text could be drawn; use 0 to {MAX_INT}."
         )
+    draw = partial(_draw, vocab_size=model.vocab_size, temperature=temperature, top_k=top_k, top_p=top_p)
+    return _stream(model, prompts, new_tokens, draw, seed, stop_token_id)
+
+
+@torch.no_grad()
+def _stream(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    draw: Callable[[Tensor, torch.Generator], int],
+    seed: int,
+    stop_token_id: int | None,
+) -> Iterator[tuple[int, int]]:
     texts = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(texts))]
     for first in range(0, len(texts), BATCH):
@@ -73,45 +117,50 @@ def generate(
             if not writing:
                 break
             for number, logits in _next_logits(model, writing, cache).items():
-                token = _draw(logits, temperature, top_k, top_p, generators[number])
+                token = draw(logits, generators[number])
                 if token == stop_token_id:
                     del writing[number]
                 else:
                     texts[number].append(token)
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+                    yield number, token
 
 
-def _columns(model: GPT, lengths: Sequence[int], new_tokens: int) -> int:
+def _columns(model: Decoder, lengths: Sequence[int], new_tokens: int) -> int:
     """What the cache has to hold of texts of these lengths, until they end or outgrow the context."""
     context = model.params.context_length
     fitting = [length for length in lengths if length <= context]
     return min(max(fitting) + new_tokens, max(fitting) - min(fitting) + context) if fitting else 0
 
 
-def _next_logits(model: GPT, texts: dict[int, list[int]], cache: KVCache) -> dict[int, Tensor]:
-    """The logits of every text's next token, (PADDED_VOCAB_SIZE,) each, in fp32 on the CPU."""
+def _next_logits(model: Decoder, texts: dict[int, list[int]], cache: KVCache) -> dict[int, Tensor]:
+    """The logits of every text's next token, (padded vocab_size,) each, in fp32 on the CPU."""
     context = model.params.context_length
     short = {number: text for number, text in texts.items() if len(text) <= context}
     long = {number: text[-context:] for number, text in texts.items() if len(text) > context}
     hidden = [cache.last_hidden(short)] if short else []
     if long:
-        windows = torch.tensor(list(long.values()), device=model.wte.weight.device)
+        windows = torch.tensor(list(long.values()), device=model.device)
         hidden.append(model.hidden(windows)[:, -1])
     return dict(zip([*short, *long], model.logits(torch.cat(hidden)).float().cpu(), strict=True))
 
 
 def _draw(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    logits: Tensor,
+    generator: torch.Generator,
+    vocab_size: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
 ) -> int:
-    """One token id from the logits (PADDED_VOCAB_SIZE,), whose padding is minus infinity."""
-    if not logits[:VOCAB_SIZE].isfinite().all():
+    """One token id from the logits (padded vocab_size,), whose padding is minus infinity."""
+    if not logits[:vocab_size].isfinite().all():
         raise UserError(
             "the model's logits are infinite or not numbers, so no token can be drawn; its weights are damaged or its "
             "training diverged: use another model."
         )
     if temperature == 0:
         return int(logits.argmax())
-    values, token_ids = logits.topk(min(top_k or VOCAB_SIZE, VOCAB_SIZE))
+    values, token_ids = logits.topk(min(top_k or vocab_size, vocab_size))
     probabilities = ((values - values[0]) / temperature).softmax(dim=-1)
     if top_p is not None and top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together

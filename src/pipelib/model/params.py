@@ -1,61 +1,94 @@
-"""The shape of a GPT-2, and what it starts from."""
+"""What every family of models says of its parameters, and section `model` of params.yaml.
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+A family is two files of one name, which is also its `model_type` in config.json: `shapes/NAME.py`, its parameters and what
+follows from them by arithmetic, without torch; and `families/NAME.py`, its network. Both are loaded by that name, so that a new
+family changes nothing for those who use another one.
+"""
 
-from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
-from pipelib.schema import PositiveInt
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass
+from typing import Any, ClassVar
+
+from pipelib.model import shapes
+from pipelib.schema import Choice
+
+DEFAULT = "gpt2"
+"""The family of before there was a choice; see `decides`."""
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+"""OpenAI's four models, by their names in `download.models`."""
 
 
-@dataclass(frozen=True)
-class ModelParams:
-    """The shape, in GPT-2's own names."""
+class ModelParams(ABC):
+    """A model's parameters: a frozen dataclass of its family, with `architecture` and `context_length` among its fields."""
 
-    n_layer: PositiveInt
-    """Transformer blocks."""
-    n_head: PositiveInt
-    """Attention heads in a block."""
-    n_embd: PositiveInt
-    """Width of the residual stream."""
-    context_length: PositiveInt
-    """The most tokens the model can look at: rows of its position embedding."""
-
-    def problems(self) -> Iterator[str]:
-        """What does not go together."""
-        if self.n_embd % self.n_head:
-            yield (
-                f"n_embd: {self.n_embd} is not a multiple of n_head = {self.n_head}, so the heads would differ in width; "
-                f"the nearest that fits is {max(1, round(self.n_embd / self.n_head)) * self.n_head}."
-            )
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    title: ClassVar[str]
+    """The family's name for people: `GPT-2`."""
+    architecture: str
+    """The family's name: that of its files."""
+    context_length: int
+    """The most tokens the model can look at."""
 
     @property
-    def parameters(self) -> int:
-        """Trainable numbers, tied embeddings counted once, padding left out: 124,439,808 for GPT-2 124M."""
-        block = 12 * self.n_embd**2 + 13 * self.n_embd
-        return (VOCAB_SIZE + self.context_length) * self.n_embd + self.n_layer * block + 2 * self.n_embd
+    @abstractmethod
+    def description(self) -> str:
+        """The shape, for people: `12 layers, 12 heads, ...`."""
 
-    def flops_per_token(self, sequence_length: int) -> int:
-        """Floating-point operations that training needs for one token, forward and backward.
+    @abstractmethod
+    def parameters(self, vocab_size: int) -> int:
+        """Trainable numbers. Memory counts them for a vocabulary with its padding, everything else without."""
 
-        6 for every weight of a matrix product (the padded, tied head included; looked-up positions and biases not) and
-        12·n_layer·n_embd·T for attention (PaLM, appendix B): 854.7 million for GPT-2 124M at T = 1024.
+    @abstractmethod
+    def matrix_parameters(self, vocab_size: int) -> int:
+        """Numbers in matrices that tokens are multiplied with, the output layer's included: what bf16 keeps copies of."""
+
+    @abstractmethod
+    def flops_per_token(self, vocab_size: int, sequence_length: int) -> int:
+        """Floating-point operations that training needs for one token, forward and backward."""
+
+    @abstractmethod
+    def activation_bytes(self, bf16: bool, checkpointing: bool) -> int:
+        """Bytes that the layers keep of one token for the backward pass; with checkpointing their inputs, and one layer's all."""
+
+    def decides(self) -> dict[str, object]:
+        """The parameters as what decides a result.
+
+        The architecture is among them but for GPT-2's: earlier versions did not name it, and its results are theirs.
         """
-        matrices = 12 * self.n_layer * self.n_embd**2 + PADDED_VOCAB_SIZE * self.n_embd
-        return 6 * matrices + 12 * self.n_layer * self.n_embd * sequence_length
+        fields = asdict(self)
+        return {key: value for key, value in fields.items() if (key, value) != ("architecture", DEFAULT)}
 
-    def nanogpt_flops_per_token(self, sequence_length: int) -> int:
-        """The same as nanoGPT counts it: 6 for every parameter but the positions, of a padded vocabulary too, and 12·L·H·Q·T.
 
-        855.4 million for GPT-2 124M at T = 1024: biases and LayerNorms are the difference.
-        """
-        parameters = self.parameters + (PADDED_VOCAB_SIZE - VOCAB_SIZE - self.context_length) * self.n_embd
-        return 6 * parameters + 12 * self.n_layer * self.n_embd * sequence_length
+def known_families() -> list[str]:
+    """The names that `model.architecture` may have."""
+    return sorted(module.name for module in pkgutil.iter_modules(shapes.__path__))
+
+
+def family_params(name: str) -> type[ModelParams]:
+    """The dataclass of a family's parameters."""
+    found: type[ModelParams] = importlib.import_module(f"pipelib.model.shapes.{name}").PARAMS
+    return found
+
+
+def published_params(name: str) -> ModelParams:
+    """The parameters of one of `PUBLISHED`."""
+    published: Mapping[str, ModelParams] = importlib.import_module("pipelib.model.shapes.gpt2").PUBLISHED
+    return published[name]
+
+
+def _section(name: str) -> type:
+    section: type = importlib.import_module(f"pipelib.model.shapes.{name}").SECTION
+    return section
 
 
 @dataclass(frozen=True)
 class InitialisedModelParams(ModelParams):
-    """Section `model` of params.yaml: a shape, and the weights that training starts from."""
+    """Section `model` of params.yaml: the parameters of the family that `architecture` names, and what training starts from."""
 
+    choice: ClassVar[Choice] = Choice("architecture", known_families, _section)
     init_from: str
     """`scratch` for random weights; a name of `download.models`; or a Hugging Face folder, which has a slash in it."""
 
@@ -65,19 +98,11 @@ class InitialisedModelParams(ModelParams):
         return self.init_from != "scratch" and "/" not in self.init_from
 
     def difference(self, found: ModelParams) -> str:
-        """In what weights of the shape `found` do not fit this section, and what to write; empty where they do."""
-        names = [field.name for field in fields(ModelParams) if getattr(found, field.name) != getattr(self, field.name)]
+        """In what weights with the parameters `found` do not fit this section, and what to write; empty where they do."""
+        theirs, ours = asdict(found), asdict(self)
+        names = [name for name in theirs if theirs[name] != ours.get(name)]
         if not names:
             return ""
-        differs = ", ".join(f"{name} = {getattr(found, name)}, not {getattr(self, name)}" for name in names)
-        remedy = ", ".join(f"model.{name}: {getattr(found, name)}" for name in names)
+        differs = ", ".join(f"{name} = {theirs[name]}, not {ours.get(name)}" for name in names)
+        remedy = ", ".join(f"model.{name}: {theirs[name]}" for name in names)
         return f"{differs}, so its weights do not fit section model; write {remedy}, or model.init_from: scratch."
-
-
-PUBLISHED = {
-    "gpt2": ModelParams(n_layer=12, n_head=12, n_embd=768, context_length=1024),
-    "gpt2-medium": ModelParams(n_layer=24, n_head=16, n_embd=1024, context_length=1024),
-    "gpt2-large": ModelParams(n_layer=36, n_head=20, n_embd=1280, context_length=1024),
-    "gpt2-xl": ModelParams(n_layer=48, n_head=25, n_embd=1600, context_length=1024),
-}
-"""The shapes of OpenAI's four (Radford et al. 2019, table 2), by their names in `download.models`."""

@@ -1,5 +1,6 @@
-"""Whether the tokenizer that lies in a model's folder is GPT-2's: with another one the data's tokens would mean other text."""
+"""Whether a model's folder has the tokenizer that our data was made with: with another one its tokens would mean other text."""
 
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,27 +8,29 @@ from typing import Any
 
 from pipelib.errors import UserError
 from pipelib.files import read_json
-from pipelib.model.vocabulary import VOCAB_SIZE, vocabulary_file
 from pipelib.model.weights import restore
-
-RESIZE = (
-    "python -c 'import sys, transformers; model = transformers.GPT2LMHeadModel.from_pretrained(sys.argv[1]); "
-    f"model.resize_token_embeddings({VOCAB_SIZE}); model.save_pretrained(sys.argv[2])'"
-)
-"""The command that copies a model without the tokens that were added to GPT-2's; two folders come after it."""
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 
-def how_to_cut_off(folder: Path) -> str:
-    """The remedy for a model with more tokens than GPT-2."""
-    name = shlex.quote(str(folder))
+def resize_command(tokenizer: Tokenizer) -> str:
+    """The command that copies a model without the tokens that were added to a vocabulary; two folders come after it."""
     return (
-        f"if it is GPT-2's vocabulary with tokens added, `{RESIZE} {name} {name}-{VOCAB_SIZE}` makes a copy without them; "
-        "otherwise use another model."
+        "python -c 'import sys, transformers; model = transformers.GPT2LMHeadModel.from_pretrained(sys.argv[1]); "
+        f"model.resize_token_embeddings({tokenizer.size}); model.save_pretrained(sys.argv[2])'"
     )
 
 
-def require_gpt2s_tokens(folder: Path, rows: int) -> None:
-    """Refuse a folder whose tokenizer, where it has one, is not GPT-2's.
+def how_to_cut_off(folder: Path, tokenizer: Tokenizer) -> str:
+    """The remedy for a model with more tokens than the vocabulary."""
+    name, size = shlex.quote(str(folder)), tokenizer.size
+    return (
+        f"if it is {tokenizer.title}'s vocabulary with tokens added, `{resize_command(tokenizer)} {name} {name}-{size}` makes a "
+        "copy without them; otherwise use another model."
+    )
+
+
+def require_same_tokens(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
+    """Refuse a folder whose tokenizer, where it has one, is not ours.
 
     Args:
         rows: of the token embedding; tokens beyond them do not count.
@@ -38,21 +41,22 @@ def require_gpt2s_tokens(folder: Path, rows: int) -> None:
     ours: dict[str, int] = {}
     named: dict[int, str] = {}
     for path, vocabulary in _vocabularies(folder):
-        ours = ours or read_json(vocabulary_file("encoder.json"))
+        ours = ours or json.loads(tokenizer.files(0)["vocab.json"])
         differing = [token for token, number in ours.items() if vocabulary.get(token) != number]
         if differing:
             raise UserError(
-                f"{path} is not GPT-2's vocabulary ({len(differing):,} of {VOCAB_SIZE:,} tokens differ, {differing[0]!r} for "
-                "one), so the model would take the data's tokens for others; use a model with GPT-2's tokenizer."
+                f"{path} is not {tokenizer.title}'s vocabulary ({len(differing):,} of {tokenizer.size:,} tokens differ, "
+                f"{differing[0]!r} for one), so the model would take the data's tokens for others; use a model with "
+                f"{tokenizer.title}'s tokenizer."
             )
         named |= {number: token for token, number in vocabulary.items() if type(number) is int}
     named |= dict(_added(folder))
-    extra = sorted((number, token) for number, token in named.items() if VOCAB_SIZE <= number < rows)
+    extra = sorted((number, token) for number, token in named.items() if tokenizer.size <= number < rows)
     if extra:
         tokens = ", ".join(f"{token} = {number}" for number, token in extra[:5])
         raise UserError(
-            f"{folder} has {len(extra)} tokens that GPT-2 does not have ({tokens}), which are in no data of ours and would be "
-            f"left out; {how_to_cut_off(folder)}"
+            f"{folder} has {len(extra)} tokens that {tokenizer.title} does not have ({tokens}), which are in no data of ours and "
+            f"would be left out; {how_to_cut_off(folder, tokenizer)}"
         )
 
 

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from pipelib.errors import UserError
 from pipelib.files import read_json
-from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
 from pipelib.processes import available_cores
 from pipelib.progress import Progress
 from pipelib.tokens.shards import (
@@ -23,6 +22,7 @@ from pipelib.tokens.shards import (
     read_manifest,
     shard_problems,
 )
+from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.places import MANIFEST
 
 Counts = npt.NDArray[np.int64]
@@ -65,13 +65,14 @@ def check_shards(folder: Path) -> Report:
     """Check the manifest, every shard, the token counts, and that nothing else lies there."""
     try:
         manifest = read_manifest(folder)
+        tokenizer = manifest.tokenizer
     except UserError as error:
         what, _, _ = str(error).rpartition(";")  # its remedy may be to delete the file, which DVC would restore
         damaged = _read_manifest_file(folder) is None  # else it is another version's, and whole
         remedy = _REPAIR if damaged else "run dvc repro."
         text = f"{what}, so nothing says what the shards should be; {remedy}"
         return Report((Problem(folder / MANIFEST, text, damaged),), frozenset())
-    problems, good, counts = _check_shards(folder, manifest)
+    problems, good, counts = _check_shards(folder, manifest, tokenizer)
     problems += _manifest_problems(folder, manifest)
     problems += _count_problems(folder, counts)
     problems += _unexpected(folder, manifest)
@@ -81,15 +82,19 @@ def check_shards(folder: Path) -> Report:
 _REPAIR = "add --repair, then run dvc repro."
 
 
-def _check_shards(folder: Path, manifest: Manifest) -> tuple[list[Problem], set[Path], Counts | None]:
+def _check_shards(
+    folder: Path, manifest: Manifest, tokenizer: Tokenizer
+) -> tuple[list[Problem], set[Path], Counts | None]:
     """The shards' problems, the good shards, and the token counts of the training shards if all of them are good."""
     problems: list[Problem] = []
     good: set[Path] = set()
-    total: Counts | None = np.zeros(VOCAB_SIZE, np.int64)
+    total: Counts | None = np.zeros(tokenizer.size, np.int64)
     progress = Progress(f"verifying {folder}", sum(shard.tokens for shard in manifest.shards), "tokens")
     with ThreadPoolExecutor(available_cores()) as threads:
         for shard, (found, counts) in zip(
-            manifest.shards, threads.map(lambda shard: _check_shard(folder, shard), manifest.shards), strict=True
+            manifest.shards,
+            threads.map(lambda shard: _check_shard(folder, shard, tokenizer), manifest.shards),
+            strict=True,
         ):
             problems += [Problem(folder / shard.name, text) for text in found]
             if not found:
@@ -101,18 +106,19 @@ def _check_shards(folder: Path, manifest: Manifest) -> tuple[list[Problem], set[
     return problems, good, total
 
 
-def _check_shard(folder: Path, shard: Shard) -> tuple[list[str], Counts | None]:
+def _check_shard(folder: Path, shard: Shard, tokenizer: Tokenizer) -> tuple[list[str], Counts | None]:
     """What is wrong with a shard, and the counts of its tokens if nothing is."""
     path = folder / shard.name
     try:
-        problems = shard_problems(folder, shard)
+        problems = shard_problems(folder, shard, tokenizer)
         if problems:
             return problems, None
-        counts = count_tokens([open_shard(path)])
+        counts = count_tokens([open_shard(path)], tokenizer.size)
     except OSError as error:
         return [f"{path} cannot be read ({error}), so its tokens are lost; {_REPAIR}"], None
-    if counts[EOT_TOKEN_ID] != shard.documents:
-        text = f"{path} holds {counts[EOT_TOKEN_ID]} documents and the manifest says {shard.documents}"
+    documents = counts[tokenizer.end_token_id]
+    if documents != shard.documents:
+        text = f"{path} holds {documents} documents and the manifest says {shard.documents}"
         return [f"{text}, so one of the two is wrong; {_REPAIR}"], None
     return [], counts
 

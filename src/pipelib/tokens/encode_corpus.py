@@ -21,22 +21,22 @@ import numpy.typing as npt
 from pipelib.corpus.raw import RawFile, read_manifest, require_file
 from pipelib.errors import UserError
 from pipelib.files import require_free_space, write_atomic
-from pipelib.model.vocabulary import VOCAB_SIZE
 from pipelib.progress import Progress
 from pipelib.stage import Build
 from pipelib.tokens.dedup import find_duplicates
-from pipelib.tokens.encoding import VOCABULARY_SHA256, load_engine
 from pipelib.tokens.params import TokenizeParams
-from pipelib.tokens.shards import UNIGRAM_COUNTS, Counts, Manifest, Shard, Tokens, shard_name, write_shard
+from pipelib.tokens.shards import UNIGRAM_COUNTS, Counts, Manifest, Shard, shard_name, write_shard
 from pipelib.tokens.unit_file import UnitCounts, check_unit, read_documents, read_tokens
 from pipelib.tokens.unit_store import Share, unit_store
 from pipelib.tokens.units import Seconds, Unit, encode_unit, plan_units
 from pipelib.tokens.workers import Workers, worker_engine
+from pipelib.vocabulary.engines import load_engine
+from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
 from pipelib.workspace.places import Places
 
 
 def encode_corpus(
-    build: Build, raw: Path, params: TokenizeParams, benchmark_documents: int
+    build: Build, raw: Path, params: TokenizeParams, benchmark_documents: int, tokenizer: Tokenizer
 ) -> tuple[Mapping[str, object], Mapping[str, object]]:
     """Encode `raw/*.parquet` into `data/tokens`.
 
@@ -57,8 +57,8 @@ def encode_corpus(
     out = Places(build.outs).tokens
     started = time.monotonic()
     tasks = max(len(units), _text_bytes(units) // (4 * params.shard_tokens))
-    with unit_store(build.code) as store, Workers(tasks) as workers:
-        done = complete_units(raw, units, store, workers)
+    with unit_store(_makes_units(build.code, tokenizer)) as store, Workers(tasks, tokenizer) as workers:
+        done = complete_units(raw, units, store, workers, tokenizer)
         encoded = time.monotonic()
         total = add_up([unit.counts for unit in done])
         if not total.tokens:
@@ -67,16 +67,11 @@ def encode_corpus(
             )
         parts = distinct_parts(done) if params.dedup == "exact" else [Part(unit) for unit in done]
         require_training_data(parts, params.shard_tokens, benchmark_documents)
-        shards, counts = write_shards(out, parts, params.shard_tokens, workers)
+        shards, counts = write_shards(out, parts, params.shard_tokens, workers, tokenizer)
 
     dropped = sum(len(part.dropped) for part in parts)
     dedup = None if params.dedup == "none" else {"method": params.dedup, "dropped_documents": dropped}
-    manifest = Manifest(
-        {"name": "gpt2", "vocabulary_sha256": VOCABULARY_SHA256},
-        source.source,
-        tuple(shards),
-        dedup,
-    )
+    manifest = Manifest(tokenizer.encoding, source.source, tuple(shards), dedup)
     tokens = manifest.tokens("val") + manifest.tokens("train")
     with write_atomic(out / UNIGRAM_COUNTS) as file:
         np.save(file, counts)
@@ -114,16 +109,21 @@ def encode_corpus(
     return result, speed
 
 
-def encode_share(code: Mapping[str, str], raw: Path, share: Share) -> int:
+def encode_share(code: Mapping[str, str], raw: Path, share: Share, tokenizer: Tokenizer) -> int:
     """Encode one share of the corpus's units, for a run of the stage that finds them there; return their number.
 
     Raises:
         UserError: text that cannot be read, or another process that encodes the same share.
     """
     units = share.of(plan_units(raw, read_manifest(raw).files))
-    with unit_store(code, share) as store, Workers(len(units)) as workers:
-        complete_units(raw, units, store, workers)
+    with unit_store(_makes_units(code, tokenizer), share) as store, Workers(len(units), tokenizer) as workers:
+        complete_units(raw, units, store, workers, tokenizer)
     return len(units)
+
+
+def _makes_units(code: Mapping[str, str], tokenizer: Tokenizer) -> dict[str, str]:
+    """What decides the tokens of a text."""
+    return {**code, "vocabulary": tokenizer.fingerprint}
 
 
 # ---- Text to units ---------------------------------------------------------------------------------------------------
@@ -140,7 +140,9 @@ class DoneUnit:
     """Where the time of encoding it went; None if it was there before."""
 
 
-def complete_units(raw: Path, units: Sequence[Unit], store: Path, workers: Workers) -> list[DoneUnit]:
+def complete_units(
+    raw: Path, units: Sequence[Unit], store: Path, workers: Workers, tokenizer: Tokenizer
+) -> list[DoneUnit]:
     """Encode the units that are not there yet, or not whole, and return all, in order.
 
     Raises:
@@ -152,7 +154,7 @@ def complete_units(raw: Path, units: Sequence[Unit], store: Path, workers: Worke
     names = {unit.path.name for unit in missing}
     workers.each("verify", _require_file, [file for file in read_manifest(raw).files if file.name in names], raw)
     if missing:
-        load_engine(workers.engine)  # proves it here, where an error is one message, and not in every worker
+        load_engine(workers.engine, tokenizer)  # proves it here, where an error is one message, and not in every worker
     by = f"{workers.count} worker{'' if workers.count == 1 else 's'}"
     progress = Progress(f"encoding with {workers.engine}, {by}", _text_bytes(missing), "bytes")
     done = workers.each("units", _encode_unit, missing, store, done=lambda unit: progress.add(unit.text_bytes))
@@ -259,18 +261,18 @@ def distinct_parts(units: Sequence[DoneUnit]) -> list[Part]:
 
 
 def write_shards(
-    folder: Path, parts: Sequence[Part], shard_tokens: int, workers: Workers
+    folder: Path, parts: Sequence[Part], shard_tokens: int, workers: Workers, tokenizer: Tokenizer
 ) -> tuple[list[Shard], Counts]:
     """Cut the parts' tokens into shards of `shard_tokens`; the last one holds the rest, no token is dropped.
 
     Returns:
-        The shards in order, and how often each token occurs in the training shards (VOCAB_SIZE,).
+        The shards in order, and how often each token occurs in the training shards (vocab_size,).
     """
     cut = [(folder / shard_name(index), spans) for index, spans in enumerate(cut_parts(parts, shard_tokens))]
     progress = Progress("writing shards", len(cut), "shards")
-    done = workers.each("shards", _write_shard, cut, done=lambda _: progress.add(1))
+    done = workers.each("shards", _write_shard, cut, tokenizer, done=lambda _: progress.add(1))
     progress.close()
-    counts = [counts for _, counts in done[1:]] or [np.zeros(VOCAB_SIZE, np.int64)]
+    counts = [counts for _, counts in done[1:]] or [np.zeros(tokenizer.size, np.int64)]
     return [shard for shard, _ in done], np.sum(counts, axis=0)
 
 
@@ -296,10 +298,10 @@ def cut_parts(parts: Sequence[Part], tokens: int) -> Iterator[list[Span]]:
         yield run
 
 
-def _write_shard(task: tuple[Path, Sequence[Span]]) -> tuple[Shard, Counts]:
+def _write_shard(task: tuple[Path, Sequence[Span]], tokenizer: Tokenizer) -> tuple[Shard, Counts]:
     path, spans = task
     pieces = (piece for part, start, end in spans for piece in part.read(start, end))
-    return write_shard(path, sum(end - start for _, start, end in spans), pieces)
+    return write_shard(path, sum(end - start for _, start, end in spans), pieces, tokenizer)
 
 
 def require_training_data(parts: Sequence[Part], shard_tokens: int, benchmark_documents: int) -> None:

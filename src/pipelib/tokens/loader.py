@@ -16,7 +16,8 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipelib.tokens.shards import Manifest, Tokens, open_shard
+from pipelib.tokens.shards import Manifest, open_shard
+from pipelib.vocabulary.tokenizer import Tokens
 
 T = TypeVar("T")
 

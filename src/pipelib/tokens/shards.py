@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from pipelib.errors import UserError, how_to_repair
 from pipelib.files import format_json, read_json, sha256_file, write_atomic, write_text
-from pipelib.model.vocabulary import EOT_TOKEN_ID, VOCAB_SIZE
 from pipelib.processes import available_cores
+from pipelib.vocabulary.choice import find_tokenizer
+from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
 from pipelib.workspace.places import HERE, MANIFEST
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -26,7 +27,6 @@ VALIDATION_SHARD = "val_000000.bin"
 UNIGRAM_COUNTS = "unigram_counts.npy"
 _CHUNK = 1 << 20
 
-Tokens = npt.NDArray[np.uint16]
 Counts = npt.NDArray[np.int64]
 
 
@@ -53,6 +53,15 @@ class Manifest:
     shards: tuple[Shard, ...]
     dedup: dict[str, Any] | None = None
     """How duplicates were found, and how many documents were left out for it; None where none were sought."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What the tokens were made with.
+
+        Raises:
+            UserError: this code does not have it.
+        """
+        return find_tokenizer(self.encoding)
 
     @property
     def fingerprint(self) -> str:
@@ -112,14 +121,14 @@ def shard_name(index: int) -> str:
     return f"{'train' if index else 'val'}_{index:06d}.bin"
 
 
-def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens]) -> tuple[Shard, Counts]:
-    """Write one shard, and count how often each token occurs in it (VOCAB_SIZE,).
+def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens], tokenizer: Tokenizer) -> tuple[Shard, Counts]:
+    """Write one shard, and count how often each token occurs in it (vocab_size,).
 
     Args:
         tokens: how many there are.
-        pieces: the tokens in order, in arrays of any length; a document starts at each `<|endoftext|>`.
+        pieces: the tokens in order, in arrays of any length; a document starts at each end token.
     """
-    counts = np.zeros(VOCAB_SIZE, np.int64)
+    counts = np.zeros(tokenizer.size, np.int64)
     digest = hashlib.sha256(header(tokens))
     with write_atomic(path) as file:
         file.write(header(tokens))
@@ -127,10 +136,10 @@ def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens]) -> tuple[Shar
             data = piece.astype("<u2", copy=False).data
             file.write(data)
             digest.update(data)
-            counts += count_tokens([piece])
+            counts += count_tokens([piece], tokenizer.size)
         assert counts.sum() == tokens, f"{path} got {counts.sum()} tokens and was to get {tokens}"
     split = path.name.partition("_")[0]
-    return Shard(path.name, split, tokens, int(counts[EOT_TOKEN_ID]), digest.hexdigest()), counts
+    return Shard(path.name, split, tokens, int(counts[tokenizer.end_token_id]), digest.hexdigest()), counts
 
 
 def header(tokens: int) -> bytes:
@@ -169,7 +178,7 @@ def open_shard(path: Path) -> Tokens:
 _REPAIR = how_to_repair(str(HERE.tokens)) + "."
 
 
-def shard_problems(folder: Path, shard: Shard) -> list[str]:
+def shard_problems(folder: Path, shard: Shard, tokenizer: Tokenizer) -> list[str]:
     """What is wrong with one shard: its header, its length, its tokens, its hash. Empty where nothing is."""
     path = folder / shard.name
     try:
@@ -180,8 +189,8 @@ def shard_problems(folder: Path, shard: Shard) -> list[str]:
     if len(tokens) != shard.tokens:
         problems.append(f"{path} has {len(tokens)} tokens and the manifest says {shard.tokens}; {_REPAIR}")
     largest = max(int(tokens[start : start + _CHUNK].max()) for start in range(0, len(tokens), _CHUNK))
-    if largest >= VOCAB_SIZE:
-        problems.append(f"{path} holds the token {largest}, which GPT-2 does not have; {_REPAIR}")
+    if largest >= tokenizer.size:
+        problems.append(f"{path} holds the token {largest}, which {tokenizer.title} does not have; {_REPAIR}")
     actual = sha256_file(path)
     if actual != shard.sha256:
         problems.append(
@@ -196,17 +205,18 @@ def require_sound(folder: Path, manifest: Manifest) -> None:
     Raises:
         UserError: with every problem of every shard.
     """
+    tokenizer = manifest.tokenizer
     with ThreadPoolExecutor(available_cores(), "hash") as threads:  # hashing and numpy leave the interpreter to others
-        found = threads.map(lambda shard: shard_problems(folder, shard), manifest.shards)
+        found = threads.map(lambda shard: shard_problems(folder, shard, tokenizer), manifest.shards)
         problems = [problem for of_shard in found for problem in of_shard]
     if problems:
         raise UserError("\n".join(problems))
 
 
-def count_tokens(arrays: Iterable[Tokens]) -> Counts:
-    """How often each token of the vocabulary occurs (VOCAB_SIZE,)."""
-    counts = np.zeros(VOCAB_SIZE, np.int64)
+def count_tokens(arrays: Iterable[Tokens], vocab_size: int) -> Counts:
+    """How often each token of a vocabulary occurs (vocab_size,)."""
+    counts = np.zeros(vocab_size, np.int64)
     for tokens in arrays:
         for start in range(0, len(tokens), _CHUNK):  # bincount widens what it counts to 64 bits
-            counts += np.bincount(tokens[start : start + _CHUNK], minlength=VOCAB_SIZE)
+            counts += np.bincount(tokens[start : start + _CHUNK], minlength=vocab_size)
     return counts

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipelib.corpus.parquet import text_column
 from pipelib.corpus.raw import REPAIR, damaged
 from pipelib.errors import UserError
-from pipelib.tokens.encoding import Offsets, Texts
+from pipelib.vocabulary.engines import Offsets, Texts
 
 CHUNK_BYTES = 4 << 20
 """Text that is encoded at once, in bytes."""

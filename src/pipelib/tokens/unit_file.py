@@ -1,6 +1,6 @@
 """The file of an encoded unit: its tokens, and what is needed to leave documents out of them later.
 
-    tokens       uint16 each; every document is led by <|endoftext|>
+    tokens       uint16 each; every document is led by the end token
     lengths      uint32 a document: its tokens, <|endoftext|> included
     hashes       16 bytes a document: XXH3-128 of its text
     trailer      the counts, and XXH3-64 of everything else and of what the unit is
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from pipelib.files import write_atomic
-from pipelib.tokens.shards import Tokens
+from pipelib.vocabulary.tokenizer import Tokens
 
 _COUNTS = np.dtype(
     [("magic", "S8"), ("tokens", "<u8"), ("documents", "<u8"), ("empty_documents", "<u8"), ("text_bytes", "<u8")]

@@ -16,11 +16,10 @@ import xxhash
 
 from pipelib.corpus.parquet import open_parquet, text_column
 from pipelib.corpus.raw import REPAIR, RawFile, damaged
-from pipelib.model.vocabulary import EOT_TOKEN_ID
-from pipelib.tokens.encoding import Engine, Offsets, Texts, prove_equal
-from pipelib.tokens.shards import Tokens
 from pipelib.tokens.texts import chunks, read_texts
 from pipelib.tokens.unit_file import UnitCounts, write_unit
+from pipelib.vocabulary.engines import Engine, Offsets, Texts, assert_same_tokens
+from pipelib.vocabulary.tokenizer import Tokens
 
 UNIT_BYTES = 32 << 20
 """The most text of one unit, in bytes, unless a single row group has more."""
@@ -64,7 +63,7 @@ class Seconds:
     encode: float = 0.0
     """The engine alone."""
     join: float = 0.0
-    """<|endoftext|> put in, documents hashed, the engine compared with tiktoken."""
+    """End tokens put in, documents hashed, the engine compared with tiktoken."""
     write: float = 0.0
     """Checksum and write."""
 
@@ -118,14 +117,14 @@ def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, S
         for batch in read_texts(unit.path, unit.first_group, unit.end_group, unit.rows):
             clock.add("read")
             if not documents:
-                prove_equal(engine, _heads(batch))
+                assert_same_tokens(engine, _heads(batch))
             lengths = np.ones(len(batch), np.uint32)
             for chunk in chunks(batch):
                 clock.add("join")
                 tokens, offsets = engine.encode(chunk.texts)
                 clock.add("encode")
                 np.add.at(lengths, chunk.document, np.diff(offsets).astype(np.uint32))
-                joined = _lead_documents(tokens, offsets[:-1][chunk.leads])
+                joined = _lead_documents(tokens, offsets[:-1][chunk.leads], engine.tokenizer.end_token_id)
                 clock.add("join")
                 writer.add_tokens(joined)
                 clock.add("write")
@@ -155,14 +154,14 @@ def _heads(texts: Texts) -> Iterator[str]:
         yield texts.data[start : min(end, start + PROVED_BYTES)].tobytes().decode("utf-8", "ignore")
 
 
-def _lead_documents(tokens: Tokens, starts: Offsets) -> Tokens:
-    """The tokens with <|endoftext|> put in before each of the given places."""
+def _lead_documents(tokens: Tokens, starts: Offsets, end_token_id: int) -> Tokens:
+    """The tokens with the end token put in before each of the given places."""
     joined = np.empty(len(tokens) + len(starts), np.uint16)
     leads = starts + np.arange(len(starts))
     is_token = np.ones(len(joined), bool)
     is_token[leads] = False
     joined[is_token] = tokens
-    joined[leads] = EOT_TOKEN_ID
+    joined[leads] = end_token_id
     return joined
 
 

@@ -10,7 +10,8 @@ from typing import Any, Self, TypeVar
 
 from pipelib.pool import Pool
 from pipelib.processes import keep_freed_memory, peak_memory, worker_count
-from pipelib.tokens.encoding import Engine, load_engine
+from pipelib.vocabulary.engines import Engine, load_engine
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,7 +20,7 @@ Result = TypeVar("Result")
 class Workers:
     """A pool of processes, `$PIPELIB_WORKERS` or one for every core; `$PIPELIB_TOKENIZER` names their engine."""
 
-    def __init__(self, tasks: int) -> None:
+    def __init__(self, tasks: int, tokenizer: Tokenizer) -> None:
         """Args:
         tasks: how many there will be at most; more workers are not started.
         """
@@ -29,7 +30,7 @@ class Workers:
         """What the workers spent on each step, added up over them."""
         self.peak_memory = 0
         """The most memory that one of them held so far, in bytes."""
-        self._pool = Pool(self.count, _start, self.engine)
+        self._pool = Pool(self.count, _start, self.engine, tokenizer)
 
     def __enter__(self) -> Self:
         return self
@@ -74,16 +75,16 @@ def _timed(task: Callable[..., Result], *arguments: Any) -> tuple[Result, float,
     return result, time.perf_counter() - started, peak_memory()
 
 
-_name: str
+_engine: tuple[str, Tokenizer]
 
 
-def _start(name: str) -> None:
-    global _name
+def _start(name: str, tokenizer: Tokenizer) -> None:
+    global _engine
     keep_freed_memory()
-    _name = name
+    _engine = name, tokenizer
 
 
 @cache
 def worker_engine() -> Engine:
     """The tokenizer of the worker that calls this, loaded when it is first needed."""
-    return load_engine(_name)
+    return load_engine(*_engine)

@@ -64,11 +64,14 @@ def pipeline_page(
         fingerprint: of the tokens.
         params: all of them, flat.
     """
+    architecture = params.get("model.architecture", "gpt2")  # earlier runs do not name it
     shape = ", ".join(
-        f"{name} {params[f'model.{name}']}" for name in ("n_layer", "n_head", "n_embd") if f"model.{name}" in params
+        f"{key.removeprefix('model.')} {value}"
+        for key, value in params.items()
+        if key.startswith("model.") and key not in ("model.architecture", "model.context_length", "model.init_from")
     )
     rows = [f"| {name} | {metrics[key]:{form}} |" for key, name, form in HEADLINES if key in metrics]
-    parts = [f"A pass through the whole pipeline{f': GPT-2 with {shape}' if shape else ''}."]
+    parts = [f"A pass through the whole pipeline{f': {architecture} with {shape}' if shape else ''}."]
     if rows:
         parts.append("\n".join(("| what | value |", "|---|---|", *rows)))
     parts.append(

@@ -54,12 +54,13 @@ def build_trainer(
         UserError: no checkpoint, data or micro-batch fits the parameters.
     """
     state, spikes, hours = TrainState(), Spikes(params.spike), DeviceHours(world.world_size)
+    tokenizer, vocab_size = manifest.tokenizer, manifest.tokenizer.size
     set_determinism(params, world)
-    free = world.min(memory_per_rank(model_params, world.device, world.local_ranks))
-    identity = {"model": asdict(model_params), "train": _plain(asdict(params)), "data": manifest.fingerprint}
+    free = world.min(memory_per_rank(model_params, vocab_size, world.device, world.local_ranks))
+    identity = {"model": model_params.decides(), "train": _plain(asdict(params)), "data": manifest.fingerprint}
     checkpoints = Checkpoints(work / CHECKPOINTS, identity, spikes.rollback_depth)
-    with explain_out_of_memory(model_params, params, world.world_size, free):
-        model = initial_model(model_params, params.seed, initial)
+    with explain_out_of_memory(model_params, vocab_size, params, world.world_size, free):
+        model = initial_model(model_params, tokenizer, params.seed, initial)
         model.activation_checkpointing = params.activation_checkpointing
         model.to(world.device)
         optimizer = make_optimizer(model, params)
@@ -69,7 +70,9 @@ def build_trainer(
         checkpoints.load_latest(states, agree=world.from_rank_0)
         objective = NextToken(model)
         compiled: nn.Module = torch.compile(objective) if params.compile else objective  # type: ignore[assignment]
-        params = resolve_micro_batch_size(model_params, params, compiled, world, free, state.micro_batch_size)
+        params = resolve_micro_batch_size(
+            model_params, vocab_size, params, compiled, world, free, state.micro_batch_size
+        )
         network = world.wrap(compiled)
     loader, plan = make_loader(params, tokens, manifest, world)
     validation = Validation(params, tokens, world)
@@ -91,10 +94,10 @@ def build_trainer(
         checkpoints=checkpoints,
         guards=Guards(params, plan, spikes, checkpoints, world),
         validation=validation,
-        probes=(validation, HellaSwag(params, benchmarks, world), Samples(params, world)),
+        probes=(validation, HellaSwag(params, benchmarks, tokenizer, world), Samples(params, tokenizer, world)),
         log=log,
         stop=StopRequest(work if world.world_size > 1 else None),
-        explain_out_of_memory=partial(explain_out_of_memory, model_params, params, world.world_size, free),
+        explain_out_of_memory=partial(explain_out_of_memory, model_params, vocab_size, params, world.world_size, free),
     )
 
 

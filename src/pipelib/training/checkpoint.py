@@ -31,9 +31,10 @@ CHECKPOINTS = "checkpoints"
 """The folder of a training's checkpoints, in its state."""
 
 
-def checkpoint_bytes(model: ModelParams, train: TrainParams, checkpoint_every: int) -> int:
+def checkpoint_bytes(model: ModelParams, vocab_size: int, train: TrainParams, checkpoint_every: int) -> int:
     """The most bytes that a training's checkpoints take on disk at a time."""
-    return most_checkpoints(train.spike.batches if train.spike else 0, checkpoint_every) * checkpoint_copy(model)
+    most = most_checkpoints(train.spike.batches if train.spike else 0, checkpoint_every)
+    return most * checkpoint_copy(model, vocab_size)
 
 
 def most_checkpoints(reach: int, checkpoint_every: int) -> int:

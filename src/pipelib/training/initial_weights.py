@@ -2,16 +2,17 @@
 
 from pathlib import Path
 
-from pipelib.model.gpt import GPT, initialise
+from pipelib.model.decoder import Decoder, build
 from pipelib.model.huggingface import import_model
 from pipelib.model.params import ModelParams
 from pipelib.training.inputs import InitialWeights
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 
-def initial_model(params: ModelParams, seed: int, weights: InitialWeights) -> GPT:
+def initial_model(params: ModelParams, tokenizer: Tokenizer, seed: int, weights: InitialWeights) -> Decoder:
     """The model before its first step, in fp32 on the CPU; the same for every rank."""
     if weights.folder:
-        return import_model(Path(weights.folder), quiet=True).train()
-    model = GPT(params)
-    initialise(model, seed)
+        return import_model(Path(weights.folder), tokenizer, quiet=True).train()
+    model = build(params, tokenizer.size)
+    model.initialise(seed)
     return model

@@ -9,6 +9,8 @@ from pipelib.files import sha256_file
 from pipelib.model.params import InitialisedModelParams
 from pipelib.model.weights import MODELS, require_published, weights_sha256
 from pipelib.training.params import TrainParams
+from pipelib.vocabulary.choice import chosen_tokenizer
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 HELLASWAG = "hellaswag.jsonl"
 """The items' file in the folder of benchmarks."""
@@ -39,15 +41,18 @@ def find_initial_weights(model: InitialisedModelParams) -> InitialWeights:
     try:
         found = weights_sha256(folder)
     except UserError:
-        require_weights(model)  # says more of what is there instead
+        require_weights(model, chosen_tokenizer())  # says more of what is there instead
         raise
     if model.init_is_published:
         require_published(model.init_from, found)
     return InitialWeights(str(folder), found)
 
 
-def require_weights(model: InitialisedModelParams) -> str:
+def require_weights(model: InitialisedModelParams, tokenizer: Tokenizer) -> str:
     """Refuse weights that are not there or do not have the shape of section `model`; random ones always fit.
+
+    Args:
+        tokenizer: whose tokens they have to have.
 
     Returns:
         What of the folder is not used; empty where everything is.
@@ -60,7 +65,7 @@ def require_weights(model: InitialisedModelParams) -> str:
     from pipelib.model.huggingface import find_model
 
     try:
-        found = find_model(_folder_of(model))
+        found = find_model(_folder_of(model), tokenizer)
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
     if differing := model.difference(found.model.params):

@@ -13,7 +13,7 @@ from torch import nn
 
 from pipelib.errors import UserError, tell
 from pipelib.files import plural
-from pipelib.model.gpt import GPT
+from pipelib.model.decoder import Decoder
 from pipelib.processes import on_first_signal
 from pipelib.tokens.loader import BatchPlan, Loader
 from pipelib.training.batches import TensorBatch
@@ -43,7 +43,7 @@ class Trainer:
     schedule: Schedule
     world: World
 
-    model: GPT
+    model: Decoder
     objective: NextToken
     """The model, and what it is trained for."""
     network: nn.Module
@@ -69,7 +69,7 @@ class Trainer:
     stop: StopRequest
     explain_out_of_memory: Callable[[], AbstractContextManager[None]]
 
-    def run(self) -> GPT:
+    def run(self) -> Decoder:
         """Take the steps that are left, and return the model, on this rank's device.
 
         Raises:

@@ -10,8 +10,8 @@ from pipelib.errors import UserError
 from pipelib.files import format_bytes
 from pipelib.model.device import free_memory
 from pipelib.model.params import ModelParams
-from pipelib.model.vocabulary import PADDED_VOCAB_SIZE, VOCAB_SIZE
 from pipelib.training.params import TrainParams
+from pipelib.vocabulary.tokenizer import padded_size
 
 CHECKPOINT_BYTES = 12
 """Of one parameter: itself and Adam's two moments, in fp32."""
@@ -19,9 +19,9 @@ USABLE = 0.9
 """The share of free memory that an estimate may fill: the allocator and the kernels want the rest."""
 
 
-def padded_parameters(model: ModelParams) -> int:
+def padded_parameters(model: ModelParams, vocab_size: int) -> int:
     """Trainable numbers in memory and checkpoints: with the vocabulary's padding."""
-    return model.parameters + (PADDED_VOCAB_SIZE - VOCAB_SIZE) * model.n_embd
+    return model.parameters(padded_size(vocab_size))
 
 
 @dataclass(frozen=True)
@@ -45,45 +45,41 @@ class Memory:
         return self.weights + self.gradients + self.moments + self.copies + self.activations + self.logits
 
 
-def memory_of(model: ModelParams, train: TrainParams, rows: int, length: int) -> Memory:
+def memory_of(model: ModelParams, vocab_size: int, train: TrainParams, rows: int, length: int) -> Memory:
     """What `rows` rows of `length` tokens need at a time, without torch.compile, which saves less.
 
-    fp32: weights, gradients 4 bytes a parameter, moments 8. Each block saves, in units of n_embd numbers a token: the
-    inputs of two LayerNorms (2), their outputs (2), query, key and value (3), attention's output (1), the MLP before and
-    after GELU (8): 16 in all. In fp32 that is 64 bytes; in bf16 the LayerNorms' inputs stay fp32 and the rest has 2 bytes:
-    36. With `activation_checkpointing` a block saves its input in fp32, 4 bytes, and one block at a time the rest. The output
-    layer peaks in the backward pass, with the log-probabilities, their gradient and the logits' gradient
-    alive at once: 3 fp32 numbers for each of 50,304 logits a token.
+    Weights and gradients take 4 bytes a parameter, moments 8. What the layers keep for the backward pass is the family's to
+    say (`ModelParams.activation_bytes`). The output layer peaks in the backward pass, with the log-probabilities, their
+    gradient and the logits' gradient alive at once: 3 fp32 numbers for each logit of a token, the padding's included.
     """
-    tokens, parameters, bf16 = rows * length, padded_parameters(model), train.precision == "bf16"
-    of_block = 36 if bf16 else 64
-    of_blocks = 4 * model.n_layer + of_block if train.activation_checkpointing else of_block * model.n_layer
-    matrices = 12 * model.n_layer * model.n_embd**2 + PADDED_VOCAB_SIZE * model.n_embd
+    tokens, parameters, bf16 = rows * length, padded_parameters(model, vocab_size), train.precision == "bf16"
     return Memory(
         weights=4 * parameters,
         gradients=4 * parameters,
         moments=8 * parameters,
-        copies=2 * matrices if bf16 else 0,
-        activations=tokens * model.n_embd * of_blocks,
-        logits=tokens * PADDED_VOCAB_SIZE * 12,
+        copies=2 * model.matrix_parameters(vocab_size) if bf16 else 0,
+        activations=tokens * model.activation_bytes(bf16, train.activation_checkpointing),
+        logits=tokens * padded_size(vocab_size) * 12,
     )
 
 
-def checkpoint_copy(model: ModelParams) -> int:
+def checkpoint_copy(model: ModelParams, vocab_size: int) -> int:
     """Bytes of main memory for the copy of the state that a checkpoint is written from, on the first rank."""
-    return CHECKPOINT_BYTES * padded_parameters(model)
+    return CHECKPOINT_BYTES * padded_parameters(model, vocab_size)
 
 
-def memory_per_rank(model: ModelParams, device: torch.device, local_ranks: int) -> int:
+def memory_per_rank(model: ModelParams, vocab_size: int, device: torch.device, local_ranks: int) -> int:
     """Bytes that one of so many ranks on this machine has, before it holds anything: on a CPU an equal share of what the
     copy for checkpoints leaves.
     """
     if device.type == "cuda":
         return free_memory(device)
-    return max(0, free_memory(device) - checkpoint_copy(model)) // local_ranks
+    return max(0, free_memory(device) - checkpoint_copy(model, vocab_size)) // local_ranks
 
 
-def rows_that_fit(model: ModelParams, train: TrainParams, world_size: int, free: int, below: int = 0) -> int:
+def rows_that_fit(
+    model: ModelParams, vocab_size: int, train: TrainParams, world_size: int, free: int, below: int = 0
+) -> int:
     """The most rows of a micro-batch, a divisor of a rank's share of a step, that `free` bytes hold; 0 where none do.
 
     Args:
@@ -91,7 +87,8 @@ def rows_that_fit(model: ModelParams, train: TrainParams, world_size: int, free:
         below: look at smaller ones only.
     """
     share = train.rows_per_step // world_size
-    return next((rows for rows in divisors(share, below or share + 1) if _fits(model, train, rows, free)), 0)
+    smaller = divisors(share, below or share + 1)
+    return next((rows for rows in smaller if _fits(model, vocab_size, train, rows, free)), 0)
 
 
 def divisors(share: int, below: int) -> list[int]:
@@ -99,12 +96,14 @@ def divisors(share: int, below: int) -> list[int]:
     return [rows for rows in range(min(share, below - 1), 0, -1) if share % rows == 0]
 
 
-def _fits(model: ModelParams, train: TrainParams, rows: int, free: int) -> bool:
-    return memory_of(model, train, rows, train.sequence_length).total <= USABLE * free
+def _fits(model: ModelParams, vocab_size: int, train: TrainParams, rows: int, free: int) -> bool:
+    return memory_of(model, vocab_size, train, rows, train.sequence_length).total <= USABLE * free
 
 
 @contextmanager
-def explain_out_of_memory(model: ModelParams, train: TrainParams, world_size: int, free: int) -> Iterator[None]:
+def explain_out_of_memory(
+    model: ModelParams, vocab_size: int, train: TrainParams, world_size: int, free: int
+) -> Iterator[None]:
     """Have running out of memory in this block say which micro-batch would fit.
 
     Args:
@@ -119,7 +118,7 @@ def explain_out_of_memory(model: ModelParams, train: TrainParams, world_size: in
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(_what_would_fit(model, train, world_size, free, error)) from None
+        raise UserError(_what_would_fit(model, vocab_size, train, world_size, free, error)) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -131,15 +130,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _what_would_fit(
-    model: ModelParams, train: TrainParams, world_size: int, free: int, error: MemoryError | RuntimeError
+    model: ModelParams,
+    vocab_size: int,
+    train: TrainParams,
+    world_size: int,
+    free: int,
+    error: MemoryError | RuntimeError,
 ) -> str:
     rows = 1 if train.micro_batch_size == "auto" else train.micro_batch_rows(world_size)
-    need = format_bytes(memory_of(model, train, rows, train.sequence_length).total)
+    need = format_bytes(memory_of(model, vocab_size, train, rows, train.sequence_length).total)
     said = (str(error).splitlines() or [""])[0][:200]
-    fit = rows_that_fit(model, train, world_size, free, below=rows)
+    fit = rows_that_fit(model, vocab_size, train, world_size, free, below=rows)
     checkpointing = "" if train.activation_checkpointing else "; train.activation_checkpointing: true needs less too"
     if fit:
-        less = format_bytes(memory_of(model, train, fit, train.sequence_length).total)
+        less = format_bytes(memory_of(model, vocab_size, train, fit, train.sequence_length).total)
         remedy = f"train.micro_batch_size: {fit} would fit, with about {less}{checkpointing}."
     else:
         remedy = f"no smaller micro-batch would fit: lower train.sequence_length or the model's size{checkpointing}."

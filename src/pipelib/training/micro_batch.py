@@ -12,7 +12,13 @@ from pipelib.training.params import TrainParams
 
 
 def resolve_micro_batch_size(
-    model: ModelParams, params: TrainParams, network: nn.Module, world: World, free: int, earlier: int
+    model: ModelParams,
+    vocab_size: int,
+    params: TrainParams,
+    network: nn.Module,
+    world: World,
+    free: int,
+    earlier: int,
 ) -> TrainParams:
     """The parameters with a number for `micro_batch_size: auto`, the same on every rank; as they are where it is a number.
 
@@ -28,8 +34,9 @@ def resolve_micro_batch_size(
     share = params.rows_per_step // world.world_size
     if earlier:
         return replace(params, micro_batch_size=divisors(share, earlier + 1)[0])
-    rows = rows_that_fit(model, params, world.world_size, free) or 1
-    while world.runs_ahead and rows > 1 and not world.min(_fits(model, params, network, world, rows)):
+    rows = rows_that_fit(model, vocab_size, params, world.world_size, free) or 1
+    moments = 8 * padded_parameters(model, vocab_size)
+    while world.runs_ahead and rows > 1 and not world.min(_fits(moments, params, network, world, rows)):
         rows = divisors(share, rows)[0]
         _forget_compiled(params)  # else the next size is compiled for any size
     _forget_compiled(params)  # it was compiled without what DDP adds
@@ -41,10 +48,10 @@ def _forget_compiled(params: TrainParams) -> None:
         torch._dynamo.reset()
 
 
-def _fits(model: ModelParams, params: TrainParams, network: nn.Module, world: World, rows: int) -> bool:
-    """Whether a forward and a backward pass run, with the memory taken that AdamW's moments will need."""
+def _fits(moments: int, params: TrainParams, network: nn.Module, world: World, rows: int) -> bool:
+    """Whether a forward and a backward pass run, with the bytes taken that AdamW's moments will need."""
     try:
-        _moments = torch.empty(8 * padded_parameters(model), dtype=torch.uint8, device=world.device)
+        _moments = torch.empty(moments, dtype=torch.uint8, device=world.device)
         warmup_backward(network, rows, params.sequence_length, params.precision, world.device)
     except torch.OutOfMemoryError:
         return False

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelib.model.gpt import GPT
+from pipelib.model.decoder import Decoder
 from pipelib.training.launch.distributed import World
 
 
 class NextToken(nn.Module):
     """Predict every token from those before it. This is the module that is compiled and shared among ranks."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: Decoder) -> None:
         super().__init__()
         self.model = model
 

@@ -12,8 +12,7 @@ from pipelib.evaluation.benchmark_items import Item, read_items
 from pipelib.evaluation.hellaswag import Scores, score
 from pipelib.evaluation.loss import Loss, summed_loss
 from pipelib.evaluation.samples import write_samples
-from pipelib.model.gpt import GPT
-from pipelib.tokens.encoding import tiktoken_encoding
+from pipelib.model.decoder import Decoder
 from pipelib.tokens.loader import validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD
 from pipelib.training.inputs import HELLASWAG
@@ -22,6 +21,7 @@ from pipelib.training.params import TrainParams
 from pipelib.training.schedule import SAMPLE, SCORE, VALIDATE
 from pipelib.training.state import TrainState
 from pipelib.training.training_log import TrainingLog
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 
 class Probe(Protocol):
@@ -30,7 +30,7 @@ class Probe(Protocol):
     due: str
     """When: see `Schedule`."""
 
-    def run(self, model: GPT, state: TrainState, log: TrainingLog) -> None:
+    def run(self, model: Decoder, state: TrainState, log: TrainingLog) -> None:
         """Measure now. All ranks call it."""
 
 
@@ -48,7 +48,7 @@ class Validation:
         measured, loss = self._last
         return loss if measured == step else None
 
-    def run(self, model: GPT, state: TrainState, log: TrainingLog) -> None:
+    def run(self, model: Decoder, state: TrainState, log: TrainingLog) -> None:
         """See `Probe`."""
         with log.pause():
             gc.collect()
@@ -56,7 +56,7 @@ class Validation:
             log.validated(state, loss)
         self._last = (state.step, loss.mean)
 
-    def measure(self, model: GPT) -> Loss:
+    def measure(self, model: Decoder) -> Loss:
         """The loss, the same on every rank."""
         params, world = self._params, self._world
         rows = params.micro_batch_rows(1)
@@ -72,19 +72,19 @@ class HellaSwag:
 
     due = SCORE
 
-    def __init__(self, params: TrainParams, benchmarks: Path, world: World) -> None:
-        self._params, self._benchmarks, self._world = params, benchmarks, world
+    def __init__(self, params: TrainParams, benchmarks: Path, tokenizer: Tokenizer, world: World) -> None:
+        self._params, self._benchmarks, self._tokenizer, self._world = params, benchmarks, tokenizer, world
 
     @cached_property
     def _items(self) -> list[Item]:
-        return read_items(self._benchmarks / HELLASWAG, tiktoken_encoding())
+        return read_items(self._benchmarks / HELLASWAG, self._tokenizer)
 
-    def run(self, model: GPT, state: TrainState, log: TrainingLog) -> None:
+    def run(self, model: Decoder, state: TrainState, log: TrainingLog) -> None:
         """See `Probe`."""
         with log.pause():
             log.scored(state, self.measure(model))
 
-    def measure(self, model: GPT) -> Scores:
+    def measure(self, model: Decoder) -> Scores:
         """The model's losses on all items, shared among the ranks; the same on every rank."""
         params, world = self._params, self._world
         mine = slice(world.rank, None, world.world_size)
@@ -102,13 +102,13 @@ class Samples:
 
     due = SAMPLE
 
-    def __init__(self, params: TrainParams, world: World) -> None:
-        self._params, self._world = params, world
+    def __init__(self, params: TrainParams, tokenizer: Tokenizer, world: World) -> None:
+        self._params, self._tokenizer, self._world = params, tokenizer, world
 
-    def run(self, model: GPT, state: TrainState, log: TrainingLog) -> None:
+    def run(self, model: Decoder, state: TrainState, log: TrainingLog) -> None:
         """See `Probe`."""
         if self._world.is_main:
+            params = self._params
             with log.pause():
-                log.sampled(
-                    state, write_samples(model, self._params.sample_prompts, self._params.precision, self._params.seed)
-                )
+                texts = write_samples(model, self._tokenizer, params.sample_prompts, params.precision, params.seed)
+                log.sampled(state, texts)

@@ -174,7 +174,7 @@ class StatePlaces:
 
     @property
     def vocabulary(self) -> Path:
-        """GPT-2's vocabulary as the tokenizers read it."""
+        """Vocabularies as the fast engine reads them."""
         return self.root / "vocabulary"
 
     @property

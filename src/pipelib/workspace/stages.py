@@ -27,6 +27,8 @@ class Stage:
     chosen one is loaded, by its name, and only the chosen one counts."""
 
 
+_FAMILY = ("src/pipelib/model/families/${model.architecture}.py", "src/pipelib/model/shapes/${model.architecture}.py")
+
 STAGES = {
     stage.name: stage
     for stage in (
@@ -54,6 +56,7 @@ STAGES = {
             dataset="data/tokens",
             sections=("model", "train"),
             packages=("numpy", "safetensors", "tiktoken", "torch"),
+            chosen=_FAMILY,
         ),
         Stage(
             "evaluate",
@@ -71,6 +74,7 @@ STAGES = {
                 "torch",
                 "transformers",
             ),
+            chosen=_FAMILY,
         ),
     )
 }

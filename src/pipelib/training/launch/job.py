@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json, write_text
-from pipelib.model.gpt import GPT
+from pipelib.model.decoder import Decoder
 from pipelib.model.huggingface import export_model, readme
 from pipelib.model.params import InitialisedModelParams
 from pipelib.schema import parse
@@ -80,17 +80,17 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
     if not world.is_main:
         build(log=NullLog()).run()
         return
-    flops = job.model.flops_per_token(job.train.sequence_length)
+    flops = job.model.flops_per_token(manifest.tokenizer.size, job.train.sequence_length)
     log = MainLog(
         work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
     )
     trainer = build(log=log)
     model = trainer.run()
     export(job, manifest, model, log, work / "outs")
-    write_json(work / RESULT, {"result": _result(job, log), "speed": _speed(trainer, log)})
+    write_json(work / RESULT, {"result": _result(job, manifest, log), "speed": _speed(trainer, log)})
 
 
-def export(job: Job, manifest: Manifest, model: GPT, log: MainLog, outs: Path) -> None:
+def export(job: Job, manifest: Manifest, model: Decoder, log: MainLog, outs: Path) -> None:
     """Write models/, curves/, and the speed of each logged run of steps."""
     recipe = {
         "data fingerprint": manifest.fingerprint,
@@ -104,20 +104,20 @@ def export(job: Job, manifest: Manifest, model: GPT, log: MainLog, outs: Path) -
     if job.resumed_with_other_code:
         recipe["resumed with other code"] = True
     places = Places(outs)
-    export_model(model, places.model, readme(job.model, recipe))
+    export_model(model, manifest.tokenizer, places.model, readme(job.model, manifest.tokenizer.size, recipe))
     for curve in log.curves:
         write_text(places.curves / curve.path.name, curve.path.read_text(encoding="utf-8"))
     write_text(places.speed("train", "csv"), log.speed.path.read_text(encoding="utf-8"))
 
 
-def _result(job: Job, log: MainLog) -> dict[str, object]:
+def _result(job: Job, manifest: Manifest, log: MainLog) -> dict[str, object]:
     last = log.train.last()
     return {
         "val_loss": round(log.validation.last()["loss"], 6),
         "train_loss": round(last["loss"], 6),
         "steps": int(last["step"]),
         "tokens": int(last["tokens"]),
-        "parameters": job.model.parameters,
+        "parameters": job.model.parameters(manifest.tokenizer.size),
     }
 
 

@@ -43,13 +43,13 @@ def launch(
     Raises:
         UserError: the data and parameters do not go together, or the training said what went wrong.
     """
-    if note := require_weights(model):
+    manifest = read_manifest(tokens)
+    if note := require_weights(model, manifest.tokenizer):
         tell(f"train: {note}", error=True)
     machines = find_machines()
-    manifest = read_manifest(tokens)
     check_plan(train, manifest, machines.world_size)
     require_sound(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
-    needed = checkpoint_bytes(model, train, cadence.checkpoint_every)
+    needed = checkpoint_bytes(model, manifest.tokenizer.size, train, cadence.checkpoint_every)
     have = sum(path.stat().st_size for path in files_under(build.work / CHECKPOINTS))  # of a training that resumes
     require_free_space(build.work, needed - have, "training, with its checkpoints,")
     job = Job(

