@@ -145,7 +145,7 @@ class Timed(nn.Module):
         self.network, self.clock = network, clock
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """See `GPT`."""
+        """See `NextToken`."""
         self.clock.end_of("data")
         loss: Tensor = self.network(inputs, targets)
         self.clock.end_of("forward")

@@ -26,6 +26,7 @@ from pipelib.schema import read_yaml
 from pipelib.tokens.shards import Manifest
 from pipelib.training import memory
 from pipelib.training.memory import memory_of, padded_parameters
+from pipelib.training.objectives import NextToken
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 PRESET = {
@@ -268,7 +269,7 @@ def saved_bytes(params: Params, rows: int, length: int) -> int:
     inputs = torch.zeros(rows, length, dtype=torch.long)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, autocast(torch.device("cpu"), params.train.precision):
-        model(inputs, inputs)
+        NextToken(model)(inputs, inputs)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

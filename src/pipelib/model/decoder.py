@@ -93,11 +93,6 @@ class Decoder(nn.Module, ABC):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.logits(hidden.float())
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy in nats of predicting `targets` (B, T) from `inputs` (B, T), a scalar."""
-        logits = self.logits(self.hidden(inputs).flatten(0, 1))  # (B·T, padded vocab_size)
-        return F.cross_entropy(logits.float(), targets.flatten())
-
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy in nats of every target, (B, T), by `exact_logits`, `LOGIT_ROWS` positions at a time."""
         hidden, wanted = self.hidden(inputs).flatten(0, 1), targets.flatten()

@@ -1,6 +1,6 @@
 """Keys and values of a batch of texts, kept, so that one more token costs one position and not all of them again.
 
-Texts may join and leave between any two tokens. Training does not use this: `Decoder.forward` keeps its causal kernel and its
+Texts may join and leave between any two tokens. Training does not use this: it keeps `causal`, with its kernel and its
 static shapes.
 """
 
