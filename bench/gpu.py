@@ -39,7 +39,7 @@ from pipelib.training.checkpoint import Checkpoints
 from pipelib.training.hardware import Peak
 from pipelib.training.launch.distributed import World, join_world
 from pipelib.training.objectives import NextToken
-from pipelib.training.optim.optimizer import make_optimizer
+from pipelib.training.optimizer import make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog

@@ -27,12 +27,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.evaluation.harness import language_model
 from pipelib.evaluation.params import TASKS, EvaluateParams
+from pipelib.model.decoder import build
 from pipelib.model.device import pick_device
-from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model, import_model
-from pipelib.model.shapes.gpt2 import PUBLISHED
+from pipelib.model.params import published_params
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
@@ -44,11 +45,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["HF_DATASETS_CACHE"] = scratch
         folder = Path(arguments.model)
-        if arguments.model in PUBLISHED:
+        if arguments.model in PUBLISHED_MODELS:
             folder = Path(scratch) / "model"
-            fresh = GPT2(PUBLISHED[arguments.model], GPT2_TOKENIZER.size)
+            fresh = build(published_params(arguments.model), GPT2_TOKENIZER.size)
             fresh.initialise(0)
-            export_model(fresh, GPT2_TOKENIZER, folder, "")
+            export_model(fresh, GPT2_TOKENIZER, folder, {})
         model = import_model(folder, GPT2_TOKENIZER).to(device)
         params = EvaluateParams("fp32", 1, tuple(arguments.tasks), arguments.limit, (), ())
         models = {"hf": hugging_faces_model(folder, arguments.batch_size, device)}

@@ -23,12 +23,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.evaluation.benchmark_items import Item, read_items
 from pipelib.evaluation.hellaswag import score
+from pipelib.model.decoder import Decoder, build
 from pipelib.model.device import autocast, pick_device
-from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import import_model
-from pipelib.model.shapes.gpt2 import PUBLISHED
+from pipelib.model.params import published_params
 from pipelib.processes import peak_memory
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -74,10 +75,10 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def load_model(name: str, device: torch.device) -> GPT2:
+def load_model(name: str, device: torch.device) -> Decoder:
     """A published shape with random weights, or a model from a folder."""
-    if name in PUBLISHED:
-        model = GPT2(PUBLISHED[name], GPT2_TOKENIZER.size)
+    if name in PUBLISHED_MODELS:
+        model = build(published_params(name), GPT2_TOKENIZER.size)
         model.initialise(0)
     else:
         model = import_model(Path(name), GPT2_TOKENIZER)
@@ -94,16 +95,16 @@ def made_up_items(count: int) -> list[Item]:
     return [Item(tokens(20, 100), tuple(tokens(5, 45) for _ in range(4)), 0, number) for number in range(count)]
 
 
-def ours(model: GPT2, items: Sequence[Item], batch_tokens: int, precision: str) -> Predictions:
+def ours(model: Decoder, items: Sequence[Item], batch_tokens: int, precision: str) -> Predictions:
     """As the pipeline does it."""
     scores = score(model, items, batch_tokens, precision)
     return list(zip(scores.sums.argmin(axis=1).tolist(), scores.means.argmin(axis=1).tolist(), strict=True))
 
 
 @torch.no_grad()
-def plain(model: GPT2, items: Sequence[Item], precision: str) -> Predictions:
+def plain(model: Decoder, items: Sequence[Item], precision: str) -> Predictions:
     """One item a forward pass."""
-    device = model.wte.weight.device
+    device = model.device
     predictions = []
     for item in items:
         rows = [[*item.context, *ending][-model.params.context_length - 1 :] for ending in item.endings]
@@ -121,10 +122,10 @@ def plain(model: GPT2, items: Sequence[Item], precision: str) -> Predictions:
     return predictions
 
 
-def flops(model: GPT2, items: Sequence[Item]) -> dict[str, float]:
+def flops(model: Decoder, items: Sequence[Item]) -> dict[str, float]:
     """The operations that either way cannot do without: 2 for each weight of a matrix product, attention left out."""
-    trunk = 2 * 12 * model.params.n_layer * model.params.n_embd**2
-    head = 2 * GPT2_TOKENIZER.padded_size * model.params.n_embd
+    head = 2 * model.head.numel()
+    trunk = 2 * model.params.matrix_parameters(model.vocab_size) - head
     alone = sum(len(item.context) + len(ending) - 1 for item in items for ending in item.endings)
     shared = sum(len(item.context) + sum(len(ending) - 1 for ending in item.endings) for item in items)
     wanted = sum(1 + sum(len(ending) - 1 for ending in item.endings) for item in items)
@@ -134,7 +135,7 @@ def flops(model: GPT2, items: Sequence[Item]) -> dict[str, float]:
 def report(
     arguments: argparse.Namespace,
     device: torch.device,
-    model: GPT2,
+    model: Decoder,
     items: Sequence[Item],
     seconds: dict[str, list[float]],
     found: dict[str, Predictions],

@@ -21,7 +21,7 @@ from pipelib.training.batches import TensorBatch, make_loader
 from pipelib.training.determinism import set_determinism
 from pipelib.training.launch.distributed import World
 from pipelib.training.objectives import NextToken
-from pipelib.training.optim.optimizer import make_optimizer
+from pipelib.training.optimizer import make_optimizer
 from pipelib.training.step import StepResult, take_step
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 

@@ -10,7 +10,6 @@ if not __package__:
     )
 
 import argparse
-from dataclasses import asdict
 
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import Params, load_params
@@ -55,7 +54,7 @@ def inputs(params: Params, initial: InitialWeights) -> dict[str, object]:
     """Everything that decides the result."""
     return {
         "model": params.model.decides(),
-        "train": asdict(params.train),
+        "train": params.train.decides(),
         "initial weights": initial.sha256,
         "data": read_manifest(TOKENS).fingerprint,
         **require_hellaswag(params.train, BENCHMARKS),

@@ -26,7 +26,8 @@ PARAMS: dict[str, dict[str, Any]] = {
     "model": {"architecture": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32, "init_from": "scratch"},
     "train": {
         "seed": 1, "max_tokens": 2048, "max_epochs": 1.0, "global_batch_tokens": 256, "sequence_length": 32,
-        "micro_batch_size": 4, "max_lr": 3e-3, "min_lr": 1e-6, "warmup_steps": 2, "weight_decay": 0.1, "beta1": 0.9,
+        "micro_batch_size": 4, "optimizer": "adamw",
+        "max_lr": 3e-3, "min_lr": 1e-6, "warmup_steps": 2, "weight_decay": 0.1, "beta1": 0.9,
         "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False,
         "activation_checkpointing": False, "deterministic": True, "spike": None, "hellaswag_every": None,
         "validate_every": 4, "validate_tokens": 512, "sample_every": 8, "sample_prompts": ["The"],

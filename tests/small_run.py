@@ -22,6 +22,7 @@ from small_corpus import write_shards
 
 import pipelib
 from pipelib.files import files_under
+from pipelib.model.decoder import Decoder
 from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.schema import read_yaml
@@ -32,6 +33,7 @@ from pipelib.training.hardware import Peak
 from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights
 from pipelib.training.launch.distributed import World
 from pipelib.training.loop import Trainer
+from pipelib.training.objectives import NextToken, Objective
 from pipelib.training.params import TrainParams
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
@@ -41,7 +43,8 @@ CHECKOUT = Path(pipelib.__file__).absolute().parents[2]
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16}
 TRAIN = {
     "seed": 7, "max_tokens": 2560, "max_epochs": 1e6, "global_batch_tokens": 64, "sequence_length": 16,
-    "micro_batch_size": 2, "max_lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "weight_decay": 0.1, "beta1": 0.9,
+    "micro_batch_size": 2, "optimizer": "adamw",
+    "max_lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "weight_decay": 0.1, "beta1": 0.9,
     "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False, "deterministic": True,
     "activation_checkpointing": False, "spike": None, "hellaswag_every": None,
     "validate_every": 10, "validate_tokens": 64, "sample_every": 20, "sample_prompts": ["The"],
@@ -106,6 +109,7 @@ def small_trainer(
     checkpoint_every: int = 10**6,
     log_every: int = 10**6,
     initial: InitialWeights = RANDOM_WEIGHTS,
+    objective_of: Callable[[Decoder], Objective] = NextToken,
 ) -> Trainer:
     """A training in this process, on `folder/tokens` and in `folder/work`; curves and checkpoints are in the latter."""
     manifest = read_manifest(folder / "tokens")
@@ -114,8 +118,9 @@ def small_trainer(
     log = MainLog(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
     cadence = Cadence(log_every, checkpoint_every)
     return build_trainer(
-        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, log, initial, folder
-    )
+        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, log, initial, folder,
+        objective_of,
+    )  # fmt: skip
 
 
 def train_small(folder: Path, params: TrainParams, **options: Any) -> GPT2:

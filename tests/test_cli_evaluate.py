@@ -31,8 +31,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_params(folder)
     write_tokens(folder / "data/tokens", 2048)
     write_lines(folder / "data/benchmarks/completion.jsonl", completion_rows(6))
-    export_model(random_model(model_params(context_length=24)), GPT2_TOKENIZER, folder / "mine", "")
-    export_model(random_model(model_params(), 2), GPT2_TOKENIZER, folder / "yours", "")
+    export_model(random_model(model_params(context_length=24)), GPT2_TOKENIZER, folder / "mine", {})
+    export_model(random_model(model_params(), 2), GPT2_TOKENIZER, folder / "yours", {})
     return folder
 
 
@@ -115,7 +115,7 @@ def test_weights_that_are_lost_are_refused(capsys: pytest.CaptureFixture[str]) -
     lost = random_model(model_params(context_length=24))
     with torch.no_grad():
         lost.ln_f.bias.fill_(math.nan)
-    export_model(lost, GPT2_TOKENIZER, Path("mine"), "")
+    export_model(lost, GPT2_TOKENIZER, Path("mine"), {})
     assert "ln_f.bias has 16 numbers of 16 that are infinite or not numbers" in refuses(
         capsys, "--model", "mine", "--out", "out"
     )

@@ -136,7 +136,7 @@ def test_a_check_finds_wrong_parameters_before_a_stage_does(capsys: pytest.Captu
 def make_model(folder: str, **changes: int) -> GPT2Params:
     """A small model in a Hugging Face folder, without its tokenizer."""
     shape = GPT2Params(**{"n_layer": 1, "n_head": 1, "n_embd": 4, "context_length": 128, **changes})
-    export_model(random_model(shape), GPT2_TOKENIZER, Path(folder), "")
+    export_model(random_model(shape), GPT2_TOKENIZER, Path(folder), {})
     (Path(folder) / "vocab.json").unlink()
     return shape
 

@@ -16,7 +16,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     gpt = GPT2(GPT2Params(n_layer=1, n_head=2, n_embd=16, context_length=16), GPT2_TOKENIZER.size)
     gpt.initialise(0)
-    export_model(gpt, GPT2_TOKENIZER, folder, "# A test\n")
+    export_model(gpt, GPT2_TOKENIZER, folder, {})
     return folder
 
 

@@ -4,18 +4,20 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipelib.corpus.baselines import BASELINES, Baseline, write_baselines
+from pipelib.corpus.baselines import write_baselines
 from pipelib.corpus.hub_lists import HubPin
-from pipelib.corpus.params import Baseline as BaselineName
+from pipelib.corpus.hub_transfer import HubRepo
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.model.huggingface import import_model
+from pipelib.model.params import published_params
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
@@ -30,15 +32,14 @@ def test_the_manifest_is_there_even_if_no_model_is_named(tmp_path: Path) -> None
     assert (tmp_path / "models/manifest.json").read_text() == "{}\n"
 
 
-def test_every_name_of_the_parameter_is_a_pinned_repository() -> None:
-    assert set(BASELINES) == set(get_args(BaselineName))
-    for name, baseline in BASELINES.items():
-        assert baseline.pin.repo.name == f"openai-community/{name}"
-        assert len(baseline.pin.repo.revision) == 40
-        assert baseline.pin.sha256 is None or len(baseline.pin.sha256) == 64
-        width = baseline.n_embd
-        parameters = (50257 + 1024) * width + baseline.n_layer * (12 * width**2 + 13 * width) + 2 * width
-        assert parameters == {768: 124439808, 1024: 354823168, 1280: 774030080, 1600: 1557611200}[width]
+def test_every_published_model_is_pinned_and_as_large_as_its_title_says() -> None:
+    sizes = {"GPT-2 124M": 124439808, "GPT-2 350M": 354823168, "GPT-2 774M": 774030080, "GPT-2 1558M": 1557611200}
+    assert {model.title for model in PUBLISHED_MODELS.values()} == set(sizes)
+    for name, model in PUBLISHED_MODELS.items():
+        assert model.repo == f"openai-community/{name}"
+        assert len(model.revision) == 40
+        assert model.sha256 is None or len(model.sha256) == 64
+        assert published_params(name).parameters(GPT2_TOKENIZER.size) == sizes[model.title]
 
 
 def test_weights_are_linked_and_the_model_code_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,12 +47,13 @@ def test_weights_are_linked_and_the_model_code_takes_them(tmp_path: Path, monkey
     stored = tmp_path / "model.safetensors"
     # as Hugging Face published them: without the prefix and the tied head
     save_file(published.transformer.state_dict(), stored, metadata={"format": "pt"})
-    pin = HubPin(BASELINES["gpt2"].pin.repo, "model.safetensors", None)
-    monkeypatch.setitem(BASELINES, "gpt2", Baseline(pin, n_layer=2, n_head=2, n_embd=32))
+    shape = {**PUBLISHED_MODELS["gpt2"].shape, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    monkeypatch.setitem(PUBLISHED_MODELS, "gpt2", replace(PUBLISHED_MODELS["gpt2"], shape=shape))
 
     @contextmanager
     def fetch(wanted: HubPin) -> Iterator[Path]:
-        assert wanted is pin
+        gpt2 = PUBLISHED_MODELS["gpt2"]
+        assert wanted == HubPin(HubRepo(gpt2.repo, gpt2.revision, "model"), "model.safetensors", gpt2.sha256)
         yield stored
 
     manifest = write_baselines(["gpt2"], tmp_path / "models", fetch)

@@ -328,7 +328,7 @@ def test_an_experiment_with_another_learning_rate_trains_with_that_number(clone:
     states = [json.loads(path.read_bytes()) for path in (clone.root / ".pipelib/train").glob("*/meta.json")]
     rates_of_states = {state["inputs"]["train"]["max_lr"] for state in states}
     assert rates_of_states == {PARAMS["train"]["max_lr"], 6e-5}
-    rates = [float(row["lr"]) for row in csv.DictReader(io.StringIO(clone.text("curves/train.csv")))]
+    rates = [float(row["learning_rate"]) for row in csv.DictReader(io.StringIO(clone.text("curves/train.csv")))]
     assert max(rates) == pytest.approx(6e-5)
 
 

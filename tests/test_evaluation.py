@@ -103,7 +103,7 @@ def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT2) -> None:
     from transformers import GPT2LMHeadModel
 
     write_tokens(tmp_path, count=4003)
-    export_model(model, GPT2_TOKENIZER, tmp_path / "model", "")
+    export_model(model, GPT2_TOKENIZER, tmp_path / "model", {})
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
     tokens = torch.from_numpy(open_shard(tmp_path / VALIDATION_SHARD).astype(np.int64))
     nats = 0.0

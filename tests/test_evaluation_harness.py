@@ -156,7 +156,7 @@ def test_scores_are_those_of_the_harness_own_model(
     write_lines(elsewhere / "heldout.jsonl", [{"text": words(chance, 2, 90)} for _ in range(6)])
     for name, rows in hub_rows(12).items():
         write_lines(elsewhere / f"{name}.jsonl", rows)
-    export_model(model, GPT2_TOKENIZER, tmp_path / "model", "")
+    export_model(model, GPT2_TOKENIZER, tmp_path / "model", {})
     tasks = ("completion", "heldout", *TASKS)
     ours = run_tasks(model, GPT2_TOKENIZER, replace(PARAMS, tasks=tasks), elsewhere, tmp_path / "scratch")
     (tmp_path / "data").mkdir()
@@ -203,7 +203,7 @@ def test_scores_on_real_data_are_those_of_the_harness_own_model(
     monkeypatch.chdir(tmp_path)
     for name, rows in real_rows(real_data(), 60).items():
         write_lines(tmp_path / f"data/benchmarks/{name}.jsonl", rows)
-    export_model(wide, GPT2_TOKENIZER, tmp_path / "model", "")
+    export_model(wide, GPT2_TOKENIZER, tmp_path / "model", {})
     tasks = ("hellaswag", "piqa", "arc_easy", "lambada_openai", "wikitext")
     ours = run_tasks(
         wide, GPT2_TOKENIZER, replace(PARAMS, batch_tokens=2048, tasks=tasks), BENCHMARKS, tmp_path / "scratch"

@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     write_tokens(folder / "tokens", 2048)
     model = train_small(folder, train_params(max_tokens=640))
-    export_model(model, GPT2_TOKENIZER, folder / "models", "")
+    export_model(model, GPT2_TOKENIZER, folder / "models", {})
     (folder / "curves").mkdir()
     for name in ("train.csv", "validation.csv", "samples.csv"):
         shutil.copy(folder / "work" / name, folder / "curves")
@@ -172,8 +172,8 @@ def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateP
     """A published model as download leaves it, and a folder of the user's; the state is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
-    export_model(random_model(model_params(), 2), GPT2_TOKENIZER, Path("data/models/gpt2"), "")
-    export_model(random_model(model_params(n_embd=32, context_length=24), 3), GPT2_TOKENIZER, Path("other"), "")
+    export_model(random_model(model_params(), 2), GPT2_TOKENIZER, Path("data/models/gpt2"), {})
+    export_model(random_model(model_params(n_embd=32, context_length=24), 3), GPT2_TOKENIZER, Path("other"), {})
     write_json(
         Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
     )
@@ -232,7 +232,7 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     write_lines(folder / "benchmarks/completion.jsonl", completion_rows(6))
     run_evaluation(folder, tmp_path / "items", params)
     run_evaluation(folder, tmp_path / "batch", replace(params, batch_tokens=64))
-    export_model(random_model(model_params(), 5), GPT2_TOKENIZER, Path("data/models/gpt2"), "")
+    export_model(random_model(model_params(), 5), GPT2_TOKENIZER, Path("data/models/gpt2"), {})
     write_json(
         Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
     )
@@ -259,7 +259,7 @@ def test_a_baseline_that_is_not_there_is_refused(name: str, words: str) -> None:
 def test_weights_that_are_not_those_of_the_manifest_are_refused(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams
 ) -> None:
-    export_model(random_model(model_params(), 9), GPT2_TOKENIZER, Path("data/models/gpt2"), "")
+    export_model(random_model(model_params(), 9), GPT2_TOKENIZER, Path("data/models/gpt2"), {})
     with pytest.raises(UserError, match="cannot be trusted"):
         run_evaluation(trained, tmp_path / "outs", with_baselines)
     assert files_under(tmp_path / "outs") == []
@@ -276,7 +276,7 @@ def test_weights_that_are_lost_are_an_error_and_no_score(trained: Path, tmp_path
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1e30)  # finite, so that it can be loaded; its logits are not
-    export_model(model, GPT2_TOKENIZER, folder / "models", "")
+    export_model(model, GPT2_TOKENIZER, folder / "models", {})
     with pytest.raises(UserError, match="weights are lost"):
         run_evaluation(folder, tmp_path / "outs")
     assert files_under(tmp_path / "outs") == []
@@ -299,5 +299,5 @@ def test_every_file_that_is_read_decides_the_evaluation(trained: Path, with_base
         (trained / name).write_bytes(kept)
     assert evaluation_inputs(PARAMS, *folders(trained)) == before
     of_baselines = evaluation_inputs(with_baselines, *folders(trained))
-    export_model(random_model(model_params(), 7), GPT2_TOKENIZER, Path("other"), "")
+    export_model(random_model(model_params(), 7), GPT2_TOKENIZER, Path("other"), {})
     assert evaluation_inputs(with_baselines, *folders(trained)) != of_baselines

@@ -55,7 +55,7 @@ def small() -> GPT2:
 @pytest.fixture(scope="module")
 def exported(small: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    export_model(small, GPT2_TOKENIZER, folder, "# A model\n")
+    export_model(small, GPT2_TOKENIZER, folder, {})
     return folder
 
 
@@ -67,7 +67,7 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(size: str, tmp_
     from transformers import GPT2LMHeadModel
 
     ours = random_model(SIZES[size])
-    export_model(ours, GPT2_TOKENIZER, tmp_path, "")
+    export_model(ours, GPT2_TOKENIZER, tmp_path, {})
     theirs, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report  # no tensor was missing, unexpected or misshapen
     inputs = random_tokens(2, 32)
@@ -118,7 +118,7 @@ def test_the_exported_tokenizer_gives_tiktokens_ids(exported: Path) -> None:
 
 
 def test_equal_weights_export_to_equal_bytes(exported: Path, tmp_path: Path) -> None:
-    export_model(random_model(model_params()), GPT2_TOKENIZER, tmp_path, "# A model\n")
+    export_model(random_model(model_params()), GPT2_TOKENIZER, tmp_path, {})
     names = [path.relative_to(exported) for path in files_under(exported)]
     assert names == [path.relative_to(tmp_path) for path in files_under(tmp_path)]
     assert [name for name in names if (exported / name).read_bytes() != (tmp_path / name).read_bytes()] == []
@@ -319,7 +319,7 @@ PROMPTS = [random_tokens(1, 40)[0, :length].tolist() for length in (9, 1, 23, 4)
 def test_greedy_texts_of_a_batch_are_those_of_transformers_padded_left_and_alone(wide: GPT2, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
-    export_model(wide, GPT2_TOKENIZER, tmp_path, "")
+    export_model(wide, GPT2_TOKENIZER, tmp_path, {})
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

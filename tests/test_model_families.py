@@ -146,7 +146,7 @@ def test_benchmarks_are_scored_as_one_ending_at_a_time(family: str, tmp_path: Pa
 @FAMILIES
 def test_a_model_comes_back_from_its_folder(family: str, tmp_path: Path) -> None:
     model = model_of(family)
-    export_model(model, GPT2_TOKENIZER, tmp_path, "")
+    export_model(model, GPT2_TOKENIZER, tmp_path, {})
     assert read_json(tmp_path / CONFIG)["model_type"] == family
     back = import_model(tmp_path, GPT2_TOKENIZER)
     assert (type(back), back.params) == (type(model), model.params)
@@ -164,7 +164,7 @@ def test_weights_of_another_family_do_not_fit(tmp_path: Path) -> None:
     assert section.difference(params_of("toy")) == ""
     said = section.difference(params_of("gpt2"))
     assert said.startswith("architecture = gpt2, not toy, n_layer = 2, not None")
-    export_model(model_of("toy"), GPT2_TOKENIZER, tmp_path, "")
+    export_model(model_of("toy"), GPT2_TOKENIZER, tmp_path, {})
     (tmp_path / CONFIG).write_text(json.dumps({**read_json(tmp_path / CONFIG), "model_type": "gpt2"}))
     with pytest.raises(UserError, match="does not describe a GPT-2"):
         import_model(tmp_path, GPT2_TOKENIZER)

@@ -38,7 +38,7 @@ def model() -> GPT2:
 def exported(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without its tokenizer's files, which take longest to read."""
     folder = tmp_path_factory.mktemp("model")
-    export_model(model, GPT2_TOKENIZER, folder, "")
+    export_model(model, GPT2_TOKENIZER, folder, {})
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / name).unlink()
     return folder
@@ -285,10 +285,10 @@ def write_tokenizer(folder: Path, name: str, more: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
 def test_another_tokenizer_is_refused_though_it_has_as_many_tokens(model: GPT2, tmp_path: Path, name: str) -> None:
-    export_model(model, GPT2_TOKENIZER, tmp_path / "good", "")
+    export_model(model, GPT2_TOKENIZER, tmp_path / "good", {})
     write_tokenizer(tmp_path / "good", name, {})
     assert same(import_model(tmp_path / "good", GPT2_TOKENIZER), model)
-    export_model(model, GPT2_TOKENIZER, tmp_path / "other", "")
+    export_model(model, GPT2_TOKENIZER, tmp_path / "other", {})
     write_tokenizer(tmp_path / "other", name, {"Ġthe": 11, ",": 262})
     refused(tmp_path / "other", f"{name} is not GPT-2's vocabulary (2 of 50,257 tokens differ, ',' for one)")
 
@@ -300,7 +300,7 @@ def test_tokens_that_were_added_are_named(folder: Path, model: GPT2, where: str)
     if where == "added_tokens.json":
         write_json(folder / where, {"<|im_start|>": 50257, "[PAD]": 50258})
     else:
-        export_model(model, GPT2_TOKENIZER, folder.parent / "whole", "")
+        export_model(model, GPT2_TOKENIZER, folder.parent / "whole", {})
         shutil.copy(folder.parent / "whole/vocab.json", folder)
         write_tokenizer(folder, where, {"<|im_start|>": 50257, "[PAD]": 50258})
     refused(

@@ -57,10 +57,10 @@ from pipelib.training.launch import launch as launch_module
 from pipelib.training.launch.distributed import World
 from pipelib.training.launch.launch import join, launch
 from pipelib.training.launch.machines import find_machines, process_count
+from pipelib.training.learning_rate import learning_rate_at
 from pipelib.training.memory import checkpoint_copy
 from pipelib.training.objectives import NextToken
-from pipelib.training.optim.optimizer import Optimizer, make_optimizer
-from pipelib.training.optim.schedule import learning_rate_at
+from pipelib.training.optimizer import Optimizer, make_optimizer
 from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.schedule import Cadence
 from pipelib.training.state import DeviceHours, TrainState

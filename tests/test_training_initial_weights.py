@@ -2,7 +2,6 @@
 
 import csv
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from small_corpus import make_texts, write_jsonl
 from small_project import PARAMS, Project, write_params
 from small_run import model_params, one_thread, random_model, train_params, train_small, write_tokens  # noqa: F401
 
-from pipelib.corpus.baselines import BASELINES
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_json
 from pipelib.model.huggingface import WEIGHTS, export_model
-from pipelib.model.shapes.gpt2 import PUBLISHED, GPT2Section
+from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.params import load_params
 from pipelib.schema import ParamsError
 from pipelib.training.initial_weights import initial_model
@@ -35,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model in ./mine and the same one as download's gpt2."""
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "data/models/gpt2"):
-        export_model(random_model(model_params()), GPT2_TOKENIZER, tmp_path / name, "")
+        export_model(random_model(model_params()), GPT2_TOKENIZER, tmp_path / name, {})
     digest = sha256_file(tmp_path / "data/models/gpt2" / WEIGHTS)
     write_json(tmp_path / "data/models/manifest.json", {"gpt2": {"sha256": digest}})
     return tmp_path
@@ -60,7 +59,7 @@ def test_from_scratch_nothing_has_to_be_there(tmp_path: Path, monkeypatch: pytes
 def test_a_checkpoint_wins_over_the_initial_weights(here: Path) -> None:
     write_tokens(here / "tokens")
     first = train_small(here, train_params(), shape=section("./mine"), initial=find_initial_weights(section("./mine")))
-    export_model(random_model(model_params(), seed=2), GPT2_TOKENIZER, here / "mine", "")
+    export_model(random_model(model_params(), seed=2), GPT2_TOKENIZER, here / "mine", {})
     again = train_small(here, train_params(), shape=section("./mine"), initial=find_initial_weights(section("./mine")))
     assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
 
@@ -80,7 +79,7 @@ def test_what_does_not_fit_is_refused_with_what_to_write() -> None:
 
 
 def test_published_weights_are_those_that_download_verified(here: Path) -> None:
-    export_model(random_model(model_params(), seed=2), GPT2_TOKENIZER, here / "data/models/gpt2", "")
+    export_model(random_model(model_params(), seed=2), GPT2_TOKENIZER, here / "data/models/gpt2", {})
     with pytest.raises(
         UserError, match=r"is not the file that data/models/manifest.json names.*verify data/models --repair"
     ):
@@ -109,11 +108,8 @@ def test_parameters_that_name_no_weights_are_refused(tmp_path: Path, changes: di
 
 
 def test_parameters_that_name_published_weights_are_good(tmp_path: Path) -> None:
-    assert PUBLISHED.keys() == BASELINES.keys()
-    for name, shape in PUBLISHED.items():
-        baseline = BASELINES[name]
-        assert (shape.n_layer, shape.n_head, shape.n_embd) == (baseline.n_layer, baseline.n_head, baseline.n_embd)
-        model = {f"model__{key}": value for key, value in asdict(shape).items()}
+    for name, published in PUBLISHED_MODELS.items():
+        model = {f"model__{key}": value for key, value in published.shape.items()}
         write_params(tmp_path, **model, model__init_from=name, download__models=[name], evaluate__batch_tokens=1024)
         assert load_params(tmp_path / "params.yaml").model.init_from == name
 
@@ -123,7 +119,7 @@ def test_parameters_that_name_published_weights_are_good(tmp_path: Path) -> None
 
 def validation(project: Project) -> list[float]:
     with (project.root / "curves/validation.csv").open(newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+        return [float(row["val_loss"]) for row in csv.DictReader(file)]
 
 
 def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def convert(path: Path, folder: Path) -> list[str]:
         raise UserError(f"{path} is not a checkpoint of a GPT-2, so it was not converted: {' '.join(problems)}")
     model = GPT2(params, GPT2_TOKENIZER.size)
     model.load_state_dict(our_tensors(path, content.get("model"), model.state_dict()))
-    export_model(model, GPT2_TOKENIZER, folder, f"# A GPT-2\n\nConverted from {path.name}.\n")
+    export_model(model, GPT2_TOKENIZER, folder, {"converted_from": path.name})
     shape = ", ".join(f"{name}: {value}" for name, value in vars(params).items())
     gelu = "nanoGPT's GELU is exact and GPT-2's an approximation, so the logits differ a little from nanoGPT's"
     return [

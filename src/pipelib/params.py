@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelib.corpus.params import DownloadParams
-from pipelib.evaluation.params import BASELINES, EvaluateParams, benchmark_of, is_folder, known_tasks
-from pipelib.model.params import PUBLISHED, InitialisedModelParams, published_params
+from pipelib.corpus.published_models import PUBLISHED_MODELS
+from pipelib.evaluation.params import EvaluateParams, benchmark_of, is_folder, known_tasks
+from pipelib.model.params import InitialisedModelParams, published_params
 from pipelib.schema import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.tokens.params import TokenizeParams
 from pipelib.training.params import TrainParams
@@ -66,7 +67,7 @@ class Params:
                     f"evaluate.baselines: {name} is what train makes, so the model would be compared with itself; drop it, or "
                     "name a copy of an earlier one."
                 )
-            if name in BASELINES and name not in self.download.models:
+            if name in PUBLISHED_MODELS and name not in self.download.models:
                 yield (
                     f"evaluate.baselines: {name} is not in download.models, so there would be no weights to measure; add it "
                     "there, or drop it here."
@@ -87,12 +88,12 @@ class Params:
     def _problems_of_initial_weights(self) -> Iterator[str]:
         """What is wrong with `model.init_from`, as far as parameters alone say it; the train stage looks at folders."""
         name = self.model.init_from
-        if self.model.init_is_published and name not in PUBLISHED:
-            near = difflib.get_close_matches(name, ["scratch", *PUBLISHED], n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; write ./{name} if it is one."
+        if self.model.init_is_published and name not in PUBLISHED_MODELS:
+            near = difflib.get_close_matches(name, ["scratch", *PUBLISHED_MODELS], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"write ./{name} if it is one."
             yield (
-                f"model.init_from: {name!r} is neither scratch nor one of {', '.join(PUBLISHED)}, and a folder is written with "
-                f"a slash{hint}"
+                f"model.init_from: {name!r} is neither scratch nor one of {', '.join(PUBLISHED_MODELS)}, and a folder is "
+                f"written with a slash; {hint}"
             )
         elif self.model.init_is_published:
             if name not in self.download.models:

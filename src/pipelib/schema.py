@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -48,14 +48,32 @@ class Bounds:
     def problem(self, value: float) -> str | None:
         """What is wrong with `value`, or None."""
         if isinstance(value, float) and not math.isfinite(value):  # a whole number may be too large for a float
-            return "is not a finite number"
+            return "is not a finite number."
         if value <= self.above:
-            return f"must be greater than {self.above:g}"
+            return f"must be greater than {self.above:g}."
         if value < self.least:
-            return f"must be at least {self.least:g}"
+            return f"must be at least {self.least:g}."
         if value > self.most:
-            return f"must be at most {self.most if isinstance(self.most, int) else f'{self.most:g}'}"
+            return f"must be at most {self.most if isinstance(self.most, int) else f'{self.most:g}'}."
         return None
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The words a parameter may be, where they are not part of its type: `Annotated[str, OneOf(known_sources)]`."""
+
+    names: Callable[[], Collection[str]]
+
+    def problem(self, value: str) -> str | None:
+        """What is wrong with `value`, or None."""
+        known = self.names()
+        return None if value in known else f"is not one of {', '.join(known)}{did_you_mean(value, known)}"
+
+
+def did_you_mean(value: object, known: Collection[str]) -> str:
+    """The end of a sentence about an unknown word: the known one nearest to it, or a full stop."""
+    near = difflib.get_close_matches(str(value), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 @dataclass(frozen=True)
@@ -232,9 +250,7 @@ def _chosen(choice: Choice, value: Mapping[Any, Any], key: str, problems: list[s
         )
         return None
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        problems.append(f"{prefix}{choice.key}: {name!r} is not one of {', '.join(known)}{hint}")
+        problems.append(f"{prefix}{choice.key}: {name!r} {OneOf(choice.names).problem(str(name))}")
         return None
     chosen = choice.load(str(name))
     names = [field.name for field in dataclasses.fields(chosen)]
@@ -262,9 +278,9 @@ def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         converted = _convert(inner[0], value, key, problems)
-        problem = inner[1].problem(converted) if isinstance(converted, int | float) else None
+        problem = None if converted is None else inner[1].problem(converted)
         if problem:
-            problems.append(f"{key}: {value!r} {problem}.")
+            problems.append(f"{key}: {value!r} {problem}")
         return converted
     if origin in (Union, UnionType):
         if value is None and NoneType in inner:
@@ -273,9 +289,8 @@ def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
     if origin is Literal:
         if value in inner and type(value) in {type(option) for option in inner}:
             return value
-        near = difflib.get_close_matches(str(value), [str(option) for option in inner], n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        problems.append(f"{key}: {value!r} is not one of {', '.join(map(str, inner))}{hint}")
+        words = [str(option) for option in inner]
+        problems.append(f"{key}: {value!r} is not one of {', '.join(words)}{did_you_mean(value, words)}")
         return None
     if origin is tuple:
         if not isinstance(value, list):

@@ -1,12 +1,12 @@
 """The parameters of the download stage."""
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipelib.schema import NaturalInt, PositiveInt
+from pipelib.corpus.published_models import PUBLISHED_MODELS
+from pipelib.schema import NaturalInt, OneOf, PositiveInt
 
 Benchmark = Literal[
     "completion",
@@ -19,7 +19,6 @@ Benchmark = Literal[
     "openbookqa",
     "wikitext",
 ]
-Baseline = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 SOURCES = Path(__file__).with_name("sources")
 READABLE = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 """How the names of files end that `local` reads."""
@@ -34,7 +33,7 @@ def known_sources() -> list[str]:
 class DownloadParams:
     """Section `download` of params.yaml."""
 
-    source: str
+    source: Annotated[str, OneOf(known_sources)]
     """Where text comes from, one of the files of `corpus/sources`: `docs`, the installed packages' docstrings; `local`, the
     user's files; `hub`, the Hugging Face hub."""
     path: str
@@ -54,17 +53,13 @@ class DownloadParams:
     """The evaluation sets to prepare: `completion` is made of the corpus, the others come from the hub."""
     benchmark_documents: NaturalInt
     """How many documents at the start of the corpus the completion benchmark is made of."""
-    models: tuple[Baseline, ...]
-    """OpenAI's GPT-2 weights to fetch from the hub."""
+    models: tuple[Annotated[str, OneOf(PUBLISHED_MODELS.keys)], ...]
+    """Published models to fetch from the hub."""
     seed: NaturalInt
     """Orders the documents of `docs`, and places the items of the completion benchmark and their distractors."""
 
     def problems(self) -> Iterator[str]:
         """What does not go together."""
-        if self.source not in known_sources():
-            near = difflib.get_close_matches(self.source, known_sources(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            yield f"source: {self.source!r} is not one of {', '.join(known_sources())}{hint}"
         if self.source == "hub" and not (len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
             yield (
                 f"revision: {self.revision!r} is not a commit (40 hexadecimal digits), so the corpus could change "

@@ -1,6 +1,5 @@
 """The evaluate stage: everything that is said about a trained model, measured on the exported folder."""
 
-import csv
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ import torch
 from pipelib.errors import UserError, tell
 from pipelib.evaluation.baselines import Baseline, find_baselines, measure_once
 from pipelib.evaluation.benchmark_items import read_items
+from pipelib.evaluation.curves import read_curve
 from pipelib.evaluation.hellaswag import score_unigram
 from pipelib.evaluation.inputs import task_hashes
 from pipelib.evaluation.items import Measured, write_items
@@ -162,8 +162,7 @@ def describe_environment(model: Decoder, code: Mapping[str, str]) -> dict[str, s
 
 def tokens_seen(curve: Path) -> int:
     """The tokens that a training had seen at its end; 0 where its curve is empty."""
-    with curve.open(newline="", encoding="utf-8") as file:
-        return max((int(float(row["tokens"])) for row in csv.DictReader(file)), default=0)
+    return int(max(read_curve(curve)["tokens"], default=0))
 
 
 def describe_source(source: Mapping[str, Any]) -> str:

@@ -4,16 +4,16 @@ It is a function of what evaluate reads, so that equal inputs give equal bytes: 
 does not, is added by `pipelib publish`.
 """
 
-import csv
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelib.evaluation.curves import read_curve
 from pipelib.evaluation.document import Table, to_markdown
 from pipelib.files import sha256_file, write_text
 from pipelib.model.params import ModelParams
+from pipelib.model.recipe import read_recipe
 from pipelib.tokens.shards import Manifest
 
 REPRODUCE = "## Reproduce it"
@@ -40,8 +40,8 @@ def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest,
         result: what evaluate measured, as metrics/evaluate.json has it.
     """
     params = _params(models, manifest)
-    recipe = read_recipe(models / "README.md")
-    rows = [(key, _value(value)) for key, value in recipe.items() if not key.startswith("data ")]
+    recipe = read_recipe(models)
+    rows = [(key, _value(value)) for key, value in recipe.items() if not key.startswith(("data ", "data."))]
     source = manifest.source
     repo = source.get("repo") if source.get("kind") == "hub" else None
     parts = [
@@ -76,16 +76,6 @@ def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest,
         ),
     ]
     write_text(path, "\n\n".join(parts) + "\n")
-
-
-def read_recipe(readme: Path) -> dict[str, Any]:
-    """Everything that decided the weights, from the table that train wrote into the model's README; empty without one."""
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    rows = re.findall(r"^\| ([^|\n]+) \| (.+) \|$", text, re.MULTILINE)
-    try:
-        return {name: json.loads(value) for name, value in rows if name != "what"}
-    except json.JSONDecodeError:
-        return {}
 
 
 def licence(source: Mapping[str, Any]) -> str:
@@ -137,12 +127,14 @@ def _params(models: Path, manifest: Manifest) -> ModelParams:
 
 
 def _losses(curves: Path) -> Iterator[tuple[str, str, str]]:
-    for name, what in (("train.csv", "training, its last batch"), ("validation.csv", "validation while training")):
-        with (curves / name).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if rows:
-            last = rows[-1]
-            yield what, f"{float(last['loss']):.4f}", f"step {int(last['step']):,}, {int(last['tokens']):,} tokens"
+    for name, column, what in (
+        ("train.csv", "loss", "training, its last batch"),
+        ("validation.csv", "val_loss", "validation while training"),
+    ):
+        curve = read_curve(curves / name)
+        if curve[column]:
+            step, tokens, loss = (curve[key][-1] for key in ("step", "tokens", column))
+            yield what, f"{loss:.4f}", f"step {step:,.0f}, {tokens:,.0f} tokens"
 
 
 def _data(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -160,7 +152,10 @@ def _data(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _initial_weights(recipe: Mapping[str, Any]) -> Iterator[str]:
     """A sentence where the training did not start from random weights."""
-    if "initial weights, sha256" in recipe:
+    if {
+        "initial_weights_sha256",
+        "initial weights, sha256",
+    } & recipe.keys():  # the second in models of before recipe.json
         name = recipe.get("model.init_from", "")
         theirs = "." if "/" in name else " (OpenAI's, under their modified MIT licence)."
         yield f"**Initial weights.** Training went on from `{name}`{theirs}"

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.schema import PositiveInt
 
 TASKS = Path(__file__).parent / "tasks"
 """The tasks of the lm-eval harness that need no network, one YAML file each."""
-BASELINES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-"""OpenAI's models, by their names in `download.models`."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class EvaluateParams:
                 hint = suggest(task, known_tasks())
                 yield f"tasks: {task!r} is not a task that runs offline, so it could not be scored; {hint}"
         for name in self.baselines:
-            if not is_folder(name) and name not in BASELINES:
-                hint = suggest(name, BASELINES)
+            if not is_folder(name) and name not in PUBLISHED_MODELS:
+                hint = suggest(name, list(PUBLISHED_MODELS))
                 yield f"baselines: {name!r} is neither a published model nor a folder (./{name}); {hint}"
         for key, names in (("tasks", self.tasks), ("baselines", self.baselines)):
             if len(set(names)) < len(names):
@@ -61,7 +60,7 @@ def is_folder(name: str) -> bool:
     return "/" in name
 
 
-def suggest(name: str, known: list[str] | tuple[str, ...]) -> str:
+def suggest(name: str, known: list[str]) -> str:
     """What may have been meant."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."

@@ -4,12 +4,13 @@
 Throughput is not among these pictures, since reports/ reproduces and throughput does not; it is in `dvc plots show`.
 """
 
-import csv
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pipelib.evaluation.curves import read_curve
 
 Line = tuple[str, float]
 """What a level line says, and where it lies."""
@@ -22,11 +23,11 @@ def draw_loss(curves: Path, path: Path, vocab_size: int, levels: Sequence[Line] 
         vocab_size: tokens that a uniform guess chooses among.
         levels: losses of other models on the same text.
     """
-    train, validation = read_columns(curves / "train.csv"), read_columns(curves / "validation.csv")
+    train, validation = read_curve(curves / "train.csv"), read_curve(curves / "validation.csv")
     with _axes(path, "loss, nats per token") as axes:
         axes.plot(train["tokens"], train["loss"], color="#9ecae1", linewidth=0.8, label="training, each step")
         axes.plot(
-            validation["tokens"], validation["loss"], color="#08519c", marker="o", markersize=4, label="validation"
+            validation["tokens"], validation["val_loss"], color="#08519c", marker="o", markersize=4, label="validation"
         )
         axes.axhline(
             math.log(vocab_size),
@@ -40,7 +41,7 @@ def draw_loss(curves: Path, path: Path, vocab_size: int, levels: Sequence[Line] 
 
 def draw_hellaswag(curves: Path, path: Path, levels: Sequence[Line] = ()) -> None:
     """HellaSwag's acc_norm over the tokens seen, with its 95 % interval."""
-    curve = read_columns(curves / "hellaswag.csv")
+    curve = read_curve(curves / "hellaswag.csv")
     with _axes(path, "HellaSwag acc_norm, completion style") as axes:
         axes.fill_between(curve["tokens"], curve["low"], curve["high"], color="#9ecae1", alpha=0.5, linewidth=0)
         axes.plot(
@@ -57,14 +58,14 @@ def draw_hellaswag(curves: Path, path: Path, levels: Sequence[Line] = ()) -> Non
 
 def draw_column(curves: Path, column: str, path: Path, y_label: str) -> None:
     """A column of train.csv over the steps."""
-    train = read_columns(curves / "train.csv")
+    train = read_curve(curves / "train.csv")
     with _axes(path, y_label, "step", height=3.0) as axes:
         axes.plot(train["step"], train[column], color="#08519c", linewidth=0.9)
 
 
 def has_rows(curve: Path) -> bool:
     """Whether a curve is there and anything was measured."""
-    return curve.exists() and any(read_columns(curve).values())
+    return curve.exists() and any(read_curve(curve).values())
 
 
 def _draw_levels(axes: Any, levels: Sequence[Line]) -> None:
@@ -93,11 +94,3 @@ def _axes(path: Path, y_label: str, x_label: str = "tokens trained on", height: 
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})  # the library's version would change the bytes
     pyplot.close(figure)
-
-
-def read_columns(path: Path) -> dict[str, list[float]]:
-    """The columns of a curve, by name; an empty curve has no rows, but a reader's names."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-        return {name: [float(row[name]) for row in rows] for name in reader.fieldnames or ("tokens", "loss")}

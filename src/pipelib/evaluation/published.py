@@ -6,6 +6,11 @@ one and the same GPT-2 124M others quote 0.2859, 0.2892, 0.2945, 0.2955 and 0.31
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+
+from pipelib.corpus.published_models import PUBLISHED_MODELS
+from pipelib.model.params import published_params
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 BUILD_NANOGPT = "build-nanogpt, play.ipynb (https://github.com/karpathy/build-nanogpt)"
 LLM_C = "llm.c, dev/data/hellaswag.py (https://github.com/karpathy/llm.c)"
@@ -13,10 +18,7 @@ LLM_C_HARNESS = f"lm-eval harness, as quoted by {LLM_C}"
 GPT3 = "Brown et al. 2020, table H.1, zero-shot, a scorer of their own (https://arxiv.org/abs/2005.14165)"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 
-PARAMETERS = {
-    "GPT-2 124M": 124_439_808, "GPT-2 350M": 354_823_168, "GPT-2 774M": 774_030_080, "GPT-2 1558M": 1_557_611_200,
-    "GPT-3 125M": 125_000_000, "GPT-3 350M": 350_000_000, "GPT-3 760M": 760_000_000, "GPT-3 1.3B": 1_300_000_000,
-}  # fmt: skip
+GPT3_PARAMETERS = {"GPT-3 125M": 125e6, "GPT-3 350M": 350e6, "GPT-3 760M": 760e6, "GPT-3 1.3B": 1.3e9}
 
 
 @dataclass(frozen=True)
@@ -59,5 +61,14 @@ def published_beside(measure: str, parameters: int, source: Mapping[str, object]
     if measure == "val_loss" and source.get("repo") != FINEWEB_EDU:
         return []
     figures = [figure for figure in FIGURES if figure.measure == measure]
-    near = [figure for figure in figures if 0.5 <= PARAMETERS[figure.model] / parameters <= 2]
+    near = [figure for figure in figures if 0.5 <= _parameters()[figure.model] / parameters <= 2]
     return near or [figure for figure in figures if figure.model == "GPT-2 124M"]
+
+
+@cache
+def _parameters() -> Mapping[str, float]:
+    """How large each model is that a figure is of."""
+    gpt2 = {
+        model.title: published_params(name).parameters(GPT2_TOKENIZER.size) for name, model in PUBLISHED_MODELS.items()
+    }
+    return gpt2 | GPT3_PARAMETERS

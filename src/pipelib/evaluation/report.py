@@ -155,7 +155,7 @@ def _pictures(folder: Path, subject: Subject) -> Iterator[Block]:
         draw_hellaswag(subject.curves, folder / "hellaswag.png", _levels("hellaswag.acc_norm", subject))
         yield Picture(folder / "hellaswag.png", "HellaSwag during training")
     for name, column, title in (
-        ("learning_rate.png", "lr", "learning rate"),
+        ("learning_rate.png", "learning_rate", "learning rate"),
         ("grad_norm.png", "grad_norm", "gradient norm before clipping"),
     ):
         draw_column(subject.curves, column, folder / name, title)

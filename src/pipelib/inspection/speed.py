@@ -14,7 +14,7 @@ from pipelib.training.hardware import peak_of
 from pipelib.training.launch.distributed import World
 from pipelib.training.memory import memory_of
 from pipelib.training.objectives import NextToken
-from pipelib.training.optim.optimizer import make_optimizer
+from pipelib.training.optimizer import make_optimizer
 from pipelib.training.step import take_step
 from pipelib.vocabulary.choice import chosen_tokenizer
 

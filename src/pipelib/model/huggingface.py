@@ -4,7 +4,6 @@
 folders, and every way in which one can be wrong, is here.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipelib.errors import UserError, tell
-from pipelib.files import read_json, write_atomic, write_json, write_text
+from pipelib.files import read_json, write_atomic, write_json
 from pipelib.model.decoder import HEAD, Decoder, family_of
 from pipelib.model.params import ModelParams, family_params, known_families
+from pipelib.model.recipe import write_recipe
 from pipelib.model.tokenizer import how_to_cut_off, require_same_tokens
 from pipelib.model.weights import (
     CONFIG,
@@ -36,10 +36,13 @@ from pipelib.vocabulary.tokenizer import Tokenizer
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path, readme: str) -> None:
-    """Write config, weights (fp32, without the vocabulary's padding), tokenizer, generation config and README.
+def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path, recipe: Mapping[str, object]) -> None:
+    """Write config, weights (fp32, without the vocabulary's padding), tokenizer, generation config, recipe and README.
 
-    The bytes are a function of the weights and `readme` alone.
+    The bytes are a function of the weights and the recipe alone.
+
+    Args:
+        recipe: everything that decided the weights, as JSON; see `recipe.py`.
     """
     from safetensors.torch import save
 
@@ -52,7 +55,8 @@ def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path, readme: str
     for name, content in tokenizer.files(model.params.context_length).items():
         with write_atomic(folder / name) as file:
             file.write(content)
-    write_text(folder / "README.md", readme)
+    title = f"{model.params.title}, {model.params.parameters(model.vocab_size):,} parameters"
+    write_recipe(folder, recipe, title, model.architecture)
 
 
 def to_huggingface(model: Decoder) -> dict[str, Tensor]:
@@ -302,18 +306,3 @@ def _require_finite(tensor: Tensor, entry: Entry) -> None:
             "nothing could be computed with it: its training diverged, or the file is damaged; use an earlier checkpoint, "
             f"or {restore(entry.file.parent)}."
         )
-
-
-def readme(params: ModelParams, vocab_size: int, recipe: dict[str, object]) -> str:
-    """The README of an exported model: a function of the stage's inputs, so that equal inputs give equal bytes."""
-    rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in recipe.items())
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{params.architecture}, pipelib]\n---\n\n"
-        f"# {params.title}, {params.parameters(vocab_size):,} parameters\n\n"
-        "Pretrained by pipelib. Load it with transformers:\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("models")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("models")\n```\n\n'
-        "Everything that decided these weights:\n\n"
-        f"| what | value |\n|---|---|\n{rows}\n"
-    )

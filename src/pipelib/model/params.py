@@ -8,17 +8,15 @@ family changes nothing for those who use another one.
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass
 from typing import Any, ClassVar
 
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.model import shapes
 from pipelib.schema import Choice
 
 DEFAULT = "gpt2"
 """The family of before there was a choice; see `decides`."""
-PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-"""OpenAI's four models, by their names in `download.models`."""
 
 
 class ModelParams(ABC):
@@ -74,9 +72,9 @@ def family_params(name: str) -> type[ModelParams]:
 
 
 def published_params(name: str) -> ModelParams:
-    """The parameters of one of `PUBLISHED`."""
-    published: Mapping[str, ModelParams] = importlib.import_module("pipelib.model.shapes.gpt2").PUBLISHED
-    return published[name]
+    """The parameters of one of `PUBLISHED_MODELS`."""
+    published = PUBLISHED_MODELS[name]
+    return family_params(published.architecture)(**published.shape)
 
 
 def _section(name: str) -> type:

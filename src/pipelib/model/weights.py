@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.errors import UserError, how_to_repair
 from pipelib.files import read_json, sha256_file, sha256_files, sha256_json
-from pipelib.model.params import PUBLISHED
 from pipelib.workspace.places import HERE, MANIFEST
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def require_folder(folder: Path) -> None:
 
 def _meant(folder: Path) -> str:
     name, out = str(folder), _our_out(folder)
-    published = folder.name if folder.name in PUBLISHED else ""
+    published = folder.name if folder.name in PUBLISHED_MODELS else ""
     filled_in = os.path.expandvars(os.path.expanduser(name))  # noqa: PTH111 (it leaves ~nobody as it is)
     if is_file(folder):
         return f"it is a file: name its folder, {folder.parent}/"

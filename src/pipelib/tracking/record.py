@@ -26,6 +26,8 @@ _SECRET_NAMES = re.compile(
 )
 _LOGIN = re.compile(r"[^:]*://(?P<login>[^:@]*:(?P<password>.*)@)")
 """User and password of a URL, up to the last @: of one that is no valid URL, too, since the password was not encoded."""
+OLD_NAMES = {"train/lr": "train/learning_rate", "val/loss": "val_loss", "val/perplexity": "val_perplexity"}
+"""What numbers were called in earlier records."""
 _SECRET_SHAPES = (
     # user:password@ of a URL, up to the last @: what is no port before a slash is a password that was not encoded
     (re.compile(r"(?<=://)(?:[^/\s:@]*:(?!\d*/)[^\s\"'`<>]*|[^/\s]*)@"), "***@"),
@@ -157,7 +159,7 @@ class Record:
 def read_events(path: Path, start: int = 0, end: int | None = None) -> tuple[list[dict[str, Any]], int]:
     """The events in the whole lines from byte `start` to byte `end`, and where the next one begins.
 
-    A line torn by a kill is no event: it is passed over once a line follows it.
+    A line torn by a kill is no event: it is passed over once a line follows it. Numbers have their names of today.
     """
     with path.open("rb") as file:
         file.seek(start)
@@ -169,6 +171,8 @@ def read_events(path: Path, start: int = 0, end: int | None = None) -> tuple[lis
         except ValueError:
             continue
         if isinstance(event, dict) and "event" in event:
+            if event["event"] == "metrics":
+                event["metrics"] = {OLD_NAMES.get(name, name): value for name, value in event["metrics"].items()}
             events.append(event)
     return events, start + data.rfind(b"\n") + 1
 

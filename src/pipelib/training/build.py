@@ -1,12 +1,13 @@
 """From parameters to a training: every part made, the last checkpoint restored."""
 
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pipelib.model.decoder import Decoder
 from pipelib.model.params import ModelParams
 from pipelib.tokens.shards import Manifest
 from pipelib.training.batches import make_loader
@@ -20,8 +21,8 @@ from pipelib.training.launch.stopping import StopRequest
 from pipelib.training.loop import Trainer
 from pipelib.training.memory import explain_out_of_memory, memory_per_rank
 from pipelib.training.micro_batch import resolve_micro_batch_size
-from pipelib.training.objectives import NextToken
-from pipelib.training.optim.optimizer import make_optimizer
+from pipelib.training.objectives import NextToken, Objective
+from pipelib.training.optimizer import make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.probes import HellaSwag, Samples, Validation
 from pipelib.training.schedule import Cadence, Schedule
@@ -41,6 +42,7 @@ def build_trainer(
     log: TrainingLog,
     initial: InitialWeights = RANDOM_WEIGHTS,
     benchmarks: Path = Path(),
+    objective_of: Callable[[Decoder], Objective] = NextToken,
 ) -> Trainer:
     """One rank's training on the shards of a folder, as its last checkpoint has it.
 
@@ -49,6 +51,7 @@ def build_trainer(
         work: where checkpoints go, and are found again.
         initial: what the model starts from, where no checkpoint is found.
         benchmarks: the folder with the items that `hellaswag_every` scores.
+        objective_of: what the model is trained for.
 
     Raises:
         UserError: no checkpoint, data or micro-batch fits the parameters.
@@ -57,7 +60,7 @@ def build_trainer(
     tokenizer, vocab_size = manifest.tokenizer, manifest.tokenizer.size
     set_determinism(params, world)
     free = world.min(memory_per_rank(model_params, vocab_size, world.device, world.local_ranks))
-    identity = {"model": model_params.decides(), "train": _plain(asdict(params)), "data": manifest.fingerprint}
+    identity = {"model": model_params.decides(), "train": params.decides(), "data": manifest.fingerprint}
     checkpoints = Checkpoints(work / CHECKPOINTS, identity, spikes.rollback_depth)
     with explain_out_of_memory(model_params, vocab_size, params, world.world_size, free):
         model = initial_model(model_params, tokenizer, params.seed, initial)
@@ -68,7 +71,7 @@ def build_trainer(
             "model": model, "optimizer": optimizer, "train": state, "spikes": spikes, "hours": hours, "rng": RandomState(),
         }  # fmt: skip
         checkpoints.load_latest(states, agree=world.from_rank_0)
-        objective = NextToken(model)
+        objective = objective_of(model)
         compiled: nn.Module = torch.compile(objective) if params.compile else objective  # type: ignore[assignment]
         params = resolve_micro_batch_size(
             model_params, vocab_size, params, compiled, world, free, state.micro_batch_size
@@ -99,8 +102,3 @@ def build_trainer(
         stop=StopRequest(work if world.world_size > 1 else None),
         explain_out_of_memory=partial(explain_out_of_memory, model_params, vocab_size, params, world.world_size, free),
     )
-
-
-def _plain(mapping: dict[str, object]) -> dict[str, object]:
-    """The mapping as JSON would give it back: tuples as lists."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in mapping.items()}

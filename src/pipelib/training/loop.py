@@ -22,9 +22,9 @@ from pipelib.training.determinism import gc_at_pauses_only
 from pipelib.training.guards import GoBack, Guards, Stop
 from pipelib.training.launch.distributed import World
 from pipelib.training.launch.stopping import StopRequest
-from pipelib.training.objectives import NextToken
-from pipelib.training.optim.optimizer import Optimizer
-from pipelib.training.optim.schedule import learning_rate_at
+from pipelib.training.learning_rate import learning_rate_at
+from pipelib.training.objectives import Objective
+from pipelib.training.optimizer import Optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.probes import Probe, Validation
 from pipelib.training.schedule import LOG, SAVE, Schedule
@@ -44,7 +44,7 @@ class Trainer:
     world: World
 
     model: Decoder
-    objective: NextToken
+    objective: Objective
     """The model, and what it is trained for."""
     network: nn.Module
     """The objective as this rank runs it: compiled, and wrapped where there are several ranks."""

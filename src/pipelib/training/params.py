@@ -1,12 +1,21 @@
 """The parameters of the train stage, and the numbers that follow from them."""
 
+import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from pipelib.schema import Bounds, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt
+from pipelib.schema import Bounds, NaturalFloat, NaturalInt, OneOf, PositiveFloat, PositiveInt
+from pipelib.training import optim
 
 Beta = Annotated[float, Bounds(least=0, most=0.9999999)]
+DEFAULT = ("optimizer", "adamw")
+"""The choice of before there was one; see `TrainParams.decides`."""
+
+
+def known_optimizers() -> list[str]:
+    """The names that `train.optimizer` may have."""
+    return sorted(module.name for module in pkgutil.iter_modules(optim.__path__))
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class TrainParams:
     """Tokens in one row of a batch."""
     micro_batch_size: PositiveInt | Literal["auto"]
     """Rows that one rank runs at a time; fewer where its share of a step is smaller. `auto`: as many as its memory holds."""
+    optimizer: Annotated[str, OneOf(known_optimizers)]
+    """What changes the weights: one of the files of `training/optim`."""
     max_lr: PositiveFloat
     """Peak learning rate, reached after warmup."""
     min_lr: NaturalFloat
@@ -112,6 +123,14 @@ class TrainParams:
                 f"warmup_steps: {self.warmup_steps} of {self.max_steps} steps, so max_lr would never be reached; "
                 "lower it or raise max_tokens."
             )
+
+    def decides(self) -> dict[str, object]:
+        """The parameters as what decides a result, as JSON has them.
+
+        The optimizer is among them but for AdamW: earlier versions did not name it, and its results are theirs.
+        """
+        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in fields.items() if (key, value) != DEFAULT}
 
     @property
     def max_steps(self) -> int:

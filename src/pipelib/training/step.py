@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from pipelib.model.device import autocast
 from pipelib.training.batches import TensorBatch
 from pipelib.training.launch.distributed import World
-from pipelib.training.objectives import NextToken
-from pipelib.training.optim.optimizer import Optimizer
+from pipelib.training.objectives import Objective
+from pipelib.training.optimizer import Optimizer
 from pipelib.training.params import TrainParams
 
 
@@ -29,7 +29,7 @@ class StepResult(NamedTuple):
 
 def take_step(
     network: nn.Module,
-    objective: NextToken,
+    objective: Objective,
     optimizer: Optimizer,
     batches: Sequence[TensorBatch],
     learning_rate: float,
@@ -50,7 +50,8 @@ def take_step(
         # Gradients of several ranks are averaged in the backward pass of the last micro-step only.
         with world.sync_when(micro_step == len(batches), network), autocast(world.device, params.precision):
             # Divided twice: so equal micro-batches give the very bits of a mean of their means.
-            loss = network(world.to_device(inputs), world.to_device(targets)) / weight / (total / weight)
+            counted = weight or 1  # where no target counts, the loss is 0
+            loss = network(world.to_device(inputs), world.to_device(targets)) / counted / (total / counted)
         loss.backward()
         losses.append(loss.detach())
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), params.grad_clip_norm)

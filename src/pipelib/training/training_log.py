@@ -111,8 +111,8 @@ class MainLog:
         """See `Throughput` for the last two."""
         self._run, self._params = run, params
         self.throughput = Throughput(params, flops_per_token, measure_peak)
-        self.train = Curve(folder / "train.csv", ("step", "tokens", "loss", "lr", "grad_norm"))
-        self.validation = Curve(folder / "validation.csv", ("step", "tokens", "loss"))
+        self.train = Curve(folder / "train.csv", ("step", "tokens", "loss", "learning_rate", "grad_norm"))
+        self.validation = Curve(folder / "validation.csv", ("step", "tokens", "val_loss"))
         self.samples = Curve(folder / "samples.csv", ("step", "prompt", "text"))
         self.hellaswag = Curve(
             folder / "hellaswag.csv", ("step", "tokens", "acc_norm", "low", "high", "acc", "acc_low", "acc_high")
@@ -205,7 +205,7 @@ class MainLog:
         self._run.log(
             {
                 "train/loss": loss,
-                "train/lr": learning_rate,
+                "train/learning_rate": learning_rate,
                 "train/grad_norm": norm,
                 "train/tokens": tokens,
                 "speed/tokens_per_second": rate,
@@ -235,7 +235,7 @@ class MainLog:
     def validated(self, state: TrainState, loss: Loss) -> None:
         """See `TrainingLog`."""
         self.validation.append([(state.step, state.tokens, loss.mean)])
-        self._run.log({"val/loss": loss.mean, "val/perplexity": loss.perplexity}, state.step)
+        self._run.log({"val_loss": loss.mean, "val_perplexity": loss.perplexity}, state.step)
         self.say(f"step {state.step:,}: validation loss {loss.mean:.4f}, perplexity {loss.perplexity:,.1f}")
 
     def scored(self, state: TrainState, scores: Scores) -> None:

@@ -27,6 +27,7 @@ class Stage:
     chosen one is loaded, by its name, and only the chosen one counts."""
 
 
+_OPTIMIZER = "src/pipelib/training/optim/${train.optimizer}.py"
 _FAMILY = ("src/pipelib/model/families/${model.architecture}.py", "src/pipelib/model/shapes/${model.architecture}.py")
 
 STAGES = {
@@ -56,7 +57,7 @@ STAGES = {
             dataset="data/tokens",
             sections=("model", "train"),
             packages=("numpy", "safetensors", "tiktoken", "torch"),
-            chosen=_FAMILY,
+            chosen=(*_FAMILY, _OPTIMIZER),
         ),
         Stage(
             "evaluate",

@@ -75,10 +75,3 @@ class GPT2Section(InitialisedModelParams, GPT2Params):
 
 
 PARAMS, SECTION = GPT2Params, GPT2Section
-PUBLISHED = {
-    "gpt2": GPT2Params(n_layer=12, n_head=12, n_embd=768, context_length=1024),
-    "gpt2-medium": GPT2Params(n_layer=24, n_head=16, n_embd=1024, context_length=1024),
-    "gpt2-large": GPT2Params(n_layer=36, n_head=20, n_embd=1280, context_length=1024),
-    "gpt2-xl": GPT2Params(n_layer=48, n_head=25, n_embd=1600, context_length=1024),
-}
-"""OpenAI's four (Radford et al. 2019, table 2), by their names in `download.models`."""

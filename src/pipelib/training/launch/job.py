@@ -18,7 +18,7 @@ from pathlib import Path
 from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json, write_text
 from pipelib.model.decoder import Decoder
-from pipelib.model.huggingface import export_model, readme
+from pipelib.model.huggingface import export_model
 from pipelib.model.params import InitialisedModelParams
 from pipelib.schema import parse
 from pipelib.tokens.shards import Manifest, read_manifest
@@ -92,28 +92,29 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
 
 def export(job: Job, manifest: Manifest, model: Decoder, log: MainLog, outs: Path) -> None:
     """Write models/, curves/, and the speed of each logged run of steps."""
-    recipe = {
-        "data fingerprint": manifest.fingerprint,
-        "data source": manifest.source,
-        "code and packages, sha256": job.code,
-        **{f"model.{key}": value for key, value in asdict(job.model).items()},
-        **{f"train.{key}": value for key, value in asdict(job.train).items()},
-    }
-    if job.initial.sha256:
-        recipe["initial weights, sha256"] = job.initial.sha256
-    if job.resumed_with_other_code:
-        recipe["resumed with other code"] = True
     places = Places(outs)
-    export_model(model, manifest.tokenizer, places.model, readme(job.model, manifest.tokenizer.size, recipe))
+    export_model(model, manifest.tokenizer, places.model, _recipe(job, manifest))
     for curve in log.curves:
         write_text(places.curves / curve.path.name, curve.path.read_text(encoding="utf-8"))
     write_text(places.speed("train", "csv"), log.speed.path.read_text(encoding="utf-8"))
 
 
+def _recipe(job: Job, manifest: Manifest) -> dict[str, object]:
+    """Everything that decided the weights."""
+    return {
+        "data": {"fingerprint": manifest.fingerprint, "source": manifest.source},
+        "code_sha256": job.code,
+        "model": job.model.decides(),
+        "train": job.train.decides(),
+        **({"initial_weights_sha256": job.initial.sha256} if job.initial.sha256 else {}),
+        **({"resumed_with_other_code": True} if job.resumed_with_other_code else {}),
+    }
+
+
 def _result(job: Job, manifest: Manifest, log: MainLog) -> dict[str, object]:
     last = log.train.last()
     return {
-        "val_loss": round(log.validation.last()["loss"], 6),
+        "val_loss": round(log.validation.last()["val_loss"], 6),
         "train_loss": round(last["loss"], 6),
         "steps": int(last["step"]),
         "tokens": int(last["tokens"]),

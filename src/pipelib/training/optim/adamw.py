@@ -36,3 +36,6 @@ class AdamW:
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """See `Stateful`."""
         self._adamw.load_state_dict(state)
+
+
+OPTIMIZER = AdamW

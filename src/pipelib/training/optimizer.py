@@ -1,10 +1,10 @@
-"""The door that every optimizer comes in by."""
+"""What the training page asks of every optimizer; `optim/` has one file for each."""
 
+import importlib
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pipelib.training.optim.adamw import AdamW
 from pipelib.training.params import TrainParams
 
 
@@ -29,5 +29,8 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(model: nn.Module, params: TrainParams) -> Optimizer:
-    """The optimizer that the parameters choose."""
-    return AdamW(model, params)
+    """The optimizer that `train.optimizer` names."""
+    optimizer: Optimizer = importlib.import_module(f"pipelib.training.optim.{params.optimizer}").OPTIMIZER(
+        model, params
+    )
+    return optimizer

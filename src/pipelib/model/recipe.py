@@ -1,0 +1,48 @@
+"""What decided a model's weights, kept beside them: `recipe.json` for programs, and README.md, which is written from it.
+
+Both are functions of what the training read, without a date or a commit, so that equal inputs give equal bytes.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelib.files import read_json, write_json, write_text
+from pipelib.schema import flatten
+
+RECIPE, README = "recipe.json", "README.md"
+
+
+def write_recipe(folder: Path, recipe: Mapping[str, object], title: str, architecture: str) -> None:
+    """Write both files into the folder of a model."""
+    write_json(folder / RECIPE, recipe)
+    rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in flatten(recipe))
+    text = (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{architecture}, pipelib]\n---\n\n"
+        f"# {title}\n\n"
+        "Pretrained by pipelib. Load it with transformers:\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("models")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("models")\n```\n\n'
+        f"Everything that decided these weights, as `{RECIPE}` has it:\n\n"
+        f"| what | value |\n|---|---|\n{rows}\n"
+    )
+    write_text(folder / README, text)
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of a model, flat: `train.max_lr`. Empty where the folder has none.
+
+    Models that were trained before there was a `recipe.json` have the table of their README.
+    """
+    if (folder / RECIPE).is_file():
+        return dict(flatten(read_json(folder / RECIPE)))
+    readme = folder / README
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    rows = re.findall(r"^\| ([^|\n]+) \| (.+) \|$", text, re.MULTILINE)
+    try:
+        return {name: json.loads(value) for name, value in rows if name != "what"}
+    except json.JSONDecodeError:
+        return {}

@@ -1,0 +1,212 @@
+"""What comes in by the doors of a training: another optimizer, another objective. The page does not know which."""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_project import write_params
+from small_run import ALONE, curve, model_params, one_thread, train_params, train_small, write_tokens  # noqa: F401
+from torch import Tensor, nn
+
+from pipelib.model.decoder import build
+from pipelib.params import load_params
+from pipelib.schema import ParamsError
+from pipelib.training import optim
+from pipelib.training.batches import TensorBatch
+from pipelib.training.launch.distributed import World
+from pipelib.training.objectives import NextToken, Objective
+from pipelib.training.optimizer import make_optimizer
+from pipelib.training.params import TrainParams, known_optimizers
+from pipelib.training.step import take_step
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+
+TOYS = Path(__file__).with_name("toy_optimizer")
+
+
+@pytest.fixture(autouse=True)
+def toy_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sgd.py beside the optimizers of the project."""
+    monkeypatch.setattr(optim, "__path__", [*optim.__path__, str(TOYS)])
+
+
+# ---- Optimizers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_with_another_optimizer_resumes_to_the_bit(tmp_path: Path) -> None:
+    params = train_params(max_tokens=1280, optimizer="sgd", max_lr=0.5, min_lr=0.1)
+    models = []
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+        write_tokens(tmp_path / name / "tokens")
+        models.append(train_small(tmp_path / name, params, checkpoint_every=7))
+    checkpoints = tmp_path / "resumed/work/checkpoints"
+    shutil.rmtree(max(path for path in checkpoints.iterdir() if path.is_dir()))
+    models.append(train_small(tmp_path / "resumed", params, checkpoint_every=7))
+    for tensors in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(tensors[0], tensors[1])
+        assert torch.equal(tensors[0], tensors[2])
+    rows = curve(tmp_path / "whole")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+
+
+def test_adamw_goes_without_saying() -> None:
+    """A training of before there was a choice is one with AdamW: its fingerprint stays."""
+    assert "optimizer" not in train_params().decides()
+    assert train_params(optimizer="sgd").decides() == {**train_params().decides(), "optimizer": "sgd"}
+    assert train_params().decides().keys() == asdict(train_params()).keys() - {"optimizer"}
+
+
+def test_an_unknown_optimizer_is_refused(tmp_path: Path) -> None:
+    assert known_optimizers() == ["adamw", "sgd"]
+    write_params(tmp_path, train__optimizer="adam")
+    with pytest.raises(ParamsError, match=r"train\.optimizer: 'adam' is not one of adamw, sgd; did you mean adamw\?"):
+        load_params(tmp_path / "params.yaml")
+    write_params(tmp_path, train__optimizer=None)
+    with pytest.raises(ParamsError, match=r"train\.optimizer: None is empty; it must be text"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
+    params, model = train_params(optimizer=name), nn.Linear(3, 3)
+    optimizer = make_optimizer(model, params)
+    for value, finite in ((1.0, True), (float("nan"), False)):
+        before = [tensor.clone() for tensor in tensors_of((model.state_dict(), optimizer.state_dict()))]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.step(0.1, torch.tensor(finite))
+        after = tensors_of((model.state_dict(), optimizer.state_dict()))
+        assert finite == any(not torch.equal(*pair) for pair in zip(before, after, strict=False))
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    """Every tensor in a state."""
+    if isinstance(state, Tensor):
+        return [state]
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for item in inner for tensor in tensors_of(item)]
+
+
+# ---- Objectives ------------------------------------------------------------------------------------------------------
+
+
+class EvenTokens(Objective):
+    """Predict the tokens with even numbers only: rows have different numbers of targets."""
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = self.model.logits(self.model.hidden(inputs).flatten(0, 1))
+        losses = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")
+        return (losses * (targets.flatten() % 2 == 0)).sum()
+
+    def weight(self, targets: Tensor) -> int:
+        return int((targets % 2 == 0).sum())
+
+
+class Keep:
+    """An optimizer that keeps the gradients of its last step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def step(self, learning_rate: float, finite: Tensor) -> None:  # noqa: ARG002
+        assert finite
+        self.gradients = [
+            parameter.grad.clone() for parameter in self._model.parameters() if parameter.grad is not None
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class OneOfTwo(World):
+    """A rank that knows what the other one adds to a sum."""
+
+    other: float = 0.0
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value + self.other
+
+    def all_gather(self, value: Tensor) -> Tensor:
+        return value[None]
+
+    def sync_when(self, wanted: bool, model: nn.Module) -> AbstractContextManager[object]:  # noqa: ARG002
+        return nullcontext()
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor]:
+    """Four rows; all targets of the second are odd, and no two have as many even ones."""
+    tokens = torch.randint(0, 500, (4, 17), generator=torch.Generator().manual_seed(2))
+    tokens[1] |= 1
+    tokens[3, :9] &= ~1
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def gradients(
+    objective: Objective, batches: Sequence[TensorBatch], params: TrainParams, world: World = ALONE
+) -> tuple[float, list[Tensor]]:
+    """The loss of a step, and the gradients before they are clipped."""
+    keep = Keep(objective.model)
+    result = take_step(objective, objective, keep, batches, 0.1, replace(params, grad_clip_norm=1e9), world)
+    return result.loss.item(), keep.gradients
+
+
+def test_an_objective_counts_its_own_targets(rows: tuple[Tensor, Tensor]) -> None:
+    """However a step is cut into micro-batches, and shared among ranks, each target that counts weighs the same."""
+    inputs, targets = rows
+    model = build(model_params(), GPT2_TOKENIZER.size)
+    model.initialise(1)
+    objective, params = EvenTokens(model), train_params()
+    counts = [objective.weight(row) for row in targets]
+    assert counts[1] == 0
+    assert len(set(counts)) == 4
+    losses = model.token_losses(inputs, targets)[targets % 2 == 0]
+    (losses.sum() / sum(counts)).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad(set_to_none=True)
+    for size in (1, 2, 4):
+        batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+        loss, found = gradients(objective, batches, params)
+        assert loss == pytest.approx(losses.mean().item(), rel=1e-5)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    halves = []
+    for mine in (slice(0, 2), slice(2, 4)):
+        batches = list(zip(inputs[mine].split(1), targets[mine].split(1), strict=True))
+        others = sum(counts) - sum(counts[mine])
+        halves.append(gradients(objective, batches, params, OneOfTwo(0, 2, torch.device("cpu"), other=others)))
+    assert (halves[0][0] + halves[1][0]) / 2 == pytest.approx(losses.mean().item(), rel=1e-5)
+    for one, two, other in zip(halves[0][1], halves[1][1], expected, strict=True):
+        torch.testing.assert_close((one + two) / 2, other, rtol=1e-4, atol=1e-7)
+
+
+def test_where_no_target_counts_the_step_is_not_taken(rows: tuple[Tensor, Tensor]) -> None:
+    model = build(model_params(), GPT2_TOKENIZER.size)
+    model.initialise(1)
+    keep = Keep(model)
+    batches = [(rows[0][1:2], rows[1][1:2])]
+    with pytest.raises(AssertionError):
+        take_step(EvenTokens(model), EvenTokens(model), keep, batches, 0.1, train_params(), ALONE)
+
+
+def test_a_training_takes_another_objective(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    params = train_params(max_tokens=1280)
+    even = train_small(tmp_path, params, objective_of=EvenTokens)
+    shutil.rmtree(tmp_path / "work")
+    every = train_small(tmp_path, params, objective_of=NextToken)
+    tokens = torch.randint(0, 500, (4, 17), generator=torch.Generator().manual_seed(3))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    with torch.no_grad():
+        odd = [model.token_losses(inputs, targets)[targets % 2 == 1].mean().item() for model in (even, every)]
+    assert odd[0] > odd[1] + 0.3, "what was not trained for was not learnt"
