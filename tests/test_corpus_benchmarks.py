@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import datasets
 import lm_eval
@@ -18,14 +18,14 @@ import pytest
 from pipelib.corpus.benchmarks import (
     CONTEXT_WORDS,
     ENDING_WORDS,
-    HUB_BENCHMARKS,
     ITEMS_PER_DOCUMENT,
     SLOT_WORDS,
     completion_items,
     write_benchmarks,
 )
+from pipelib.corpus.hub_benchmarks import HUB_BENCHMARKS, known_benchmarks
 from pipelib.corpus.hub_lists import HubPin
-from pipelib.corpus.params import Benchmark, DownloadParams
+from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.parquet import write_raw
 from pipelib.corpus.raw import Document, write_manifest
 from pipelib.errors import UserError
@@ -176,7 +176,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 def test_sets_of_the_hub_keep_their_columns(tmp_path: Path) -> None:
     @contextmanager
     def fetch(pin: HubPin) -> Iterator[Path]:
-        row = COLUMNS[next(name for name, known in HUB_BENCHMARKS.items() if known is pin)]
+        row = COLUMNS[next(name for name, known in HUB_BENCHMARKS.items() if known.repo == pin.repo.name)]
         path = tmp_path / Path(pin.path).name
         if path.suffix == ".parquet":
             pq.write_table(pa.Table.from_pylist([row] * 3), path)
@@ -197,7 +197,7 @@ def test_sets_of_the_hub_keep_their_columns(tmp_path: Path) -> None:
         assert manifest[f"{name}.jsonl"]["items"] == len(loaded) == 3
         if name != "hellaswag":  # the one that is converted
             assert loaded[2] == columns
-    assert set(get_args(Benchmark)) == {"completion", *HUB_BENCHMARKS}
+    assert set(known_benchmarks()) == {"completion", *HUB_BENCHMARKS}
 
 
 @pytest.mark.parametrize("name", HUB_BENCHMARKS)
@@ -208,7 +208,7 @@ def test_sets_of_the_hub_are_those_of_the_harness(name: str) -> None:
     text = (folder / f"{file.get(name, f'{name}/{name}')}.yaml").read_text(encoding="utf-8")
     task = dict(re.findall(r"^(\w+): (\S+)$", text, re.MULTILINE))
     pin = HUB_BENCHMARKS[name]
-    assert task["dataset_path"] == pin.repo.name
+    assert task["dataset_path"] == pin.repo
     split = task.get("test_split", "null")
     assert (split if split != "null" else task["validation_split"]) in Path(pin.path).name
     assert task.get("dataset_name", "null") in ("null", "default") or pin.path.startswith(task["dataset_name"])

@@ -25,8 +25,9 @@ from fake_hub import Answer, FakeHub, cut, flip, stall
 from small_project import hold
 
 from pipelib.corpus import hub_transfer
-from pipelib.corpus.benchmarks import HUB_BENCHMARKS, hellaswag_items, hub_rows
+from pipelib.corpus.benchmarks import hellaswag_items, hub_rows
 from pipelib.corpus.download import download, download_inputs
+from pipelib.corpus.hub_benchmarks import HUB_BENCHMARKS
 from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.hub_store import fetch_pinned
 from pipelib.corpus.hub_transfer import HubRepo, Retry
@@ -712,7 +713,8 @@ def hellaswag_bytes() -> bytes:
 
 def test_hellaswag_keeps_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     content = hellaswag_bytes()
-    pin = dataclasses.replace(HUB_BENCHMARKS["hellaswag"], sha256=hashlib.sha256(content).hexdigest())
+    known = HUB_BENCHMARKS["hellaswag"]
+    pin = HubPin(HubRepo(known.repo, known.revision), known.path, hashlib.sha256(content).hexdigest())
     with FakeHub(pin.repo.name, pin.repo.revision, {pin.path: content}) as fake:
         point_at(fake.url, monkeypatch)
         for _ in range(2):

@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelib.corpus.hub_benchmarks import HUB_BENCHMARKS
 from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.hub_transfer import HubRepo
 from pipelib.corpus.params import DownloadParams
@@ -43,50 +44,6 @@ documents are shorter than two whole items."""
 ITEMS_PER_DOCUMENT = 6
 """The most items of one document, so that long documents do not dominate."""
 CHOICES = 4
-
-_ARC = HubRepo("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
-HUB_BENCHMARKS: dict[str, HubPin] = {
-    "hellaswag": HubPin(
-        HubRepo("Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76"),
-        "data/validation-00000-of-00001.parquet",
-        "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",
-    ),
-    "lambada_openai": HubPin(
-        HubRepo("EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4"),
-        "data/lambada_test.jsonl",
-        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
-    ),
-    "piqa": HubPin(
-        HubRepo("baber/piqa", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"), "piqa_validation.parquet", sha256=None
-    ),
-    "arc_easy": HubPin(
-        _ARC,
-        "ARC-Easy/test-00000-of-00001.parquet",
-        "4160597d618ae851c7eb04e281574f3f654776216ac6b6641588d64527b47177",
-    ),
-    "winogrande": HubPin(
-        HubRepo("allenai/winogrande", "01e74176c63542e6b0bcb004dcdea22d94fb67b5"),
-        "winogrande_xl/validation-00000-of-00001.parquet",
-        sha256=None,
-    ),
-    "sciq": HubPin(
-        HubRepo("allenai/sciq", "2c94ad3e1aafab77146f384e23536f97a4849815"),
-        "data/test-00000-of-00001.parquet",
-        "3a719356a29b127fc54ef3c7f51a034db4bd105d5717215e8c85d2aa58d60667",
-    ),
-    "openbookqa": HubPin(
-        HubRepo("allenai/openbookqa", "388097ea7776314e93a529163e0fea805b8a6454"),
-        "main/test-00000-of-00001.parquet",
-        "cd5483e366daa230c1c87bbdc512d8b7229f14f6dd04d19fc8b1a3855aaaa8a3",
-    ),
-    "wikitext": HubPin(
-        HubRepo("EleutherAI/wikitext_document_level", "647234772b9554e208af6c826f23b99e3cac88c8"),
-        "wikitext-2-raw-v1/wikitext-2-raw-v1-test.parquet",
-        "e7fc7d4c385d027e0360f7eb320866df61adb68f385986e5c7f4f3911d62f4eb",
-    ),
-}
-"""By their names in `download.benchmarks`. A SHA-256 stands here where two public sources that do not depend on each other
-say it; elsewhere the hub's list at the commit decides."""
 
 Row = Mapping[str, Any]
 
@@ -282,8 +239,9 @@ def write_benchmarks(
             len(head),
             "the first documents of the corpus",
         )
-    for name, pin in HUB_BENCHMARKS.items():
+    for name, benchmark in HUB_BENCHMARKS.items():
         if name in params.benchmarks:
+            pin = HubPin(HubRepo(benchmark.repo, benchmark.revision), benchmark.path, benchmark.sha256)
             with fetch(pin) as path:
                 rows = hellaswag_items(hub_rows(path)) if name == "hellaswag" else hub_rows(path)
                 made = f"{pin.path} of {pin.repo.name} at {pin.repo.revision}, SHA-256 {sha256_file(path)}"

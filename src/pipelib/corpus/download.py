@@ -2,10 +2,13 @@
 
 import importlib
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipelib.corpus.hub_benchmarks import COMPLETION, HUB_BENCHMARKS
 from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.corpus.raw import Source, write_manifest
 from pipelib.errors import UserError, tell
 from pipelib.workspace.places import Places
@@ -25,7 +28,12 @@ def download_inputs(params: DownloadParams, origin: Source) -> dict[str, Any]:
         "benchmarks": sorted(params.benchmarks),
         "models": sorted(params.models),
     }
-    if "completion" in params.benchmarks:
+    for name in sorted(params.benchmarks):
+        if name in HUB_BENCHMARKS:
+            inputs[f"benchmark {name}"] = asdict(HUB_BENCHMARKS[name])
+    for name in sorted(params.models):
+        inputs[f"model {name}"] = asdict(PUBLISHED_MODELS[name])
+    if COMPLETION in params.benchmarks:
         inputs["completion"] = {"documents": params.benchmark_documents, "seed": params.seed}
     return inputs
 

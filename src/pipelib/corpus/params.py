@@ -3,22 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+from pipelib.corpus.hub_benchmarks import known_benchmarks
 from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.schema import NaturalInt, OneOf, PositiveInt
 
-Benchmark = Literal[
-    "completion",
-    "hellaswag",
-    "lambada_openai",
-    "piqa",
-    "arc_easy",
-    "winogrande",
-    "sciq",
-    "openbookqa",
-    "wikitext",
-]
 SOURCES = Path(__file__).with_name("sources")
 READABLE = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 """How the names of files end that `local` reads."""
@@ -49,7 +39,7 @@ class DownloadParams:
     max_tokens: PositiveInt | None
     """The corpus is the shortest prefix of the documents with at least so many tokens; null for all of them. A document
     counts its `token_count` where the dataset has one, else its UTF-8 bytes divided by 4, rounded up."""
-    benchmarks: tuple[Benchmark, ...]
+    benchmarks: tuple[Annotated[str, OneOf(known_benchmarks)], ...]
     """The evaluation sets to prepare: `completion` is made of the corpus, the others come from the hub."""
     benchmark_documents: NaturalInt
     """How many documents at the start of the corpus the completion benchmark is made of."""

@@ -69,7 +69,7 @@ def _known_corpus(params: Params) -> Corpus | None:
             known: Corpus | None = _DOCS
         case "hub":
             known = _HUB.get((download.repo, download.folder))
-        case "local":
+        case _:
             known = None
     return known.prefix(download.max_tokens) if known else None
 
