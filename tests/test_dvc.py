@@ -21,6 +21,7 @@ import yaml
 from small_browser import CHROMIUM, Browser
 from small_corpus import make_texts, write_jsonl
 from small_project import CHECKOUT, PARAMS, write_params
+from test_extending import add
 
 pytestmark = pytest.mark.dvc
 
@@ -233,12 +234,6 @@ def test_words_edited_in_every_file_make_nothing_again(clone: Clone) -> None:
     assert clone.changed_stages() == set()
 
 
-TOY_SOURCE = """from pipelib.corpus.sources.local import source as local
-
-
-def source(params):
-    return local(params)
-"""
 TOY_PARAMS = """from dataclasses import dataclass
 
 
@@ -248,9 +243,11 @@ class ToyParams:
 """
 
 
-def test_a_new_stage_place_parameter_and_source_rerun_nothing_for_others(clone: Clone) -> None:
+def test_what_is_added_reruns_nothing_for_others(clone: Clone) -> None:
     package = clone.root / "src/pipelib"
-    (package / "corpus/sources/toy.py").write_text(TOY_SOURCE)
+    add(clone.root, "src/pipelib/corpus/sources/squares.py")
+    add(clone.root, "src/pipelib/training/long_words.py")
+    (package / "training/optim/sgd.py").write_bytes((CHECKOUT / "tests/toy_optimizer/sgd.py").read_bytes())
     (package / "toy").mkdir()
     (package / "toy/__init__.py").touch()
     (package / "toy/params.py").write_text(TOY_PARAMS)
@@ -279,12 +276,30 @@ def test_a_new_stage_place_parameter_and_source_rerun_nothing_for_others(clone: 
     )
     assert clone.changed_stages() == {"toy"}
     assert ran(clone.dvc("repro", "evaluate")) == []
-    clone.edit("params.yaml", "source: local", "source: toy")
+    clone.edit("params.yaml", "source: local", "source: squares")
     assert clone.changed_stages() == {"toy", "download"}
     assert ran(clone.dvc("repro", "--single-item", "download")) == ["download"]
+    clone.edit("params.yaml", "optimizer: adamw", "optimizer: sgd")
+    assert "train" in clone.changed_stages()
     clone.git("checkout", "--quiet", ".")
     clone.git("clean", "--quiet", "--force", "-d", "src", "stages")
     clone.dvc("checkout")
+    assert clone.changed_stages() == set()
+
+
+def test_a_new_benchmark_starts_two_stages_which_link_what_they_have(clone: Clone) -> None:
+    add(clone.root, "src/pipelib/corpus/hub_benchmarks.yaml")
+    add(clone.root, "src/pipelib/evaluation/tasks/riddles.yaml")
+    line = "      - src/pipelib/evaluation/tasks/sciq.yaml\n"
+    clone.edit("dvc.yaml", line, line.replace("sciq", "riddles") + line)
+    before = {name: stage["outs"] for name, stage in clone.lock().items()}
+    assert clone.changed_stages() == {"download", "evaluate"}
+    output = clone.dvc("repro")
+    assert ran(output) == ["download", "evaluate"]
+    assert output.count("its outs are linked again") == 2
+    assert {name: stage["outs"] for name, stage in clone.lock().items()} == before
+    clone.git("checkout", "--quiet", ".")
+    clone.git("clean", "--quiet", "--force", "-d", "src")
     assert clone.changed_stages() == set()
 
 
