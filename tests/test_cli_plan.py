@@ -25,7 +25,7 @@ from pipelib.params import Params, load_params
 from pipelib.schema import read_yaml
 from pipelib.tokens.shards import Manifest
 from pipelib.training import memory
-from pipelib.training.memory import memory_of, padded_parameters
+from pipelib.training.memory import Footprint
 from pipelib.training.objectives import NextToken
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -254,6 +254,10 @@ def test_data_that_is_there_counts(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("500,000 tokens (as data/tokens/manifest.json says)" in said) == known
 
 
+def footprint(params: Params) -> Footprint:
+    return Footprint(params.model, GPT2_TOKENIZER.size, params.train)
+
+
 def saved_bytes(params: Params, rows: int, length: int) -> int:
     """What autograd keeps of one forward pass, the model's own parameters aside."""
     model = GPT2(params.model, GPT2_TOKENIZER.size)
@@ -278,9 +282,7 @@ def test_activations_are_what_autograd_saves(precision: str) -> None:
     by_layers = []
     for layers in (2, 6):
         params = load_params(write_params({"train.precision": precision, "model.n_layer": layers}))
-        by_layers.append(
-            (saved_bytes(params, 8, 128), memory_of(params.model, GPT2_TOKENIZER.size, params.train, 8, 128))
-        )
+        by_layers.append((saved_bytes(params, 8, 128), footprint(params).memory(8, 128)))
     (few, few_memory), (many, many_memory) = by_layers
     expected = many_memory.activations - few_memory.activations + many_memory.copies - few_memory.copies
     assert many - few == pytest.approx(expected, rel=0.02)  # LayerNorms keep a little more
@@ -293,7 +295,7 @@ def test_with_checkpointing_blocks_keep_their_inputs_alone(precision: str) -> No
         changes = {"train.precision": precision, "model.n_layer": layers, "train.activation_checkpointing": True}
         params = load_params(write_params(changes))
         saved.append(saved_bytes(params, 8, 128))
-        planned.append(memory_of(params.model, GPT2_TOKENIZER.size, params.train, 8, 128).activations)
+        planned.append(footprint(params).memory(8, 128).activations)
     width = 8 * 128 * params.model.n_embd
     assert saved[1] - saved[0] == planned[1] - planned[0] == 4 * 4 * width
     assert planned[0] == (2 * 4 + (36 if precision == "bf16" else 64)) * width
@@ -304,9 +306,9 @@ def test_parameters_disk_and_fixed_memory() -> None:
     count = sum(
         parameter.numel() for parameter in GPT2(load_params(write_params({})).model, GPT2_TOKENIZER.size).parameters()
     )
-    assert padded_parameters(load_params(write_params({})).model, GPT2_TOKENIZER.size) == count
+    assert footprint(load_params(write_params({}))).parameters == count
     padded = 124_439_808 + 47 * 768
-    need = memory_of(params.model, GPT2_TOKENIZER.size, params.train, 64, 1024)
+    need = footprint(params).memory(64, 1024)
     assert (need.weights, need.gradients, need.moments) == (4 * padded, 4 * padded, 8 * padded)
     assert need.logits == 64 * 1024 * 50304 * 12
     disk = disk_of(params, None)
@@ -336,10 +338,8 @@ def test_an_automatic_micro_batch_and_the_copy_for_checkpoints(
 ) -> None:
     write_params({**PRESET, "train.micro_batch_size": "auto"})
     params = load_params(Path("params.yaml"))
-    need = memory_of(params.model, GPT2_TOKENIZER.size, params.train, 4, 1024).total
-    monkeypatch.setattr(
-        memory, "free_memory", lambda _: int(need / 0.9) + 1 + 12 * padded_parameters(params.model, GPT2_TOKENIZER.size)
-    )
+    need = footprint(params).memory(4, 1024).total
+    monkeypatch.setattr(memory, "free_memory", lambda _: int(need / 0.9) + 1 + footprint(params).checkpoint)
     said = plan(capsys, "--no-measure")
     assert "128 micro-steps a rank, of 4 rows of 1,024 tokens" in said
     assert "1.5 GB of main memory more on the first rank, while a checkpoint is written" in said

@@ -29,7 +29,7 @@ from pipelib.model.kv_cache import KVCache
 from pipelib.model.params import InitialisedModelParams, ModelParams, family_params, known_families
 from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.schema import parse
-from pipelib.training.memory import memory_of, padded_parameters
+from pipelib.training.memory import Footprint
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 TOY = Path(__file__).with_name("toy_family")
@@ -67,13 +67,14 @@ FAMILIES = pytest.mark.parametrize("family", SHAPES)
 @FAMILIES
 def test_a_family_counts_what_is_there_and_starts_from_a_uniform_guess(family: str) -> None:
     params = params_of(family)
+    footprint = Footprint(params, SIZE, train_params())
     model = build(params, SIZE)
     model.initialise(1)
-    assert sum(parameter.numel() for parameter in model.parameters()) == padded_parameters(params, SIZE)
+    assert sum(parameter.numel() for parameter in model.parameters()) == footprint.parameters
     assert all(model.get_parameter(name)[SIZE:].eq(0).all() for name in model.embedding_names)
     tokens = torch.randint(0, SIZE, (2, 25), generator=torch.Generator().manual_seed(1))
     assert model.token_losses(tokens[:, :-1], tokens[:, 1:]).mean().item() == pytest.approx(np.log(SIZE), abs=0.1)
-    assert memory_of(params, SIZE, train_params(), 2, 16).total > 16 * padded_parameters(params, SIZE)
+    assert footprint.memory(2, 16).total > 16 * footprint.parameters
     section = parse(
         InitialisedModelParams, {"architecture": family, **SHAPES[family], "init_from": "scratch"}, "model", []
     )

@@ -58,7 +58,7 @@ from pipelib.training.launch.distributed import World
 from pipelib.training.launch.launch import join, launch
 from pipelib.training.launch.machines import find_machines, process_count
 from pipelib.training.learning_rate import learning_rate_at
-from pipelib.training.memory import checkpoint_copy
+from pipelib.training.memory import Footprint
 from pipelib.training.objectives import NextToken
 from pipelib.training.optimizer import Optimizer, make_optimizer
 from pipelib.training.params import SpikeParams, TrainParams
@@ -712,10 +712,14 @@ def test_no_more_checkpoints_are_on_disk_than_a_disk_is_asked_for(
 def test_the_disk_that_train_demands_is_the_one_that_plan_names() -> None:
     model = model_params()
     spike = SpikeParams(window=100, deviations=6.0, batches=1, rollbacks=10)
-    copy, size = checkpoint_copy(model, GPT2_TOKENIZER.size), GPT2_TOKENIZER.size
-    assert checkpoint_bytes(model, size, train_params(), 250) == 4 * copy
-    assert checkpoint_bytes(model, size, train_params(spike=spike), 250) == 5 * copy
-    assert checkpoint_bytes(model, size, train_params(spike=replace(spike, batches=100)), 10) == 14 * copy
+
+    def bytes_of(train: TrainParams, checkpoint_every: int) -> int:
+        return checkpoint_bytes(Footprint(model, GPT2_TOKENIZER.size, train), checkpoint_every)
+
+    copy = Footprint(model, GPT2_TOKENIZER.size, train_params()).checkpoint
+    assert bytes_of(train_params(), 250) == 4 * copy
+    assert bytes_of(train_params(spike=spike), 250) == 5 * copy
+    assert bytes_of(train_params(spike=replace(spike, batches=100)), 10) == 14 * copy
 
 
 def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
@@ -736,7 +740,7 @@ def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
         (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))
         with pytest.raises(UserError, match="enough"):
             launch(build, shape, train_params(), Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS)
-    assert asked[0] == checkpoint_bytes(shape, GPT2_TOKENIZER.size, train_params(), 5) == asked[1] + 1000
+    assert asked[0] == checkpoint_bytes(Footprint(shape, GPT2_TOKENIZER.size, train_params()), 5) == asked[1] + 1000
 
 
 def test_where_every_checkpoint_is_bad_the_training_starts_anew(tmp_path: Path) -> None:

@@ -21,11 +21,10 @@ from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
-from pipelib.training import build
 from pipelib.training.batches import check_plan
 from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.launch.job import Job
-from pipelib.training.memory import USABLE, memory_of, rows_that_fit
+from pipelib.training.memory import USABLE, Footprint
 from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.schedule import Cadence
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
@@ -44,22 +43,20 @@ def params(**changes: Any) -> TrainParams:
 
 def room_for(rows: int) -> int:
     """Bytes that hold a micro-batch of so many rows, and not one more."""
-    return int(memory_of(model_params(), GPT2_TOKENIZER.size, params(), rows, 16).total / USABLE) + 1
+    return int(Footprint(model_params(), GPT2_TOKENIZER.size, params()).memory(rows).total / USABLE) + 1
 
 
 @pytest.mark.parametrize(("rows", "chosen"), [(1, 1), (2, 2), (3, 3), (5, 4), (11, 6), (12, 12), (99, 12)])
 def test_the_largest_divisor_that_fits(rows: int, chosen: int) -> None:
-    wide = params(global_batch_tokens=12 * 16)
-    assert rows_that_fit(model_params(), GPT2_TOKENIZER.size, wide, 1, room_for(rows)) == chosen
-    assert rows_that_fit(model_params(), GPT2_TOKENIZER.size, wide, 2, room_for(rows)) == min(
-        chosen, {4: 3, 5: 3}.get(chosen, chosen), 6
-    )
-    assert rows_that_fit(model_params(), GPT2_TOKENIZER.size, wide, 1, room_for(1) // 2) == 0
+    footprint = Footprint(model_params(), GPT2_TOKENIZER.size, params(global_batch_tokens=12 * 16))
+    assert footprint.rows_that_fit(1, room_for(rows)) == chosen
+    assert footprint.rows_that_fit(2, room_for(rows)) == min(chosen, {4: 3, 5: 3}.get(chosen, chosen), 6)
+    assert footprint.rows_that_fit(1, room_for(1) // 2) == 0
 
 
 def free(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Have this machine hold so many rows."""
-    monkeypatch.setattr(build, "memory_per_rank", lambda *_: room_for(rows))
+    monkeypatch.setattr(Footprint, "free_per_rank", lambda *_: room_for(rows))
 
 
 def test_it_is_chosen_said_and_kept_by_the_checkpoint(
@@ -114,7 +111,7 @@ def test_running_out_of_memory_names_what_would_fit(folder: Path, monkeypatch: p
     free(monkeypatch, 1)
     with pytest.raises(UserError, match=r"train\.micro_batch_size: 1 would fit"):
         train_small(folder, params(micro_batch_size=4))
-    monkeypatch.setattr(build, "memory_per_rank", lambda *_: 1000)
+    monkeypatch.setattr(Footprint, "free_per_rank", lambda *_: 1000)
     with pytest.raises(UserError, match="no smaller micro-batch would fit"):
         train_small(folder, params(micro_batch_size=4))
 
@@ -127,7 +124,7 @@ def test_a_model_that_does_not_fit_by_itself_is_told_what_it_needs(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(GPT2, "to", too_large)
-    monkeypatch.setattr(build, "memory_per_rank", lambda *_: 1000)
+    monkeypatch.setattr(Footprint, "free_per_rank", lambda *_: 1000)
     with pytest.raises(
         UserError, match=r"rows of 16 tokens needs about .* and 1\.0 [kK]i?B were free, .* no smaller micro-batch"
     ):

@@ -12,7 +12,7 @@ from pipelib.params import Params
 from pipelib.progress import format_seconds
 from pipelib.training.batches import check_shares
 from pipelib.training.launch.machines import Machines
-from pipelib.training.memory import USABLE, checkpoint_copy, memory_of, memory_per_rank, rows_that_fit
+from pipelib.training.memory import USABLE, Footprint
 from pipelib.vocabulary.choice import chosen_tokenizer
 from pipelib.workspace.places import state_root
 
@@ -35,10 +35,14 @@ def with_micro_batch(params: Params, machines: Machines) -> Params:
     if params.train.micro_batch_size != "auto":
         return params
     check_shares(params.train, machines.world_size)
-    device, vocab_size = pick_device(local_world_size=machines.local_ranks), chosen_tokenizer().size
-    free = memory_per_rank(params.model, vocab_size, device, machines.local_ranks)
-    rows = rows_that_fit(params.model, vocab_size, params.train, machines.world_size, free) or 1
+    footprint, local_ranks = _footprint(params), machines.local_ranks
+    free = footprint.free_per_rank(pick_device(local_world_size=local_ranks), local_ranks)
+    rows = footprint.rows_that_fit(machines.world_size, free) or 1
     return replace(params, train=replace(params.train, micro_batch_size=rows))
+
+
+def _footprint(params: Params) -> Footprint:
+    return Footprint(params.model, chosen_tokenizer().size, params.train)
 
 
 def _model_and_steps(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
@@ -90,13 +94,13 @@ def _disk(params: Params, corpus: Corpus | None) -> Iterator[tuple[str, str]]:
 
 
 def _memory(params: Params, machines: Machines) -> Iterator[tuple[str, str]]:
-    train, ranks, vocab_size = params.train, machines.local_ranks, chosen_tokenizer().size
+    train, ranks, footprint = params.train, machines.local_ranks, _footprint(params)
     device = pick_device(local_world_size=ranks)
     rows = train.micro_batch_rows(machines.world_size)
-    need = memory_of(params.model, vocab_size, train, rows, train.sequence_length)
+    need = footprint.memory(rows)
     parts = (f"{name} {format_bytes(count)}" for name, count in asdict(need).items() if count)
     yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
-    copy, on_gpu = checkpoint_copy(params.model, vocab_size), device.type == "cuda"
+    copy, on_gpu = footprint.checkpoint, device.type == "cuda"
     pinned = " (up to twice that: torch pins powers of two)" if on_gpu else ""
     yield "", f"{format_bytes(copy)}{pinned} of main memory more on the first rank, while a checkpoint is written"
     needed, here = (need.total, total_memory(device)) if on_gpu else (need.total + copy, total_memory(device) // ranks)

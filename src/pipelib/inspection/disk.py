@@ -13,6 +13,7 @@ from pipelib.files import format_bytes, nearest_folder
 from pipelib.params import Params
 from pipelib.tokens.shards import HEADER_BYTES, Manifest, Shard, read_manifest
 from pipelib.training.checkpoint import checkpoint_bytes
+from pipelib.training.memory import Footprint
 from pipelib.vocabulary.choice import chosen_tokenizer
 from pipelib.workspace.places import HERE, MANIFEST, Places, state_root
 
@@ -121,7 +122,8 @@ def disk_of(params: Params, corpus: Corpus | None) -> Disk:
     moments); 4 in models/.
     """
     vocab_size = chosen_tokenizer().size
-    checkpoints = checkpoint_bytes(params.model, vocab_size, params.train, params.logging.checkpoint_every)
+    footprint = Footprint(params.model, vocab_size, params.train)
+    checkpoints = checkpoint_bytes(footprint, params.logging.checkpoint_every)
     model = 4 * params.model.parameters(vocab_size)
     if corpus is None:
         return Disk(None, None, None, checkpoints, model)

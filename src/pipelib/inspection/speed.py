@@ -12,7 +12,7 @@ from pipelib.params import Params
 from pipelib.training.batches import TensorBatch, tensors
 from pipelib.training.hardware import peak_of
 from pipelib.training.launch.distributed import World
-from pipelib.training.memory import memory_of
+from pipelib.training.memory import Footprint
 from pipelib.training.objectives import NextToken
 from pipelib.training.optimizer import make_optimizer
 from pipelib.training.step import take_step
@@ -46,7 +46,9 @@ def measure_speed(params: Params, ranks: int) -> Speed:
     flops = model.flops_per_token(vocab_size, train.sequence_length)
     guess = UTILISATION * peak / flops
     rows, length = _trial_size(params, guess)
-    if length < LEAST_TOKENS or memory_of(model, vocab_size, train, rows, length).total > 0.8 * free_memory(device):
+    if length < LEAST_TOKENS or Footprint(model, vocab_size, train).memory(rows, length).total > 0.8 * free_memory(
+        device
+    ):
         why = "would take too long" if length < LEAST_TOKENS else "would not fit in the memory that is free"
         how = f"a guess: one short step {why} here, so {UTILISATION:.0%} of a peak of {peak / 1e12:.3g} TFLOP/s is assumed"
         return Speed(guess, how)

@@ -7,7 +7,7 @@ folders, and every way in which one can be wrong, is here.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +97,9 @@ def import_model(folder: Path, tokenizer: Tokenizer, *, quiet: bool = False) -> 
     Raises:
         UserError: what `find_model` refuses; a head or a mask that the family does not have; numbers that are not finite.
     """
-    with open_weights(_with_config(folder, tokenizer)) as weights, torch.no_grad():
-        found = _look_at(folder, weights, tokenizer)
+    described = _describe(folder, tokenizer)  # what a model is counts before what its weights look like
+    with open_weights(folder) as weights, torch.no_grad():
+        found = _look_at(folder, described, weights, tokenizer)
         if found.note and not quiet:
             tell(found.note, error=True)
         model = found.model
@@ -119,8 +120,9 @@ def find_model(folder: Path, tokenizer: Tokenizer) -> Found:
     Raises:
         UserError: files are missing or damaged, the model is of no family here, or its vocabulary is not the tokenizer's.
     """
-    with open_weights(_with_config(folder, tokenizer)) as weights:
-        return _look_at(folder, weights, tokenizer)
+    described = _describe(folder, tokenizer)
+    with open_weights(folder) as weights:
+        return _look_at(folder, described, weights, tokenizer)
 
 
 def read_params(folder: Path, tokenizer: Tokenizer) -> ModelParams:
@@ -129,13 +131,15 @@ def read_params(folder: Path, tokenizer: Tokenizer) -> ModelParams:
     Raises:
         UserError: it is of no family here, or has another vocabulary.
     """
-    return _described(folder, _read_config(folder), tokenizer)[1]
+    return _describe(folder, tokenizer).params
 
 
-def _with_config(folder: Path, tokenizer: Tokenizer) -> Path:
-    """The folder, once its config.json describes a model of ours: what it is counts before what its weights look like."""
-    read_params(folder, tokenizer)
-    return folder
+class _Described(NamedTuple):
+    """What config.json says of a model."""
+
+    family: type[Decoder]
+    params: ModelParams
+    config: Mapping[str, Any]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -149,9 +153,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(path, restore(folder))
 
 
-def _described(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[type[Decoder], ModelParams]:
-    """The family and the parameters of a model, as its config.json says."""
-    path = folder / CONFIG
+def _describe(folder: Path, tokenizer: Tokenizer) -> _Described:
+    config, path = _read_config(folder), folder / CONFIG
     for key in ("model_type", "vocab_size"):
         if key not in config:
             raise UserError(f"{path} has no {key}, so nothing says which model this is; use one as published.")
@@ -177,7 +180,7 @@ def _described(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) ->
     params = family.params_of(config, problems)
     if params is None or problems:
         raise UserError(f"{path} does not describe a {title}: {' '.join(problems)}")
-    return family, params
+    return _Described(family, params, config)
 
 
 def _sizes(tokenizer: Tokenizer) -> list[int]:
@@ -185,9 +188,8 @@ def _sizes(tokenizer: Tokenizer) -> list[int]:
     return [-(-tokenizer.size // multiple) * multiple for multiple in (1, 8, 16, 32, 64, 128, 256, 512, 1024)]
 
 
-def _look_at(folder: Path, weights: Weights, tokenizer: Tokenizer) -> Found:
-    config = _read_config(folder)
-    family, params = _described(folder, config, tokenizer)
+def _look_at(folder: Path, described: _Described, weights: Weights, tokenizer: Tokenizer) -> Found:
+    family, params, config = described
     entries = _by_own_names(weights, family)
     rows = _embedding_rows(entries.get(family.embedding_names[0]), config["vocab_size"], tokenizer)
     lines = list(_outer_differences(family, params, entries, rows))

@@ -1,6 +1,7 @@
 """From parameters to a training: every part made, the last checkpoint restored."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights
 from pipelib.training.launch.distributed import World
 from pipelib.training.launch.stopping import StopRequest
 from pipelib.training.loop import Trainer
-from pipelib.training.memory import explain_out_of_memory, memory_per_rank
+from pipelib.training.memory import Footprint
 from pipelib.training.micro_batch import resolve_micro_batch_size
 from pipelib.training.objectives import NextToken, Objective
 from pipelib.training.optimizer import make_optimizer
@@ -57,12 +58,13 @@ def build_trainer(
         UserError: no checkpoint, data or micro-batch fits the parameters.
     """
     state, spikes, hours = TrainState(), Spikes(params.spike), DeviceHours(world.world_size)
-    tokenizer, vocab_size = manifest.tokenizer, manifest.tokenizer.size
+    tokenizer = manifest.tokenizer
+    footprint = Footprint(model_params, tokenizer.size, params)
     set_determinism(params, world)
-    free = world.min(memory_per_rank(model_params, vocab_size, world.device, world.local_ranks))
+    free = world.min(footprint.free_per_rank(world.device, world.local_ranks))
     identity = {"model": model_params.decides(), "train": params.decides(), "data": manifest.fingerprint}
     checkpoints = Checkpoints(work / CHECKPOINTS, identity, spikes.rollback_depth)
-    with explain_out_of_memory(model_params, vocab_size, params, world.world_size, free):
+    with footprint.explain_out_of_memory(world.world_size, free):
         model = initial_model(model_params, tokenizer, params.seed, initial)
         model.activation_checkpointing = params.activation_checkpointing
         model.to(world.device)
@@ -73,12 +75,11 @@ def build_trainer(
         checkpoints.load_latest(states, agree=world.from_rank_0)
         objective = objective_of(model)
         compiled: nn.Module = torch.compile(objective) if params.compile else objective  # type: ignore[assignment]
-        params = resolve_micro_batch_size(
-            model_params, vocab_size, params, compiled, world, free, state.micro_batch_size
-        )
+        params = resolve_micro_batch_size(footprint, compiled, world, free, state.micro_batch_size)
         network = world.wrap(compiled)
     loader, plan = make_loader(params, tokens, manifest, world)
     validation = Validation(params, tokens, world)
+    probes = (validation, HellaSwag(params, benchmarks, tokenizer, world), Samples(params, tokenizer, world))
     return Trainer(
         params=params,
         schedule=Schedule.of(params, cadence),
@@ -97,8 +98,8 @@ def build_trainer(
         checkpoints=checkpoints,
         guards=Guards(params, plan, spikes, checkpoints, world),
         validation=validation,
-        probes=(validation, HellaSwag(params, benchmarks, tokenizer, world), Samples(params, tokenizer, world)),
+        probes=probes,
         log=log,
         stop=StopRequest(work if world.world_size > 1 else None),
-        explain_out_of_memory=partial(explain_out_of_memory, model_params, vocab_size, params, world.world_size, free),
+        explain_out_of_memory=partial(replace(footprint, train=params).explain_out_of_memory, world.world_size, free),
     )

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from pipelib.errors import tell
 from pipelib.files import files_under, read_json, remove, sha256_file, sync_folder, write_atomic, write_json
-from pipelib.model.params import ModelParams
 from pipelib.training.launch.machines import wait_for_file
-from pipelib.training.memory import checkpoint_copy
-from pipelib.training.params import TrainParams
+from pipelib.training.memory import Footprint
 
 VERSION = 2
 KEPT = 2
@@ -31,10 +29,10 @@ CHECKPOINTS = "checkpoints"
 """The folder of a training's checkpoints, in its state."""
 
 
-def checkpoint_bytes(model: ModelParams, vocab_size: int, train: TrainParams, checkpoint_every: int) -> int:
+def checkpoint_bytes(footprint: Footprint, checkpoint_every: int) -> int:
     """The most bytes that a training's checkpoints take on disk at a time."""
-    most = most_checkpoints(train.spike.batches if train.spike else 0, checkpoint_every)
-    return most * checkpoint_copy(model, vocab_size)
+    spike = footprint.train.spike
+    return most_checkpoints(spike.batches if spike else 0, checkpoint_every) * footprint.checkpoint
 
 
 def most_checkpoints(reach: int, checkpoint_every: int) -> int:

@@ -19,11 +19,6 @@ USABLE = 0.9
 """The share of free memory that an estimate may fill: the allocator and the kernels want the rest."""
 
 
-def padded_parameters(model: ModelParams, vocab_size: int) -> int:
-    """Trainable numbers in memory and checkpoints: with the vocabulary's padding."""
-    return model.parameters(padded_size(vocab_size))
-
-
 @dataclass(frozen=True)
 class Memory:
     """Bytes that one rank needs, in a GPU or, without one, in main memory."""
@@ -35,7 +30,7 @@ class Memory:
     copies: int
     """bf16 copies of the matrices, kept by autocast until the backward pass is through."""
     activations: int
-    """What the blocks save for the backward pass."""
+    """What the layers save for the backward pass."""
     logits: int
     """The output layer at its peak."""
 
@@ -45,50 +40,101 @@ class Memory:
         return self.weights + self.gradients + self.moments + self.copies + self.activations + self.logits
 
 
-def memory_of(model: ModelParams, vocab_size: int, train: TrainParams, rows: int, length: int) -> Memory:
-    """What `rows` rows of `length` tokens need at a time, without torch.compile, which saves less.
+@dataclass(frozen=True)
+class Footprint:
+    """What a training takes of memory, known before it begins."""
 
-    Weights and gradients take 4 bytes a parameter, moments 8. What the layers keep for the backward pass is the family's to
-    say (`ModelParams.activation_bytes`). The output layer peaks in the backward pass, with the log-probabilities, their
-    gradient and the logits' gradient alive at once: 3 fp32 numbers for each logit of a token, the padding's included.
-    """
-    tokens, parameters, bf16 = rows * length, padded_parameters(model, vocab_size), train.precision == "bf16"
-    return Memory(
-        weights=4 * parameters,
-        gradients=4 * parameters,
-        moments=8 * parameters,
-        copies=2 * model.matrix_parameters(vocab_size) if bf16 else 0,
-        activations=tokens * model.activation_bytes(bf16, train.activation_checkpointing),
-        logits=tokens * padded_size(vocab_size) * 12,
-    )
+    model: ModelParams
+    vocab_size: int
+    train: TrainParams
 
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in memory and checkpoints: with the vocabulary's padding."""
+        return self.model.parameters(padded_size(self.vocab_size))
 
-def checkpoint_copy(model: ModelParams, vocab_size: int) -> int:
-    """Bytes of main memory for the copy of the state that a checkpoint is written from, on the first rank."""
-    return CHECKPOINT_BYTES * padded_parameters(model, vocab_size)
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint: on disk, and in the main memory of the first rank while it is written."""
+        return CHECKPOINT_BYTES * self.parameters
 
+    def memory(self, rows: int, length: int = 0) -> Memory:
+        """What `rows` rows of `length` tokens need at a time, without torch.compile, which saves less.
 
-def memory_per_rank(model: ModelParams, vocab_size: int, device: torch.device, local_ranks: int) -> int:
-    """Bytes that one of so many ranks on this machine has, before it holds anything: on a CPU an equal share of what the
-    copy for checkpoints leaves.
-    """
-    if device.type == "cuda":
-        return free_memory(device)
-    return max(0, free_memory(device) - checkpoint_copy(model, vocab_size)) // local_ranks
+        Weights and gradients take 4 bytes a parameter, moments 8. What the layers keep for the backward pass is the family's to
+        say (`ModelParams.activation_bytes`). The output layer peaks in the backward pass, with the log-probabilities, their
+        gradient and the logits' gradient alive at once: 3 fp32 numbers for each logit of a token, the padding's included.
 
+        Args:
+            length: 0 for `train.sequence_length`.
+        """
+        tokens, bf16 = rows * (length or self.train.sequence_length), self.train.precision == "bf16"
+        return Memory(
+            weights=4 * self.parameters,
+            gradients=4 * self.parameters,
+            moments=8 * self.parameters,
+            copies=2 * self.model.matrix_parameters(self.vocab_size) if bf16 else 0,
+            activations=tokens * self.model.activation_bytes(bf16, self.train.activation_checkpointing),
+            logits=tokens * padded_size(self.vocab_size) * 12,
+        )
 
-def rows_that_fit(
-    model: ModelParams, vocab_size: int, train: TrainParams, world_size: int, free: int, below: int = 0
-) -> int:
-    """The most rows of a micro-batch, a divisor of a rank's share of a step, that `free` bytes hold; 0 where none do.
+    def free_per_rank(self, device: torch.device, local_ranks: int) -> int:
+        """Bytes that one of so many ranks on this machine has, before it holds anything: on a CPU an equal share of what the
+        copy for checkpoints leaves.
+        """
+        if device.type == "cuda":
+            return free_memory(device)
+        return max(0, free_memory(device) - self.checkpoint) // local_ranks
 
-    Args:
-        free: what is there for everything that `memory_of` counts.
-        below: look at smaller ones only.
-    """
-    share = train.rows_per_step // world_size
-    smaller = divisors(share, below or share + 1)
-    return next((rows for rows in smaller if _fits(model, vocab_size, train, rows, free)), 0)
+    def rows_that_fit(self, world_size: int, free: int, below: int = 0) -> int:
+        """The most rows of a micro-batch, a divisor of a rank's share of a step, that `free` bytes hold; 0 where none do.
+
+        Args:
+            free: what is there for everything that `memory` counts.
+            below: look at smaller ones only.
+        """
+        share = self.train.rows_per_step // world_size
+        candidates = divisors(share, below or share + 1)
+        return next((rows for rows in candidates if self.memory(rows).total <= USABLE * free), 0)
+
+    @contextmanager
+    def explain_out_of_memory(self, world_size: int, free: int) -> Iterator[None]:
+        """Have running out of memory in this block say which micro-batch would fit.
+
+        As long as `micro_batch_size` is `auto`, not even one row's worth is known to fit.
+
+        Args:
+            free: bytes that were there for the training before it began.
+
+        Raises:
+            UserError: in the place of torch's or Python's own error.
+        """
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(self._what_would_fit(world_size, free, error)) from None
+
+    def _what_would_fit(self, world_size: int, free: int, error: MemoryError | RuntimeError) -> str:
+        rows = 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_rows(world_size)
+        need = format_bytes(self.memory(rows).total)
+        said = (str(error).splitlines() or [""])[0][:200]
+        fit = self.rows_that_fit(world_size, free, below=rows)
+        checkpointing = (
+            "" if self.train.activation_checkpointing else "; train.activation_checkpointing: true needs less too"
+        )
+        if fit:
+            less = format_bytes(self.memory(fit).total)
+            remedy = f"train.micro_batch_size: {fit} would fit, with about {less}{checkpointing}."
+        else:
+            remedy = (
+                f"no smaller micro-batch would fit: lower train.sequence_length or the model's size{checkpointing}."
+            )
+        return (
+            f"out of memory ({said}): a micro-batch of {rows} rows of {self.train.sequence_length:,} tokens needs about {need} "
+            f"and {format_bytes(free)} were free, so the training stopped; {remedy}"
+        )
 
 
 def divisors(share: int, below: int) -> list[int]:
@@ -96,58 +142,9 @@ def divisors(share: int, below: int) -> list[int]:
     return [rows for rows in range(min(share, below - 1), 0, -1) if share % rows == 0]
 
 
-def _fits(model: ModelParams, vocab_size: int, train: TrainParams, rows: int, free: int) -> bool:
-    return memory_of(model, vocab_size, train, rows, train.sequence_length).total <= USABLE * free
-
-
-@contextmanager
-def explain_out_of_memory(
-    model: ModelParams, vocab_size: int, train: TrainParams, world_size: int, free: int
-) -> Iterator[None]:
-    """Have running out of memory in this block say which micro-batch would fit.
-
-    Args:
-        train: with `micro_batch_size: auto` as long as not even one row's worth is known to fit.
-        free: bytes that were there for the training before it began.
-
-    Raises:
-        UserError: in the place of torch's or Python's own error.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(_what_would_fit(model, vocab_size, train, world_size, free, error)) from None
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, of a GPU or of the machine."""
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or "can't allocate memory" in str(error)  # torch's allocator on a CPU
-    )
-
-
-def _what_would_fit(
-    model: ModelParams,
-    vocab_size: int,
-    train: TrainParams,
-    world_size: int,
-    free: int,
-    error: MemoryError | RuntimeError,
-) -> str:
-    rows = 1 if train.micro_batch_size == "auto" else train.micro_batch_rows(world_size)
-    need = format_bytes(memory_of(model, vocab_size, train, rows, train.sequence_length).total)
-    said = (str(error).splitlines() or [""])[0][:200]
-    fit = rows_that_fit(model, vocab_size, train, world_size, free, below=rows)
-    checkpointing = "" if train.activation_checkpointing else "; train.activation_checkpointing: true needs less too"
-    if fit:
-        less = format_bytes(memory_of(model, vocab_size, train, fit, train.sequence_length).total)
-        remedy = f"train.micro_batch_size: {fit} would fit, with about {less}{checkpointing}."
-    else:
-        remedy = f"no smaller micro-batch would fit: lower train.sequence_length or the model's size{checkpointing}."
-    return (
-        f"out of memory ({said}): a micro-batch of {rows} rows of {train.sequence_length:,} tokens needs about {need} and "
-        f"{format_bytes(free)} were free, so the training stopped; {remedy}"
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipelib.evaluation.hellaswag import Scores
 from pipelib.evaluation.loss import Loss
-from pipelib.files import format_bytes
+from pipelib.files import format_bytes, write_text
 from pipelib.progress import StatusLine, format_seconds
 from pipelib.tracking.run import Run
 from pipelib.training.curves import Curve
@@ -129,6 +129,12 @@ class MainLog:
         """The reproducible curves. hellaswag.csv exists also where it is unused, because dvc.yaml plots it."""
         every = [self.train, self.validation, self.samples, self.hellaswag]
         return every if self._params.spike is None else [*every, self.spikes]
+
+    def export(self, curves: Path, speed: Path) -> None:
+        """Copy the curves into a folder, and the speed of each logged run of steps to a file."""
+        for curve in self.curves:
+            write_text(curves / curve.path.name, curve.path.read_text(encoding="utf-8"))
+        write_text(speed, self.speed.path.read_text(encoding="utf-8"))
 
     @property
     def _cut_with_steps(self) -> tuple[Curve, ...]:

@@ -12,12 +12,10 @@ if __name__ == "__main__":
     die_of_signals()  # importing torch takes seconds
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json, write_text
-from pipelib.model.decoder import Decoder
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import InitialisedModelParams
 from pipelib.schema import parse
@@ -71,32 +69,24 @@ class Job:
 
 def run_job(job: Job, work: Path, world: World, run: Run) -> None:
     """Train; rank 0 then exports the model and the curves into work/outs, and writes work/result.json."""
-    tokens = Path(job.tokens)
-    manifest = read_manifest(tokens)
-    build = partial(
-        build_trainer, job.model, job.train, job.cadence, tokens, manifest, work, world, initial=job.initial,
-        benchmarks=Path(job.benchmarks),
-    )  # fmt: skip
-    if not world.is_main:
-        build(log=NullLog()).run()
-        return
-    flops = job.model.flops_per_token(manifest.tokenizer.size, job.train.sequence_length)
-    log = MainLog(
-        work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size)
+    tokens, manifest = Path(job.tokens), read_manifest(Path(job.tokens))
+    size, recipe = manifest.tokenizer.size, _recipe(job, manifest)
+    flops = job.model.flops_per_token(size, job.train.sequence_length)
+    log = (
+        MainLog(work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size))
+        if world.is_main
+        else None
     )
-    trainer = build(log=log)
+    trainer = build_trainer(
+        job.model, job.train, job.cadence, tokens, manifest, work, world, log or NullLog(), job.initial, Path(job.benchmarks)
+    )  # fmt: skip
     model = trainer.run()
-    export(job, manifest, model, log, work / "outs")
-    write_json(work / RESULT, {"result": _result(job, manifest, log), "speed": _speed(trainer, log)})
-
-
-def export(job: Job, manifest: Manifest, model: Decoder, log: MainLog, outs: Path) -> None:
-    """Write models/, curves/, and the speed of each logged run of steps."""
-    places = Places(outs)
-    export_model(model, manifest.tokenizer, places.model, _recipe(job, manifest))
-    for curve in log.curves:
-        write_text(places.curves / curve.path.name, curve.path.read_text(encoding="utf-8"))
-    write_text(places.speed("train", "csv"), log.speed.path.read_text(encoding="utf-8"))
+    if log:
+        places = Places(work / "outs")
+        export_model(model, manifest.tokenizer, places.model, recipe)
+        log.export(places.curves, places.speed("train", "csv"))
+        result = {**_result(log), "parameters": job.model.parameters(size)}
+        write_json(work / RESULT, {"result": result, "speed": _speed(trainer, log)})
 
 
 def _recipe(job: Job, manifest: Manifest) -> dict[str, object]:
@@ -111,14 +101,13 @@ def _recipe(job: Job, manifest: Manifest) -> dict[str, object]:
     }
 
 
-def _result(job: Job, manifest: Manifest, log: MainLog) -> dict[str, object]:
+def _result(log: MainLog) -> dict[str, object]:
     last = log.train.last()
     return {
         "val_loss": round(log.validation.last()["val_loss"], 6),
         "train_loss": round(last["loss"], 6),
         "steps": int(last["step"]),
         "tokens": int(last["tokens"]),
-        "parameters": job.model.parameters(manifest.tokenizer.size),
     }
 
 

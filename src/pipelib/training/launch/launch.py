@@ -21,6 +21,7 @@ from pipelib.training.launch.job import ERROR, RESULT, Job, run_job
 from pipelib.training.launch.machines import Machines, find_machines, wait_for_file
 from pipelib.training.launch.stopping import STOP, ask_to_stop
 from pipelib.training.launch.torchrun import start_torchrun
+from pipelib.training.memory import Footprint
 from pipelib.training.params import TrainParams
 from pipelib.training.schedule import Cadence
 from pipelib.workspace.workdir import WorkDir
@@ -49,7 +50,7 @@ def launch(
     machines = find_machines()
     check_plan(train, manifest, machines.world_size)
     require_sound(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
-    needed = checkpoint_bytes(model, manifest.tokenizer.size, train, cadence.checkpoint_every)
+    needed = checkpoint_bytes(Footprint(model, manifest.tokenizer.size, train), cadence.checkpoint_every)
     have = sum(path.stat().st_size for path in files_under(build.work / CHECKPOINTS))  # of a training that resumes
     require_free_space(build.work, needed - have, "training, with its checkpoints,")
     job = Job(
