@@ -569,7 +569,7 @@ def test_looking_at_a_folder_reads_no_numbers(folder: Path) -> None:
     change_tensors(folder, lambda found: found[NORM].fill_(math.nan))
     assert find_model(folder, GPT2_TOKENIZER).model.params == SHAPE
     assert sorted(path.name for path in files_under(folder)) == [
-        "README.md", CONFIG, "generation_config.json", WEIGHTS,
+        "README.md", CONFIG, "generation_config.json", WEIGHTS, "recipe.json",
     ]  # fmt: skip
 
 
