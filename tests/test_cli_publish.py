@@ -13,8 +13,7 @@ from fake_model_hub import FakeModelHub
 from pipelib.cli.main import main
 from pipelib.evaluation.model_card import evaluation_rows, licence, write_model_card
 from pipelib.inspection.verify import _folder_md5, _sums
-from pipelib.model.huggingface import readme
-from pipelib.model.shapes.gpt2 import GPT2Params
+from pipelib.model.recipe import read_recipe, write_recipe
 from pipelib.tokens.shards import Manifest, Shard
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -36,9 +35,8 @@ def write_card(folder: Path) -> str:
     (models / "model.safetensors").write_bytes(b"weights")
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "model_type": "gpt2", "vocab_size": 50257}
     (models / "config.json").write_text(json.dumps(shape))
-    recipe = {"data fingerprint": "f", "code and packages, sha256": "c0de", "train.max_lr": 6e-4, "train.text": "a | b"}
-    params = GPT2Params(n_layer=1, n_head=2, n_embd=16, context_length=32)
-    (models / "README.md").write_text(readme(params, GPT2_TOKENIZER.size, recipe))
+    recipe = {"data": {"fingerprint": "f"}, "code_sha256": "c0de", "train": {"max_lr": 6e-4, "text": "a | b"}}
+    write_recipe(models, recipe, "A model", "gpt2")
     (curves / "train.csv").write_text("step,tokens,loss\n1,256,10.5\n2,512,9.5\n")
     (curves / "validation.csv").write_text("step,tokens,loss\n2,512,9.75\n")
     shards = (Shard("val_000000.bin", "val", 1000, 3, "0"), Shard("train_000001.bin", "train", 7000, 30, "1"))
@@ -46,6 +44,16 @@ def write_card(folder: Path) -> str:
         folder / "reports/model_card.md", models, curves, Manifest(GPT2_TOKENIZER.encoding, SOURCE, shards), RESULT
     )
     return (folder / "reports/model_card.md").read_text(encoding="utf-8")
+
+
+def test_the_recipe_of_a_model_without_recipe_json_is_the_table_of_its_readme(tmp_path: Path) -> None:
+    write_recipe(tmp_path, {"train": {"max_lr": 6e-4, "text": "a | b"}, "model": {"n_layer": 2}}, "A model", "gpt2")
+    whole = {"train.max_lr": 6e-4, "train.text": "a | b", "model.n_layer": 2}
+    assert read_recipe(tmp_path) == whole
+    (tmp_path / "recipe.json").unlink()
+    assert read_recipe(tmp_path) == whole
+    (tmp_path / "README.md").unlink()
+    assert read_recipe(tmp_path) == {}
 
 
 def test_the_card_has_what_a_stranger_must_know(tmp_path: Path) -> None:
@@ -129,7 +137,7 @@ def test_the_hub_gets_the_model_the_card_and_the_commit(
         assert main(["publish", "--repo", REPO, "--private", "--licence", "mit"]) == 0
         files = hub.repos[REPO]
         assert hub.private == {REPO: True}
-        assert set(files) == {"README.md", "config.json", "model.safetensors", "loss.png"}
+        assert set(files) == {"README.md", "config.json", "model.safetensors", "recipe.json", "loss.png"}
         assert files["model.safetensors"] == b"weights"
         card = files["README.md"].decode()
         front = yaml.safe_load(card.split("---\n")[1])

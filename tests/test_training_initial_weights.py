@@ -140,7 +140,7 @@ def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> 
     assert len(alone) == 3  # before the first of 8 steps, after 4 and after 8
     assert alone[-1] < alone[0]
     readme = (tmp_path / "models/README.md").read_text(encoding="utf-8")
-    assert f'| initial weights, sha256 | "{sha256_file(tmp_path / "base" / WEIGHTS)}" |' in readme
+    assert f'| initial_weights_sha256 | "{sha256_file(tmp_path / "base" / WEIGHTS)}" |' in readme
     assert '| model.init_from | "./base" |' in readme
 
     shutil.rmtree(tmp_path / ".pipelib/train")

@@ -67,5 +67,5 @@ def _config(model: PublishedModel) -> dict[str, Any]:
         "n_head": model.shape["n_head"],
         "n_layer": model.shape["n_layer"],
         "n_positions": model.shape["context_length"],
-        "vocab_size": 50257,
+        "vocab_size": model.vocab_size,
     }

@@ -19,6 +19,8 @@ class PublishedModel:
     """Its commit."""
     sha256: str | None
     """Of `model.safetensors` there; None where only the hub's list at the commit says it."""
+    vocab_size: int
+    """Its tokens, the special ones included."""
     architecture: str
     """The family, as in `model.architecture`."""
     shape: Mapping[str, int]

@@ -10,7 +10,6 @@ from functools import cache
 
 from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.model.params import published_params
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 BUILD_NANOGPT = "build-nanogpt, play.ipynb (https://github.com/karpathy/build-nanogpt)"
 LLM_C = "llm.c, dev/data/hellaswag.py (https://github.com/karpathy/llm.c)"
@@ -61,14 +60,14 @@ def published_beside(measure: str, parameters: int, source: Mapping[str, object]
     if measure == "val_loss" and source.get("repo") != FINEWEB_EDU:
         return []
     figures = [figure for figure in FIGURES if figure.measure == measure]
-    near = [figure for figure in figures if 0.5 <= _parameters()[figure.model] / parameters <= 2]
+    near = [figure for figure in figures if 0.5 <= model_sizes()[figure.model] / parameters <= 2]
     return near or [figure for figure in figures if figure.model == "GPT-2 124M"]
 
 
 @cache
-def _parameters() -> Mapping[str, float]:
+def model_sizes() -> Mapping[str, float]:
     """How large each model is that a figure is of."""
     gpt2 = {
-        model.title: published_params(name).parameters(GPT2_TOKENIZER.size) for name, model in PUBLISHED_MODELS.items()
+        model.title: published_params(name).parameters(model.vocab_size) for name, model in PUBLISHED_MODELS.items()
     }
     return gpt2 | GPT3_PARAMETERS
