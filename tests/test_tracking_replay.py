@@ -343,7 +343,7 @@ def test_a_server_that_is_away_is_one_message(
         asked, said = said.split("\n", 1)
         assert asked == "asking MLflow at http://***@127.0.0.1:1"
         assert said.startswith("pipelib: MLflow at http://***@127.0.0.1:1 failed (URLError: ")
-        assert "run pipelib track --replay when it is back" in said
+        assert "run pipelib track --replay when it works again" in said
         assert "canary" not in asked + said
 
 
@@ -355,7 +355,7 @@ def test_no_records_and_no_database(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert track() == 0
     said = capsys.readouterr().out
     assert "nothing" in said
-    assert "mlflow.db is not there yet; `pipelib track --replay` makes it" in said
+    assert "mlflow.db does not exist yet; `pipelib track --replay` creates it" in said
     assert not Path("elsewhere").exists()
     assert track("--replay", "no-such-run") == 1
     assert "no-such-run: no run of that name is recorded" in capsys.readouterr().err
