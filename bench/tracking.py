@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from pipelib.params import load_params
 from pipelib.processes import available_cores
 from pipelib.stage import run_stage
-from pipelib.tracking.mlflow_store import SERVER_WAIT_SECONDS, Place
+from pipelib.tracking.mlflow_store import SERVER_WAIT_SECONDS, TrackingUri
 from pipelib.tracking.run import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,9 +143,9 @@ def measure(uri: str | None, folder: Path, seconds: float, number: int) -> tuple
 
 def arrived(uri: str | None, fingerprint: str) -> str:
     """How many points MLflow has of a stage."""
-    place = Place(uri, None) if uri else Place.chosen()
+    tracking_uri = TrackingUri(uri, None) if uri else TrackingUri.chosen()
     try:
-        store = place.open()
+        store = tracking_uri.open()
         run = store.find(pipelib__fingerprint=fingerprint)
     except Exception:
         return "-"

@@ -11,9 +11,9 @@ from small_tracking import record_path, runs, start, write
 from pipelib.cli.main import main
 from pipelib.tracking.mirror import Mirror
 from pipelib.tracking.mlflow_run import MlflowRun
-from pipelib.tracking.mlflow_store import Place
+from pipelib.tracking.mlflow_store import TrackingUri
 from pipelib.tracking.record import read_events
-from pipelib.tracking.replay import held
+from pipelib.tracking.replay import exclusive
 
 pytestmark = [
     pytest.mark.usefixtures("workspace"),
@@ -104,7 +104,7 @@ def test_twice_is_once(client: Any, capsys: pytest.CaptureFixture[str], monkeypa
     said = capsys.readouterr()
     assert "train: MLflow had nothing; " in said.out
     sending = [f"sending {os.environ['DVC_EXP_NAME']} {stage}" for stage in STAGES]
-    assert said.err.splitlines() == [f"asking MLflow at {Place.chosen().uri}", *sending]
+    assert said.err.splitlines() == [f"asking MLflow at {TrackingUri.chosen().uri}", *sending]
 
     def refuse(*arguments: object, **named: object) -> None:
         raise AssertionError(f"nothing is to be sent, not {arguments} {named}")
@@ -208,7 +208,7 @@ def test_the_next_stage_of_a_run_sends_what_the_one_before_could_not(client: Any
 
 def test_a_record_that_is_being_sent_is_left_alone(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run_pipeline(stages=("train",))
-    with held(record_path()) as mine:
+    with exclusive(record_path()) as mine:
         assert mine
         assert track("--replay") == 0
     said = capsys.readouterr().out
@@ -274,7 +274,7 @@ def test_a_store_that_takes_no_files_takes_everything_else(
         assert shown["evaluate"][0] == shown["pipeline"][0] == "FINISHED"
         assert shown["evaluate"][4]["train/loss"] == [[0, 4.0], [1, 3.0], [2, 2.0]]
         assert "22.dir" in shown["pipeline"][3]["mlflow.note.content"]
-        assert said.count(f"MLflow takes no files ({type(error).__name__}: {error})") == 1
+        assert said.count(f"MLflow refuses files ({type(error).__name__}: {error})") == 1
         track()
         assert "a part" in capsys.readouterr().out
     assert track("--replay") == 0
@@ -382,4 +382,4 @@ def runs_exist(client: Any) -> bool:
 
 def test_the_address_is_the_one_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
-    assert Place.chosen() == Place("http://host", None)
+    assert TrackingUri.chosen() == TrackingUri("http://host", None)

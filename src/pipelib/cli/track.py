@@ -42,8 +42,8 @@ class Track(Command):
         Raises:
             UserError: a run has no record, or MLflow fails.
         """
-        from pipelib.inspection.records import find_records, replay, sent_state
-        from pipelib.tracking.mlflow_store import Place, failure
+        from pipelib.inspection.records import find_records, find_sent_state, replay
+        from pipelib.tracking.mlflow_store import TrackingUri, failure
         from pipelib.tracking.record import redact
         from pipelib.tracking.replay import ALL, BUSY, DELETED
 
@@ -52,19 +52,19 @@ class Track(Command):
         if not records:
             print(f"no run has been recorded in {root}")
             return 0
-        place = Place.chosen()
-        where = redact(place.uri)
+        tracking_uri = TrackingUri.chosen()
+        where = redact(tracking_uri.uri)
         try:
-            if not self.replay and place.database and not place.database.exists():
+            if not self.replay and tracking_uri.database and not tracking_uri.database.exists():
                 _print(records, ["nothing"] * len(records))
                 tell(f"{where} does not exist yet; `pipelib track --replay` creates it")
                 return 0
             tell(f"asking MLflow at {where}", error=True)  # its import alone takes seconds
-            store = place.open()
+            store = tracking_uri.open()
             if self.replay:
                 replay(store, records, named=bool(self.runs))
                 return 0
-            states = [sent_state(store, record) for record in records]
+            states = [find_sent_state(store, record) for record in records]
         except UserError:
             raise
         except Exception as error:
