@@ -128,16 +128,16 @@ def test_half_of_a_run_had_arrived(client: Any, monkeypatch: pytest.MonkeyPatch,
     """The connection broke after so many calls of sending train's record; another stage's was complete."""
     run_pipeline(stages=("train",))
     calls = [0]
-    accepted = MlflowRun._accepted
+    call = MlflowRun._call
 
     def breaking(*arguments: Any, **named: Any) -> None:
         calls[0] += 1
         if calls[0] > arrived:
             raise ConnectionError("broken")
-        accepted(*arguments, **named)
+        call(*arguments, **named)
 
     with monkeypatch.context() as broken:
-        broken.setattr(MlflowRun, "_accepted", breaking)
+        broken.setattr(MlflowRun, "_call", breaking)
         assert track("--replay") == 1
     assert calls[0] > arrived
     assert track("--replay") == 0
@@ -212,8 +212,8 @@ def test_a_record_that_is_being_sent_is_left_alone(client: Any, capsys: pytest.C
         assert mine
         assert track("--replay") == 0
     said = capsys.readouterr().out
-    assert "not now, since the stage is running or another process sends it" in said
-    assert said.endswith("has everything but what is being sent now\n")
+    assert "skipped, since the stage is running or another process sends it" in said
+    assert said.endswith("has everything except what is being sent now\n")
     del client
 
 
@@ -246,7 +246,7 @@ def test_one_record_that_fails_keeps_no_other_from_being_sent(
         assert track("--replay") == 1
     said, key = capsys.readouterr(), os.environ["DVC_EXP_NAME"]
     assert f"{key} download: MLflow failed (ValueError: no, not this)" in said.err
-    assert f"did not take all of {key} download, so" in said.err
+    assert f"did not accept all of {key} download, so" in said.err
     assert "has everything" not in said.out
     assert runs(client, "train")[0].info.status == "FINISHED"
     assert track("--replay") == 0
@@ -306,8 +306,8 @@ def test_a_stages_own_run_is_sent_whatever_becomes_of_the_others(
     monkeypatch.setattr(MlflowRun, "complete", failing)
     run_pipeline(mlflow=True, stages=("train",))
     first, second = capsys.readouterr().err.splitlines()
-    assert "MLflow did not take download-ffff" in first
-    assert "MLflow did not take tokenize-ffff" in second
+    assert "MLflow did not accept download-ffff" in first
+    assert "MLflow did not accept tokenize-ffff" in second
     (train,) = runs(client, "train")
     assert train.info.status == "FINISHED"
     assert train.data.tags["pipelib.sent"] == str(record_path().stat().st_size)
@@ -358,7 +358,7 @@ def test_no_records_and_no_database(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "mlflow.db does not exist yet; `pipelib track --replay` creates it" in said
     assert not Path("elsewhere").exists()
     assert track("--replay", "no-such-run") == 1
-    assert "no-such-run: no run of that name is recorded" in capsys.readouterr().err
+    assert "no-such-run: no run of this name is recorded" in capsys.readouterr().err
 
 
 def test_a_mirror_and_a_replay_do_not_send_the_same_record(client: Any, capsys: pytest.CaptureFixture[str]) -> None:

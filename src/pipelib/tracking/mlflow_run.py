@@ -41,7 +41,7 @@ class MlflowRun:
         with store.tracking_uri.lock():
             self.parent = self._find_parent()
             self.child, self._is_new, shown = self._find_child()
-        self._sent_points: set[tuple[str, int, int]] = set()
+        self._earlier_points: set[tuple[str, int, int]] = set()
         self._placeholder_metrics: dict[str, float] = (
             shown  # the final metrics of the placeholder run, if there was one
         )
@@ -49,7 +49,7 @@ class MlflowRun:
         data = self.client.get_run(self.child).data
         self._child_params, self._child_tags = dict(data.params), dict(data.tags)
         for name in () if self._is_new else data.metrics:
-            self._sent_points |= {
+            self._earlier_points |= {
                 (name, point.step, point.timestamp) for point in self.client.get_metric_history(self.child, name)
             }
 
@@ -68,7 +68,7 @@ class MlflowRun:
             for key, value in event["metrics"].items()
             if event["step"] is not None or self._placeholder_metrics.get(_name(key)) != float(value)
         ]
-        self._log(self.child, points=[point for point in points if point[:3] not in self._sent_points])
+        self._log(self.child, points=[point for point in points if point[:3] not in self._earlier_points])
         for event in events:
             match event:
                 case {"event": "text" | "file", "name": name}:
