@@ -114,8 +114,8 @@ def replay(store: Store, records: Sequence[RecordFile], *, named: bool) -> None:
     where = redact(store.tracking_uri.uri)
     if lacking:
         raise UserError(
-            f"MLflow at {where} did not accept all of {', '.join(lacking)}, so the rest is only in the records, which are complete; "
-            "fix what is reported above, and run pipelib track --replay again."
+            f"MLflow at {where} did not accept all of {', '.join(lacking)}, so the rest is only in the records, which are "
+            "complete; fix what is reported above, and run pipelib track --replay again."
         )
     left = "everything else" if not named and deleted else "everything"
     busy = " except what is being sent" if any(result.before == BUSY for _, result in done) else ""
