@@ -50,8 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=300, help="size of the text in MB; default: 300")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, in turn; default: 3")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--engines", nargs="+", default=["gigatoken", "tiktoken"])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers; default: 1 2")
+    parser.add_argument("--engines", nargs="+", default=["gigatoken", "tiktoken"], help="default: both")
     parser.add_argument("--only", nargs=3, metavar=("WHAT", "WORKERS", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:

@@ -71,10 +71,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", default="gpt2", help="gpt2, ... with random weights, or a Hugging Face folder; default: gpt2"
     )
-    parser.add_argument("--tasks", nargs="+", default=["completion"])
-    parser.add_argument("--limit", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", default=["completion"], help="lm-eval tasks; default: completion")
+    parser.add_argument("--limit", type=int, default=50, help="examples per task; default: 50")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per batch of the harness's model; default: 8")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each model, in turn; default: 3")
     return parser.parse_args()
 
 

@@ -69,9 +69,9 @@ def parse_arguments() -> argparse.Namespace:
         help="gpt2, gpt2-medium, ... with random weights, or a Hugging Face folder; default: gpt2",
         default="gpt2",
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
     parser.add_argument("--batch-tokens", type=int, help="positions per forward pass; default: 2048, on a GPU 65536")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each way, in turn; default: 3")
     arguments = parser.parse_args()
     arguments.batch_tokens = arguments.batch_tokens or (65536 if torch.cuda.is_available() else 2048)
     return arguments

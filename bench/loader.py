@@ -38,11 +38,11 @@ class FileOrder(BatchPlan):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the shards in GB; default: 2")
     parser.add_argument(
         "--steps", type=int, default=100, help="steps per run; default: 100, which is 52 million tokens"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="runs per order and cache; default: 3")
     parser.add_argument(
         "--folder", type=Path, help="where the shards are written; default: the system's temporary folder"
     )

@@ -71,7 +71,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
     parser.add_argument("--rows", type=int, help="rows of the only micro-batch; default: train.micro_batch_size")
     parser.add_argument("--length", type=int, help="tokens in a row; default: train.sequence_length")
     parser.add_argument(

@@ -70,6 +70,7 @@ class Clean(Command):
             return 0
         if not self.yes and not _agreed(len(unused), freed):
             return 0
+        # `delete` locks each folder: a stage may have started since the list was made
         for kept in unused:
             delete(kept)
         print(f"deleted; {freed} freed")

@@ -125,7 +125,7 @@ def _add_argument(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any
     else:
         settings["required"] = field.default is dataclasses.MISSING
         action = parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
-    if kind is Path:
+    if kind is Path:  # shtab reads this attribute
         action.complete = FOLDERS if action.metavar == "DIR" else FILES  # type: ignore[attr-defined]
 
 
@@ -175,6 +175,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and report an unknown argument here, where the options of its subcommand are known."""
+        # `error` needs the words that were typed
         self._typed = list(sys.argv[1:] if args is None else args)
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:

@@ -62,6 +62,7 @@ class Plan(Command):
         tell(f"{self.params}, with {plural(ranks, 'rank')} on {where}\n")
         for name, text in costs(params, corpus, machines):
             tell(f"{name:<12}{text}")
+        # after the costs, so that these are printed even if something does not fit
         require_all(checks(params, corpus, ranks))
         for name, text in () if self.no_measure else time_here(params, ranks):
             tell(f"{name:<12}{text}")

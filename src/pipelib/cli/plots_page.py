@@ -81,6 +81,7 @@ def make_page() -> str:
     """The template, with the scripts in it; about 0.9 MB."""
     import vl_convert
 
+    # DVC's plot templates are written for Vega-Lite 5
     specification = [name for name in vl_convert.get_vegalite_versions() if name.startswith("5.")][-1]
     scripts = vl_convert.javascript_bundle(EMBED, vl_version=specification)
     return HTML.format(version=version("vl-convert-python"), scripts=scripts)

@@ -42,13 +42,14 @@ class Publish(Command):
         from pipelib.inspection.out_folder import make_out
         from pipelib.inspection.publish import find_token, require_whole, upload, write_copy
 
-        token = "" if self.out else find_token()
+        token = "" if self.out else find_token()  # fail before the files are read
         require_whole()
         if self.out is not None:
             make_out(self.out, empty=True)
             write_copy(self.out, self.repo, self.licence)
             print(f"{self.out} has the files that would be uploaded to {self.repo}")
             return 0
+        # in the workspace, so that the copy can be made of hard links
         with tempfile.TemporaryDirectory(prefix=".publish-", dir=".") as folder:
             write_copy(Path(folder), self.repo, self.licence)
             url = upload(Path(folder), self.repo, token, private=self.private)

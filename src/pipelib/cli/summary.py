@@ -87,7 +87,7 @@ def rows(evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str
     """The lines of the summary as (name, value)."""
     from pipelib.vocabulary.choice import chosen_tokenizer
 
-    size = chosen_tokenizer().size
+    size = chosen_tokenizer().size  # an untrained model guesses uniformly: its loss is ln(size)
     lines = [
         ("validation loss", f"{evaluate['val_loss']:.4f} (it starts near ln {size:,} = {math.log(size):.2f})"),
         ("perplexity", f"{evaluate['perplexity']:,.1f}"),

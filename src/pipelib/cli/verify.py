@@ -49,6 +49,7 @@ class Verify(Command):
             for problem in report.problems:
                 tell(f"  - {problem.text}", error=True)
             wrong += len(report.problems)
+            # only damage can be repaired; the other problems are for the user to decide
             damaged += sum(problem.damaged for problem in report.problems)
             for path in repair(out, report) if self.repair else ():
                 print(f"removed {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

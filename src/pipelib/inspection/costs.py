@@ -103,6 +103,7 @@ def _memory(params: Params, machines: Machines) -> Iterator[tuple[str, str]]:
     copy, on_gpu = footprint.checkpoint, device.type == "cuda"
     pinned = " (up to twice that: torch pins powers of two)" if on_gpu else ""
     yield "", f"{format_bytes(copy)}{pinned} of main memory more on the first rank, while a checkpoint is written"
+    # on a CPU, all ranks and the copy for the checkpoint share the main memory
     needed, here = (need.total, total_memory(device)) if on_gpu else (need.total + copy, total_memory(device) // ranks)
     what = "a GPU here" if on_gpu else "a rank here, on the CPU,"
     checkpointing = "" if train.activation_checkpointing else ", or set train.activation_checkpointing: true"
@@ -115,6 +116,7 @@ def time_here(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
     train = params.train
     speed = measure_speed(params, ranks)
     trained = train.max_steps * train.global_batch_tokens
+    # the last step always validates, so the division rounds up
     validated = -(-train.max_steps // train.validate_every) * train.validate_tokens
     seconds = (trained + validated / 3) / (speed.tokens_per_second * ranks)  # a forward pass is a third of a step
     rate = f"{speed.tokens_per_second:,.0f} tokens/s a rank"

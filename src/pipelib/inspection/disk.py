@@ -39,6 +39,7 @@ class Corpus:
             return self
         share = max_tokens / self.tokens
         files = math.ceil(self.files * share)
+        # the hub's files are downloaded whole
         raw_bytes = round(self.raw_bytes * (files / self.files if self.files > 1 else share))
         return Corpus(max_tokens, raw_bytes, f"download.max_tokens, about, of {self.origin}", files=files)
 
@@ -84,6 +85,7 @@ def _made_corpus(params: Params, root: Path) -> Corpus | None:
     wanted: dict[str, object] = {"kind": download.source, "max_tokens": download.max_tokens}
     if download.source == "hub":
         wanted |= {"repo": download.repo, "revision": download.revision, "folder": download.folder}
+    # other parameters would give other tokens
     has_dedup = manifest.dedup.get("method") if manifest.dedup else "none"
     if has_dedup != params.tokenize.dedup or any(source.get(key) != value for key, value in wanted.items()):
         return None

@@ -43,6 +43,7 @@ def export_npy(tokens: Path, out: Path, name: str) -> None:
     require_free_space(out, total, "the export")
     progress = Progress(f"writing {out}", len(manifest.shards), "shards")
     for shard in manifest.shards:
+        # before it is written: an array has no checksum that would show the damage
         problems = shard_problems(tokens, shard, manifest.tokenizer)
         if problems:
             raise UserError("\n".join(problems))

@@ -57,12 +57,14 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
     model = import_model(folder, data.tokenizer).to(device)
     if out:
         make_out(out, empty=False)  # fail before the long work
+    # measure the model, then the baselines on the same items
     code = code_hashes("evaluate", {"model.architecture": model.params.architecture}, CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(str(folder), model, params, data, Path(scratch) / "harness")
         others = measure_baselines(params, data, code, device, Path(scratch) / "harness")
     baselines = {name: other.result for name, other in others.items()}
     samples = write_samples(model, data.tokenizer, params.sample_prompts, params.precision, seed=0) if out else []
+    # what the report says about the model
     facts = {
         "model": f"`{folder}`",
         "weights": f"SHA-256 `{weights_sha256(folder)}`",

@@ -114,6 +114,7 @@ def delete(kept: Kept) -> None:
 
 def _delete(folder: Path) -> None:
     locks = sorted(folder.glob(f"{LOCK}*"))
+    # a process that encodes a share of the text holds a lock of its own
     if any(is_held(lock) for lock in locks if lock.name != LOCK):
         tell(f"kept: {folder} is in use by a process that encodes a share of the text")
         return

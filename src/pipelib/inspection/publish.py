@@ -25,6 +25,7 @@ def require_whole() -> None:
     for path, what in ((MODEL / "model.safetensors", "no model"), (CARD, "no model card")):
         if not path.is_file():
             raise UserError(f"{path} does not exist, so there is {what} to publish; run dvc repro.")
+    # models/ and reports/ are intact
     for folder in (MODEL, CARD.parent):
         ((_, out),) = find_folders(folder).items()
         if problems := check_folder(folder, out).problems:
@@ -32,6 +33,7 @@ def require_whole() -> None:
                 f"{folder} is not what dvc.lock says, so its card would be wrong; run dvc repro, or dvc checkout {folder}.\n"
                 + "\n".join(problem.text for problem in problems)
             )
+    # the report was made from this very model
     stages = read_lock()
     made = [out.md5 for out in stages["train"].outs if out.path == str(MODEL)] if "train" in stages else []
     read = [dep.md5 for dep in stages["evaluate"].deps if dep.path == str(MODEL)] if "evaluate" in stages else []
@@ -39,6 +41,7 @@ def require_whole() -> None:
         raise UserError(
             "reports/ describes another model than models/, so the card would be wrong; run dvc repro evaluate."
         )
+    # the commit has everything that made the model
     changes = run_git(Path.cwd(), "status", "--porcelain")
     if not git_state(Path.cwd())["commit"]:
         raise UserError(

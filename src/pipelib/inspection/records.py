@@ -101,6 +101,7 @@ def replay(store: Store, records: Sequence[RecordFile], *, named: bool) -> None:
             tell(f"{name}: MLflow had {result.before}; {result.points:,} points and {result.files} files sent")
         for file in result.missing_files:
             tell(f"{name}: {file} is no longer on this disk, so MLflow does not get it")
+    # after all records, since a parent's status depends on all its stages
     for folder in sorted({record.path.parent for record in records}):
         try:
             end_parents(store, folder)

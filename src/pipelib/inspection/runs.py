@@ -71,6 +71,7 @@ def find_run(name: str) -> RunFiles:
         return _run(_InFolder(name, folder), items if items.is_file() else None)
     files = _InCommit(name, _commit(name))
     run = _run(files, None)
+    # items and speed are outs, so they are in DVC's cache, not in git
     items, objects = HERE.items, objects_folder(Path.cwd())
     speed = {
         stage: _metrics(files, path, read_if_there(object_path(objects, run.md5(path))))
@@ -173,6 +174,7 @@ def _commit(name: str) -> str:
         refs = (
             run_git(Path.cwd(), "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps/").decode().splitlines()
         )
+        # refs/exps/exec/ is DVC's own bookkeeping
         commits = {ref.split(" ")[0] for ref in refs if ref.endswith(f"/{name}") and "/exec/" not in ref}
         if len(commits) != 1:
             many = "is the name of several experiments" if commits else "is not a folder, git revision or experiment"

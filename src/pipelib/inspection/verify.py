@@ -192,6 +192,7 @@ def repair(out: Out | None, report: Report) -> list[Path]:
         The removed files of the workspace, and the removed objects.
     """
     entries = (out.entries() or {}) if out else {}
+    # if DVC's list is lost, the hard links still lead to the objects
     linked = out.linked_objects() if out else {}
     doomed: list[Path] = []
     for path in sorted({problem.path for problem in report.problems if problem.damaged}):

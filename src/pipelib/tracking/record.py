@@ -202,8 +202,10 @@ def prepare_record(path: Path, code: str, is_fresh: bool) -> None:
 
     if path.exists():
         if not continues(path):
+            # keep the old record, under another name
             path.rename(path.with_name(f"{path.stem}.until-{time.time_ns()}.jsonl"))
         return
+    # copy texts and points from the newest record of another KEY with the same state
     others = sorted(path.parent.parent.glob(f"*/{path.name}"), key=lambda other: other.stat().st_mtime)
     for other in filter(continues, reversed(others)):
         kept = [e for e in read_events(other)[0] if e["event"] == "text" or e.get("step") is not None]

@@ -90,7 +90,7 @@ def replay_record(
         begin()
         view = MlflowRun(store, begun)
         view.complete(events)
-        view.mark_sent(size)
+        view.mark_sent(size)  # last: after a kill before this, the next replay compares again
         return ReplayResult(before, view.points_sent, view.files_sent, tuple(view.files_gone), view.accepts_files)
 
 
@@ -115,7 +115,7 @@ def end_parents(store: Store, folder: Path) -> None:
     for record in folder.glob("*.jsonl"):
         with exclusive(record) as mine:
             if not mine:
-                return
+                return  # still running, or being sent by another process
         events, _ = read_events(record)
         begun, ends = open_event(events), [event for event in events if event["event"] == "end"]
         if begun and ends:

@@ -38,7 +38,7 @@ class Run(Protocol):
 
     @property
     def path(self) -> Path | None:
-        """The record's file; None where there is none."""
+        """The path of the record; None without one."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -104,7 +104,7 @@ class RecordedRun:
 
     @property
     def path(self) -> Path | None:
-        """The record's file; None where there is none."""
+        """The path of the record; None without one."""
         return self._record.path
 
     def __enter__(self) -> Self:
@@ -113,6 +113,7 @@ class RecordedRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # `is_recorded` expects the end event to be the last one, so the sampler stops first
         if self._sampler:
             self._sampler.close()
         if self._opened:
