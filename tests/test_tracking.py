@@ -289,11 +289,11 @@ def test_what_mlflow_has_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> N
         run.log({"train/loss": 4.0}, 1)
         run.log_text("samples/1.txt", "one")
     sent: list[object] = []
-    log, file = MlflowRun._log, MlflowRun._accepted
+    log, file = MlflowRun._log, MlflowRun._call
     monkeypatch.setattr(MlflowRun, "_log", lambda *a, **k: (sent.extend(k.get("points") or ()), log(*a, **k)))
     monkeypatch.setattr(
         MlflowRun,
-        "_accepted",
+        "_call",
         lambda *a, **k: (sent.extend(a[3:] if a[2].__name__ == "log_text" else ()), file(*a, **k)),
     )
     with start():
