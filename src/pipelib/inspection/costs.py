@@ -102,7 +102,7 @@ def _memory(params: Params, machines: Machines) -> Iterator[tuple[str, str]]:
     yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
     copy, on_gpu = footprint.checkpoint, device.type == "cuda"
     pinned = " (up to twice that: torch pins powers of two)" if on_gpu else ""
-    yield "", f"{format_bytes(copy)}{pinned} of main memory more on the first rank, while a checkpoint is written"
+    yield "", f"{format_bytes(copy)}{pinned} more main memory on the first rank, while a checkpoint is written"
     # on a CPU, all ranks and the copy for the checkpoint share the main memory
     needed, here = (need.total, total_memory(device)) if on_gpu else (need.total + copy, total_memory(device) // ranks)
     what = "a GPU here" if on_gpu else "a rank here, on the CPU,"

@@ -41,10 +41,10 @@ class Corpus:
         files = math.ceil(self.files * share)
         # the hub's files are downloaded whole
         raw_bytes = round(self.raw_bytes * (files / self.files if self.files > 1 else share))
-        return Corpus(max_tokens, raw_bytes, f"download.max_tokens, about, of {self.origin}", files=files)
+        return Corpus(max_tokens, raw_bytes, f"about download.max_tokens, from {self.origin}", files=files)
 
 
-_DOCS = Corpus(7_400_214, 7_428_143, "the offline corpus, about: it varies with the packages' versions")
+_DOCS = Corpus(7_400_214, 7_428_143, "an estimate: the offline corpus varies with the packages' versions")
 _HUB = {
     ("HuggingFaceFW/fineweb-edu", "sample/10BT"): Corpus(
         9_972_918_177 + 9_672_101,

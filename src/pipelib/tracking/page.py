@@ -31,8 +31,8 @@ def reproduce(lineage: Mapping[str, str]) -> str:
     text = "Reproduce with\n\n" + "".join(f"    {command}\n" for command in commands)
     if DIFF in commands:
         text += (
-            "\nThe working tree had changes that are in no commit: `uncommitted.diff` is among the artifacts of each stage; new "
-            "files it only names.\n"
+            "\nThe working tree had uncommitted changes: `uncommitted.diff` is among the artifacts of each stage. It only names "
+            "new files.\n"
         )
     return text
 
@@ -75,15 +75,15 @@ def pipeline_page(
     if rows:
         parts.append("\n".join(("| what | value |", "|---|---|", *rows)))
     parts.append(
-        "The evaluation for people: `reports/evaluation.md` among the artifacts. The curves: in the run `train` below."
+        "To read the evaluation, open `reports/evaluation.md` among the artifacts. The curves are in the run `train` below."
     )
     parts.append(reproduce(lineage).rstrip("\n"))
     if model_md5:
-        ways = "`dvc repro` links it from DVC's cache, and trains it again where that has it no more."
+        ways = "`dvc repro` links it from DVC's cache, or trains it again if the cache no longer has it."
         if lineage["dvc.exp_name"]:
             ways = (
                 "after `dvc exp apply`, `dvc checkout models` links it from DVC's cache, and `dvc pull models` gets it from a "
-                "remote; `dvc repro` trains it again where nothing has it."
+                "remote; `dvc repro` trains it again if neither has it."
             )
         parts.append(f"Get the model (DVC md5 `{model_md5}`) with the same checkout: {ways}")
     if fingerprint:
