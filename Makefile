@@ -1,4 +1,4 @@
-# Everything that is done with this repository. Needs Python 3.11 to 3.13, git and make; the rest is installed into .venv.
+# The commands of this repository. Needs Python 3.11 to 3.13, git and make; `make setup` installs the rest into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= 200
@@ -6,8 +6,8 @@ REMOTE ?= ../pipelib-remote
 
 .PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-tracking remote ui setup clean help
 
-help:            ## what can be made
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+help:            ## list these targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
 setup: .venv/ready .dvc/plots/page.html  ## install the pinned dependencies into .venv
 
@@ -20,57 +20,57 @@ setup: .venv/ready .dvc/plots/page.html  ## install the pinned dependencies into
 .dvc/plots/page.html: .venv/ready
 	@$(BIN)/pipelib plots-page
 
-repro: setup     ## run the whole pipeline, or what of it is not up to date
+repro: setup     ## run the stages of the pipeline that are not up to date
 	@$(BIN)/pipelib plan --check
 	$(BIN)/dvc repro
 	@$(BIN)/pipelib summary
 
-test: setup      ## the tests
+test: setup      ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-long: setup ## the tests that take long, and those that kill at random, RUNS times (200)
+test-long: setup ## run the long tests, and the tests that kill at random RUNS times (200)
 	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest -m "long or random" -s
 
-check: setup     ## format, lint, types
+check: setup     ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: setup    ## put the code in its form
+format: setup    ## format the code and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 bench-import: setup  ## time the import of your own files: MB/s, memory, requests
 	$(BIN)/python bench/import_text.py $(ARGS)
 
-bench-tokenize: setup  ## time tokenization, parquet to shards, against the plain way
+bench-tokenize: setup  ## time tokenization, from parquet to shards, against a plain loop
 	$(BIN)/python bench/encode_corpus.py $(ARGS)
 
-bench-loader: setup  ## time batches out of 2 GB of shards
+bench-loader: setup  ## time the loader on 2 GB of shards
 	$(BIN)/python bench/loader.py $(ARGS)
 
-bench-train: setup  ## time one optimizer step, ours against a plain loop
+bench-train: setup  ## time an optimizer step, ours against a plain PyTorch loop
 	$(BIN)/python bench/train_step.py $(ARGS)
 
 bench-hellaswag: setup  ## time HellaSwag against one example per forward pass
 	$(BIN)/python bench/hellaswag.py $(ARGS)
 
-bench-harness: setup  ## time the lm-eval harness on our model against its own on the exported folder
+bench-harness: setup  ## time lm-eval with our model in memory against its own Hugging Face model
 	$(BIN)/python bench/harness.py $(ARGS)
 
-bench-gpu: setup ## on a GPU: check that the training is right there, then time it
+bench-gpu: setup ## on a GPU: check that training is correct, then time it
 	$(BIN)/python bench/gpu.py $(ARGS)
 
-remote: setup    ## keep all outs in a second place, REMOTE (../pipelib-remote), for other clones and machines
+remote: setup    ## push all outs to REMOTE (../pipelib-remote), for other clones and machines
 	$(BIN)/dvc remote add --local --default --force store $(REMOTE)
 	$(BIN)/dvc push --run-cache
 
-bench-tracking: setup  ## time what MLflow costs a stage when it is away, silent, broken, slow or well
+bench-tracking: setup  ## time what MLflow costs a stage: dead, silent, broken, slow or healthy server
 	$(BIN)/python bench/tracking.py $(ARGS)
 
 ui: setup        ## compare runs in the browser
-	@echo 'The runs are at http://127.0.0.1:5000/#/experiments/1/runs (MLflow begins with its view for chats).'
+	@echo 'The runs are at http://127.0.0.1:5000/#/experiments/1/runs (MLflow opens on its page for chats).'
 	$(BIN)/mlflow ui
 
-clean: setup     ## list the stages' state and free it
+clean: setup     ## list the stages' state and delete it
 	$(BIN)/pipelib clean

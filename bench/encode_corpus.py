@@ -1,13 +1,15 @@
-"""Time tokenization, from parquet to finished and hashed shards, against the straightforward way in the same run.
+"""Time tokenization, from parquet to finished and hashed shards, against a plain loop in the same run.
 
     make bench-tokenize                                 300 MB of English, both engines, 1 and 2 workers
     make bench-tokenize ARGS="--megabytes 1000 --rounds 3"
 
-The text is the docstrings of the installed packages, once as they are ("first", distinct text) and then repeated in
-other orders ("repeats"). The straightforward way is build-nanogpt's: tiktoken in `Pool.imap`, document by document, one
-buffer of a shard that grows full and is saved; unlike it, the text is in memory before the clock starts. "in all" is the
-whole run's clock, starts of processes included; "after start" the same without the start of the workers, for each of them;
-"at work" counts only the time that workers work, over all the text, its first pass, and the repeats.
+The text is the docstrings of the installed packages: once as they are ("first", distinct text), then repeated in other
+orders ("repeats"). The plain loop is build-nanogpt's: tiktoken in `Pool.imap`, one document at a time, into the buffer of a
+shard that is saved when full. Unlike there, the text is in memory before the clock starts.
+
+"in all" is the wall-clock time of the whole run, with the start of its processes. "after start" is the same without the start
+of the workers, per worker. "at work" counts only the time in which workers work: on all text, on its first pass, and on the
+repeats.
 """
 
 import argparse
@@ -46,10 +48,10 @@ WAIT = 1.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=300, help="text, in MB; default: 300")
+    parser.add_argument("--megabytes", type=int, default=300, help="size of the text in MB; default: 300")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, in turn; default: 3")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--engines", nargs="+", default=["gigatoken", "tiktoken"])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers; default: 1 2")
+    parser.add_argument("--engines", nargs="+", default=["gigatoken", "tiktoken"], help="default: both")
     parser.add_argument("--only", nargs=3, metavar=("WHAT", "WORKERS", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
@@ -60,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-tokenize-") as folder:
         os.environ["PIPELIB_STATE_DIR"] = str(Path(folder) / "state")
         text_bytes = write_corpus(Path(folder), arguments.megabytes * 1_000_000)
-        print(f"{text_bytes / 1e6:,.0f} MB of text; medians of {arguments.rounds} runs in turn, and their range\n")
+        print(f"{text_bytes / 1e6:,.0f} MB of text; medians and ranges of {arguments.rounds} runs in turn\n")
         kinds = [(engine, workers) for engine in arguments.engines for workers in arguments.workers]
         kinds.append(("plain", max(arguments.workers)))
         runs: dict[tuple[str, int], list[dict]] = {kind: [] for kind in kinds}
@@ -72,15 +74,15 @@ def main() -> None:
         report(runs, text_bytes)
 
 
-def write_corpus(folder: Path, most_bytes: int) -> int:
-    """`first/`, the docstrings once, and `raw/`, the same file and then larger ones that repeat it in other orders."""
+def write_corpus(folder: Path, max_bytes: int) -> int:
+    """Write `first/`, the docstrings once, and `raw/`, the same file and larger ones that repeat it in other orders."""
     first = DocsSource(0).write(folder / "first", folder)
     write_manifest(folder / "first", {"kind": "bench"}, first.files)
     documents = [Document(row["text"]) for row in iterate_raw(folder / "first")]
     draw = random.Random(0)
 
     def repeated() -> Iterator[Document]:
-        left = most_bytes - first.counts["text_bytes"]
+        left = max_bytes - first.counts["text_bytes"]
         while left > 0:
             draw.shuffle(documents)
             for document in documents:
@@ -99,7 +101,7 @@ def write_corpus(folder: Path, most_bytes: int) -> int:
 
 
 def measure_ours(engine: str, workers: int, folder: Path) -> dict:
-    """One run of the stage in a state of its own: first pass alone, then everything."""
+    """Run the stage with a fresh state: the first pass alone, then everything."""
     os.environ.update(PIPELIB_WORKERS=str(workers), PIPELIB_TOKENIZER=engine)
     result = {}
     for name in ("first", "raw"):
@@ -121,7 +123,7 @@ def measure_ours(engine: str, workers: int, folder: Path) -> dict:
 
 
 def start_seconds(count: int) -> float:
-    """What it takes until all workers are there, with their tokenizers."""
+    """Seconds until all workers have started and loaded their tokenizers."""
     began = time.perf_counter()
     with Workers(count, GPT2_TOKENIZER) as workers:
         workers.each("start", load_and_wait, range(count), WAIT)
@@ -129,13 +131,13 @@ def start_seconds(count: int) -> float:
 
 
 def load_and_wait(_: int, wait: float) -> None:
-    """Keep a worker busy, so that the others get a task each."""
+    """Load the tokenizer, then wait, so that each worker gets exactly one task."""
     worker_engine()
     time.sleep(wait)
 
 
 def encode_only(engine: str, folder: Path) -> float:
-    """Tokens a second of the engine alone, on Python strings in memory, for text it has not seen and then has."""
+    """Tokens per second of the engine alone, in one process, on Python strings in memory that it has not seen before."""
     texts = [row["text"] for row in iterate_raw(folder / "first")]
     if engine == "tiktoken":
         encoding = GPT2_TOKENIZER
@@ -150,7 +152,7 @@ def encode_only(engine: str, folder: Path) -> float:
 
 
 def measure_plain(_: str, workers: int, folder: Path) -> dict:
-    """The straightforward way, all in all."""
+    """Run the plain loop and time all of it."""
     texts = [row["text"] for row in iterate_raw(folder / "raw")]
     began = time.perf_counter()
     total = count = shards = 0
@@ -218,7 +220,7 @@ def seconds(found: list[dict]) -> float:
 
 
 def per_core(run: dict, part: str) -> float:
-    """Mtok a second of work of the workers: of everything, of the first pass, or of everything but the first pass."""
+    """Mtok per second of the workers' work: on everything, on the first pass, or on all but the first pass."""
     spent = {name: (run[name]["tokens"], sum(run[name]["worker_seconds"].values())) for name in ("raw", "first")}
     tokens, work = spent["first" if part == "first" else "raw"]
     if part == "repeats":

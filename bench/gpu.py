@@ -1,10 +1,10 @@
-"""Everything that only a GPU can show: that the training is right there, then how fast it is.
+"""Check on a GPU that training is correct, then measure how fast it is.
 
     make bench-gpu                     checks, then figures for docs/log.md and the README
-    make bench-gpu ARGS=--checks       checks alone, a minute or two
-    python bench/gpu.py --rehearse     on a CPU: those checks that mean something there
+    make bench-gpu ARGS=--checks       checks only, a minute or two
+    python bench/gpu.py --rehearse     on a CPU: the checks that make sense there
 
-Needs torch, numpy and PyYAML only. The exit status is 1 where a check failed.
+Needs torch, numpy and PyYAML only. Exit status 1 if a check failed.
 """
 
 import argparse
@@ -61,15 +61,19 @@ SHAPE = GPT2Params(n_layer=4, n_head=2, n_embd=128, context_length=128)
 def main() -> None:
     """Check, measure, and say what failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checks", action="store_true", help="no figures")
-    parser.add_argument("--rehearse", action="store_true", help="check what a CPU can show, and measure nothing")
+    parser.add_argument("--checks", action="store_true", help="run the checks, measure nothing")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run the checks that make sense on a CPU, measure nothing"
+    )
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
         train_in(arguments.train, training())
         return
     if not torch.cuda.is_available() and not arguments.rehearse:
-        sys.exit("there is no GPU here, so nothing was checked or measured; --rehearse tries what a CPU can show.")
+        sys.exit(
+            "there is no GPU here, so nothing was checked or measured; --rehearse runs the checks that make sense on a CPU."
+        )
     checks = [resume_is_exact, not_finite_changes_nothing, too_large_a_micro_batch_is_named]
     if not arguments.rehearse:
         checks += [attention_is_fused, steps_do_not_wait, a_micro_batch_is_found, checkpoints_stay_out_of_the_way]
@@ -85,7 +89,7 @@ def main() -> None:
 
 
 def passes(check: Callable[[Path], str]) -> bool:
-    """Run a check in a folder with tokens, and say how it went."""
+    """Run a check in a folder with tokens, and print the result."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder) / "tokens", 200_000)
         try:
@@ -99,7 +103,7 @@ def passes(check: Callable[[Path], str]) -> bool:
 
 
 def training(**changes: object) -> TrainParams:
-    """Twenty steps of the preset's training, small, compiled where there is a GPU, and deterministic."""
+    """The preset's training made small: twenty steps, deterministic, compiled if there is a GPU."""
     small = {
         "max_tokens": 20 * 1024, "global_batch_tokens": 1024, "sequence_length": 128, "micro_batch_size": 4,
         "warmup_steps": 4, "max_epochs": 10.0, "deterministic": True, "validate_every": 10, "validate_tokens": 1024,
@@ -117,7 +121,7 @@ def train_in(folder: Path, params: TrainParams) -> GPT2:
 
 
 def resume_is_exact(folder: Path) -> str:
-    """Twenty steps, and the last ten of them again by a process of its own, end with the same bits."""
+    """A run of twenty steps, and a new process that resumes at step 10, end with the same bits."""
     last, states = folder / "checkpoints/step_00000020", []
     for _ in range(2):
         done = subprocess.run([sys.executable, __file__, "--train", str(folder)], capture_output=True, text=True)
@@ -125,12 +129,12 @@ def resume_is_exact(folder: Path) -> str:
         states.append(torch.load(last / "state.pt", weights_only=True)["model"])
         shutil.rmtree(last)
     differing = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
-    assert not differing, f"other bits in {differing}"
+    assert not differing, f"different bits in {differing}"
     return f"{len(states[0])} tensors after 10 steps, compile: {training().compile}"
 
 
 def not_finite_changes_nothing(folder: Path) -> str:
-    """A step whose loss is not a number leaves weights and moments as they are."""
+    """A step with a NaN loss leaves weights and moments unchanged."""
     ours = ours_in(folder)
     ours.step()
     before = [tensor.clone() for tensor in weights_and_moments(ours)]
@@ -150,13 +154,13 @@ def not_finite_changes_nothing(folder: Path) -> str:
 
 
 def weights_and_moments(ours: Ours) -> list[torch.Tensor]:
-    """All that a step changes."""
+    """All tensors that a step changes."""
     moments = [entry for state in ours.optimizer.state_dict()["state"].values() for entry in state.values()]
     return [*ours.network.state_dict().values(), *moments]
 
 
 def too_large_a_micro_batch_is_named(folder: Path) -> str:
-    """Running out of memory says which micro-batch would fit."""
+    """The message for running out of memory names a micro-batch that would fit."""
     hidden = GPT2.hidden
 
     def too_much(self: GPT2, inputs: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -176,7 +180,7 @@ def too_large_a_micro_batch_is_named(folder: Path) -> str:
 
 
 def attention_is_fused(_: Path) -> str:
-    """Attention runs in a kernel that keeps no matrix of scores."""
+    """Attention runs in a fused kernel, which does not store the matrix of scores."""
     torch.use_deterministic_algorithms(False)  # as the presets train
     device = pick_device()
     model, tokens = GPT2(SHAPE, GPT2_TOKENIZER.size).to(device), torch.zeros(8, 128, dtype=torch.long, device=device)
@@ -188,15 +192,14 @@ def attention_is_fused(_: Path) -> str:
 
 
 def steps_do_not_wait(folder: Path) -> str:
-    """A step makes no call that waits for the device, whether its kernels are deterministic or not; torch raises where
-    one does."""
+    """A step never waits for the device, with deterministic kernels or without; torch raises if it does."""
     for deterministic in (True, False):
         steps_of(ours_in(folder, deterministic=deterministic))
-    return "5 steps, deterministic or not"
+    return "5 steps, with deterministic kernels and without"
 
 
 def steps_of(ours: Ours) -> None:
-    """Five steps that raise where one waits."""
+    """Take five steps; torch raises if one waits for the device."""
     for _ in range(3):
         ours.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -204,19 +207,19 @@ def steps_of(ours: Ours) -> None:
         for number in range(3, 8):
             batches = ours.loader.micro_batches(number)
             result = ours.step_on(batches)
-            torch.cat((result.rank_losses, torch.stack((result.grad_norm, result.stop))))  # as Guards.note does
+            torch.cat((result.rank_losses, torch.stack((result.grad_norm, result.stop))))  # the same as Guards.note
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def a_micro_batch_is_found(folder: Path) -> str:
-    """`micro_batch_size: auto` trains with as many rows as there are."""
+    """`micro_batch_size: auto` finds a size and trains."""
     train_in(folder, training(micro_batch_size="auto"))
     return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB taken"
 
 
 def checkpoints_stay_out_of_the_way(folder: Path) -> str:
-    """What a checkpoint of the 124M model costs the training, once its host memory is there."""
+    """The time that a checkpoint of the 124M model stops training, once its host memory is allocated."""
     model = GPT2(load_params(PRESET).model, GPT2_TOKENIZER.size).to(pick_device())
     optimizer = make_optimizer(model, training())
     for parameter in model.parameters():

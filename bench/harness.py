@@ -1,11 +1,11 @@
-"""Time the lm-eval harness: our model in memory against the harness's own `hf` model on the exported folder.
+"""Time the lm-eval harness: our model in memory against the harness's own `hf` model from the exported folder.
 
     make bench-harness ARGS="--tasks hellaswag piqa --limit 100"     tasks whose data is in data/benchmarks; GPT-2 124M with
                                                                      random weights
     make bench-harness ARGS="--model models --tasks completion heldout"
 
-Both score the same requests in one process, in turn: the harness's model in batches of --batch-size rows, ours in batches of as
-many positions as such a batch of its longest rows has. Loading data and models is not part of the time.
+Both score the same requests in one process, in turn. The harness's model takes batches of --batch-size rows; ours takes batches
+with as many positions as a batch of --batch-size of the longest rows. The time excludes loading data and models.
 """
 
 import argparse
@@ -68,19 +68,21 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gpt2", help="gpt2, ... with random weights, or a Hugging Face folder")
-    parser.add_argument("--tasks", nargs="+", default=["completion"])
-    parser.add_argument("--limit", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--model", default="gpt2", help="gpt2, ... with random weights, or a Hugging Face folder; default: gpt2"
+    )
+    parser.add_argument("--tasks", nargs="+", default=["completion"], help="lm-eval tasks; default: completion")
+    parser.add_argument("--limit", type=int, default=50, help="examples per task; default: 50")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per batch of the harness's model; default: 8")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each model, in turn; default: 3")
     return parser.parse_args()
 
 
 def hugging_faces_model(folder: Path, batch_size: int, device: torch.device) -> Any:
-    """The harness's own view of the folder."""
+    """The harness's own model, loaded from the folder."""
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
-    # Imported by lm-eval's module and of no use to one process, the package accelerate need not be installed.
+    # lm-eval imports accelerate, which one process does not use: stub it, so that it need not be installed.
     for module, names in {
         "accelerate": ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"),
         "accelerate.utils": ("get_max_memory",),
@@ -94,7 +96,7 @@ def hugging_faces_model(folder: Path, batch_size: int, device: torch.device) -> 
 
 
 def loaded_tasks(params: EvaluateParams) -> Any:
-    """The tasks with their data, anew, since they keep what was answered."""
+    """Load the tasks and their data; each run needs fresh ones, since tasks keep the answers."""
     from lm_eval.tasks import TaskManager
 
     loaded = TaskManager(include_path=str(TASKS), include_defaults=False).load(list(params.tasks))
@@ -104,7 +106,7 @@ def loaded_tasks(params: EvaluateParams) -> Any:
 
 
 def request_lengths(lm: Any, params: EvaluateParams) -> list[int]:
-    """Tokens of every request, no more than the model takes."""
+    """The tokens of each request, at most the model's maximum."""
     lengths = []
     for task in loaded_tasks(params)["tasks"].values():
         with redirect_stderr(io.StringIO()):
@@ -115,7 +117,7 @@ def request_lengths(lm: Any, params: EvaluateParams) -> list[int]:
 
 
 def run(lm: Any, params: EvaluateParams) -> tuple[float, Any]:
-    """Seconds that a model takes for all requests, and the scores."""
+    """Score all requests with a model; return the seconds and the scores."""
     from lm_eval.evaluator import evaluate
 
     loaded = loaded_tasks(params)

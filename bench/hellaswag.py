@@ -1,12 +1,12 @@
-"""Time HellaSwag: ours against one example per forward pass, with the bound that the floating-point operations set.
+"""Time HellaSwag: our scorer against one example per forward pass, with the bound set by floating-point operations.
 
-    make bench-hellaswag                                             made-up items, GPT-2 124M with random weights
+    make bench-hellaswag                                             random items, GPT-2 124M with random weights
     make bench-hellaswag ARGS="--items FILE --count 200"             items of a file in HellaSwag's schema, such as
                                                                      data/benchmarks/hellaswag.jsonl
     make bench-hellaswag ARGS="--model data/models/gpt2 --precision bf16"
 
-The plain way is what one writes first: the four rows of an item padded to one batch, logits at every position, one item after
-the other. The two take turns on the same items in one process, and have to give the same predictions.
+The plain loop is the obvious code: one item after the other, its four rows padded to one batch, logits at every position. The
+two take turns on the same items in one process, and must give the same predictions.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pipelib.processes import peak_memory
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 Predictions = list[tuple[int, int]]
-"""By summed and by mean loss, of every item."""
+"""For each item, the ending with the least summed loss and the one with the least mean loss."""
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = pick_device()
     model = load_model(arguments.model, device)
-    items = read_items(arguments.items, GPT2_TOKENIZER) if arguments.items else made_up_items(arguments.count)
+    items = read_items(arguments.items, GPT2_TOKENIZER) if arguments.items else random_items(arguments.count)
     items = items[: arguments.count]
     ways: dict[str, Callable[[Sequence[Item]], Predictions]] = {
         "plain": lambda some: plain(model, some, arguments.precision),
@@ -62,14 +62,16 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=Path, help="JSON lines in HellaSwag's schema; default: made-up items")
+    parser.add_argument("--items", type=Path, help="JSON lines in HellaSwag's schema; default: random items")
     parser.add_argument("--count", type=int, default=100, help="items to score; default: 100")
     parser.add_argument(
-        "--model", help="gpt2, gpt2-medium, ... with random weights, or a Hugging Face folder", default="gpt2"
+        "--model",
+        help="gpt2, gpt2-medium, ... with random weights, or a Hugging Face folder; default: gpt2",
+        default="gpt2",
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch-tokens", type=int, help="positions of a forward pass; default: 2048, on a GPU 65536")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    parser.add_argument("--batch-tokens", type=int, help="positions per forward pass; default: 2048, on a GPU 65536")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each way, in turn; default: 3")
     arguments = parser.parse_args()
     arguments.batch_tokens = arguments.batch_tokens or (65536 if torch.cuda.is_available() else 2048)
     return arguments
@@ -85,25 +87,25 @@ def load_model(name: str, device: torch.device) -> Decoder:
     return model.to(device).eval()
 
 
-def made_up_items(count: int) -> list[Item]:
-    """Items with as many tokens as HellaSwag's: contexts of 20 to 100, endings of 5 to 45."""
-    chance = np.random.default_rng(0)
+def random_items(count: int) -> list[Item]:
+    """Random items of about HellaSwag's lengths: contexts of 20 to 99 tokens, endings of 5 to 44."""
+    rng = np.random.default_rng(0)
 
-    def tokens(least: int, most: int) -> tuple[int, ...]:
-        return tuple(chance.integers(0, 50256, chance.integers(least, most)).tolist())
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, 50256, rng.integers(low, high)).tolist())
 
     return [Item(tokens(20, 100), tuple(tokens(5, 45) for _ in range(4)), 0, number) for number in range(count)]
 
 
 def ours(model: Decoder, items: Sequence[Item], batch_tokens: int, precision: str) -> Predictions:
-    """As the pipeline does it."""
+    """Score the items as the pipeline does."""
     scores = score(model, items, batch_tokens, precision)
     return list(zip(scores.sums.argmin(axis=1).tolist(), scores.means.argmin(axis=1).tolist(), strict=True))
 
 
 @torch.no_grad()
 def plain(model: Decoder, items: Sequence[Item], precision: str) -> Predictions:
-    """One item a forward pass."""
+    """Score one item per forward pass."""
     device = model.device
     predictions = []
     for item in items:
@@ -123,7 +125,7 @@ def plain(model: Decoder, items: Sequence[Item], precision: str) -> Predictions:
 
 
 def flops(model: Decoder, items: Sequence[Item]) -> dict[str, float]:
-    """The operations that either way cannot do without: 2 for each weight of a matrix product, attention left out."""
+    """The operations that each way needs at least: 2 per weight of a matrix product, without attention."""
     head = 2 * model.head.numel()
     trunk = 2 * model.params.matrix_parameters(model.vocab_size) - head
     alone = sum(len(item.context) + len(ending) - 1 for item in items for ending in item.endings)
@@ -146,14 +148,14 @@ def report(
         f"{model.params.parameters(GPT2_TOKENIZER.size):,} parameters, {arguments.precision}, {name}, torch {torch.__version__}"
     )
     print(
-        f"{len(items):,} items of {arguments.items or 'made-up tokens'}, {arguments.batch_tokens:,} positions a forward pass"
+        f"{len(items):,} items of {arguments.items or 'random tokens'}, {arguments.batch_tokens:,} positions per forward pass"
     )
     needed = flops(model, items)
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     for way, values in seconds.items():
         each = medians[way] / len(items)
         print(
-            f"{way:<6}{medians[way]:8.2f} s ({min(values):.2f} to {max(values):.2f}), {each * 1e3:7.2f} ms an item, "
+            f"{way:<6}{medians[way]:8.2f} s ({min(values):.2f} to {max(values):.2f}), {each * 1e3:7.2f} ms per item, "
             f"{each * 10042:7.1f} s for all 10,042; {needed[way] / 1e12:.2f} TFLOP needed, "
             f"{needed[way] / medians[way] / 1e9:,.0f} GFLOP/s"
         )
@@ -165,7 +167,7 @@ def report(
 
 
 def peak(device: torch.device) -> str:
-    """The most memory that this process held."""
+    """The peak memory of this process."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     return f"{used / 1e9:.2f} GB"
 

@@ -1,11 +1,11 @@
-"""Time the import of the user's own files: one large jsonl, one large txt, and many small files; requests are counted.
+"""Time the import of the user's own files, and count its requests: one large jsonl, one large txt, many small files.
 
     make bench-import                                        300 MB of English of each kind, and 10,000 files of 1 KB
-    make bench-import ARGS="--against ../other-checkout"     the same with the code of another checkout, in turn
+    make bench-import ARGS="--against ../other-checkout"     also the code of another checkout, in turn
 
-The text is the docstrings of the installed packages, repeated in other orders. Each run is a fresh process; its clock starts
-after the imports and covers what the stage does: hashing the files, reading them, writing data/raw. "requests" are the
-connections that the process makes to its proxy, which answers none of them.
+The text is the docstrings of the installed packages, repeated in other orders. Each run is a fresh process. Its clock starts
+after the imports and covers the work of the stage: hash the files, read them, write data/raw. "requests" counts the
+connections of the process to its proxy, which answers none of them.
 """
 
 import argparse
@@ -29,10 +29,10 @@ HERE = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=300, help="text of the large files, in MB; default: 300")
-    parser.add_argument("--files", type=int, default=10_000, help="small files; default: 10000")
+    parser.add_argument("--megabytes", type=int, default=300, help="size of each large file in MB; default: 300")
+    parser.add_argument("--files", type=int, default=10_000, help="number of small files; default: 10000")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, in turn; default: 3")
-    parser.add_argument("--against", metavar="CHECKOUT", help="time the code of this checkout too")
+    parser.add_argument("--against", metavar="CHECKOUT", help="also time the code of this checkout")
     parser.add_argument("--only", nargs=2, metavar=("SOURCE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def run(source: Path, folder: Path, proxy: str, requests: list[int]) -> dict[str, float]:
-    """One import in a fresh process."""
+    """Run one import in a fresh process."""
     before = len(requests)
     environment = {**os.environ, **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), proxy)}
     command = [sys.executable, __file__, "--only", str(source), str(folder)]
@@ -63,7 +63,7 @@ def run(source: Path, folder: Path, proxy: str, requests: list[int]) -> dict[str
 
 
 def measure(source: Path, folder: Path) -> dict[str, float]:
-    """What the download stage does with the files of a folder, by the code of a checkout."""
+    """Import the files of a folder as the download stage does, with the code of a checkout."""
     sys.path.insert(0, str(source))
     from pipelib.corpus.sources.local import LocalSource
     from pipelib.processes import peak_memory
@@ -77,7 +77,7 @@ def measure(source: Path, folder: Path) -> dict[str, float]:
 
 
 def report(name: str, size: int, runs: list[dict[str, float]]) -> None:
-    """A line of medians, and the range of the seconds."""
+    """Print a line of medians, with the range of the seconds."""
     seconds = [found["seconds"] for found in runs]
     middle = statistics.median(seconds)
     spread = f"{middle:.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
@@ -86,8 +86,8 @@ def report(name: str, size: int, runs: list[dict[str, float]]) -> None:
     print(f"{name:<24}{spread:>18}{size / 1e6 / middle:>8.0f}{memory:>7.0f} MB{requests:>10.0f}", flush=True)
 
 
-def write_files(folder: Path, most_bytes: int, small_files: int) -> dict[str, int]:
-    """A folder of each kind, and the bytes in it."""
+def write_files(folder: Path, max_bytes: int, small_files: int) -> dict[str, int]:
+    """Write a folder of each kind; return the bytes in each."""
     sys.path.insert(0, str(HERE / "src"))
     from pipelib.corpus.parquet import iterate_raw
     from pipelib.corpus.raw import write_manifest
@@ -100,7 +100,7 @@ def write_files(folder: Path, most_bytes: int, small_files: int) -> dict[str, in
     for kind in ("jsonl", "txt", "small"):
         (folder / kind).mkdir()
     with (folder / "jsonl/a.jsonl").open("w") as jsonl, (folder / "txt/a.txt").open("w") as txt:
-        for number, text in enumerate(repeated(texts, most_bytes)):
+        for number, text in enumerate(repeated(texts, max_bytes)):
             row = {"text": text, "id": str(number), "score": 3.5, "token_count": len(text) // 4}
             jsonl.write(json.dumps(row, ensure_ascii=False) + "\n")
             txt.write(f"{text}\n\n")
@@ -109,21 +109,21 @@ def write_files(folder: Path, most_bytes: int, small_files: int) -> dict[str, in
     return {kind: sum(path.stat().st_size for path in (folder / kind).iterdir()) for kind in ("jsonl", "txt", "small")}
 
 
-def repeated(texts: list[str], most_bytes: int) -> Iterator[str]:
-    """The texts in one order after the other, until there are enough bytes."""
+def repeated(texts: list[str], max_bytes: int) -> Iterator[str]:
+    """Yield the texts in one random order after the other, until there are enough bytes."""
     draw = random.Random(0)
     size = 0
     while True:
         for text in draw.sample(texts, len(texts)):
             size += len(text.encode())
-            if size > most_bytes:
+            if size > max_bytes:
                 return
             yield text
 
 
 @contextmanager
 def counting_proxy() -> Iterator[tuple[str, list[int]]]:
-    """The URL of a proxy that closes every connection, and the list that gets an entry for each."""
+    """Run a proxy that closes every connection; yields its URL and a list that gets an entry per connection."""
     requests: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 

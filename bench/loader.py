@@ -1,10 +1,10 @@
-"""Time the loader: tokens/s of one rank's batches, in the order of training and in the order of the files.
+"""Time the loader: tokens/s of one rank, with rows in training order and in file order.
 
     make bench-loader                       2 GB of shards, rows of 1,024 tokens, steps of 524,288 tokens
     make bench-loader ARGS="--gigabytes 8"
 
-Needs numpy only, and that much free disk. "cold": the shards' pages are dropped from the file cache before each run
-(posix_fadvise), so the disk is read. A GPU that trains GPT-2 124M takes 579,000 tokens/s at 50 % of an H100's peak.
+Needs numpy only, and free disk space for the shards. "cold": the shards are dropped from the page cache before each run
+(posix_fadvise), so the disk is read. For comparison, an H100 that trains GPT-2 124M at 50 % of its peak takes 579,000 tokens/s.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHARD_TOKENS = 50_000_000
 
 
 class FileOrder(BatchPlan):
-    """The rows as they lie in the files."""
+    """The rows in the order of the files."""
 
     def rows(self, step: int) -> np.ndarray:
         return np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64) % self.row_count
@@ -38,9 +38,11 @@ class FileOrder(BatchPlan):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--steps", type=int, default=100, help="steps of a run; default: 100, 52 million tokens")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the shards in GB; default: 2")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="steps per run; default: 100, which is 52 million tokens"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs per order and cache; default: 3")
     parser.add_argument(
         "--folder", type=Path, help="where the shards are written; default: the system's temporary folder"
     )
@@ -66,17 +68,17 @@ def starts(arguments: argparse.Namespace, total: int) -> list[int]:
 
 
 def write_random_shards(folder: Path, tokens: int) -> list[Path]:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     paths = []
     for index, start in enumerate(range(0, tokens, SHARD_TOKENS)):
         count = min(SHARD_TOKENS, tokens - start)
         paths.append(folder / shard_name(index))
-        write_shard(paths[-1], count, [draw.integers(0, GPT2_TOKENIZER.size, count, dtype=np.uint16)], GPT2_TOKENIZER)
+        write_shard(paths[-1], count, [rng.integers(0, GPT2_TOKENIZER.size, count, dtype=np.uint16)], GPT2_TOKENIZER)
     return paths
 
 
 def measure(paths: list[Path], make_plan: type[BatchPlan], cache: str, steps: int, start: int) -> float:
-    """Tokens a second that a loop without any training gets."""
+    """Tokens per second of a loop that only reads batches."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         if cache == "cold":

@@ -1,4 +1,4 @@
-"""What `train_step.py` times: a plain loop, the reference's ladder one rung at a time, and the trainer's own step."""
+"""The steps that `train_step.py` times: a plain loop, build-nanogpt's optimizations one at a time, and the trainer's step."""
 
 import math
 import time
@@ -26,26 +26,26 @@ from pipelib.training.step import StepResult, take_step
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 Step = Callable[[], float]
-"""Runs one optimizer step and returns its loss, which waits for the device."""
+"""Runs one optimizer step. It returns a number computed from the loss, so it waits for the device."""
 
 LADDER = ("fp32", "TF32", "bf16", "compile", "flash attention", "padded vocabulary", "fused AdamW")
-"""build-nanogpt's, each with everything before it."""
-NEEDS_CUDA = {"TF32": "a format of NVIDIA's GPUs", "deterministic": "on a CPU the trainer never runs another way"}
+"""build-nanogpt's optimizations; each rung includes all before it."""
+NEEDS_CUDA = {"TF32": "a format of NVIDIA's GPUs", "deterministic": "on a CPU the trainer is always deterministic"}
 
 
 def plain(params: Params, rows: int, length: int) -> Step:
-    """What one writes first: the same model in a loop, torch's default AdamW, nothing compiled."""
+    """The obvious loop: the same model, torch's default AdamW, nothing compiled."""
     on = {"bf16"} if params.train.precision == "bf16" else set()
     return loop_step(params, rows, length, {"flash attention", "padded vocabulary", *on})
 
 
 def rung(params: Params, rows: int, length: int, name: str) -> Step:
-    """A rung of the ladder."""
+    """A rung of the ladder, with all rungs before it."""
     return loop_step(params, rows, length, set(LADDER[: LADDER.index(name) + 1]))
 
 
 class NaiveAttention(CausalSelfAttention):
-    """Attention with its matrix of scores written out."""
+    """Attention that computes the matrix of scores."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -56,7 +56,7 @@ class NaiveAttention(CausalSelfAttention):
 
 
 def loop_step(params: Params, rows: int, length: int, on: set[str]) -> Step:
-    """A step of a plain loop with what `on` names, on one batch over and over."""
+    """A step of a plain loop with the optimizations in `on`; every step uses the same batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(available_cores())
     torch.set_float32_matmul_precision("high" if "TF32" in on else "highest")
@@ -92,13 +92,13 @@ def loop_step(params: Params, rows: int, length: int, on: set[str]) -> Step:
 
 @dataclass
 class Clock:
-    """When the parts of a step end: by events on a GPU, whose own time counts, and by the clock on a CPU."""
+    """Times the parts of a step: with CUDA events on a GPU, which measure its own time, and the wall clock on a CPU."""
 
     device: torch.device
     marks: list[tuple[str, Any]] = field(default_factory=list)
 
     def end_of(self, part: str) -> None:
-        """A part ends here, which began where the one before ended."""
+        """Mark the end of a part; it began at the previous mark."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -107,7 +107,7 @@ class Clock:
             self.marks.append((part, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of every part since the first mark, and begin anew."""
+        """Return the seconds of every part since the first mark, and reset."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         found: dict[str, float] = {}
@@ -120,7 +120,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class TimedWorld(World):
-    """A world that notes the exchange of losses, and can leave the exchange of gradients out."""
+    """A world that times the exchange of losses, and can skip the exchange of gradients."""
 
     clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
     exchanging: bool = True
@@ -138,7 +138,7 @@ class TimedWorld(World):
 
 
 class Timed(nn.Module):
-    """A network that notes its forward pass; what was before it was data."""
+    """A network that marks its forward pass; the time before it counts as data."""
 
     def __init__(self, network: nn.Module, clock: Clock) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Timed(nn.Module):
 
 
 class Ours:
-    """The trainer's own step, with its loader, on this rank."""
+    """The trainer's step with its loader, on this rank."""
 
     def __init__(self, params: Params, rows: int, length: int, tokens: Path, world: World) -> None:
         step_tokens = rows * length * world.world_size
@@ -174,20 +174,20 @@ class Ours:
         self.number = -1
 
     def step(self) -> float:
-        """One step."""
+        """Take one step."""
         self.number += 1
         result = self.step_on(self.loader.micro_batches(self.number))
         return float(result.loss + result.grad_norm)
 
     def step_on(self, batches: Sequence[TensorBatch], rate: float = 1e-4) -> StepResult:
-        """One step on these micro-batches, on the device when this returns."""
+        """Take one step on these micro-batches; the device may still be computing when this returns."""
         return take_step(self.network, self.objective, self.optimizer, batches, rate, self.params, self.world)
 
     def parts(self, count: int) -> dict[str, float]:
-        """Seconds of each part of a step, on average over `count` of them.
+        """Seconds of each part of a step, on average over `count` steps.
 
-        Communication is what it adds to a step: the exchange of losses, and of the gradients' as much as the backward pass
-        does not hide.
+        Communication is the time that it adds to a step: the exchange of losses, and the part of the exchange of gradients
+        that does not overlap with the backward pass.
         """
         found = self._parts(count, exchanging=True)
         if self.world.world_size > 1:
@@ -217,7 +217,7 @@ class Ours:
 
 @contextmanager
 def _backward_ends_at_clipping(clock: Clock) -> Iterator[None]:
-    """Note the end of the backward pass where `take_step` begins to clip."""
+    """Mark the end of the backward pass when `take_step` starts to clip."""
     clip = nn.utils.clip_grad_norm_
 
     def clipping(*arguments: object, **options: object) -> Tensor:

@@ -1,11 +1,11 @@
-"""Time what tracking costs a stage: with MLflow switched off, away, silent, broken, slow, well, and in a local file.
+"""Time what tracking costs a stage: with MLflow off, with a dead, silent, broken, slow or good server, and with a local file.
 
     make bench-tracking
     make bench-tracking ARGS="--seconds 20 --repeats 5"
 
-For each of them a stage runs as a process of its own, which logs 7 numbers ten times a second for so long. Measured there:
-opening the run (hashing the code, asking git), the longest of its calls, and leaving it; and by its parent, how long the
-process takes to end after that. What came is asked of MLflow afterwards. All times are wall-clock seconds, the largest of
+For each of these, a stage runs in its own process and logs 7 metrics ten times a second for --seconds. It measures opening the
+run (hashing the code, calling git), the longest log call, and closing the run; its parent measures how long the process takes
+to end after that. Then the parent asks MLflow how many points have arrived. All times are wall-clock seconds, the largest of
 the repeats.
 """
 
@@ -29,17 +29,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from pipelib.params import load_params
 from pipelib.processes import available_cores
 from pipelib.stage import run_stage
-from pipelib.tracking.mlflow_store import SERVER_WAIT_SECONDS, Place
+from pipelib.tracking.mlflow_store import SERVER_WAIT_SECONDS, TrackingUri
 from pipelib.tracking.run import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGGED_PER_SECOND = 10
 OFF = "off"
-"""Stands for an address where MLflow is switched off in params.yaml."""
+"""Instead of an address: MLflow is switched off, as by `logging.mlflow: false`."""
 
 
 def stage(seconds: float) -> None:
-    """Be the stage, and print what tracking took."""
+    """Run as the stage, and print the times of tracking."""
     params = load_params()
     params = replace(params, logging=replace(params.logging, mlflow=os.environ.get("MLFLOW_TRACKING_URI") != OFF))
     times = {}
@@ -57,7 +57,7 @@ def stage(seconds: float) -> None:
 
 
 class Broken(http.server.BaseHTTPRequestHandler):
-    """Answers everything with an error of its own."""
+    """Answers every request with a server error."""
 
     def do_GET(self) -> None:
         self.answer(503)
@@ -73,7 +73,7 @@ class Broken(http.server.BaseHTTPRequestHandler):
 
 
 class Slow(Broken):
-    """Says that it is there, and then takes its time for an answer that is none."""
+    """Answers the first check, then takes four seconds for each error."""
 
     def do_GET(self) -> None:
         if self.path == "/":
@@ -99,7 +99,7 @@ def black_hole() -> Iterator[str]:
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """MLflow's own, with its database in `folder`."""
+    """Run MLflow's server, with its database in `folder`; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
@@ -125,7 +125,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 def measure(uri: str | None, folder: Path, seconds: float, number: int) -> tuple[dict[str, float], str, str]:
-    """One stage: its times, what it said, and how many points MLflow has."""
+    """Run one stage; return its times, its standard error, and its fingerprint."""
     fingerprint = f"{number:064d}"
     environment = {
         **os.environ, "PIPELIB_STATE_DIR": str(folder / "state"), "DVC_ROOT": str(folder), "FINGERPRINT": fingerprint,
@@ -142,10 +142,10 @@ def measure(uri: str | None, folder: Path, seconds: float, number: int) -> tuple
 
 
 def arrived(uri: str | None, fingerprint: str) -> str:
-    """How many points MLflow has of a stage."""
-    place = Place(uri, None) if uri else Place.chosen()
+    """The number of points of a stage that MLflow has; `-` if it cannot be asked."""
+    tracking_uri = TrackingUri(uri, None) if uri else TrackingUri.chosen()
     try:
-        store = place.open()
+        store = tracking_uri.open()
         run = store.find(pipelib__fingerprint=fingerprint)
     except Exception:
         return "-"
@@ -156,16 +156,16 @@ def arrived(uri: str | None, fingerprint: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10, help="that a stage works (10)")
-    parser.add_argument("--repeats", type=int, default=3, help="stages for each kind of server (3)")
+    parser.add_argument("--seconds", type=float, default=10, help="how long a stage works (10)")
+    parser.add_argument("--repeats", type=int, default=3, help="stages per kind of server (3)")
     parser.add_argument("--stage", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage is not None:
         run_stage("bench", lambda: stage(arguments.stage))
     points = 7 * round(arguments.seconds * LOGGED_PER_SECOND)
     print(
-        f"{available_cores()} cores; stages of {arguments.seconds:g} s with {points:,} points, {arguments.repeats} of each kind; "
-        f"the largest of them, in seconds; a server may cost {SERVER_WAIT_SECONDS:g} s\n"
+        f"{available_cores()} cores; stages of {arguments.seconds:g} s with {points:,} points, {arguments.repeats} per kind of "
+        f"server; the largest times, in seconds; a server may cost {SERVER_WAIT_SECONDS:g} s\n"
     )
     print("| MLflow is | open | longest call | leave | process ends after | leave and end | points there |")
     print("|---|---|---|---|---|---|---|")
@@ -180,7 +180,7 @@ def main() -> None:
             ("a server that answers 503", stack.enter_context(http_server(Broken))),
             ("a server that takes 4 s to fail", stack.enter_context(http_server(Slow))),
             ("a good server", stack.enter_context(mlflow_server(folder))),
-            ("mlflow.db, new at the first", None),
+            ("mlflow.db, created by the first", None),
         ]
         number = 0
         for name, uri in servers:

@@ -1,11 +1,11 @@
-"""Time one optimizer step of a params file: ours, and a plain PyTorch loop of the same model in the same run.
+"""Time one optimizer step of a parameter file: ours, and a plain PyTorch loop with the same model, in the same run.
 
     make bench-train                                    params.yaml
     make bench-train ARGS="--params presets/gpt2-124m.yaml --rows 2 --length 512"
-    make bench-train ARGS="--ladder"                    build-nanogpt's ladder one rung at a time, then ours
+    make bench-train ARGS="--ladder"                    build-nanogpt's optimizations one at a time, then ours
 
-Needs torch, numpy and PyYAML only. Each runs in a process of its own, since settings of the memory allocator hold for a
-process, and they take turns, so that a noisy machine disturbs all alike. `--ranks 2` gives ours two.
+Needs torch, numpy and PyYAML only. Each variant runs in its own process, since the memory allocator's settings are per process.
+They take turns, so that a noisy machine disturbs all of them equally. `--ranks 2` runs ours on two ranks.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 WARMUP, STEPS_OF_DATA = 3, 8
 PARTS = ("data", "forward", "backward", "optimizer", "communication")
 Result = dict[str, list[float]]
-"""`seconds` of the steps, the peak `memory` in GB, and of ours the seconds of every part."""
+"""The `seconds` of the steps, the peak `memory` in GB, and for ours the seconds of each part."""
 
 
 def main() -> None:
-    """Measure and print, or, as the process of one of them, measure and hand over."""
+    """Measure all variants and print; with --only, measure one variant and print it as JSON."""
     arguments = parse_arguments()
     params = load_params(arguments.params)
     params = replace(params, train=replace(params.train, precision=arguments.precision or params.train.precision))
@@ -71,15 +71,15 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--rows", type=int, help="rows of the one micro-batch; default: train.micro_batch_size")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
+    parser.add_argument("--rows", type=int, help="rows of the only micro-batch; default: train.micro_batch_size")
     parser.add_argument("--length", type=int, help="tokens in a row; default: train.sequence_length")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="default: train.precision; the ladder has its own"
+        "--precision", choices=("fp32", "bf16"), help="default: train.precision; the rungs of the ladder have their own"
     )
-    parser.add_argument("--steps", type=int, default=8, help="measured steps in each of the rounds")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each, in turn")
-    parser.add_argument("--ranks", type=int, default=1, help="ranks of ours; without the plain loop")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps per round; default: 8")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per variant, in turn; default: 3")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of ours, without the plain loop; default: 1")
     parser.add_argument(
         "--ladder", action="store_true", help="fp32, TF32, ..., each with everything before it, then ours"
     )
@@ -91,12 +91,12 @@ def parse_arguments() -> argparse.Namespace:
 def write_tokens(folder: Path, count: int) -> None:
     """Shards of random tokens for the loader."""
     folder.mkdir(exist_ok=True)
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     shards = [
         write_shard(
             folder / f"{split}_00000{number}.bin",
             count,
-            [chance.integers(0, GPT2_TOKENIZER.size, count, np.uint16)],
+            [rng.integers(0, GPT2_TOKENIZER.size, count, np.uint16)],
             GPT2_TOKENIZER,
         )[0]
         for number, split in enumerate(("val", "train"))
@@ -105,7 +105,7 @@ def write_tokens(folder: Path, count: int) -> None:
 
 
 def run_alone(name: str, tokens: Path, ranks: int) -> Result:
-    """Measure one of them in processes of its own; no seconds where memory runs out, or where it failed."""
+    """Measure one variant in its own processes; the seconds are empty if memory ran out or it failed."""
     runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *runner, __file__, *sys.argv[1:], "--only", name, "--tokens", str(tokens)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ} if ranks > 1 else os.environ  # ranks set their own
@@ -120,7 +120,7 @@ def run_alone(name: str, tokens: Path, ranks: int) -> Result:
 
 
 def measure(name: str, params: Params, rows: int, length: int, arguments: argparse.Namespace) -> None:
-    """Print, as JSON, the seconds of steps after warming up, the peak memory and the parts."""
+    """Print as JSON the seconds of steps after warming up, the peak memory, and for ours the parts."""
     if name not in ("ours", "deterministic"):
         step = plain(params, rows, length) if name == "plain" else rung(params, rows, length, name)
         print(json.dumps(timed(step, arguments.steps)))
@@ -158,13 +158,13 @@ def report(params: Params, rows: int, length: int, ranks: int, results: dict[str
         model.nanogpt_flops_per_token(GPT2_TOKENIZER.size, length),
     )
     print(
-        f"{model.parameters(GPT2_TOKENIZER.size):,} parameters, {rows} x {length} tokens a rank, {ranks} rank(s), {name}"
+        f"{model.parameters(GPT2_TOKENIZER.size):,} parameters, {rows} x {length} tokens per rank, {ranks} rank(s), {name}"
     )
     print(f"torch {torch.__version__}, compile: {params.train.compile}, {params.train.precision}")
     print(f"peak {peak.flops / 1e12:.3f} TFLOP/s ({peak.source}), also for rungs of other precision")
     print(
-        f"MFU: PaLM counts {palm / 1e6:.1f} MFLOP a token (6 a weight of a matrix product, 12·L·H·Q·T for attention), "
-        f"nanoGPT {nanogpt / 1e6:.1f} (6 a parameter but the positions', the same for attention)"
+        f"MFU: PaLM counts {palm / 1e6:.1f} MFLOP per token (6 per weight of a matrix product, 12·L·H·Q·T for attention), "
+        f"nanoGPT {nanogpt / 1e6:.1f} (6 per parameter without the positions, the same for attention)"
     )
     medians: dict[str, float] = {}
     for what, rounds in results.items():
@@ -175,7 +175,7 @@ def report(params: Params, rows: int, length: int, ranks: int, results: dict[str
         before, medians[what] = next(reversed(medians.values()), None), statistics.median(seconds)
         rate = ranks * rows * length / medians[what]
         print(
-            f"{what:<18}{medians[what] * 1e3:9.1f} ms a step ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}), "
+            f"{what:<18}{medians[what] * 1e3:9.1f} ms per step ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}), "
             f"{rate:,.0f} tokens/s, MFU {rate * palm / peak.flops:.1%} PaLM, {rate * nanogpt / peak.flops:.1%} nanoGPT, "
             f"peak memory {max(value for one in rounds for value in one['memory']):.2f} GB"
             + (f", {before / medians[what]:.2f} times the line above" if before else "")

@@ -99,8 +99,8 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     ("driver", "cuda", "usable", "level", "words"),
     [
         (None, None, False, "ok", "no NVIDIA driver"),
-        ("600.1", "13.0", True, "ok", "driver 600.1: they go together"),
-        ("600.1", None, False, "warn", "its GPU lies idle"),
+        ("600.1", "13.0", True, "ok", "driver 600.1: they work together"),
+        ("600.1", None, False, "warn", "its GPU is not used"),
         ("400.1", "13.0", False, "FAIL", "cannot use the driver 400.1"),
     ],
 )
@@ -130,7 +130,7 @@ def test_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert level == "FAIL"
     assert "fatal: bad config line 1" in text, "git's own words"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert only(health.check_git)[:2] == ("FAIL", "git is not installed, and DVC works in git repositories")
+    assert only(health.check_git)[:2] == ("FAIL", "git is not installed, which DVC needs")
 
 
 def test_a_folder_of_somebody_else_is_said_in_gits_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,12 +231,12 @@ def test_locks_and_leftovers() -> None:
     lock.close()
     assert only(health.check_locks)[0] == "ok"
     level, text, remedy = only(health.check_leftovers)
-    assert (level, text) == ("warn", "1 leftovers of killed processes")
+    assert (level, text) == ("warn", "1 temporary file left by killed processes")
     assert remedy == f"rm -r {folder / 'work' / '.old.json.tmp'}"
 
 
 def test_mlflow_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(health.check_mlflow) == ("ok", "no mlflow.db yet; the first stage makes it", "")
+    assert only(health.check_mlflow) == ("ok", "no mlflow.db yet; the first stage creates it", "")
     with sqlite3.connect("mlflow.db") as connection:
         connection.execute("CREATE TABLE runs (id TEXT)")
         connection.execute("INSERT INTO runs VALUES ('a')")

@@ -200,9 +200,9 @@ def test_the_summary_fits_on_a_screen(
     [
         ("[]", "holds '[]' and not a JSON object"),
         ("3", "holds '3' and not a JSON object"),
-        ("{}", "does not have the numbers of a whole run (KeyError("),
-        ('{"parameters": "many", "steps": 1, "tokens": 1}', "does not have the numbers of a whole run (ValueError("),
-        ('{"parameters": null, "steps": 1, "tokens": 1}', "does not have the numbers of a whole run (TypeError("),
+        ("{}", "does not have the numbers of a complete run (KeyError("),
+        ('{"parameters": "many", "steps": 1, "tokens": 1}', "does not have the numbers of a complete run (ValueError("),
+        ('{"parameters": null, "steps": 1, "tokens": 1}', "does not have the numbers of a complete run (TypeError("),
         ("<<<<<<< HEAD", "is not JSON"),
         (None, "does not exist; run the stage that makes it"),
     ],
@@ -222,7 +222,7 @@ def test_a_summary_of_other_files_is_refused(
     assert main(["summary"]) == (0 if optional else 1)
     if not optional:
         message = capsys.readouterr().err
-        assert words in message or ((content or "").startswith("{") and "the numbers of a whole run" in message)
+        assert words in message or ((content or "").startswith("{") and "the numbers of a complete run" in message)
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,7 +211,7 @@ def test_a_copy_to_look_at_needs_no_token(
         (lambda: Path("metrics").mkdir() or Path("metrics/train.json").touch(), "changes that are not committed"),
         (lambda: shutil.rmtree(".git"), "fatal: not a git repository"),
         (lambda: shutil.rmtree(".git") or git("init"), "git has no commit of this folder"),
-        (lambda: other_model(), "of another model"),
+        (lambda: other_model(), "describes another model"),
         (lambda: Path("dvc.lock").unlink(), "models is not an out of dvc.lock"),
     ],
     ids=["no model", "no card", "edited", "dirty", "lock", "metrics", "no git", "no commit", "other model", "no lock"],

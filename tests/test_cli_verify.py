@@ -402,7 +402,7 @@ def test_another_version_is_no_damage(
     objects = sorted(repository.cache.glob("files/md5/??/*"))
     Path("dvc.lock").write_text(lock)  # as `git checkout` does
     assert main(["verify", "data/raw", "--repair"]) == 1
-    assert f"{RAW[0]} is whole and of another version than dvc.lock has" in capsys.readouterr().err
+    assert f"{RAW[0]} is intact but of another version than dvc.lock has" in capsys.readouterr().err
     assert all(Path(name).exists() for name in RAW)
     assert sorted(repository.cache.glob("files/md5/??/*")) == objects
 

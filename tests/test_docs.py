@@ -198,7 +198,7 @@ def test_messages_are_found_however_they_reach_the_user() -> None:
     text = messages()
     for said in (
         "the disk is full (…), so the stage stopped",
-        "another program keeps it locked: end that, or wait",
+        "another program holds its lock: end that program, or wait",
         "holds unfinished work of other code",
         "the machines of this training did not find each other (…)",
         "MLflow refuses a part of this run",

@@ -37,11 +37,21 @@ def test_every_parameter_file_is_good(path: Path) -> None:
     assert params.train.gradient_accumulation_steps(1) >= 1
 
 
-@pytest.mark.parametrize("path", [ROOT / "params.yaml", *PRESETS], ids=lambda path: path.name)
-def test_every_key_has_a_comment(path: Path) -> None:
-    for line in path.read_text(encoding="utf-8").splitlines():
+def test_every_key_of_params_yaml_has_a_comment() -> None:
+    for line in (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines():
         if line.startswith("  ") and not line.lstrip().startswith("-"):
-            assert "#" in line, f"{path.name}: {line}"
+            assert "#" in line, line
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_presets_have_the_keys_of_params_yaml_in_its_order_and_say_where_these_are_explained(path: Path) -> None:
+    text, explained = path.read_text(encoding="utf-8"), (ROOT / "params.yaml").read_text(encoding="utf-8")
+    keys, explained_keys = (
+        [(section, key) for section, values in yaml.safe_load(source).items() for key in values]
+        for source in (text, explained)
+    )
+    assert keys == explained_keys
+    assert "# Keys      explained in docs/reference.md#parameters" in text
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -28,7 +28,7 @@ from small_tracking import (
 from pipelib.tracking import mlflow_store, system_metrics
 from pipelib.tracking.mlflow_run import MlflowRun
 from pipelib.tracking.page import model_reference, pipeline_page, reproduce
-from pipelib.tracking.record import Record, harmless, read_events, redact
+from pipelib.tracking.record import Record, never_fail, read_events, redact
 from pipelib.tracking.run import NullRun, Run, attach_run, open_run
 
 # MLflow 3.17 with SQLAlchemy 2.1 warns once, when it is imported.
@@ -127,14 +127,14 @@ def test_a_record_that_cannot_be_written_stops_nothing(capsys: pytest.CaptureFix
     with start() as run:
         run.log({"train/loss": 1.0}, 1)
     assert isinstance(run, NullRun)
-    assert "this run is not recorded; the stage goes on" in capsys.readouterr().err
+    assert "this run is not recorded; the stage continues" in capsys.readouterr().err
 
 
 def test_a_dvc_lock_that_nobody_can_read_costs_its_digests(capsys: pytest.CaptureFixture[str]) -> None:
     write("dvc.lock", "<<<<<<< HEAD")
     with start("evaluate", mlflow=False) as run:
         run.log({"a": 1.0}, 1)
-    assert "so DVC's digests are not recorded; the stage goes on" in capsys.readouterr().err
+    assert "so DVC's digests are not recorded; the stage continues" in capsys.readouterr().err
     assert [event["event"] for event in read_events(record_path("evaluate"))[0]] == [
         "open",
         "metrics",
@@ -154,7 +154,7 @@ def test_a_repository_that_git_refuses_costs_the_commit(
         pass
     said = capsys.readouterr().err
     assert "dubious ownership" in said
-    assert "so the commit of this run is not recorded; the stage goes on" in said
+    assert "so the commit of this run is not recorded; the stage continues" in said
     (opened,) = (event for event in read_events(record_path("evaluate"))[0] if event["event"] == "open")
     assert not [tag for tag in opened["tags"] if tag.startswith("git.")], "unknown is not clean"
 
@@ -289,11 +289,11 @@ def test_what_mlflow_has_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> N
         run.log({"train/loss": 4.0}, 1)
         run.log_text("samples/1.txt", "one")
     sent: list[object] = []
-    log, file = MlflowRun._log, MlflowRun._accepted
+    log, file = MlflowRun._log, MlflowRun._call
     monkeypatch.setattr(MlflowRun, "_log", lambda *a, **k: (sent.extend(k.get("points") or ()), log(*a, **k)))
     monkeypatch.setattr(
         MlflowRun,
-        "_accepted",
+        "_call",
         lambda *a, **k: (sent.extend(a[3:] if a[2].__name__ == "log_text" else ()), file(*a, **k)),
     )
     with start():
@@ -378,7 +378,7 @@ def test_a_database_is_made_in_a_repository_of_any_name(tmp_path: Path, monkeypa
     root = tmp_path / "folder" / "what? 100%41"
     root.mkdir(parents=True)
     monkeypatch.setenv("DVC_ROOT", str(root))
-    store = mlflow_store.Place.chosen().open()
+    store = mlflow_store.TrackingUri.chosen().open()
     assert store.client.get_experiment(store.experiment).name == "pipelib"
     assert [path.name for path in root.parent.iterdir()] == [root.name]
     assert [path.name for path in root.iterdir()] == ["mlflow.db"]
@@ -610,7 +610,7 @@ def test_redact_knows_the_decoded_password_of_the_tracking_uri(monkeypatch: pyte
 
 def test_a_long_secret_is_not_cut_before_it_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     error = OSError(f"cannot open postgresql://user:{'canary' * 25}@host/x: {'word ' * 30}gone")
-    with harmless("nothing is"):
+    with never_fail("nothing is"):
         raise error
     said = capsys.readouterr().err + mlflow_store.failure(error)
     assert "canary" not in said

@@ -22,7 +22,7 @@ from pipelib.cli.main import main
 from pipelib.stage import run_stage
 from pipelib.tracking import mirror, mlflow_store
 from pipelib.tracking.mirror import Mirror, is_mirroring
-from pipelib.tracking.mlflow_store import LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS, Place
+from pipelib.tracking.mlflow_store import LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS, TrackingUri
 from pipelib.tracking.record import read_events
 
 pytestmark = [
@@ -144,7 +144,7 @@ def test_a_server_that_fails_is_asked_once_a_minute(
         server(clock)
 
     monkeypatch.setattr(mlflow_store.urllib.request, "urlopen", urlopen)
-    mirror = Mirror(record_path(), 0, Place("http://host", None))
+    mirror = Mirror(record_path(), 0, TrackingUri("http://host", None))
     mirror._closing = Event(clock, at=3600.0)  # type: ignore[assignment]
     mirror._work()
     assert clock.now == 3600.0
@@ -193,8 +193,8 @@ def test_a_slow_server_gets_few_large_calls(monkeypatch: pytest.MonkeyPatch, cli
                     written[0] = step + 1
             return super().is_set()
 
-    monkeypatch.setattr(Place, "open", lambda place: mlflow_store.Store(place, slow, None))
-    mirror = Mirror(record_path(), record_path().stat().st_size, Place("http://host", None))
+    monkeypatch.setattr(TrackingUri, "open", lambda tracking_uri: mlflow_store.Store(tracking_uri, slow, None))
+    mirror = Mirror(record_path(), record_path().stat().st_size, TrackingUri("http://host", None))
     mirror._closing = Training(clock, at=120.0)  # type: ignore[assignment]
     mirror._work()
     (train,) = runs(client, "train")
@@ -253,34 +253,34 @@ def test_a_stage_ends_at_once_while_a_thread_is_stuck_in_mlflow(
 
 def test_the_deadline_is_short_for_a_server_and_longer_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIPELIB_TRACKING_WAIT")
-    assert Place.chosen().wait_seconds == LOCAL_WAIT_SECONDS
+    assert TrackingUri.chosen().wait_seconds == LOCAL_WAIT_SECONDS
     for uri in ("http://host", "HTTPS://host", "postgresql://host/x", "databricks"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert Place.chosen().wait_seconds == SERVER_WAIT_SECONDS < 1
+        assert TrackingUri.chosen().wait_seconds == SERVER_WAIT_SECONDS < 1
     for uri in ("./mlruns", "mlruns", "/srv/a:b/mlruns", "file:///srv/mlruns", "sqlite+pysqlite:////srv/x.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert Place.chosen().wait_seconds == LOCAL_WAIT_SECONDS
+        assert TrackingUri.chosen().wait_seconds == LOCAL_WAIT_SECONDS
 
 
 def test_a_deadline_that_is_no_number_is_said_and_passed_over(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
     monkeypatch.setenv("PIPELIB_TRACKING_WAIT", "soon")
-    assert Place("http://host", None).wait_seconds == SERVER_WAIT_SECONDS
-    assert "PIPELIB_TRACKING_WAIT=soon is no number of seconds, so 0.8 s count" in said.readouterr().err
+    assert TrackingUri("http://host", None).wait_seconds == SERVER_WAIT_SECONDS
+    assert "PIPELIB_TRACKING_WAIT=soon is not a number of seconds, so 0.8 s is used" in said.readouterr().err
 
 
 def test_a_server_that_comes_back_gets_what_it_missed(monkeypatch: pytest.MonkeyPatch, client: Any, said: Said) -> None:
     tries, back = [], threading.Event()
-    opened = Place.open
+    opened = TrackingUri.open
 
-    def open_second_time(place: Place) -> mlflow_store.Store:
-        tries.append(place)
+    def open_second_time(tracking_uri: TrackingUri) -> mlflow_store.Store:
+        tries.append(tracking_uri)
         if len(tries) == 1:
             raise ConnectionError("away")
         back.set()
-        return opened(place)
+        return opened(tracking_uri)
 
     monkeypatch.setattr(mirror, "COOLDOWN_SECONDS", 0.001)
-    monkeypatch.setattr(Place, "open", open_second_time)
+    monkeypatch.setattr(TrackingUri, "open", open_second_time)
     with start() as run:
         run.log({"train/loss": 1.0}, 1)
         assert back.wait(60)
@@ -355,7 +355,7 @@ def test_a_remote_server_that_asks_who_it_is(
         run.log({"train/loss": 2.0}, 1)
     line = said.readouterr().err
     assert "401" in line
-    assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say who asks" in line
+    assert "the server wants a login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in line
     if where == "environment":
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "someone")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary-password")
@@ -426,7 +426,7 @@ def test_a_locked_database_and_the_end_of_the_lock(
     with start() as run:
         run.log({"train/loss": 1.0}, 1)
     (line,) = said.readouterr().err.splitlines()
-    assert "database is locked; another program keeps it locked: end that, or wait" in line
+    assert "database is locked; another program holds its lock: end that program, or wait" in line
     holder.rollback()
     holder.close()
     with start() as run:
@@ -440,7 +440,7 @@ def test_a_read_only_database(database: Path, monkeypatch: pytest.MonkeyPatch, s
     with start() as run:
         run.log({"train/loss": 1.0}, 1)
     (line,) = said.readouterr().err.splitlines()
-    assert "readonly database; it may not be written: give write permission" in line
+    assert "readonly database; it is read-only: give write permission" in line
     assert points(record_path()) == [("train/loss", 1)]
 
 
@@ -451,7 +451,7 @@ def test_a_database_of_a_newer_mlflow(database: Path, said: Said) -> None:
     with start() as run:
         run.log({"train/loss": 1.0}, 1)
     (line,) = said.readouterr().err.splitlines()
-    assert "another MLflow made it" in line
+    assert "another version of MLflow made it" in line
     assert points(record_path()) == [("train/loss", 1)]
 
 
@@ -492,7 +492,7 @@ def test_a_run_that_goes_on_after_it_was_deleted(client: Any, said: Said) -> Non
     assert [file.path for file in client.list_artifacts(second.info.run_id)] == ["a.txt"]
     assert second.data.tags["mlflow.parentRunId"] == parent.info.run_id
     (line,) = said.readouterr().err.splitlines()
-    assert "was deleted in MLflow, so a new one begins there" in line
+    assert "was deleted in MLflow, so a new one is created there" in line
 
 
 def test_a_run_whose_parent_was_deleted_gets_a_new_one(client: Any) -> None:

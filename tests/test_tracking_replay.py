@@ -11,9 +11,9 @@ from small_tracking import record_path, runs, start, write
 from pipelib.cli.main import main
 from pipelib.tracking.mirror import Mirror
 from pipelib.tracking.mlflow_run import MlflowRun
-from pipelib.tracking.mlflow_store import Place
+from pipelib.tracking.mlflow_store import TrackingUri
 from pipelib.tracking.record import read_events
-from pipelib.tracking.replay import held
+from pipelib.tracking.replay import exclusive
 
 pytestmark = [
     pytest.mark.usefixtures("workspace"),
@@ -104,7 +104,7 @@ def test_twice_is_once(client: Any, capsys: pytest.CaptureFixture[str], monkeypa
     said = capsys.readouterr()
     assert "train: MLflow had nothing; " in said.out
     sending = [f"sending {os.environ['DVC_EXP_NAME']} {stage}" for stage in STAGES]
-    assert said.err.splitlines() == [f"asking MLflow at {Place.chosen().uri}", *sending]
+    assert said.err.splitlines() == [f"asking MLflow at {TrackingUri.chosen().uri}", *sending]
 
     def refuse(*arguments: object, **named: object) -> None:
         raise AssertionError(f"nothing is to be sent, not {arguments} {named}")
@@ -128,16 +128,16 @@ def test_half_of_a_run_had_arrived(client: Any, monkeypatch: pytest.MonkeyPatch,
     """The connection broke after so many calls of sending train's record; another stage's was complete."""
     run_pipeline(stages=("train",))
     calls = [0]
-    accepted = MlflowRun._accepted
+    call = MlflowRun._call
 
     def breaking(*arguments: Any, **named: Any) -> None:
         calls[0] += 1
         if calls[0] > arrived:
             raise ConnectionError("broken")
-        accepted(*arguments, **named)
+        call(*arguments, **named)
 
     with monkeypatch.context() as broken:
-        broken.setattr(MlflowRun, "_accepted", breaking)
+        broken.setattr(MlflowRun, "_call", breaking)
         assert track("--replay") == 1
     assert calls[0] > arrived
     assert track("--replay") == 0
@@ -208,12 +208,12 @@ def test_the_next_stage_of_a_run_sends_what_the_one_before_could_not(client: Any
 
 def test_a_record_that_is_being_sent_is_left_alone(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run_pipeline(stages=("train",))
-    with held(record_path()) as mine:
+    with exclusive(record_path()) as mine:
         assert mine
         assert track("--replay") == 0
     said = capsys.readouterr().out
-    assert "not now, since the stage is running or another process sends it" in said
-    assert said.endswith("has everything but what is being sent now\n")
+    assert "skipped, since the stage is running or another process sends it" in said
+    assert said.endswith("has everything except what is being sent now\n")
     del client
 
 
@@ -246,7 +246,7 @@ def test_one_record_that_fails_keeps_no_other_from_being_sent(
         assert track("--replay") == 1
     said, key = capsys.readouterr(), os.environ["DVC_EXP_NAME"]
     assert f"{key} download: MLflow failed (ValueError: no, not this)" in said.err
-    assert f"did not take all of {key} download, so" in said.err
+    assert f"did not accept all of {key} download, so" in said.err
     assert "has everything" not in said.out
     assert runs(client, "train")[0].info.status == "FINISHED"
     assert track("--replay") == 0
@@ -274,7 +274,7 @@ def test_a_store_that_takes_no_files_takes_everything_else(
         assert shown["evaluate"][0] == shown["pipeline"][0] == "FINISHED"
         assert shown["evaluate"][4]["train/loss"] == [[0, 4.0], [1, 3.0], [2, 2.0]]
         assert "22.dir" in shown["pipeline"][3]["mlflow.note.content"]
-        assert said.count(f"MLflow takes no files ({type(error).__name__}: {error})") == 1
+        assert said.count(f"MLflow refuses files ({type(error).__name__}: {error})") == 1
         track()
         assert "a part" in capsys.readouterr().out
     assert track("--replay") == 0
@@ -306,8 +306,8 @@ def test_a_stages_own_run_is_sent_whatever_becomes_of_the_others(
     monkeypatch.setattr(MlflowRun, "complete", failing)
     run_pipeline(mlflow=True, stages=("train",))
     first, second = capsys.readouterr().err.splitlines()
-    assert "MLflow did not take download-ffff" in first
-    assert "MLflow did not take tokenize-ffff" in second
+    assert "MLflow did not accept download-ffff" in first
+    assert "MLflow did not accept tokenize-ffff" in second
     (train,) = runs(client, "train")
     assert train.info.status == "FINISHED"
     assert train.data.tags["pipelib.sent"] == str(record_path().stat().st_size)
@@ -343,7 +343,7 @@ def test_a_server_that_is_away_is_one_message(
         asked, said = said.split("\n", 1)
         assert asked == "asking MLflow at http://***@127.0.0.1:1"
         assert said.startswith("pipelib: MLflow at http://***@127.0.0.1:1 failed (URLError: ")
-        assert "run pipelib track --replay when it is back" in said
+        assert "run pipelib track --replay when it works again" in said
         assert "canary" not in asked + said
 
 
@@ -355,10 +355,10 @@ def test_no_records_and_no_database(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert track() == 0
     said = capsys.readouterr().out
     assert "nothing" in said
-    assert "mlflow.db is not there yet; `pipelib track --replay` makes it" in said
+    assert "mlflow.db does not exist yet; `pipelib track --replay` creates it" in said
     assert not Path("elsewhere").exists()
     assert track("--replay", "no-such-run") == 1
-    assert "no-such-run: no run of that name is recorded" in capsys.readouterr().err
+    assert "no-such-run: no run of this name is recorded" in capsys.readouterr().err
 
 
 def test_a_mirror_and_a_replay_do_not_send_the_same_record(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +369,7 @@ def test_a_mirror_and_a_replay_do_not_send_the_same_record(client: Any, capsys: 
         while not runs_exist(client):
             mirror._closing.wait(0.01)
         track("--replay")
-        assert "not now" in capsys.readouterr().out
+        assert "skipped, since the stage is running" in capsys.readouterr().out
     assert len(runs(client, "train")) == 1
     assert read_events(record_path())[0][-1]["event"] == "end"
 
@@ -382,4 +382,4 @@ def runs_exist(client: Any) -> bool:
 
 def test_the_address_is_the_one_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
-    assert Place.chosen() == Place("http://host", None)
+    assert TrackingUri.chosen() == TrackingUri("http://host", None)

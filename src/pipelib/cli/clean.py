@@ -1,4 +1,4 @@
-"""`pipelib clean`: what the stages keep to resume from, and free disk space."""
+"""`pipelib clean`: list the state that stages keep, and delete it to free disk space."""
 
 import sys
 import time
@@ -18,13 +18,13 @@ EXAMPLES = """examples:
   pipelib clean --older-than 7        delete what no run has used for a week, after asking
   pipelib clean --stage train --yes   delete the checkpoints and finished models of all trainings
   pipelib clean --stage lists         delete the hub's lists of files; the next download asks again
-  pipelib clean --stage hub           delete files of the hub; the next download fetches them again
+  pipelib clean --stage hub           delete downloaded files; the next download fetches them again
   pipelib clean --stage units         delete encoded text; only a changed corpus needs it again
   pipelib clean --stage baselines     delete baselines' results; the next evaluation measures again
 
-"frees" is what deletion gives back now. Bytes that are hard-linked elsewhere (in the workspace, in
-DVC's cache) stay until those links go too: dvc gc -w. The runs' records and the vocabulary are never
-deleted.
+"frees" is the space that you get back now. Bytes with another hard link (in the workspace or DVC's
+cache) are freed once that link is deleted too: dvc gc -w. The runs' records and the vocabulary are
+never deleted.
 """
 
 
@@ -33,10 +33,10 @@ class Clean(Command):
     """List the state, ask, and delete it."""
 
     command = "clean"
-    help = "list the stages' state, the hub's files and encoded text by size and age, and delete them"
+    help = "list stored state, downloads and encoded text by size and age, and delete them"
     description = (
-        "List what the stages keep to resume from after a kill (and to link finished outs again), what was downloaded from the "
-        "hub, and the encoded text that shards are made of, and delete it after asking. What a running stage uses is never "
+        "List the state that stages keep (to resume after a kill, and to link finished outs again), the files downloaded from "
+        "the hub, and the encoded text that shards are made of. Delete them after asking. Nothing that a running stage uses is "
         "deleted."
     )
     examples = EXAMPLES
@@ -44,14 +44,16 @@ class Clean(Command):
     stage: str | None = option(
         f"only this: {', '.join(KINDS)}; default: all", default=None, metavar="NAME", choices=KINDS
     )
-    older_than: float = option("only what no run has used for this long; default: 0", default=0.0, metavar="DAYS")
+    older_than: float = option("only what no run has used for DAYS days; default: 0", default=0.0, metavar="DAYS")
     yes: bool = option("delete without asking", default=False)
     dry_run: bool = option("list only", default=False)
 
     def run(self) -> int:
         """List, ask, delete."""
-        if not self.older_than >= 0:  # nor is nan
-            raise UserError(f"--older-than {self.older_than:g} is not a number of past days; give 0 or more.")
+        if not self.older_than >= 0:  # true for nan too
+            raise UserError(
+                f"--older-than {self.older_than:g} is not a number of days, so nothing was deleted; give 0 or more."
+            )
         root = state_root().absolute()
         before = time.time() - self.older_than * 86400
         found = [
@@ -68,6 +70,7 @@ class Clean(Command):
             return 0
         if not self.yes and not _agreed(len(unused), freed):
             return 0
+        # `delete` locks each folder: a stage may have started since the list was made
         for kept in unused:
             delete(kept)
         print(f"deleted; {freed} freed")
@@ -75,7 +78,7 @@ class Clean(Command):
 
 
 def _rows(states: Sequence[Kept]) -> list[tuple[str, ...]]:
-    """A header, and one row a state."""
+    """A header, and one row per state."""
     rows: list[tuple[str, ...]] = [("stage", "fingerprint", "status", "frees", "linked elsewhere", "unused for")]
     for kept in states:
         freed = freed_bytes([kept])
@@ -86,9 +89,9 @@ def _rows(states: Sequence[Kept]) -> list[tuple[str, ...]]:
 
 
 def _agreed(count: int, freed: str) -> bool:
-    """Whether the user says yes; where the input is not a terminal, say how to delete."""
+    """Ask the user; without a terminal, say how to delete and return False."""
     if not sys.stdin.isatty():
-        tell("nothing was deleted, since there is no terminal to ask on; add --yes to delete")
+        tell("nothing was deleted, since there is no terminal to ask on; add --yes to delete without asking")
         return False
     try:
         answer = input(f"Delete {count} and free {freed}? [y/N] ")

@@ -1,4 +1,4 @@
-"""What a subcommand of `pipelib` is: a frozen dataclass, whose fields are its arguments.
+"""A subcommand of `pipelib`: a frozen dataclass whose fields are its arguments.
 
     @dataclass(frozen=True)
     class Greet(Command):
@@ -13,8 +13,8 @@
             print(f"hello, {self.name}")
             return 0
 
-`add_parser` makes an argparse parser of the fields, and `Parser.parse_command` makes the dataclass of what was
-typed. What one command alone needs is imported in its `run`, since every start of `pipelib` would pay for it.
+`add_parser` builds an argparse parser from the fields, and `Parser.parse_command` builds the dataclass from the
+command line. A command imports what only it needs inside `run`, so that all other commands start fast.
 """
 
 import argparse
@@ -28,35 +28,35 @@ from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, get_args, ge
 
 T = TypeVar("T")
 
-# What a shell completes, in the words of shtab, which is imported by `pipelib completion` alone.
+# shtab's names for what a shell completes; only `pipelib completion` imports shtab.
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 FOLDERS = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/", "tcsh": "d"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand: its texts, its arguments, and what it does."""
+    """A subcommand: its help texts, its arguments, and its work."""
 
     command: ClassVar[str]
     """The word after `pipelib`."""
     help: ClassVar[str]
-    """The line about it in `pipelib --help`."""
+    """Its line in `pipelib --help`."""
     description: ClassVar[str]
-    """A paragraph for `pipelib COMMAND --help`."""
+    """The paragraph of `pipelib COMMAND --help`."""
     examples: ClassVar[str]
-    """Lines to type, and what else there is to say, below the options: `examples:` and a line each."""
+    """The text below the options: `examples:` with one line each, and any notes."""
 
     def run(self) -> int:
-        """Do the work, and return the exit status: 0, or 1 where the answer is no.
+        """Do the work and return the exit status: 0, or 1 if the answer is no.
 
         Raises:
-            UserError: something that the user can fix; `main` prints the message and returns 1.
+            UserError: the user can fix this; `main` prints the message and returns 1.
         """
         raise NotImplementedError
 
     @classmethod
     def add_parser(cls, parsers: "argparse._SubParsersAction[Parser]") -> None:
-        """Add the subcommand to the command line; what is parsed then has this class in `command`."""
+        """Add this subcommand to the parsers; a parsed namespace has its class in `command`."""
         parser = parsers.add_parser(cls.command, help=cls.help, description=cls.description, epilog=cls.examples)
         parser.set_defaults(command=cls)
         hints = get_type_hints(cls)
@@ -65,7 +65,7 @@ class Command:
 
     @classmethod
     def parsed(cls, arguments: argparse.Namespace) -> Self:
-        """The command with the arguments that argparse found; its lists become tuples."""
+        """Build the command from what argparse found; lists become tuples."""
         found = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(cls)}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 
@@ -82,18 +82,18 @@ def option(
     help: str, *, default: T, metavar: str = ..., choices: Sequence[str] = ..., nargs: str = ..., action: str = ...
 ) -> T: ...
 def option(help: str, **settings: Any) -> Any:
-    """A field that is given as `--its-name VALUE`, required where it has no default; a switch where it is a bool.
+    """Declare a field that is passed as `--its-name VALUE`: required without a default, a switch if it is a bool.
 
-    The field's type is that of a value, or says which values there are: int for `int`, `int | None` and `tuple[int, ...]`,
+    The field's type gives the type of one value, or its choices: int for `int`, `int | None` and `tuple[int, ...]`,
     a or b for `Literal["a", "b"]`.
 
     Args:
-        help: for the user, with the default in words.
-        default: the value where the option is not given.
-        metavar: what help calls the value; the field's name in capitals otherwise.
-        choices: the only values that are taken, where the type does not list them.
-        nargs: `*` or `+` for several values in a row, which make a tuple.
-        action: argparse's, as `extend` for an option that may be given several times.
+        help: text for the user, with the default in words.
+        default: the value if the option is not given.
+        metavar: the name of the value in the help; by default the field's name in capitals.
+        choices: the allowed values, if the type does not list them.
+        nargs: `*` or `+` for several values in a row, which become a tuple.
+        action: argparse's, for example `extend` for an option that may be repeated.
     """
     return _field(settings | {"help": help}, is_positional=False)
 
@@ -103,7 +103,7 @@ def positional(help: str, *, metavar: str = ..., nargs: str = ...) -> Any: ...
 @overload
 def positional(help: str, *, default: T, metavar: str = ..., nargs: str = ...) -> T: ...
 def positional(help: str, **settings: Any) -> Any:
-    """A field that is given by its place; see `option`. With a default, `nargs` is `?` or `*`."""
+    """Declare a field that is passed by position; see `option`. With a default, `nargs` is `?` or `*`."""
     return _field(settings | {"help": help}, is_positional=True)
 
 
@@ -125,7 +125,7 @@ def _add_argument(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any
     else:
         settings["required"] = field.default is dataclasses.MISSING
         action = parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
-    if kind is Path:
+    if kind is Path:  # shtab reads this attribute
         action.complete = FOLDERS if action.metavar == "DIR" else FILES  # type: ignore[attr-defined]
 
 
@@ -139,14 +139,14 @@ def _kind(hint: Any) -> Any:
 
 
 class Help(argparse.HelpFormatter):
-    """Paragraphs as wide as the terminal; a text of several lines, as the examples, stays as it is."""
+    """Wrap paragraphs to the terminal; print a text with line breaks, such as the examples, as it is."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors also say what was probably meant."""
+    """An argparse parser whose errors also suggest what was probably meant."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{"formatter_class": Help, **settings})
@@ -154,27 +154,28 @@ class Parser(argparse.ArgumentParser):
         self._typed: list[str] = []
 
     def add_commands(self, commands: Sequence[type[Command]]) -> None:
-        """Add subcommands, in the order of the help."""
+        """Add subcommands, in the order in which the help lists them."""
         parsers = self.add_subparsers(metavar="COMMAND", title="commands")
         for command in commands:
             command.add_parser(parsers)
         self._commands = tuple(command.command for command in commands)
 
     def parse_command(self, argv: Sequence[str] | None = None) -> Command | None:
-        """The command that was typed, with its arguments; None where none was.
+        """Parse the command line into a command; None if no subcommand was typed.
 
         Args:
             argv: the words after the program's name; None for those of this process.
 
         Raises:
-            SystemExit: after help or the version (0), and where the arguments are wrong (2).
+            SystemExit: after help or the version (0), and if the arguments are wrong (2).
         """
         arguments = self.parse_args(argv)
         command: type[Command] | None = getattr(arguments, "command", None)
         return command.parsed(arguments) if command else None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse; an unknown argument ends the process here, where the options of its subcommand are known."""
+        """Parse, and report an unknown argument here, where the options of its subcommand are known."""
+        # `error` needs the words that were typed
         self._typed = list(sys.argv[1:] if args is None else args)
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -182,12 +183,12 @@ class Parser(argparse.ArgumentParser):
         return known, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Print usage, the message and what was probably meant to standard error, and end the process with status 2."""
-        meant = "".join(f" Did you mean {name} instead of {word}?" for word, name in self._meant())
-        super().error(f"{message}.{meant}" if meant else message)
+        """Print usage, the message and suggestions to standard error, and exit with status 2."""
+        hints = "".join(f" Did you mean {name} instead of {word}?" for word, name in self._suggestions())
+        super().error(f"{message}.{hints}" if hints else message)
 
-    def _meant(self) -> Iterator[tuple[str, str]]:
-        """The misspelled options, and a misspelled command, with what each resembles."""
+    def _suggestions(self) -> Iterator[tuple[str, str]]:
+        """Yield each misspelled option or command, with the name that it resembles."""
         from difflib import get_close_matches
 
         options = tuple(self._option_string_actions)
@@ -198,5 +199,5 @@ class Parser(argparse.ArgumentParser):
             wrong.append((command, self._commands))
         for word, names in wrong:
             for name in get_close_matches(word.lower(), names, 1, cutoff=0.65):
-                if word.startswith("--no-") == name.startswith("--no-"):  # never the opposite
+                if word.startswith("--no-") == name.startswith("--no-"):  # never suggest the opposite
                     yield word, name

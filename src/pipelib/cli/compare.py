@@ -1,4 +1,4 @@
-"""`pipelib compare`: what differs between runs, what it did, and how sure that is, in one table."""
+"""`pipelib compare`: what differs between runs, its effect, and the confidence interval, in one table."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from pipelib.errors import tell
 
 EXAMPLES = """examples:
   pipelib compare HEAD workspace             the last commit, and the workspace
-  pipelib compare main small-rate            a branch, and an experiment of DVC
+  pipelib compare main small-rate            a branch, and a DVC experiment
   pipelib compare . ../other-clone --md      two checkouts, as Markdown
 """
 
@@ -17,19 +17,21 @@ class Compare(Command):
     """Compare runs."""
 
     command = "compare"
-    help = "what differs between runs, and how sure that is"
+    help = "compare runs: parameters, metrics and confidence intervals"
     description = (
-        "Print one table of runs: the parameters that differ, the metrics with their difference from the first and, where both "
-        "were measured on the same items, its paired bootstrap 95 % interval; tokens, time, data, code. A RUN is `workspace`, "
-        "the folder of a checkout, a git revision, or an experiment of DVC."
+        "Print one table of runs: the parameters that differ; the metrics, with the difference from the first run and, if both "
+        "were measured on the same items, its 95 % interval (paired bootstrap); tokens, time, data and code. A RUN is "
+        "`workspace` (this checkout), the folder of another checkout, a git revision, or a DVC experiment."
     )
     examples = EXAMPLES
 
-    runs: tuple[str, ...] = positional("all are compared with the first; one alone with HEAD", nargs="+", metavar="RUN")
-    md: bool = option("as a table in Markdown", default=False)
+    runs: tuple[str, ...] = positional(
+        "the first is the baseline of the others; a single RUN is compared with HEAD", nargs="+", metavar="RUN"
+    )
+    md: bool = option("print a Markdown table", default=False)
 
     def run(self) -> int:
-        """Print the table, and below it what the numbers do not say.
+        """Print the table, and notes on the numbers below it.
 
         Raises:
             UserError: a run was not found.

@@ -1,4 +1,4 @@
-"""`pipelib doctor`: is this machine ready for the pipeline, and if not, what to do."""
+"""`pipelib doctor`: check whether this machine is ready for the pipeline, and say how to fix it."""
 
 from dataclasses import dataclass
 
@@ -6,24 +6,24 @@ from pipelib.cli.command import Command
 from pipelib.errors import tell
 
 EXAMPLES = """examples:
-  pipelib doctor                      a line for each check: ok, warn or FAIL, and the remedy
+  pipelib doctor                      one line per check: ok, warn or FAIL, and the remedy
 """
 
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Examine this machine."""
+    """Check this machine."""
 
     command = "doctor"
-    help = "check this machine, with a remedy for whatever is wrong"
+    help = "check this machine, and say how to fix what is wrong"
     description = (
         "Check versions, torch and driver, GPUs, memory, disk, links, DVC, git, vocabulary, locks, compiler, dvc.lock, metrics, "
-        "params.yaml, download.path and MLflow's database. Exit status 1 if anything FAILs."
+        "params.yaml, download.path and MLflow's database. Exit status 1 if any check FAILs."
     )
     examples = EXAMPLES
 
     def run(self) -> int:
-        """Print every finding as it is made; 1 if one FAILs."""
+        """Print each finding as soon as it is known; return 1 if one FAILs."""
         from pipelib.inspection.health import CHECKS, examine
 
         failed = 0

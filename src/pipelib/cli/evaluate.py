@@ -1,4 +1,4 @@
-"""`pipelib evaluate`: what a model in a Hugging Face folder is worth, without the pipeline."""
+"""`pipelib evaluate`: measure a model in a Hugging Face folder, outside the pipeline."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,21 +25,23 @@ class Evaluate(Command):
     command = "evaluate"
     help = "measure any model in a Hugging Face folder"
     description = (
-        "Measure what the stage evaluate measures: the loss on data/tokens' validation shard, the four-way benchmarks and the "
-        "lm-eval tasks whose data is in data/benchmarks. What is not given comes from section evaluate of params.yaml. The "
-        "pipeline's outs and metrics stay as they are."
+        "Run the measurements of the evaluate stage: the loss on the validation shard in data/tokens, the four-way benchmarks, "
+        "and the lm-eval tasks whose data is in data/benchmarks. Options that are not given come from section evaluate of "
+        "params.yaml. The pipeline's outs and metrics do not change."
     )
     examples = EXAMPLES
 
-    model: Path = option("a Hugging Face folder", metavar="DIR")
-    tasks: tuple[str, ...] | None = option("tasks of the lm-eval harness", default=None, nargs="*", metavar="NAME")
-    limit: int | None = option("examples of each task, from its start", default=None, metavar="N")
-    baselines: tuple[str, ...] = option("gpt2, ..., or folders; default: none", default=(), nargs="*", metavar="NAME")
-    precision: Literal["fp32", "bf16"] | None = option("arithmetic of matrix products", default=None)
-    out: Path | None = option("write evaluation.md, .html, .json and items.npz there", default=None, metavar="DIR")
+    model: Path = option("the model, a Hugging Face folder", metavar="DIR")
+    tasks: tuple[str, ...] | None = option("lm-eval tasks", default=None, nargs="*", metavar="NAME")
+    limit: int | None = option("examples per task, from its start", default=None, metavar="N")
+    baselines: tuple[str, ...] = option(
+        "models to compare with: gpt2, ..., or folders; default: none", default=(), nargs="*", metavar="NAME"
+    )
+    precision: Literal["fp32", "bf16"] | None = option("precision of matrix products", default=None)
+    out: Path | None = option("write evaluation.md, .html, .json and items.npz to DIR", default=None, metavar="DIR")
 
     def run(self) -> int:
-        """Measure, print a table, and write what --out asks for.
+        """Measure, print a table, and write the files of --out.
 
         Raises:
             UserError: an argument is wrong, or there is nothing to measure.
@@ -57,10 +59,10 @@ class Evaluate(Command):
         return 0
 
     def _params(self) -> "EvaluateParams":
-        """Section evaluate of params.yaml, with what the command line says.
+        """Section evaluate of params.yaml, overridden by the options.
 
         Raises:
-            UserError: a task or baseline that is unknown, or a limit below 1.
+            UserError: a task or baseline is unknown, or the limit is below 1.
         """
         from pipelib.params import load_params
 

@@ -1,4 +1,4 @@
-"""`pipelib export-tokens`: the shards for programs that read another format."""
+"""`pipelib export-tokens`: write the shards for programs that read another format."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,8 @@ EXAMPLES = """examples:
   pipelib export-tokens --format npy --out edu_fineweb10B
   pipelib export-tokens --format npy --out ../short --tokens ../other-clone/data/tokens --name text
 
-npy: NAME_val_000000.npy, NAME_train_000001.npy, ...: a uint16 array for each shard, as build-nanogpt's
-loader finds and reads them. The shards in data/tokens are in the format of llm.c and modded-nanogpt,
-which read them as they are.
+npy: NAME_val_000000.npy, NAME_train_000001.npy, ...: one uint16 array per shard, which build-nanogpt's
+loader finds by these names. llm.c and modded-nanogpt read the shards in data/tokens as they are.
 """
 
 
@@ -23,16 +22,16 @@ class ExportTokens(Command):
 
     command = "export-tokens"
     help = "write the shards in another program's format"
-    description = "Write every shard of a folder in another format, checked against its manifest on the way."
+    description = "Check each shard of a folder against the manifest, and write it in another format."
     examples = EXAMPLES
 
-    tokens: Path = option("default: data/tokens", default=HERE.tokens, metavar="DIR")
+    tokens: Path = option("folder of shards; default: data/tokens", default=HERE.tokens, metavar="DIR")
     format: Literal["npy"] = option("npy: NumPy arrays")
-    out: Path = option("where to; a new or an empty folder", metavar="DIR")
-    name: str = option("what the files' names begin with; default: edufineweb", default="edufineweb")
+    out: Path = option("folder to write to, new or empty", metavar="DIR")
+    name: str = option("prefix of the file names; default: edufineweb", default="edufineweb")
 
     def run(self) -> int:
-        """Export; the progress says what was written."""
+        """Export; progress lines say what was written."""
         from pipelib.inspection.export import export_npy
 
         export_npy(self.tokens, self.out, self.name)

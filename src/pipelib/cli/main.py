@@ -1,6 +1,6 @@
-"""The `pipelib` command: what is not a stage of the pipeline.
+"""The `pipelib` command: all tools that are not stages of the pipeline.
 
-Subcommands import what they need when they run, so that `pipelib --help` is there at once.
+Subcommands import what they need when they run, so that `pipelib --help` is fast.
 """
 
 import io
@@ -28,33 +28,33 @@ from pipelib.processes import leave_other_jobs
 from pipelib.workspace.provenance import versions
 
 EXAMPLES = """examples:
-  pipelib plan                        what params.yaml would cost, before it costs it
+  pipelib plan                        what a run with params.yaml would cost
   pipelib doctor                      is this machine ready?
   pipelib sample --prompt "Returns the"
-  pipelib COMMAND --help              more about one of them
+  pipelib COMMAND --help              help for one command
 
-The pipeline itself is DVC's: dvc repro, dvc exp run -S train.max_lr=1.8e-3, dvc metrics diff.
+DVC runs the pipeline itself: dvc repro, dvc exp run -S train.max_lr=1.8e-3, dvc metrics diff.
 """
 COMPLETION_EXAMPLES = """examples:
-  source <(pipelib completion bash)            for this shell; in ~/.bashrc, for each new one
-  pipelib completion zsh > FOLDER/_pipelib     with a folder of zsh's fpath
+  source <(pipelib completion bash)            for this shell; in ~/.bashrc for every new one
+  pipelib completion zsh > FOLDER/_pipelib     FOLDER must be in zsh's fpath
   pipelib completion tcsh > ~/.pipelib.tcsh    and `source ~/.pipelib.tcsh` in ~/.tcshrc
 """
 
 
 @dataclass(frozen=True)
 class Completion(Command):
-    """Complete what is typed in a shell; it stands here since it needs all commands."""
+    """Print a completion script. Defined here because it needs all commands."""
 
     command = "completion"
-    help = "print what makes bash, zsh or tcsh complete pipelib"
+    help = "print the completion script for bash, zsh or tcsh"
     description = (
-        "Print a script for a shell, which then completes commands, options, their choices, files and folders when Tab is "
-        "pressed. The script is of this version of pipelib; make it again after an update."
+        "Print a script that makes your shell complete commands, options, their choices, files and folders when you press Tab. "
+        "The script is for this version of pipelib; print it again after an update."
     )
     examples = COMPLETION_EXAMPLES
 
-    shell: Literal["bash", "zsh", "tcsh"] = positional("the shell that is to complete")
+    shell: Literal["bash", "zsh", "tcsh"] = positional("your shell")
 
     def run(self) -> int:
         """Print the script."""
@@ -82,10 +82,10 @@ COMMANDS: tuple[type[Command], ...] = (
 
 
 def make_parser() -> Parser:
-    """The command line, all subcommands included."""
+    """Build the parser with all subcommands."""
     parser = Parser(
         "pipelib",
-        description="Companion of the pipeline download -> tokenize -> train -> evaluate. Run it in the repository's root.",
+        description="Tools for the pipeline download -> tokenize -> train -> evaluate. Run them in the root of the repository.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {versions('pipelib')['pipelib']}")
@@ -96,19 +96,21 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return its exit status.
 
-    The user's mistakes become one message and status 1. Ctrl-C gives 130, as in a shell; a reader that went away
-    (`pipelib plan | head`) ends the command quietly with 141.
+    A mistake of the user gives one message and status 1. Ctrl-C gives 130, as in a shell. If the reader of the output has
+    gone (`pipelib plan | head`), the command ends quietly with 141.
 
     Raises:
         SystemExit: after help and the version (0), and after wrong arguments (2).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model writes characters that not every terminal has
+        sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal cannot show
     leave_other_jobs()
     try:
         return _run(argv)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python reports the broken pipe when it flushes at exit
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -119,7 +121,7 @@ def _run(argv: list[str] | None) -> int:
     try:
         command = parser.parse_command(argv)
     except SystemExit:
-        sys.stdout.flush()  # the help; at exit, Python would complain of a reader that went away
+        sys.stdout.flush()  # a broken pipe must show here, where `main` handles it, not at exit
         raise
     if command is None:
         parser.print_help(sys.stderr)

@@ -1,4 +1,4 @@
-"""`pipelib plan`: what a parameter file would cost, without doing any of it."""
+"""`pipelib plan`: estimate what a run would cost, without running it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,33 +11,33 @@ from pipelib.workspace.places import HERE
 EXAMPLES = """examples:
   pipelib plan
   pipelib plan --params presets/gpt2-124m.yaml
-  PIPELIB_NPROC=8 pipelib plan --no-measure     for eight ranks, by arithmetic alone
-  pipelib plan --check                          would a stage refuse any of it? make repro asks that
+  PIPELIB_NPROC=8 pipelib plan --no-measure     for eight ranks, by arithmetic only
+  pipelib plan --check                          would a stage refuse it? make repro asks this
 """
 
 
 @dataclass(frozen=True)
 class Plan(Command):
-    """Say what a run would cost."""
+    """Estimate the cost of a run."""
 
     command = "plan"
-    help = "say what params.yaml would cost, and do nothing"
+    help = "estimate what a run would cost, without running it"
     description = (
-        "Read a parameter file as strictly as the stages do and print its parameters, steps, tokens, FLOPs, bytes on disk, "
-        "memory per GPU, and the time on this machine from a measurement of a few seconds. Exit status 1 where the data, the "
-        "models that it names, or the ranks here do not fit it."
+        "Check a parameter file as strictly as the stages do, and print parameters, steps, tokens, FLOPs, disk space, memory per "
+        "GPU, and the time on this machine, from a measurement of a few seconds. Exit status 1 if the parameters do not fit the "
+        "data, the models that they name, or the ranks here."
     )
     examples = EXAMPLES
 
-    params: Path = option("default: params.yaml", default=HERE.params, metavar="FILE")
-    no_measure: bool = option("run nothing: leave the time out", default=False)
-    check: bool = option("only look for what a stage would refuse later on", default=False)
+    params: Path = option("parameter file; default: params.yaml", default=HERE.params, metavar="FILE")
+    no_measure: bool = option("measure nothing, and leave out the time", default=False)
+    check: bool = option("only check whether a stage would refuse something later", default=False)
 
     def run(self) -> int:
-        """Print the plan as it is worked out.
+        """Print the plan line by line, as it is computed.
 
         Raises:
-            UserError: the parameters are wrong, or the data, the models or the ranks here do not fit them.
+            UserError: the parameters are wrong, or do not fit the data, the models or the ranks here.
         """
         from pipelib.inspection.checks import check_all, checks, require_all
         from pipelib.inspection.disk import corpus_of
@@ -48,7 +48,7 @@ class Plan(Command):
             params = load_params(self.params)
         except OSError as error:
             raise UserError(
-                f"{self.params} cannot be read ({error.strerror}), so nothing says what to run; name another file."
+                f"{self.params} cannot be read ({error.strerror}), so there are no parameters to plan with; name another file."
             ) from None
         corpus, machines = corpus_of(params, Path.cwd()), find_machines()
         ranks = machines.world_size
@@ -62,6 +62,7 @@ class Plan(Command):
         tell(f"{self.params}, with {plural(ranks, 'rank')} on {where}\n")
         for name, text in costs(params, corpus, machines):
             tell(f"{name:<12}{text}")
+        # after the costs, so that these are printed even if something does not fit
         require_all(checks(params, corpus, ranks))
         for name, text in () if self.no_measure else time_here(params, ranks):
             tell(f"{name:<12}{text}")

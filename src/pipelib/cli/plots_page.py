@@ -1,4 +1,4 @@
-"""`pipelib plots-page`: a page for DVC's plots that needs no network."""
+"""`pipelib plots-page`: write a template for DVC's plots that needs no network."""
 
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -8,12 +8,12 @@ from pipelib.cli.command import Command
 from pipelib.errors import UserError
 
 EXAMPLES = """examples:
-  pipelib plots-page                  write the page, as make setup has done
-  dvc plots show                      draw the curves on it
+  pipelib plots-page                  write the template, as make setup does
+  dvc plots show                      draw the curves with it
 """
 DVC = Path(".dvc")
 PAGE = "plots/page.html"
-"""Seen from DVC, as its option plots.html_template."""
+"""Relative to .dvc/, as DVC's option plots.html_template needs it."""
 
 HTML = """<!DOCTYPE html>
 <!-- The page of `dvc plots show` and `dvc plots diff`, made by `pipelib plots-page`. DVC's own page loads its scripts from a
@@ -38,7 +38,7 @@ HTML = """<!DOCTYPE html>
 </body>
 </html>
 """
-"""The doubled braces are DVC's placeholders; its {scripts}, links to the server, is left out."""
+"""Doubled braces become DVC's placeholders. DVC's own {scripts} links to a server, so it is left out."""
 
 EMBED = """
 // A plot without data, as HellaSwag's of a run that did not measure it, is left out; and no menu leads to a server.
@@ -50,35 +50,38 @@ window.vegaEmbed = (where, spec) =>
 
 @dataclass(frozen=True)
 class PlotsPage(Command):
-    """Write the page, and tell DVC."""
+    """Write the template, and point DVC to it."""
 
     command = "plots-page"
-    help = "let dvc plots draw without a network"
-    description = f"Write {DVC / PAGE} and make it this clone's page of `dvc plots`; `make setup` does it."
+    help = "make dvc plots work without a network"
+    description = f"Write {DVC / PAGE}, the template that `dvc plots` uses in this clone. `make setup` does it."
     examples = EXAMPLES
 
     def run(self) -> int:
-        """Write the page, and set DVC's option.
+        """Write the template, and set DVC's option.
 
         Raises:
-            UserError: this is not the root of a repository of DVC, or DVC fails.
+            UserError: this is not the root of a DVC repository, or DVC fails.
         """
         from pipelib.files import format_bytes, write_text
         from pipelib.workspace.dvc import run_dvc
 
         if not DVC.is_dir():
-            raise UserError(f"{DVC}/ is not there, so there is nothing to set up; run this in the repository's root.")
+            raise UserError(
+                f"{DVC}/ does not exist, so there is nothing to set up; run this in the root of the repository."
+            )
         page = make_page()
         write_text(DVC / PAGE, page)
         run_dvc(Path(), "config", "--local", "plots.html_template", PAGE)
-        print(f"{DVC / PAGE}: {format_bytes(len(page.encode()))}; dvc plots needs no network")
+        print(f"{DVC / PAGE}: {format_bytes(len(page.encode()))}; dvc plots works without a network now")
         return 0
 
 
 def make_page() -> str:
-    """The template of DVC's page, about 0.9 MB of it the scripts."""
+    """The template, with the scripts in it; about 0.9 MB."""
     import vl_convert
 
+    # DVC's plot templates are written for Vega-Lite 5
     specification = [name for name in vl_convert.get_vegalite_versions() if name.startswith("5.")][-1]
     scripts = vl_convert.javascript_bundle(EMBED, vl_version=specification)
     return HTML.format(version=version("vl-convert-python"), scripts=scripts)

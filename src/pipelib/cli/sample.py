@@ -1,4 +1,4 @@
-"""`pipelib sample`: text from a trained model."""
+"""`pipelib sample`: let a trained model continue a prompt."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,43 +28,45 @@ class Sample(Command):
     command = "sample"
     help = "let a model continue a prompt"
     description = (
-        "Print each prompt and what a model in a Hugging Face folder writes after it, until it ends the text or has written "
-        "--tokens tokens."
+        "Print each prompt and its continuation by a model in a Hugging Face folder. A continuation ends where the model ends "
+        "the text, or after --tokens tokens."
     )
     examples = EXAMPLES
 
-    prompt: tuple[str, ...] = option('"" lets the model begin by itself', nargs="+", action="extend", metavar="TEXT")
-    model: Path = option("default: models", default=HERE.model, metavar="DIR")
-    tokens: int = option("tokens to write at most; default: 100", default=100, metavar="N")
+    prompt: tuple[str, ...] = option(
+        'text to continue; "" lets the model start by itself', nargs="+", action="extend", metavar="TEXT"
+    )
+    model: Path = option("Hugging Face folder; default: models", default=HERE.model, metavar="DIR")
+    tokens: int = option("most tokens to write; default: 100", default=100, metavar="N")
     temperature: float = option(
-        "0 takes the likeliest token each time, 1 draws as trained; default: 1", default=1.0, metavar="T"
+        "0: always the likeliest token; 1: sample as trained; default: 1", default=1.0, metavar="T"
     )
     top_k: int | None = option(
-        f"draw among the K likeliest tokens; default: {TOP_K}, or all of them with --top-p", default=None, metavar="K"
+        f"sample from the K likeliest tokens; default: {TOP_K}, or all of them with --top-p", default=None, metavar="K"
     )
     top_p: float | None = option(
-        "draw among the fewest likeliest tokens that together have the probability P; default: all",
+        "sample from the likeliest tokens that together have probability P; default: all",
         default=None,
         metavar="P",
     )
-    num_samples: int = option("texts for each prompt; default: 1", default=1, metavar="N")
-    seed: int = option("same seed, same texts; default: 0", default=0, metavar="N")
+    num_samples: int = option("texts per prompt; default: 1", default=1, metavar="N")
+    seed: int = option("the same seed gives the same texts; default: 0", default=0, metavar="N")
     device: str | None = option(
         "cpu, cuda, cuda:1, ...; default: the GPU if there is one", default=None, metavar="NAME"
     )
 
     def run(self) -> int:
-        """Print every prompt with its continuations, a line of dashes between two.
+        """Print every prompt with its continuations, with a line of dashes between texts.
 
         Raises:
-            UserError: an option asks for nothing, or the model or the device cannot be used.
+            UserError: an option would give no text, or the model or the device cannot be used.
         """
         for name, count in (("--tokens", self.tokens), ("--num-samples", self.num_samples)):
             if count < 1:
                 raise UserError(f"{name} {count} would write nothing; give 1 or more.")
         if self.temperature == 0 and self.num_samples > 1:
             raise UserError(
-                f"--temperature 0 would write the same text {self.num_samples} times; drop --num-samples, or draw with "
+                f"--temperature 0 would write the same text {self.num_samples} times; drop --num-samples, or sample with "
                 "--temperature 1."
             )
         from pipelib.model.generate import generate
@@ -76,7 +78,8 @@ class Sample(Command):
         token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in self.prompt]
         texts = generate(
             model,
-            token_ids * self.num_samples,  # a prompt's first text is the same however many follow
+            token_ids
+            * self.num_samples,  # sample-major, so that a prompt's first text does not depend on how many follow
             self.tokens,
             temperature=self.temperature,
             top_k=TOP_K if self.top_k is None and self.top_p is None else self.top_k,
@@ -94,10 +97,10 @@ class Sample(Command):
 
 
 def _device(name: str | None) -> "torch.device":
-    """The named device, or the best there is.
+    """The named device; by default the GPU if there is one.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: the device cannot be used here.
     """
     import torch
 

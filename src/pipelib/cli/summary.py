@@ -1,4 +1,4 @@
-"""`pipelib summary`: what the last run gave, on one screen, and where to look next."""
+"""`pipelib summary`: the results of the last run on one screen, and where to look next."""
 
 import math
 from dataclasses import dataclass
@@ -21,25 +21,25 @@ class Summary(Command):
     """Sum up the last run."""
 
     command = "summary"
-    help = "what the last run gave, on one screen"
-    description = "Print the model's losses and scores, a sample of what it writes, and the commands to try next."
+    help = "show the results of the last run on one screen"
+    description = "Print the model's losses and scores, a sample of its text, and the commands to try next."
     examples = EXAMPLES
 
     def run(self) -> int:
         """Print the summary of the metrics and the report in the workspace.
 
         Raises:
-            UserError: metrics are missing, or are not those of a run.
+            UserError: metrics are missing, or are not those of a complete run.
         """
         tokens, train, evaluate = (read_json(HERE.result(stage)) for stage in ("tokenize", "train", "evaluate"))
         speed_file = HERE.speed("train")
-        # git does not have the speed file, so a fresh clone may lack it
+        # the speed file is not in git, so a fresh clone lacks it
         speed = read_json(speed_file) if speed_file.exists() else {}
         try:
             lines = [title(train, tokens), *(f"  {name:<22}{value}" for name, value in rows(evaluate, speed))]
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(
-                f"{HERE.metrics}/ does not have the numbers of a whole run ({error!r}), so there is nothing to sum up; `git "
+                f"{HERE.metrics}/ does not have the numbers of a complete run ({error!r}), so there is nothing to sum up; `git "
                 f"diff {HERE.metrics}` shows what changed, and `dvc repro --force` makes them again."
             ) from None
         print("", *lines, sep="\n")
@@ -59,7 +59,7 @@ NEXT = (
     ("", "pipelib compare HEAD workspace", ""),
     ("Then", "docs/tutorial.md", "from here to GPT-2 124M"),
 )
-"""What to do, the file or command, and what it is."""
+"""(what to do, the file or command, what it is)."""
 
 
 def next_steps() -> str:
@@ -68,7 +68,7 @@ def next_steps() -> str:
 
 
 def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:
-    """What was trained on what."""
+    """The model and its training in one line."""
     return (
         f"{family()}, {train['parameters']:,} parameters, {train['steps']:,} steps on {train['tokens']:,} of "
         f"{tokens['train_tokens']:,} tokens"
@@ -76,7 +76,7 @@ def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:
 
 
 def family() -> str:
-    """What kind of model was trained, where it is in the workspace."""
+    """The family of the model, if models/ is in the workspace."""
     from pipelib.model.params import family_params
 
     config = HERE.model / "config.json"
@@ -84,10 +84,10 @@ def family() -> str:
 
 
 def rows(evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, value) lines of the summary."""
+    """The lines of the summary as (name, value)."""
     from pipelib.vocabulary.choice import chosen_tokenizer
 
-    size = chosen_tokenizer().size
+    size = chosen_tokenizer().size  # an untrained model guesses uniformly: its loss is ln(size)
     lines = [
         ("validation loss", f"{evaluate['val_loss']:.4f} (it starts near ln {size:,} = {math.log(size):.2f})"),
         ("perplexity", f"{evaluate['perplexity']:,.1f}"),
@@ -109,12 +109,12 @@ def _accuracy(model: dict[str, float], unigram: dict[str, float]) -> str:
 
 
 def shorten(line: str) -> str:
-    """A line that fits on a screen."""
+    """Cut a line to the width of the screen."""
     return line if len(line) <= LINE_LENGTH else line[: LINE_LENGTH - 1] + "…"
 
 
 def first_sample(report: Path) -> str:
-    """The first sample in a report; empty where there is none."""
+    """The first sample in a report; empty if there is none."""
     try:
         text = report.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""`pipelib verify`: are the outs what DVC recorded, and the shards what their manifest says?"""
+"""`pipelib verify`: check the outs against dvc.lock, and the shards against their manifest."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipelib.files import plural
 EXAMPLES = """examples:
   pipelib verify                          check every out of dvc.lock that is in the workspace
   pipelib verify data/raw                 check one of them
-  pipelib verify --repair && dvc repro    remove what is damaged, DVC's copies too; make it again
+  pipelib verify --repair && dvc repro    remove damaged files and DVC's copies, then make them again
 """
 
 
@@ -19,24 +19,24 @@ class Verify(Command):
     """Check the outs, and remove what is damaged."""
 
     command = "verify"
-    help = "re-read the data, models and reports, and remove damaged files for good"
+    help = "find damaged data, models and reports, and remove them for good"
     description = (
-        "Re-read every file of the outs and compare it with what DVC recorded (MD5). In data/tokens also the manifest, every "
-        "shard's header, count, token range and SHA-256, and the token counts. Exit status 1 if anything is wrong; with "
-        "--repair 0 once the damage is removed."
+        "Read every file of the outs and compare it with what DVC recorded (MD5). In data/tokens, also check the manifest, the "
+        "header, length, token range and SHA-256 of every shard, and the token counts. Exit status 1 if anything is wrong; with "
+        "--repair, 0 once the damage is removed."
     )
     examples = EXAMPLES
 
     folder: Path | None = positional(
-        "an out of dvc.lock, or any folder of shards; default: every out in the workspace", default=None, nargs="?"
+        "an out of dvc.lock, or any folder of shards; default: all outs in the workspace", default=None, nargs="?"
     )
     repair: bool = option(
-        "remove each damaged file together with DVC's cache object of it, which DVC would restore forever; intact files stay",
+        "remove each damaged file and its object in DVC's cache, which DVC would restore forever; intact files stay",
         default=False,
     )
 
     def run(self) -> int:
-        """Check, say what is wrong, and remove it if asked; 1 if something is wrong and still there."""
+        """Check, report, and repair if asked; return 1 if something is still wrong."""
         from pipelib.inspection.verify import check_folder, find_folders, repair
 
         wrong = damaged = 0
@@ -49,11 +49,12 @@ class Verify(Command):
             for problem in report.problems:
                 tell(f"  - {problem.text}", error=True)
             wrong += len(report.problems)
+            # only damage can be repaired; the other problems are for the user to decide
             damaged += sum(problem.damaged for problem in report.problems)
             for path in repair(out, report) if self.repair else ():
                 print(f"removed {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
         if self.repair and damaged:
-            tell("now run dvc repro, which makes again what is missing")
+            tell("now run dvc repro, to make the removed files again")
         if self.repair and wrong > damaged:
             tell(f"left to you, since nothing is damaged there: {wrong - damaged} of {wrong} problems", error=True)
         return int(wrong > (damaged if self.repair else 0))

@@ -1,1 +1,1 @@
-"""What the commands look at: outs and their damage, runs, disk, speed, kept state, the machine."""
+"""What the commands inspect: outs and their damage, runs, disk, speed, kept state, the machine."""

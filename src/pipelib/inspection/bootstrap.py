@@ -1,4 +1,4 @@
-"""How far two models differ on the same items, and how sure that is: a paired bootstrap over texts."""
+"""The difference between two models on the same items, with its confidence interval: a paired bootstrap over texts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pipelib.evaluation.items import DOCUMENTS, IDS, WEIGHTS
 Scores = Mapping[str, npt.NDArray[Any]]
 """What `evaluation.items.read_scores` returns."""
 RESAMPLES = 2000
-_BLOCK = 1 << 22
+_BLOCK = 1 << 22  # draws in memory at a time
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Difference:
 
 
 def measures(scores: Scores) -> Iterator[str]:
-    """The names `PREFIX/MEASURE` of what was measured."""
+    """The names `PREFIX/MEASURE` of all measures in the scores."""
     for prefix in sorted(name.removesuffix(f"/{IDS}") for name in scores if name.endswith(f"/{IDS}")):
         for name in sorted(scores):
             measure = name.removeprefix(f"{prefix}/")
@@ -39,21 +39,23 @@ def measures(scores: Scores) -> Iterator[str]:
 
 
 def mean(scores: Scores, name: str) -> float:
-    """The mean of a measure, weighted where its items do not count alike."""
+    """The mean of a measure, weighted if its items have weights."""
     values = scores[name].astype(np.float64)
     return float(np.average(values, weights=scores.get(f"{name}/{WEIGHTS}")))
 
 
 def paired_difference(first: Scores, second: Scores, name: str) -> Difference | None:
-    """`second` less `first`, of one measure; None where the two were not measured on the same items with the same weights.
+    """`second` minus `first` for one measure; None unless both have the same items with the same weights.
 
-    Texts are drawn with replacement, not items: items of one text err together. The draws are the same every time.
+    Texts are drawn with replacement, not items, since the errors of items of one text are correlated. The draws are the same
+    every time.
     """
     pair = _paired(first, second, name)
     if pair is None:
         return None
     differences, weights, documents = pair
     _, places = np.unique(documents, return_inverse=True)
+    # sums per text, so that a resample only adds up the texts it drew
     totals = np.bincount(places, weights * differences), np.bincount(places, weights)
     texts, rng = len(totals[0]), np.random.default_rng(0)
     means = []
@@ -67,7 +69,7 @@ def paired_difference(first: Scores, second: Scores, name: str) -> Difference | 
 def _paired(
     first: Scores, second: Scores, name: str
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[Any]] | None:
-    """Differences, weights and texts of the items that both have, in one order."""
+    """Differences, weights and texts of the items, sorted by id; None unless both have the same items."""
     prefix = name.rpartition("/")[0]
     if name not in first or name not in second:
         return None

@@ -1,4 +1,4 @@
-"""What a stage would refuse after the stages before it have done their work, known before the first one."""
+"""Check before the first stage what a later stage would refuse."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -12,24 +12,24 @@ from pipelib.inspection.disk import Corpus, check_disk, manifest_of
 from pipelib.params import Params
 
 SLACK = 1.02
-"""How much more text than estimated there may be: versions of packages, and whole documents, make a difference."""
+"""How much larger than estimated the corpus may be: package versions and whole documents change its size."""
 
 
 def check_all(file: Path, params: Params, corpus: Corpus | None, ranks: int) -> str:
-    """Everything that can be known before the first stage; the line of `check_disk`.
+    """Run all checks that are possible before the first stage, and return the line of `check_disk`.
 
     Raises:
-        UserError: with all that is wrong.
+        UserError: with all problems.
     """
     said: list[str] = []
-    # of local text nobody knows yet what was added or removed since it was tokenized
+    # local text may have changed since it was tokenized
     sure = None if params.download.source == "local" else corpus
     require_all([*checks(params, sure, ranks), lambda: said.append(check_disk(file, params, corpus))])
     return said[0]
 
 
 def require_all(found: Iterable[Callable[[], object]]) -> None:
-    """Raise what several checks raise as one error."""
+    """Run the checks, and raise all their problems as one error."""
     problems: list[str] = []
     for check in found:
         try:
@@ -41,10 +41,10 @@ def require_all(found: Iterable[Callable[[], object]]) -> None:
 
 
 def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callable[[], object]]:
-    """What a stage would refuse after those before it have done their work.
+    """The checks for what a later stage would refuse.
 
     Args:
-        corpus: None where nobody knows how much text there is.
+        corpus: None if its size is unknown.
     """
     from pipelib.corpus.local_files import find_files, require_readable
     from pipelib.evaluation.baselines import require_baseline
@@ -56,9 +56,9 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
     path = Path(params.download.path)
     if params.download.source == "local":
         yield partial(find_files, path, params.download.pattern)
-    else:  # not read, and yet DVC hashes it
+    else:  # not read, but DVC hashes it
         yield partial(require_readable, path, links=False)
-    if "/" in params.model.init_from:  # the others are what download fetches
+    if "/" in params.model.init_from:  # other names are models that download fetches
         yield partial(require_weights, params.model, chosen_tokenizer())
     for name in params.evaluate.baselines:
         if is_folder(name):
@@ -69,7 +69,7 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
 
 
 def _check_tokens(params: Params, corpus: Corpus) -> None:
-    """Refuse more passes over the corpus than `train.max_epochs`; of an estimate, only where a little more text is too little."""
+    """Refuse more passes than `train.max_epochs`. If the corpus is an estimate, allow `SLACK` more text."""
     from pipelib.training.batches import check_tokens
 
     if not corpus.is_exact:

@@ -1,4 +1,4 @@
-"""What differs between runs, what it did, and how sure that is: the rows of a table, and notes on it."""
+"""What differs between runs, its effect, and the confidence interval: the rows of a table, and notes on it."""
 
 import math
 import statistics
@@ -13,23 +13,23 @@ from pipelib.progress import format_seconds
 from pipelib.workspace.places import HERE
 
 SEEDS = 3
-"""This many seeds say something about the noise of training."""
+"""The number of seeds from which the noise of training is reported."""
 SEED = "train.seed"
 _PARTS = ("low", "high", "items", "version", "examples", "examples_in_all", "limit")
-"""Keys of metrics that describe another one, beside standard errors."""
+"""Last parts of keys of metrics that describe another metric; so do those of standard errors."""
 
 
 def rows_of(runs: Sequence[RunFiles]) -> list[list[str]]:
-    """A row for each parameter, metric and circumstance: its name, and a cell for each run.
+    """One row per parameter, metric and circumstance: its name, and one cell per run.
 
-    After the first run, a metric's cell also has the difference from it, with the paired 95 % interval where both runs were
-    measured on the same items.
+    From the second run on, a metric's cell also has the difference from the first run, with the paired 95 % interval if both
+    were measured on the same items.
     """
     return [*_params(runs), *_metrics(runs), *_circumstances(runs)]
 
 
 def notes_on(runs: Sequence[RunFiles]) -> list[str]:
-    """What the numbers do not say: missing items, other code, and what the seeds show of the noise of training."""
+    """Notes on the table: missing items, different code, and the noise of training as far as seeds show it."""
     return [*_notes(runs), *_noise(runs)]
 
 
@@ -42,7 +42,7 @@ def _params(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
 
 
 def _metrics(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
-    """Numbers of train and evaluate, and what was measured on items and has no number of its own there."""
+    """Metrics of train and evaluate, and measures on items that have no metric of their own."""
     scores = [_scores(run) for run in runs]
     shown = set()
     for stage in ("train", "evaluate"):
@@ -59,17 +59,17 @@ def _metrics(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
 
 
 def is_part(key: str) -> bool:
-    """Whether a metric says something of another one, or of another model."""
+    """Whether a metric describes another one, or another model."""
     return key.rpartition(".")[2] in _PARTS or key.endswith("_stderr") or key.startswith("baselines.")
 
 
 def measure_of(key: str) -> str:
-    """What the items of a metric are called: `completion.acc.value` -> `completion/acc`, `val_loss` -> `validation/loss`."""
+    """The name of a metric's items: `completion.acc.value` -> `completion/acc`, `val_loss` -> `validation/loss`."""
     return "validation/loss" if key == "val_loss" else key.removesuffix(".value").replace(".", "/")
 
 
 def _cells(values: Sequence[float | None], name: str, scores: Sequence[Scores]) -> Iterator[str]:
-    """The value of each run, after the first with the difference from it."""
+    """The value of each run; from the second on, with the difference from the first."""
     for number, value in enumerate(values):
         first = values[0]
         if value is None:
@@ -78,7 +78,7 @@ def _cells(values: Sequence[float | None], name: str, scores: Sequence[Scores]) 
             yield _plain(value)
         else:
             found = paired_difference(scores[0], scores[number], name)
-            if found and not name.endswith("perplexity"):  # which is not the mean of its items, nor a multiple of that
+            if found and not name.endswith("perplexity"):  # perplexity is not a mean of its items
                 unit = math.log(2) if name.endswith("bits_per_byte") else 1.0  # items are in nats
                 low, high = found.low / unit, found.high / unit
                 yield f"{_plain(value)}  {found.value / unit:+.4f} ({low:+.4f} to {high:+.4f})"
@@ -99,20 +99,20 @@ def _circumstances(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
         yield [f"md5 of {out}", *(run.md5(out)[:8] for run in runs)]
 
 
-# ---- What the numbers do not say -------------------------------------------------------------------------------------
+# ---- Notes -----------------------------------------------------------------------------------------------------------
 
 
 def _notes(runs: Sequence[RunFiles]) -> Iterator[str]:
     yield (
-        "Metrics that are equal in all runs are left out. Differences are from the first run; in brackets the 95 % interval over "
-        "texts, the same ones for both models."
+        "Metrics that are equal in all runs are left out. Differences are from the first run; in brackets, the 95 % interval "
+        "over texts, the same texts for both models."
     )
     first = runs[0]
     for run in runs:
         if not _scores(run):
             yield (
                 f"{run.name} has no scores of single items here (reports/items.npz), so its differences have no interval; "
-                "`dvc fetch` brings them, or dvc repro makes them."
+                "`dvc fetch` gets them, or dvc repro makes them."
             )
     for other in runs[1:]:
         if changed := changed_code(first, other):
@@ -127,7 +127,7 @@ def _notes(runs: Sequence[RunFiles]) -> Iterator[str]:
 
 
 def _noise(runs: Sequence[RunFiles]) -> Iterator[str]:
-    """What runs that differ in their seed alone say of the noise of training."""
+    """The noise of training, from runs that differ only in their seed."""
     groups: dict[str, list[RunFiles]] = {}
     for run in runs:
         rest = sorted((key, str(value)) for key, value in run.params.items() if key != SEED)
@@ -163,7 +163,7 @@ def _scores(run: RunFiles) -> Scores:
     return _scores_of(run.items.absolute()) if run.items else {}
 
 
-# ---- Form ------------------------------------------------------------------------------------------------------------
+# ---- Format ----------------------------------------------------------------------------------------------------------
 
 
 def _number(value: object) -> float | None:

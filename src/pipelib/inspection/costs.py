@@ -1,4 +1,4 @@
-"""What parameters would cost: parameters, steps, tokens, FLOPs, disk, memory and time, as lines of a name and a text."""
+"""Estimate what a run costs: parameters, steps, tokens, FLOPs, disk, memory and time, as lines of (name, text)."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from pipelib.workspace.places import state_root
 
 
 def costs(params: Params, corpus: Corpus | None, machines: Machines) -> Iterator[tuple[str, str]]:
-    """All but the time, each line as soon as it is worked out.
+    """All costs except the time, each line as soon as it is computed.
 
     Args:
-        params: with a number for `micro_batch_size`, see `with_micro_batch`.
-        corpus: None where nothing says how large it is.
+        params: with a number for `micro_batch_size`; see `with_micro_batch`.
+        corpus: None if its size is unknown.
     """
     yield from _model_and_steps(params, machines.world_size)
     yield from _data(params, corpus)
@@ -31,7 +31,7 @@ def costs(params: Params, corpus: Corpus | None, machines: Machines) -> Iterator
 
 
 def with_micro_batch(params: Params, machines: Machines) -> Params:
-    """The parameters with a number for `micro_batch_size: auto`, by the memory that is free here and now."""
+    """Replace `micro_batch_size: auto` by the number of rows that fit the memory that is free here now."""
     if params.train.micro_batch_size != "auto":
         return params
     check_shares(params.train, machines.world_size)
@@ -61,7 +61,7 @@ def _model_and_steps(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
 
 
 def _scaled(number: float) -> str:
-    """In thousands: 854.7 M, 8.55 E."""
+    """Format with a metric prefix: 854.7 M, 8.55 E."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if number < 1000:
             return f"{number:.4g} {prefix}"
@@ -71,7 +71,7 @@ def _scaled(number: float) -> str:
 
 def _data(params: Params, corpus: Corpus | None) -> Iterator[tuple[str, str]]:
     if corpus is None:
-        yield "data", "unknown until tokenize has run: only it knows how many tokens your text has"
+        yield "data", "unknown until tokenize has run, which counts the tokens of your text"
         return
     train_tokens = max(0, corpus.tokens - params.tokenize.shard_tokens)
     yield "data", f"{corpus.tokens:,} tokens ({corpus.origin})"
@@ -90,7 +90,7 @@ def _disk(params: Params, corpus: Corpus | None) -> Iterator[tuple[str, str]]:
     yield "", f"tokenize  data/tokens  {size(disk.tokens)}, 2 bytes a token; while it runs {size(disk.units)} more"
     yield "", f"train     models       {size(disk.model)}; while it runs {size(disk.checkpoints)} of checkpoints"
     free = shutil.disk_usage(nearest_folder(state_root())).free
-    yield "", f"together at most {size(disk.total)}, where hard links work; {size(free)} are free"
+    yield "", f"at most {size(disk.total)} in total, if hard links work; {size(free)} are free"
 
 
 def _memory(params: Params, machines: Machines) -> Iterator[tuple[str, str]]:
@@ -102,7 +102,8 @@ def _memory(params: Params, machines: Machines) -> Iterator[tuple[str, str]]:
     yield "memory", f"{format_bytes(need.total)} a rank, about: {', '.join(parts)}"
     copy, on_gpu = footprint.checkpoint, device.type == "cuda"
     pinned = " (up to twice that: torch pins powers of two)" if on_gpu else ""
-    yield "", f"{format_bytes(copy)}{pinned} of main memory more on the first rank, while a checkpoint is written"
+    yield "", f"{format_bytes(copy)}{pinned} more main memory on the first rank, while a checkpoint is written"
+    # on a CPU, all ranks and the copy for the checkpoint share the main memory
     needed, here = (need.total, total_memory(device)) if on_gpu else (need.total + copy, total_memory(device) // ranks)
     what = "a GPU here" if on_gpu else "a rank here, on the CPU,"
     checkpointing = "" if train.activation_checkpointing else ", or set train.activation_checkpointing: true"
@@ -111,12 +112,13 @@ def _memory(params: Params, machines: Machines) -> Iterator[tuple[str, str]]:
 
 
 def time_here(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
-    """The time of a training on this machine, from a measurement of a few seconds."""
+    """Estimate the time of the training on this machine, from a measurement of a few seconds."""
     train = params.train
     speed = measure_speed(params, ranks)
     trained = train.max_steps * train.global_batch_tokens
+    # the last step always validates, so the division rounds up
     validated = -(-train.max_steps // train.validate_every) * train.validate_tokens
-    seconds = (trained + validated / 3) / (speed.tokens_per_second * ranks)  # a third of the work is the forward pass
+    seconds = (trained + validated / 3) / (speed.tokens_per_second * ranks)  # a forward pass is a third of a step
     rate = f"{speed.tokens_per_second:,.0f} tokens/s a rank"
     yield "time", f"{format_seconds(seconds)} of training and validation, at {rate}"
     yield "", speed.how

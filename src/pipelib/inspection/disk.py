@@ -1,4 +1,4 @@
-"""What a parameter file amounts to, by arithmetic: data and disk; and whether the disk has room for it."""
+"""The size of the corpus and the disk space that a run needs, by arithmetic; and whether the disk has room for it."""
 
 import math
 import os
@@ -20,30 +20,31 @@ from pipelib.workspace.places import HERE, MANIFEST, Places, state_root
 
 @dataclass(frozen=True)
 class Corpus:
-    """How much text there is."""
+    """The size of the corpus."""
 
     tokens: int
-    """All of them, the validation shard's and one `<|endoftext|>` a document included."""
+    """All tokens, including the validation shard and one `<|endoftext|>` per document."""
     raw_bytes: int
-    """Of data/raw."""
+    """Bytes of data/raw."""
     origin: str
-    """How that is known."""
+    """How the size is known."""
     is_exact: bool = False
-    """Whether `tokens` is a count and not an estimate."""
+    """Whether `tokens` is a count, not an estimate."""
     files: int = 1
-    """Of data/raw, about equally large; `download.max_tokens` takes whole ones of the hub."""
+    """Files of data/raw, about equally large. From the hub, `download.max_tokens` takes whole files."""
 
     def prefix(self, max_tokens: int | None) -> "Corpus":
-        """What is left where `download.max_tokens` ends the corpus."""
+        """The corpus cut to `download.max_tokens`."""
         if max_tokens is None or max_tokens >= self.tokens:
             return self
         share = max_tokens / self.tokens
         files = math.ceil(self.files * share)
+        # the hub's files are downloaded whole
         raw_bytes = round(self.raw_bytes * (files / self.files if self.files > 1 else share))
-        return Corpus(max_tokens, raw_bytes, f"download.max_tokens, about, of {self.origin}", files=files)
+        return Corpus(max_tokens, raw_bytes, f"about download.max_tokens, from {self.origin}", files=files)
 
 
-_DOCS = Corpus(7_400_214, 7_428_143, "the offline corpus, about: it varies with the packages' versions")
+_DOCS = Corpus(7_400_214, 7_428_143, "an estimate: the offline corpus varies with the packages' versions")
 _HUB = {
     ("HuggingFaceFW/fineweb-edu", "sample/10BT"): Corpus(
         9_972_918_177 + 9_672_101,
@@ -56,9 +57,9 @@ _HUB = {
 
 
 def corpus_of(params: Params, root: Path) -> Corpus | None:
-    """The corpus of a parameter file: what lies in `root`/data if it was made with these parameters, else a known size.
+    """The corpus of a parameter file: the one in `root`/data if it was made with these parameters, else a known size.
 
-    None where nobody knows before the stages have run.
+    None if the size is unknown until the stages have run.
     """
     return _made_corpus(params, root) or _known_corpus(params)
 
@@ -84,6 +85,7 @@ def _made_corpus(params: Params, root: Path) -> Corpus | None:
     wanted: dict[str, object] = {"kind": download.source, "max_tokens": download.max_tokens}
     if download.source == "hub":
         wanted |= {"repo": download.repo, "revision": download.revision, "folder": download.folder}
+    # other parameters would give other tokens
     has_dedup = manifest.dedup.get("method") if manifest.dedup else "none"
     if has_dedup != params.tokenize.dedup or any(source.get(key) != value for key, value in wanted.items()):
         return None
@@ -93,7 +95,7 @@ def _made_corpus(params: Params, root: Path) -> Corpus | None:
 
 
 def manifest_of(corpus: Corpus, shard_tokens: int) -> Manifest:
-    """A manifest with the corpus's amounts: one validation shard and the rest."""
+    """A manifest with the corpus's number of tokens: one validation shard, and the rest."""
     val = min(shard_tokens, corpus.tokens)
     shards = (Shard("", "val", val, 0, ""), Shard("", "train", corpus.tokens - val, 0, ""))
     return Manifest({}, {}, shards)
@@ -101,25 +103,25 @@ def manifest_of(corpus: Corpus, shard_tokens: int) -> Manifest:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes that the stages write, by what; hard links count once."""
+    """Bytes that the stages write; hard links count once."""
 
     raw: int | None
     tokens: int | None
     units: int | None
     """Encoded text, while tokenize runs."""
     checkpoints: int
-    """While train runs."""
+    """Checkpoints, while train runs."""
     model: int
 
     @property
     def total(self) -> int:
-        """The most at any time, as far as it is known."""
+        """The most at any time, as far as known."""
         return (self.raw or 0) + (self.tokens or 0) + max(self.units or 0, self.checkpoints) + self.model
 
 
 def disk_of(params: Params, corpus: Corpus | None) -> Disk:
-    """Two bytes a token and a header a shard; 12 bytes a parameter in each checkpoint (fp32 weight and AdamW's two
-    moments); 4 in models/.
+    """Compute the bytes: 2 per token and a header per shard; 12 per parameter in each checkpoint (fp32 weight and AdamW's
+    two moments); 4 per parameter in models/.
     """
     vocab_size = chosen_tokenizer().size
     footprint = Footprint(params.model, vocab_size, params.train)
@@ -132,14 +134,14 @@ def disk_of(params: Params, corpus: Corpus | None) -> Disk:
 
 
 def check_disk(file: Path, params: Params, corpus: Corpus | None) -> str:
-    """A line that says how much space the stages will take, what of it is taken already, and what is free.
+    """Return a line with the space that the stages need, the space in use, and the free space.
 
     Raises:
-        UserError: it is clearly not enough. What earlier runs left counts as space that this one has already.
+        UserError: the space is clearly too small. Space that earlier runs use counts as available to this run.
     """
     need, folder = disk_of(params, corpus).total, nearest_folder(state_root())
     have, free = used_bytes([HERE.data, HERE.model, state_root()]), shutil.disk_usage(folder).free
-    known = "" if corpus else " and the text, whose size only tokenize will know"
+    known = "" if corpus else " plus the text, whose size is known once tokenize has run"
     said = f"{file}: the stages take at most {format_bytes(need)} of disk{known}; {format_bytes(have)} are in use"
     if need - have > free:
         raise UserError(
@@ -151,7 +153,7 @@ def check_disk(file: Path, params: Params, corpus: Corpus | None) -> str:
 
 
 def used_bytes(folders: Iterable[Path]) -> int:
-    """What the files in folders take on disk; several names of one file count once."""
+    """The bytes of the files in folders; hard links count once."""
     files = {(stat.st_dev, stat.st_ino): stat.st_size for folder in folders for stat in _stats(folder)}
     return sum(files.values())
 
@@ -160,7 +162,7 @@ def _stats(folder: Path) -> Iterator[os.stat_result]:
     for path in folder.rglob("*"):
         try:
             stat = path.stat()
-        except OSError:  # gone, or a link to nothing
+        except OSError:  # removed meanwhile, or a broken link
             continue
         if S_ISREG(stat.st_mode):
             yield stat

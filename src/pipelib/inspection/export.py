@@ -1,4 +1,4 @@
-"""Shards of tokens in the formats of other programs."""
+"""Export shards of tokens to the formats of other programs."""
 
 import os
 from pathlib import Path
@@ -12,16 +12,16 @@ from pipelib.progress import Progress
 from pipelib.tokens.shards import open_shard, read_manifest, shard_problems
 
 LONGEST_NAME = 200
-"""In bytes; a file's name has 255 at most, with the shard's and what it is called until it is whole."""
+"""In bytes. File systems allow 255, and the shard's name and a temporary suffix are added to it."""
 
 
 def export_npy(tokens: Path, out: Path, name: str) -> None:
     """Write each shard as a uint16 array, NAME_val_000000.npy, NAME_train_000001.npy, ..., as build-nanogpt reads them.
 
     Args:
-        tokens: a folder of shards with its manifest, which each shard is checked against first.
+        tokens: a folder of shards with its manifest; each shard is checked against it first.
         out: a folder that does not exist or is empty.
-        name: what the files' names begin with.
+        name: the prefix of the file names.
 
     Raises:
         UserError: the name is too long or would mislead those programs, `out` is not empty, a shard is damaged, or the disk is
@@ -43,6 +43,7 @@ def export_npy(tokens: Path, out: Path, name: str) -> None:
     require_free_space(out, total, "the export")
     progress = Progress(f"writing {out}", len(manifest.shards), "shards")
     for shard in manifest.shards:
+        # before it is written: an array has no checksum that would show the damage
         problems = shard_problems(tokens, shard, manifest.tokenizer)
         if problems:
             raise UserError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""What the stage evaluate measures, of a model in any Hugging Face folder and without the pipeline."""
+"""Run the measurements of the evaluate stage on a model in any Hugging Face folder, outside the pipeline."""
 
 import tempfile
 from pathlib import Path
@@ -31,14 +31,14 @@ from pipelib.workspace.provenance import code_hashes
 
 
 def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> Subject:
-    """Measure a model and its baselines on what the workspace has: the validation shard, the benchmarks, or one of them.
+    """Measure a model and its baselines on the data in the workspace: the validation shard, the benchmarks, or one of them.
 
     Args:
-        folder: a model as Hugging Face saves it.
-        out: where to write the report, its numbers and every item; None for nowhere.
+        folder: a model in Hugging Face's format.
+        out: the folder for the report, its numbers and every item; None to write nothing.
 
     Returns:
-        What a report says of the model, `rows_of` it being the table.
+        The content of a report; `rows_of` gives its table.
 
     Raises:
         UserError: there is no such model, a baseline or the data of a task is missing, or there is nothing to measure.
@@ -51,18 +51,20 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
             f"there is no validation shard in {HERE.tokens}, no benchmark in {benchmarks} and no task, so there is nothing to "
             "measure; run dvc repro tokenize."
         )
-    find_baselines(params.baselines, data.tokenizer)  # before anything is computed
+    find_baselines(params.baselines, data.tokenizer)  # fail before anything is computed
     manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
     model = import_model(folder, data.tokenizer).to(device)
     if out:
-        make_out(out, empty=False)  # before what takes long
+        make_out(out, empty=False)  # fail before the long work
+    # measure the model, then the baselines on the same items
     code = code_hashes("evaluate", {"model.architecture": model.params.architecture}, CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(str(folder), model, params, data, Path(scratch) / "harness")
         others = measure_baselines(params, data, code, device, Path(scratch) / "harness")
     baselines = {name: other.result for name, other in others.items()}
     samples = write_samples(model, data.tokenizer, params.sample_prompts, params.precision, seed=0) if out else []
+    # what the report says about the model
     facts = {
         "model": f"`{folder}`",
         "weights": f"SHA-256 `{weights_sha256(folder)}`",

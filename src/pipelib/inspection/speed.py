@@ -1,4 +1,4 @@
-"""How fast this machine trains a model, from a few seconds of real optimizer steps."""
+"""Measure how fast this machine trains a model, with a few seconds of real optimizer steps."""
 
 import time
 from dataclasses import dataclass
@@ -19,41 +19,43 @@ from pipelib.training.step import take_step
 from pipelib.vocabulary.choice import chosen_tokenizer
 
 SECONDS = 2.0
-"""How long to measure, about, after warming up."""
+"""How long to measure after warming up, about."""
 UTILISATION = 0.3
-"""The share of the peak that is assumed where nothing can be measured, and to choose how much to measure."""
+"""The assumed share of the peak: for the guess if nothing can be measured, and to size the measured steps."""
 MICRO_STEP_SECONDS = 1.0
-"""How long a measured micro-step should take at that share of the peak; most take less."""
-LEAST_TOKENS = 32
+"""The time of a measured micro-step at that share of the peak; most take less."""
+MIN_TOKENS = 32
 """The shortest row worth measuring."""
-MANY = 3
-"""Micro-steps of the longer of the two steps that are measured."""
+LONG_STEP = 3
+"""Micro-steps in the longer of the two steps that are measured."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What one rank does."""
+    """The speed of one rank."""
 
     tokens_per_second: float
     how: str
 
 
 def measure_speed(params: Params, ranks: int) -> Speed:
-    """Train this model on random tokens for a few seconds; where it is too big for that, guess from the peak."""
+    """Train this model on random tokens for a few seconds; if it is too big for that, guess from the hardware's peak."""
     model, train, vocab_size = params.model, params.train, chosen_tokenizer().size
     device = pick_device(local_world_size=ranks)
     peak = peak_of(device, train.precision).flops
     flops = model.flops_per_token(vocab_size, train.sequence_length)
     guess = UTILISATION * peak / flops
     rows, length = _trial_size(params, guess)
-    if length < LEAST_TOKENS or Footprint(model, vocab_size, train).memory(rows, length).total > 0.8 * free_memory(
+    if length < MIN_TOKENS or Footprint(model, vocab_size, train).memory(rows, length).total > 0.8 * free_memory(
         device
     ):
-        why = "would take too long" if length < LEAST_TOKENS else "would not fit in the memory that is free"
+        why = "would take too long" if length < MIN_TOKENS else "would not fit in the memory that is free"
         how = f"a guess: one short step {why} here, so {UTILISATION:.0%} of a peak of {peak / 1e12:.3g} TFLOP/s is assumed"
         return Speed(guess, how)
     micro_step, rest = _measure(params, vocab_size, device, rows, length)
-    micro_step *= flops / model.flops_per_token(vocab_size, length)  # shorter rows spend less on attention
+    micro_step *= flops / model.flops_per_token(
+        vocab_size, length
+    )  # correct for shorter rows, which spend less on attention
     rank_tokens = train.global_batch_tokens / ranks
     seconds = micro_step * rank_tokens / (rows * length) + rest
     how = f"measured: real steps on {rows} x {length} random tokens" + (", not compiled" if train.compile else "")
@@ -61,7 +63,7 @@ def measure_speed(params: Params, ranks: int) -> Speed:
 
 
 def _trial_size(params: Params, tokens_per_second: float) -> tuple[int, int]:
-    """Rows and tokens a row for a micro-step that is not too long; never more than the real one."""
+    """Rows and tokens per row of a micro-step that is not too long; never more than the real one."""
     budget = int(tokens_per_second * MICRO_STEP_SECONDS)
     length = min(params.train.sequence_length, budget)
     rows = max(1, min(params.train.micro_batch_rows(1), budget // max(1, length)))
@@ -69,7 +71,7 @@ def _trial_size(params: Params, tokens_per_second: float) -> tuple[int, int]:
 
 
 def _measure(params: Params, vocab_size: int, device: torch.device, rows: int, length: int) -> tuple[float, float]:
-    """Seconds of one micro-step, and of the rest of an optimizer step, from steps of one and of `MANY` micro-steps."""
+    """Seconds of one micro-step, and of the rest of an optimizer step, from steps of 1 and of `LONG_STEP` micro-steps."""
     model = build(params.model, vocab_size)
     model.initialise(params.train.seed)
     model.activation_checkpointing = params.train.activation_checkpointing
@@ -80,15 +82,16 @@ def _measure(params: Params, vocab_size: int, device: torch.device, rows: int, l
         batches = _random_batches(micro_steps, rows, length, vocab_size, device)
         started = time.perf_counter()
         loss = take_step(objective, objective, optimizer, batches, 0.0, params.train, World(0, 1, device)).loss
-        loss.item()  # waits for the device
-        next(model.parameters())[0, 0].item()  # and for the optimizer on it
+        loss.item()  # wait for the device
+        next(model.parameters())[0, 0].item()  # and for the optimizer
         return time.perf_counter() - started
 
     seconds(1)
+    # The least time of each is the one with the least disturbance. Their difference is LONG_STEP - 1 micro-steps.
     started, one, many = time.perf_counter(), float("inf"), float("inf")
     while many == float("inf") or time.perf_counter() - started < SECONDS:
-        one, many = min(one, seconds(1)), min(many, seconds(MANY))
-    micro_step = max((many - one) / (MANY - 1), many / MANY / 10)  # the bound is for a clock that was disturbed
+        one, many = min(one, seconds(1)), min(many, seconds(LONG_STEP))
+    micro_step = max((many - one) / (LONG_STEP - 1), many / LONG_STEP / 10)  # the bound guards against noisy clocks
     return micro_step, max(0.0, one - micro_step)
 
 

@@ -1,14 +1,14 @@
-"""The folders that DVC made, whether they still are what it recorded, and how to get rid of damage for good.
+"""Verify that DVC's folders are still what it recorded, and remove damage for good.
 
-With hard links, a file of the workspace, DVC's cache object of it and the finished state of the stage are one inode. DVC
-trusts read-only objects without reading them (observed with 3.67), so after a bit has flipped
+With hard links, a file of the workspace, its object in DVC's cache and the finished state of the stage are one inode. DVC
+trusts read-only objects without reading them (observed with 3.67). So after a bit has flipped
 
-- `dvc repro` says "is cached" and links the damaged bytes again, or, where the time of change stayed, "didn't change";
+- `dvc repro` says "is cached" and links the damaged bytes again, or "didn't change" if the modification time is the same;
 - deleting the workspace's file brings the damaged bytes back;
-- even `dvc repro --force`, which makes good bytes, ends with the damaged ones: an object of that name exists already.
+- even `dvc repro --force`, which makes good bytes, ends with the damaged ones, because an object of that name exists already.
 
-What helps is to remove the file *and* its object. The run cache and the `.dir` object may stay: DVC restores a folder only
-when every object of it is there, and otherwise runs the stage. The stage's state verifies its own hashes.
+The remedy is to remove the file *and* its object. The run cache and the `.dir` object may stay: DVC restores a folder only
+if all its objects exist, and otherwise runs the stage. The stage's state verifies its own hashes.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ from pipelib.workspace.places import HERE, MANIFEST, Places
 TOKENS = HERE.tokens
 
 
-# ---- What there is to verify -----------------------------------------------------------------------------------------
+# ---- What to verify --------------------------------------------------------------------------------------------------
 
 
 def find_folders(wanted: Path | None) -> dict[Path, Out | None]:
-    """The folders to verify, and what DVC knows of each; None where it knows nothing and the folder holds shards.
+    """The folders to verify, each with DVC's record of it, or None for a folder of shards that DVC does not know.
 
     Args:
-        wanted: an out of dvc.lock, something in one, a folder with several, or a folder of shards; None for every out of
-            dvc.lock that is in the workspace.
+        wanted: an out of dvc.lock, a path in one, a folder with several outs, or a folder of shards; None for all outs of
+            dvc.lock that are in the workspace.
 
     Raises:
-        UserError: there is nothing that could be verified.
+        UserError: there is nothing to verify.
     """
     outs = _outs_near(_absolute(wanted or Path()))
     if wanted is None:
@@ -71,9 +71,9 @@ def find_folders(wanted: Path | None) -> dict[Path, Out | None]:
 
 
 def _outs_near(start: Path) -> dict[Path, Out]:
-    """The folders of the nearest dvc.lock, by their paths as seen from here."""
+    """The folders of the nearest dvc.lock, by their paths relative to the current folder."""
     parents = (start, *start.parents)
-    # os.path's isfile and isdir, since Path's raise where a name is too long
+    # os.path.isfile and isdir, since those of Path raise if a name is too long
     root = next((folder for folder in parents if os.path.isfile(Places(folder).lock)), None)  # noqa: PTH113
     if root is None:
         return {}
@@ -85,7 +85,7 @@ def _outs_near(start: Path) -> dict[Path, Out]:
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))  # without `..`, and without following links
+    return Path(os.path.abspath(path))  # removes `..` without following links
 
 
 def _from_here(path: Path) -> Path:
@@ -96,12 +96,12 @@ def _from_here(path: Path) -> Path:
 
 
 def check_folder(folder: Path, out: Out | None) -> Report:
-    """Compare a folder with what DVC recorded of it and, where it holds shards, with its own manifest."""
+    """Compare a folder with DVC's record of it and, if it holds shards, with its own manifest."""
     recorded = Report((), frozenset()) if out is None else _check_out(out)
     if not holds_shards(folder):
         return recorded
     shards = check_shards(folder)
-    # a manifest that DVC recorded otherwise may blame shards that are what DVC recorded
+    # if the manifest itself is damaged, it may blame shards that match DVC's record: ignore that
     trusted = out is None or folder / MANIFEST in recorded.good or not recorded.good
     problems = [problem for problem in shards.problems if trusted or problem.path not in recorded.good]
     named = {problem.path for problem in problems}
@@ -125,7 +125,7 @@ def _check_out(out: Out) -> Report:
 
 
 def _sums(folder: Path) -> dict[Path, str | None]:
-    """The MD5 of every file, None where it cannot be read."""
+    """The MD5 of every file; None for one that cannot be read."""
     stats = dict(_stats(folder))
     progress = Progress(f"verifying {folder}", sum(stat.st_size for stat in stats.values()), "bytes")
     sums: dict[Path, str | None] = {}
@@ -137,9 +137,11 @@ def _sums(folder: Path) -> dict[Path, str | None]:
 
 
 def _compare(out: Out, path: Path, entries: Mapping[Path, str], found: Mapping[Path, str | None]) -> Iterator[Problem]:
-    """What is wrong with one file that DVC recorded, or that is there."""
+    """What is wrong with one file that DVC recorded or that exists."""
     if path not in entries:
-        text = f"{path} is not in DVC's list, so DVC takes the folder for changed and would delete it; move it away."
+        text = (
+            f"{path} is not in DVC's list, so DVC considers the folder changed and would delete the file; move it away."
+        )
         yield Problem(path, text, damaged=False)
     elif path not in found:
         yield Problem(path, f"{path} is missing, so the folder is not complete; add --repair, then run dvc repro.")
@@ -148,7 +150,7 @@ def _compare(out: Out, path: Path, entries: Mapping[Path, str], found: Mapping[P
     elif md5 != entries[path]:
         if out.object(md5).is_file():
             text = (
-                f"{path} is whole and of another version than dvc.lock has, so results would not be those of dvc.lock"
+                f"{path} is intact but of another version than dvc.lock has, so results would not be those of dvc.lock"
             )
             yield Problem(path, f"{text}; run dvc repro, or dvc checkout.", damaged=False)
         else:
@@ -157,7 +159,7 @@ def _compare(out: Out, path: Path, entries: Mapping[Path, str], found: Mapping[P
 
 
 def _problems_without_list(out: Out, found: Mapping[Path, str | None]) -> Iterator[Problem]:
-    """What can be said of a folder that is not what DVC recorded, when DVC's list of its files is lost."""
+    """What is wrong with a folder that is not what DVC recorded, if DVC's list of its files is lost."""
     linked = out.linked_objects()
     wrong = [path for path in found if path in linked and not is_sound(linked[path])]
     for path in wrong:
@@ -171,24 +173,26 @@ def _problems_without_list(out: Out, found: Mapping[Path, str | None]) -> Iterat
 
 
 def _folder_md5(folder: Path, sums: Mapping[Path, str | None]) -> str:
-    """What DVC would call a folder with these files: the MD5 of its list."""
+    """DVC's MD5 of a folder with these files: the MD5 of its list."""
     listing = sorted((path.relative_to(folder).as_posix(), md5) for path, md5 in sums.items())
     text = json.dumps([{"md5": md5, "relpath": relpath} for relpath, md5 in listing])
     return hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest() + ".dir"
 
 
-# ---- How to get rid of it --------------------------------------------------------------------------------------------
+# ---- Repair ----------------------------------------------------------------------------------------------------------
 
 
 def repair(out: Out | None, report: Report) -> list[Path]:
-    """Remove each damaged file and DVC's object of it, so that the next `dvc repro` makes them again; whole files stay.
+    """Remove each damaged file and its object in DVC's cache, so that the next `dvc repro` makes them again.
 
-    An object that is sound while the workspace's file is not (DVC copied instead of linking) stays: DVC restores it.
+    Intact files stay. So does an intact object of a damaged file (DVC copied instead of linking): DVC restores the file
+    from it.
 
     Returns:
-        What was removed: files of the workspace, and objects.
+        The removed files of the workspace, and the removed objects.
     """
     entries = (out.entries() or {}) if out else {}
+    # if DVC's list is lost, the hard links still lead to the objects
     linked = out.linked_objects() if out else {}
     doomed: list[Path] = []
     for path in sorted({problem.path for problem in report.problems if problem.damaged}):

@@ -1,1 +1,1 @@
-"""What a run did: its record, and MLflow's view of it."""
+"""The record of a run, and MLflow's copy of it."""

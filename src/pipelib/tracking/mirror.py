@@ -1,56 +1,56 @@
-"""MLflow's view of a record, kept by a thread that nothing waits for.
+"""Mirror a record to MLflow from a background thread.
 
-The thread reads the record as it grows and repeats it to MLflow, so the file is the queue: nothing is dropped, and what a
-kill or a dead server left unsent is sent by the run's next stage, or by `pipelib track --replay`. The stage itself makes
-one call that waits: at its end, for the thread, for a second where MLflow is a server.
+The thread reads the record as it grows and sends it to MLflow. The file is the queue, so nothing is dropped: what a kill or a
+dead server left unsent is sent by the run's next stage, or by `pipelib track --replay`. The stage waits for the thread only
+once, at its end, and at most a second if MLflow is a server.
 """
 
 import threading
 from pathlib import Path
 
 from pipelib.tracking.mlflow_run import DeletedRun, MlflowRun
-from pipelib.tracking.mlflow_store import Place, failure
+from pipelib.tracking.mlflow_store import TrackingUri, failure
 from pipelib.tracking.record import read_events, say
-from pipelib.tracking.replay import opened, replay_others
+from pipelib.tracking.replay import open_event, replay_others
 from pipelib.workspace.locks import locked
 
 POLL_SECONDS = 1.0
-"""Between two looks at the record; points of one second travel in one call."""
+"""Between two reads of the record. All points of that time are sent in one call."""
 COOLDOWN_SECONDS = 60.0
-"""The mirror leaves a server alone for so long after it failed."""
+"""Wait after a failure before the server is tried again."""
 
 THREAD = "mlflow-mirror"
 
 
 def is_mirroring() -> bool:
-    """Whether a thread of this process is busy with MLflow, wanted or not."""
+    """Whether a thread of this process is still busy with MLflow."""
     return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 class Mirror:
-    """Keeps MLflow equal to a record, from a daemon thread.
+    """Send a record to MLflow from a daemon thread.
 
-    A server that fails is left alone for a minute, then everything is compared: what it has and the record's rest tell what
-    to send. MLflow takes some seconds to import; that happens in the thread, beside the work.
+    After a failure, the thread waits a minute, then compares what MLflow has with the record and sends the difference.
+    Importing MLflow takes some seconds; the thread does it while the stage works.
     """
 
-    def __init__(self, record: Path, start: int, place: Place) -> None:
+    def __init__(self, record: Path, start: int, tracking_uri: TrackingUri) -> None:
         """Args:
         record: the file to follow.
-        start: its size in bytes before it was opened this time; `close` lets everything before and after be sent.
+        start: its size in bytes before this process opened it. Earlier events may be in MLflow already.
         """
-        self._record, self._start, self._place = record, start, place
-        self._wait = place.wait_seconds
+        self._record, self._start, self._tracking_uri = record, start, tracking_uri
+        self._wait = tracking_uri.wait_seconds
         self._closing = threading.Event()
         self._said = False
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
 
     def start(self) -> None:
-        """Begin; returns at once."""
+        """Start the thread; return at once."""
         self._thread.start()
 
     def close(self) -> None:
-        """Wait until everything is sent, but no longer than allowed; say so if something is left."""
+        """Wait until everything is sent, up to the time limit; report if something is left."""
         self._closing.set()
         self._thread.join(self._wait)
         if self._thread.is_alive():
@@ -60,7 +60,7 @@ class Mirror:
     def _work(self) -> None:
         with locked(
             self._record, wait=True, quiet=True, own=False
-        ):  # `pipelib track --replay` leaves this record to us
+        ):  # so that `pipelib track --replay` skips this record
             while True:
                 last_try = self._closing.is_set()
                 try:
@@ -71,21 +71,21 @@ class Mirror:
                     return
                 except Exception as error:
                     self._complain(f"failed {failure(error)}")
-                # A database that was locked may be free at the end; a server that failed is not asked for a last time.
-                if last_try or (self._closing.wait(COOLDOWN_SECONDS) and not self._place.is_local):
+                # At the end, try a local database once more: it may no longer be locked. Do not try a failed server again.
+                if last_try or (self._closing.wait(COOLDOWN_SECONDS) and not self._tracking_uri.is_local):
                     return
 
     def _follow(self) -> None:
         """Connect and send until the stage has ended."""
-        store = self._place.open()
-        begun = opened(read_events(self._record)[0])
-        assert begun is not None, f"{self._record} was not opened"
+        store = self._tracking_uri.open()
+        begun = open_event(read_events(self._record)[0])
+        assert begun is not None, f"{self._record} has no open event"
         view = MlflowRun(store, begun)
         events, offset = read_events(self._record, 0, self._start)
         view.send(events, replay=True)
         others_sent = False
         while True:
-            closing = self._closing.is_set()  # asked first: what was written before close is seen below
+            closing = self._closing.is_set()  # read before the events, so that nothing written before close is missed
             events, offset = read_events(self._record, offset)
             view.send(events, replay=False)
             if closing:
@@ -98,11 +98,11 @@ class Mirror:
             self._closing.wait(POLL_SECONDS)
 
     def _complain(self, what: str) -> None:
-        """Say once what MLflow did and how to send the rest; the first failure explains the later ones."""
+        """Report a failure and how to send the rest; only the first one, since it explains the later ones."""
         if not self._said:
             self._said = True
             key = self._record.parent.name
             say(
-                f"MLflow at {self._place.uri} {what}, so the rest of this run is only in {self._record} for now; the stage goes "
-                f"on, and nothing is lost: `pipelib track --replay {key}` sends it later."
+                f"MLflow at {self._tracking_uri.uri} {what}, so the rest of this run is only in {self._record} for now; the "
+                f"stage continues, and nothing is lost: `pipelib track --replay {key}` sends it later."
             )

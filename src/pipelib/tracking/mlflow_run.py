@@ -1,4 +1,4 @@
-"""What a record is in MLflow: a child run under the parent run of its KEY; sent event by event, or completed later."""
+"""A record in MLflow: a child run under the parent run of its KEY, sent event by event or completed later."""
 
 import json
 import posixpath
@@ -12,60 +12,63 @@ from pipelib.tracking.record import brief, redact, say
 from pipelib.workspace.stages import STAGES
 
 SENT = "pipelib.sent"
-"""The tag of a child that says how many bytes of its record MLflow has; set when the stage ends."""
+"""The child's tag with the number of bytes of its record that MLflow has; set when the stage ends."""
 
 Event = Mapping[str, Any]
 Point = tuple[str, int, int, float]
 """MLflow's key, step, time in milliseconds, value."""
 
 
-class DeletedRun(Exception):  # noqa: N818 (not an error: the user's choice)
+class DeletedRun(Exception):  # noqa: N818 (not an error, but the user's choice)
     """The user deleted this run in MLflow while it was being sent."""
 
 
 class MlflowRun:
-    """A record's child run in MLflow, and its parent; both found by their tags, or made."""
+    """A record's child run in MLflow, and its parent; both are found by their tags, or created."""
 
     def __init__(self, store: Store, opened: Event) -> None:
         """Args:
-        opened: the record's last `open` event, with the time it `began`.
+        opened: the record's last `open` event, with the time `began` of the first.
         """
         self.client, self.store = store.client, store
         self.opened, self.stage = opened, str(opened["stage"])
         self.points_sent = self.files_sent = 0
         self.files_gone: list[str] = []
-        """Files that should have been sent and are no longer there."""
-        self.takes_files = True
-        """Whether the store of files refused none; once it has, it is asked for no more."""
-        self._refused = False
-        with store.place.turn():
+        """Files that are no longer on disk, so they cannot be sent."""
+        self.accepts_files = True
+        """False once MLflow has refused a file; no further ones are sent."""
+        self._warned_refused = False
+        with store.tracking_uri.lock():
             self.parent = self._find_parent()
             self.child, self._is_new, shown = self._find_child()
-        self._had: set[tuple[str, int, int]] = set()
-        self._shown: dict[str, float] = shown  # numbers that the stage's place-holder had
+        self._earlier_points: set[tuple[str, int, int]] = set()
+        self._placeholder_metrics: dict[str, float] = (
+            shown  # the final metrics of the placeholder run, if there was one
+        )
         self._files: dict[str, dict[str, int | None]] = {}
         data = self.client.get_run(self.child).data
         self._child_params, self._child_tags = dict(data.params), dict(data.tags)
         for name in () if self._is_new else data.metrics:
-            self._had |= {
+            self._earlier_points |= {
                 (name, point.step, point.timestamp) for point in self.client.get_metric_history(self.child, name)
             }
 
     def send(self, events: Sequence[Event], replay: bool) -> None:
-        """Repeat events of the record to MLflow.
+        """Send events of the record to MLflow.
 
         Args:
-            replay: they are from before the record was opened this time: MLflow may have them, and what it shows of later
-                ones stays.
+            replay: the events are from before this process opened the record. MLflow may have them already, and values that
+                it has from later events are kept.
         """
+        # All points go in one batch. Final metrics that the placeholder run already shows are left out.
         points = [
             (_name(key), event["step"] or 0, round(event["time"] * 1000), float(value))
             for event in events
             if event["event"] == "metrics"
             for key, value in event["metrics"].items()
-            if event["step"] is not None or self._shown.get(_name(key)) != float(value)
+            if event["step"] is not None or self._placeholder_metrics.get(_name(key)) != float(value)
         ]
-        self._log(self.child, points=[point for point in points if point[:3] not in self._had])
+        self._log(self.child, points=[point for point in points if point[:3] not in self._earlier_points])
         for event in events:
             match event:
                 case {"event": "text" | "file", "name": name}:
@@ -79,18 +82,19 @@ class MlflowRun:
                     self._tag(tags, replay)
                 case {"event": "input", "name": name, "digest": digest}:
                     self._send_input(name, digest)
+                # On a replay, `complete` does the rest: these would overwrite what later stages set.
                 case {"event": "open"} if not replay:
                     self._begin()
                 case {"event": "summary"} if not replay:
                     self._summarize(event)
                 case {"event": "end", "status": status, "time": at} if not replay:
                     for run in (self.child, self.parent):
-                        self._accepted(run, self.client.set_terminated, run, status.upper(), round(at * 1000))
+                        self._call(run, self.client.set_terminated, run, status.upper(), round(at * 1000))
 
     def complete(self, events: Sequence[Event]) -> None:
-        """Have MLflow show what a whole record says: what `send` left to the live run, and how the child ended."""
-        self._fill(self.parent, self.opened["params"], self.opened["tags"])
-        self._fill(self.child, _own(self.opened["params"], self.stage), self.opened["tags"])
+        """Send a whole record: also the parts of `send` that only a live run sends, and how the child ended."""
+        self._add_missing(self.parent, self.opened["params"], self.opened["tags"])
+        self._add_missing(self.child, _stage_params(self.opened["params"], self.stage), self.opened["tags"])
         self.send(events, replay=True)
         for summary in [event for event in events if event["event"] == "summary"][-1:]:
             self._summarize(summary)
@@ -99,8 +103,8 @@ class MlflowRun:
             set_status(self.client, self.child, ends[-1])
 
     def mark_sent(self, size: int) -> None:
-        """Note in MLflow that it has the record's first `size` bytes; not where files are missing."""
-        if self.takes_files:
+        """Note in MLflow that it has the record's first `size` bytes, unless files are missing."""
+        if self.accepts_files:
             self._log(self.child, tags={SENT: str(size)})
 
     def _find_parent(self) -> str:
@@ -110,16 +114,19 @@ class MlflowRun:
         return str(found.info.run_id) if found else self._create(tags, key)
 
     def _find_child(self) -> tuple[str, bool, dict[str, float]]:
-        """The child, whether it has nothing yet, and the final numbers it showed as a place-holder for this stage."""
+        """The child's id, whether it is new, and the final metrics that it had as the placeholder of a skipped stage."""
         family = {"mlflow.parentRunId": self.parent, "pipelib.stage": self.stage}
         own = {"pipelib.fingerprint": self.opened["fingerprint"], "pipelib.record": self.opened["record"]}
         found = self.store.find(pipelib__record=self.opened["record"])
         if found:
-            if found.data.tags.get("mlflow.parentRunId") != self.parent:  # the user deleted its parent
+            if (
+                found.data.tags.get("mlflow.parentRunId") != self.parent
+            ):  # its parent was deleted, and a new one created
                 self.client.set_tag(found.info.run_id, "mlflow.parentRunId", self.parent)
             return str(found.info.run_id), False, {}
         if self.store.find(deleted=True, pipelib__record=self.opened["record"]):
-            say("the run of this record was deleted in MLflow, so a new one begins there, with everything so far.")
+            say("the run of this record was deleted in MLflow, so a new one is created there, with everything so far.")
+        # The last stage of an earlier run may have added a placeholder for this stage: take it over.
         holder = self.store.find(mlflow__parentRunId=self.parent, pipelib__stage=self.stage, dvc__cached="true")
         if holder and "pipelib.record" not in holder.data.tags:
             run = str(holder.info.run_id)
@@ -135,12 +142,12 @@ class MlflowRun:
 
     def _begin(self) -> None:
         tags, params = dict(self.opened["tags"]), self.opened["params"]
-        for run, own in ((self.parent, params), (self.child, _own(params, self.stage))):
+        for run, own in ((self.parent, params), (self.child, _stage_params(params, self.stage))):
             self._log(run, params=own, tags=tags)
-            self._accepted(run, self.client.update_run, run, status="RUNNING")
+            self._call(run, self.client.update_run, run, status="RUNNING")
 
-    def _fill(self, run: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
-        """Add what a run has not; what it shows, a later stage may have said."""
+    def _add_missing(self, run: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        """Add the parameters and tags that a run lacks. Keep those it has: a later stage may have set them."""
         data = self.client.get_run(run).data
         self._log(
             run,
@@ -151,24 +158,24 @@ class MlflowRun:
     def _tag(self, tags: Mapping[str, Any], replay: bool) -> None:
         for run in (self.child, self.parent):
             if replay:
-                self._fill(run, {}, tags)
+                self._add_missing(run, {}, tags)
             else:
                 self._log(run, tags=tags)
 
     def _summarize(self, event: Event) -> None:
-        """Complete the parent: a child for every stage that DVC skipped, all final metrics, the model's digest."""
+        """Complete the parent: add a child for every stage that DVC skipped, all final metrics, and the model's digest."""
         at = round(event["time"] * 1000)
         for stage, metrics in event["metrics"].items():
             self._log_finals(self.parent, metrics, at)
-            with self.store.place.turn():
+            with self.store.tracking_uri.lock():
                 found = self.store.find(mlflow__parentRunId=self.parent, pipelib__stage=stage)
                 cached = found is None or "dvc.cached" in found.data.tags
                 tags = {"mlflow.parentRunId": self.parent, "pipelib.stage": stage, "dvc.cached": "true"}
                 child = str(found.info.run_id) if found else self._create(tags, stage)
             if cached:
-                self._fill(child, _own(self.opened["params"], stage), {})
+                self._add_missing(child, _stage_params(self.opened["params"], stage), {})
                 self._log_finals(child, metrics, at)
-                self._accepted(child, self.client.set_terminated, child, end_time=at)
+                self._call(child, self.client.set_terminated, child, end_time=at)
             if stage == "train":
                 self._log(child, tags=event["model"])
                 self._send_texts(child, event)
@@ -194,14 +201,14 @@ class MlflowRun:
         texts = [Param(_name(name), _text(value)) for name, value in (params or {}).items()]
         marks = [RunTag(_name(name), _text(value)) for name, value in (tags or {}).items()]
         for start in range(0, len(metrics), 1000):  # MLflow's limits: 1000 points, 100 parameters, 100 tags a call
-            self._accepted(run, self.client.log_batch, run, metrics=metrics[start : start + 1000])
+            self._call(run, self.client.log_batch, run, metrics=metrics[start : start + 1000])
             self.points_sent += len(metrics[start : start + 1000])
         for start in range(0, max(len(texts), len(marks)), 100):
             part = slice(start, start + 100)
-            self._accepted(run, self.client.log_batch, run, params=texts[part], tags=marks[part])
+            self._call(run, self.client.log_batch, run, params=texts[part], tags=marks[part])
 
-    def _files_had(self, run: str) -> dict[str, int | None]:
-        """The sizes of a run's files, by name."""
+    def _remote_files(self, run: str) -> dict[str, int | None]:
+        """The sizes of the files that a run has in MLflow, by name."""
         if run not in self._files:
             self._files[run] = {}
             waiting: list[str | None] = [] if run == self.child and self._is_new else [None]
@@ -214,30 +221,30 @@ class MlflowRun:
         return self._files[run]
 
     def _send_file(self, run: str, event: Event, replay: bool) -> None:
-        """Send a small file or text. Files may be kept elsewhere than numbers, and refused where those are taken."""
-        if not self.takes_files:
+        """Send a small file or text. MLflow may store files elsewhere than metrics, so it can refuse only the files."""
+        if not self.accepts_files:
             return
         try:
-            self._offer_file(run, event, replay)
+            self._upload_file(run, event, replay)
         except DeletedRun:
             raise
         except Exception as error:
-            self.client.get_run(run)  # raises where not only files are refused
-            self.takes_files = False
-            if not self.store.said_no_files:
-                self.store.said_no_files = True
+            self.client.get_run(run)  # raises if MLflow refuses everything, not only files
+            self.accepts_files = False
+            if not self.store.warned_no_files:
+                self.store.warned_no_files = True
                 say(
-                    f"MLflow takes no files ({brief(error)}), so those of this run are only on this disk; the rest goes on. Give "
-                    f"access to where it keeps them, then `pipelib track --replay {self.opened['key']}` sends them."
+                    f"MLflow refuses files ({brief(error)}), so the files of this run are only on this disk; the rest is still "
+                    f"sent. Give access to its file store, then `pipelib track --replay {self.opened['key']}` sends them."
                 )
 
-    def _offer_file(self, run: str, event: Event, replay: bool) -> None:
-        """Send a file; on a replay only if MLflow has none of that name and size, as after a kill."""
+    def _upload_file(self, run: str, event: Event, replay: bool) -> None:
+        """Send a file; on a replay, only if MLflow has no file of this name and size."""
         name, path, text = str(event["name"]), event.get("path"), event.get("text")
         picture = None
         if path is not None:
             if not Path(path).is_file():
-                if not (replay and name in self._files_had(run)):
+                if not (replay and name in self._remote_files(run)):
                     self.files_gone.append(name)
                 return
             try:
@@ -245,28 +252,28 @@ class MlflowRun:
             except UnicodeDecodeError:
                 picture = Path(path)
         size = picture.stat().st_size if picture else len(str(text).encode("utf-8"))
-        if replay and self._files_had(run).get(name) == size:
+        if replay and self._remote_files(run).get(name) == size:
             return
         self.files_sent += 1
         if picture:
-            self._accepted(run, self.client.log_artifact, run, str(picture), posixpath.dirname(name) or None)
+            self._call(run, self.client.log_artifact, run, str(picture), posixpath.dirname(name) or None)
         else:
-            self._accepted(run, self.client.log_text, run, text, name)
+            self._call(run, self.client.log_text, run, text, name)
 
     def _send_input(self, name: str, digest: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = json.dumps({"path": name, "sha256": digest})
-        dataset = Dataset(name, digest[:36], "local", source)  # MLflow's digests end at 36 characters
+        dataset = Dataset(name, digest[:36], "local", source)  # MLflow allows 36 characters
         context = {"train": "training", "evaluate": "evaluation"}.get(self.stage, self.stage)
         tags = [InputTag("mlflow.data.context", context)]
-        self._accepted(self.child, self.client.log_inputs, self.child, [DatasetInput(dataset, tags)])
+        self._call(self.child, self.client.log_inputs, self.child, [DatasetInput(dataset, tags)])
 
-    def _accepted(self, run: str, call: Callable[..., object], *arguments: object, **named: object) -> None:
-        """Call, and pass over what MLflow refuses as invalid: sent again, it would be refused again.
+    def _call(self, run: str, call: Callable[..., object], *arguments: object, **named: object) -> None:
+        """Call MLflow, and skip what it refuses as invalid, since it would refuse it again.
 
         Raises:
-            DeletedRun: it takes nothing since the user deleted the run.
+            DeletedRun: MLflow refuses everything because the user deleted the run.
         """
         try:
             call(*arguments, **named)
@@ -275,15 +282,15 @@ class MlflowRun:
                 raise
             if self.client.get_run(run).info.lifecycle_stage == "deleted":
                 raise DeletedRun from error
-            if not self._refused:
-                self._refused = True
+            if not self._warned_refused:
+                self._warned_refused = True
                 say(
-                    f"MLflow refuses a part of this run ({brief(error)}), so that is only in the record; the rest goes on."
+                    f"MLflow refuses a part of this run ({brief(error)}), so that is only in the record; the rest is still sent."
                 )
 
 
 def set_status(client: Any, run: str, end: Event) -> None:
-    """Have a run show how it ended, if it does not."""
+    """Set the final status and end time of a run, if they differ."""
     at = round(end["time"] * 1000)
     info = client.get_run(run).info
     if (info.status, info.end_time) != (end["status"].upper(), at):
@@ -291,12 +298,12 @@ def set_status(client: Any, run: str, end: Event) -> None:
 
 
 def _source(name: str) -> dict[str, str]:
-    """What MLflow shows as the source of a run."""
+    """The tags that MLflow shows as the source of a run."""
     return {"mlflow.source.name": name, "mlflow.source.type": "LOCAL"}
 
 
 def _name(key: str) -> str:
-    """A name that MLflow allows: `acc,none` becomes `acc_none`."""
+    """Turn a key into a name that MLflow allows: `acc,none` becomes `acc_none`."""
     return re.sub(r"[^\w/.\- :]", "_", key)[:250]
 
 
@@ -304,5 +311,5 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _own(params: Mapping[str, Any], stage: str) -> dict[str, Any]:
+def _stage_params(params: Mapping[str, Any], stage: str) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name.split(".")[0] in STAGES[stage].sections}

@@ -1,4 +1,4 @@
-"""Where MLflow keeps the runs: the database or server, opened without harm to others, and the experiment in it."""
+"""The database or server where MLflow keeps the runs, and the experiment in it."""
 
 import os
 import re
@@ -18,27 +18,27 @@ from pipelib.workspace.places import StatePlaces, mlflow_database
 
 EXPERIMENT = "pipelib"
 EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development",  # MLflow's word for training a model, as against chats
+    "mlflow.experimentKind": "custom_model_development",  # MLflow's name for model training, as opposed to chats
     "mlflow.note.content": "A run here is a pass through the pipeline: download, tokenize, train, evaluate, each a run below it. "
     "Comparing the upper ones is enough.",
 }
 LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS = 10.0, 0.8
-"""The longest that the end of a stage waits for a database on this machine, or for a server, which may cost a second in all."""
+"""The longest that the end of a stage waits: for a local database, and for a server, which may cost a second in all."""
 
 LOCK_SECONDS = 5.0
-"""How long somebody else may write to a database before it counts as locked; MLflow itself would wait for 20 s."""
+"""How long to wait for another writer before a database counts as locked; MLflow itself would wait for 20 s."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A database or server, by its address; nothing is opened."""
+class TrackingUri:
+    """The address of a database or server. Nothing is opened yet."""
 
     uri: str
     database: Path | None
-    """The SQLite file of this repository, where that is the place."""
+    """The SQLite file of this repository, if the address is that."""
 
     @classmethod
-    def chosen(cls) -> "Place":
+    def chosen(cls) -> "TrackingUri":
         """`$MLFLOW_TRACKING_URI`, else mlflow.db in the workspace that started DVC."""
         database = mlflow_database()
         uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -46,7 +46,7 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        """A file or folder on this machine, not a server; what is no URL is a path to MLflow, unless Databricks is meant."""
+        """Whether this is a file or folder, not a server. Except for Databricks, MLflow takes whatever is not a URL as a path."""
         scheme, colon, _ = self.uri.lower().partition(":")
         if not colon or "/" in scheme:
             return not scheme.startswith("databricks")
@@ -54,75 +54,78 @@ class Place:
 
     @property
     def wait_seconds(self) -> float:
-        """How long the end of a stage waits: `$PIPELIB_TRACKING_WAIT`, else what suits the place."""
+        """How long the end of a stage waits: `$PIPELIB_TRACKING_WAIT`, else the default for a local database or a server."""
         default = LOCAL_WAIT_SECONDS if self.is_local else SERVER_WAIT_SECONDS
-        wish = os.environ.get("PIPELIB_TRACKING_WAIT", "")
-        if not wish:
+        value = os.environ.get("PIPELIB_TRACKING_WAIT", "")
+        if not value:
             return default
-        if re.fullmatch(r"\d+(\.\d*)?|\.\d+", wish):
-            return float(wish)
-        say(f"PIPELIB_TRACKING_WAIT={wish} is no number of seconds, so {default:g} s count; give one, or unset it.")
+        if re.fullmatch(r"\d+(\.\d*)?|\.\d+", value):
+            return float(value)
+        say(
+            f"PIPELIB_TRACKING_WAIT={value} is not a number of seconds, so {default:g} s is used; set a number, or unset it."
+        )
         return default
 
     def open(self) -> "Store":
-        """Connect; takes seconds, since MLflow is imported, and a new database made.
+        """Connect. Takes seconds: MLflow is imported, and a new database is created.
 
         Raises:
-            Exception: whatever MLflow, the network or the file system raises; `advice` knows some of them.
+            Exception: any error of MLflow, the network or the file system; `advice` explains some of them.
         """
         prepare_mlflow()
         _require_answer(self.uri)
         _require_writable(self.uri)
         from mlflow import MlflowClient
 
-        # Several processes that open a new database at once break each other.
-        with self.turn():
+        # One process at a time: two that create the database at once break each other.
+        with self.lock():
             if self.database and not self.database.exists():
                 _make_whole(self.database, lambda fresh: MlflowClient(sqlite_uri(fresh)))
             return Store(self, MlflowClient(self.uri), _artifacts(self.database) if self.database else None)
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Nobody else of this workspace makes a database, an experiment or a run in this block."""
+    def lock(self) -> Iterator[None]:
+        """Hold the lock under which processes of this workspace create a database, an experiment or a run."""
         with locked(StatePlaces.chosen().mlflow_lock, wait=True, quiet=True):
             yield
 
 
 def sqlite_uri(database: Path) -> str:
-    """A database's address for SQLAlchemy, which takes the path up to a `?` and decodes every `%41` in it.
+    """The SQLAlchemy URL of a database file. SQLAlchemy ends the path at a `?` and decodes every `%41` in it.
 
-    MLflow makes the folder of `sqlite:///...`, and does not decode its name; it leaves those of `sqlite+pysqlite:` alone.
+    MLflow creates the folder of a `sqlite:///...` URL without decoding its name, but not that of a `sqlite+pysqlite:` URL, so a
+    path with special characters needs the latter.
     """
     path = str(database).replace("%", "%25").replace("?", "%3F")
     return f"sqlite:///{path}" if path == str(database) else f"sqlite+pysqlite:///{path}"
 
 
 def _artifacts(database: Path) -> str:
-    """Where the files of a database's runs go: a path, but as a URI where MLflow would decode it."""
+    """Where MLflow stores the files of a database's runs: a path, or a URI if MLflow would decode the path."""
     folder = database.with_name("mlartifacts")
     return folder.as_uri() if "%" in str(folder) else str(folder)
 
 
 class Store:
-    """An open connection, and the experiment that runs go to: `pipelib`, or `pipelib-2` where the user deleted that one.
+    """An open connection, and the experiment that runs go to: `pipelib`, or `pipelib-2` if the user deleted the first.
 
-    A deleted experiment keeps its name in MLflow and takes no run, so the next free name is used; restored, it is used
+    A deleted experiment keeps its name in MLflow and accepts no runs, so the next free name is used. A restored one is used
     again.
     """
 
-    def __init__(self, place: Place, client: Any, artifacts: str | None) -> None:
+    def __init__(self, tracking_uri: TrackingUri, client: Any, artifacts: str | None) -> None:
         """Args:
         client: an `MlflowClient`.
-        artifacts: where a new experiment keeps its files; None leaves it to the server.
+        artifacts: where a new experiment stores its files; None lets the server decide.
         """
-        self.place, self.client = place, client
-        self.said_no_files = False
-        """Whether the user knows that files are refused here: it is the same for all runs."""
+        self.tracking_uri, self.client = tracking_uri, client
+        self.warned_no_files = False
+        """Whether the user was told that files are refused here; once is enough for all runs."""
         found: list[Any] = []
         while each := client.get_experiment_by_name(_name(len(found) + 1)):
             found.append(each)
         self.experiments = [str(each.experiment_id) for each in found]
-        """All that ever took our runs, deleted ones too."""
+        """Ids of all our experiments, deleted ones included."""
         active = next((each for each in found if each.lifecycle_stage == "active"), None)
         if active is None:
             name = _name(len(found) + 1)
@@ -130,20 +133,20 @@ class Store:
             self.experiments.append(self.experiment)
             if found:
                 say(
-                    f"the experiment {EXPERIMENT} was deleted in MLflow, so runs go to {name}; to have the old one back: "
+                    f"the experiment {EXPERIMENT} was deleted in MLflow, so runs go to {name}; to restore the old one: "
                     f"mlflow experiments restore --experiment-id {self.experiments[0]}"
                 )
         else:
             self.experiment = str(active.experiment_id)
-            if "mlflow.experimentKind" not in active.tags:  # one of an earlier version
+            if "mlflow.experimentKind" not in active.tags:  # created by an earlier version
                 for tag, text in EXPERIMENT_TAGS.items():
                     client.set_experiment_tag(self.experiment, tag, text)
 
     def find(self, deleted: bool = False, **tags: str) -> Any | None:
-        """The latest run with these tags, where `__` in a name stands for a dot; None where there is none.
+        """The latest run with these tags (`__` in a name stands for a dot), or None.
 
         Args:
-            deleted: look among the deleted runs instead.
+            deleted: search the deleted runs instead.
         """
         from mlflow.entities import ViewType
 
@@ -156,39 +159,39 @@ class Store:
 
 
 def _name(number: int) -> str:
-    """What the experiment is called, as the first or, where those before it were deleted, a later one."""
+    """The name of the first experiment, or of a later one if those before it were deleted."""
     return EXPERIMENT if number == 1 else f"{EXPERIMENT}-{number}"
 
 
 def advice(error: BaseException) -> str:
-    """What the user can do about a store that fails; empty where nobody knows."""
+    """What the user can do about an error of MLflow; empty if unknown."""
     text = f"{type(error).__name__} {error}"
     known = (
         (
             "database schema",
-            "another MLflow made it: `mlflow db upgrade URI` if that was an older one, else install it",
+            "another version of MLflow made it: if an older one, run `mlflow db upgrade URI`, else install that version",
         ),
-        ("Can't locate revision", "a newer MLflow made it: install that one, or move the file away"),
-        ("locked", "another program keeps it locked: end that, or wait"),
-        ("readonly", "it may not be written: give write permission, or set MLFLOW_TRACKING_URI"),
-        ("unable to open", "it cannot be opened: is there the folder, and the permission?"),
-        ("file is not a database", "it is no SQLite database: move it away"),
-        ("error code 401", "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say who asks"),
-        ("error code 403", "the user it is asked as may not do that"),
+        ("Can't locate revision", "a newer MLflow made it: install that version, or move the file away"),
+        ("locked", "another program holds its lock: end that program, or wait"),
+        ("readonly", "it is read-only: give write permission, or set MLFLOW_TRACKING_URI"),
+        ("unable to open", "it cannot be opened: does the folder exist, and do you have permission?"),
+        ("file is not a database", "it is not an SQLite database: move it away"),
+        ("error code 401", "the server wants a login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ("error code 403", "this user has no permission"),
     )
     return next((remedy for words, remedy in known if words in text), "")
 
 
 def failure(error: BaseException) -> str:
-    """An error and what to do about it, in brackets."""
+    """An error and its remedy, in brackets."""
     remedy = advice(error)
     return f"({brief(error)}{'; ' if remedy else ''}{remedy})"
 
 
 def _require_answer(uri: str) -> None:
-    """OSError unless an HTTP server answers, and with no error of its own; nothing for other stores.
+    """Raise OSError if an HTTP server does not answer, or answers with a server error; skip other stores.
 
-    Costs no import of MLflow, so a server that is away costs a stage nothing but this one request, in a thread.
+    This runs before MLflow is imported, so an unreachable server costs a stage only this request, in a thread.
     """
     if not uri.lower().startswith(("http://", "https://")):
         return
@@ -196,21 +199,21 @@ def _require_answer(uri: str) -> None:
     try:
         timeout = float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
         urllib.request.urlopen(f"{scheme}://{rest.rpartition('@')[2]}", timeout=timeout).close()
-    except urllib.error.HTTPError as error:  # an answer, whatever it thinks of us
+    except urllib.error.HTTPError as error:  # an answer; a client error such as 401 still means that the server works
         error.close()
         if error.code >= 500:
             raise
     except urllib.error.URLError as error:
-        if not isinstance(error.reason, ssl.SSLError):  # which certificates to trust is MLflow's own business
+        if not isinstance(error.reason, ssl.SSLError):  # MLflow has its own settings for certificates
             raise
 
 
 def _require_writable(uri: str) -> None:
-    """sqlite3.Error unless an SQLite file that is there can be written now; MLflow would try for minutes to open it."""
+    """Raise sqlite3.Error if an existing SQLite file cannot be written now; MLflow would retry for minutes."""
     path = unquote(re.sub(r"^(sqlite(\+\w+)?:///)(file:)?|\?.*$", "", uri))
     if not uri.lower().startswith(("sqlite:", "sqlite+")) or not Path(path).exists():
         return
-    import sqlite3  # where it is needed: not every Python has it
+    import sqlite3  # not every Python has it
 
     connection = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=rw", uri=True, timeout=LOCK_SECONDS)
     try:
@@ -221,7 +224,7 @@ def _require_writable(uri: str) -> None:
 
 
 def _make_whole(database: Path, make: Callable[[Path], object]) -> None:
-    """Make a database under another name first: killed between two tables, MLflow would refuse it for ever."""
+    """Create a database under a temporary name first: MLflow refuses a half-made one forever."""
     fresh = database.with_name(f".{database.name}.tmp")
     for leftover in (fresh, fresh.with_name(f"{fresh.name}-journal")):
         leftover.unlink(missing_ok=True)
@@ -230,9 +233,9 @@ def _make_whole(database: Path, make: Callable[[Path], object]) -> None:
 
 
 def prepare_mlflow() -> None:
-    """Settings that MLflow reads when imported; the user's own win. Unset, one call to a dead server takes minutes."""
+    """Set variables that MLflow reads when imported, unless the user did. By default a call to a dead server takes minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # what fails, our one line says; it would log tracebacks
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # it would log tracebacks; we print one line
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print the credentials in the URI

@@ -1,8 +1,8 @@
-"""A run's own record: a file of JSON lines, which is the truth about the run, with no secret in it.
+"""A run's own record: a file of JSON lines without secrets. It is the source of truth; MLflow has a copy.
 
     STATE/records/KEY/STAGE-FINGERPRINT.jsonl    one object per line: {"time", "event", ...}, time in seconds since 1970
 
-KEY stands for one pass through the pipeline: DVC's experiment name, else the hash of all parameters and code.
+KEY names one pass through the pipeline: DVC's experiment name, else the hash of all parameters and code.
 """
 
 import json
@@ -25,11 +25,11 @@ _SECRET_NAMES = re.compile(
     r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(?:_|$)|(?:PASSWORD|_PWD)$", re.IGNORECASE
 )
 _LOGIN = re.compile(r"[^:]*://(?P<login>[^:@]*:(?P<password>.*)@)")
-"""User and password of a URL, up to the last @: of one that is no valid URL, too, since the password was not encoded."""
+"""User and password of a URL, up to the last @. Also matches a malformed URL whose password was not percent-encoded."""
 OLD_NAMES = {"train/lr": "train/learning_rate", "val/loss": "val_loss", "val/perplexity": "val_perplexity"}
-"""What numbers were called in earlier records."""
+"""Names of metrics in earlier records, and their names of today."""
 _SECRET_SHAPES = (
-    # user:password@ of a URL, up to the last @: what is no port before a slash is a password that was not encoded
+    # user:password@ of a URL, up to the last @: unless digits and a slash follow the colon (a port), it is a password
     (re.compile(r"(?<=://)(?:[^/\s:@]*:(?!\d*/)[^\s\"'`<>]*|[^/\s]*)@"), "***@"),
     (
         re.compile(
@@ -37,10 +37,13 @@ _SECRET_SHAPES = (
         ),
         r"\1***",
     ),
-    (re.compile(r"((?:\b|(?<=%3B))(?:pwd|password)%3D)(?:%(?!3B|26)|[^%&\s\"'])+", re.IGNORECASE), r"\1***"),  # ODBC's
+    (
+        re.compile(r"((?:\b|(?<=%3B))(?:pwd|password)%3D)(?:%(?!3B|26)|[^%&\s\"'])+", re.IGNORECASE),
+        r"\1***",
+    ),  # in an ODBC string
     (re.compile(r"(\bpwd=)[^;&\s\"']+", re.IGNORECASE), r"\1***"),
-    (re.compile(r"(\b(?:[A-Z0-9]+_)*(?:TOKEN|SECRET|KEY)=)[^\s\"']+"), r"\1***"),  # of a shell: API_TOKEN=...
-    # password = ... in a configuration, or "secret_key": "..."
+    (re.compile(r"(\b(?:[A-Z0-9]+_)*(?:TOKEN|SECRET|KEY)=)[^\s\"']+"), r"\1***"),  # in a shell: API_TOKEN=...
+    # in a configuration: password = ..., or "secret_key": "..."
     (
         re.compile(
             r"\b([\w-]*(?:password|passwd|passphrase|(?:secret|access|account|api)_key|connection_string"
@@ -55,14 +58,14 @@ _SECRET_SHAPES = (
 
 
 def redact(text: str) -> str:
-    """`text` without secrets: values of environment variables named like one, credentials in URLs, known tokens."""
+    """`text` without secrets: values of environment variables with names such as TOKEN, credentials in URLs, known tokens."""
     secrets = {value for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
     login = _LOGIN.match(os.environ.get("MLFLOW_TRACKING_URI", ""))
     password = ""
     if login:
         text, password = text.replace(login["login"], "***@"), login["password"]
     for secret in sorted(secrets | {password, unquote(password)}, key=len, reverse=True):
-        if len(secret) >= 6:  # "true" or "1" under such a name is no secret, and is part of many words
+        if len(secret) >= 6:  # a short value such as "true" is not a secret, and is part of many words
             text = text.replace(secret, "***")
     for shape, replacement in _SECRET_SHAPES:
         text = shape.sub(replacement, text)
@@ -70,7 +73,7 @@ def redact(text: str) -> str:
 
 
 def _redacted(value: object) -> object:
-    """A JSON value with every text in it redacted; the numbers JSON has no word for become text."""
+    """A JSON value with every text in it redacted; nan and infinities become text, since JSON has no such numbers."""
     if isinstance(value, Mapping):
         return {redact(str(key)): _redacted(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -81,39 +84,45 @@ def _redacted(value: object) -> object:
 
 
 def say(text: str) -> None:
-    """Print a line about tracking, without secrets, its commands as they must be typed."""
+    """Print a line about tracking, without secrets; see `tell`."""
     tell(f"tracking: {redact(text)}", error=True)
 
 
 def brief(error: BaseException) -> str:
-    """An error in a line, without secrets: the beginning and the end of a long one, where libraries put the cause."""
-    line = next(iter(redact(str(error)).strip().splitlines()), "")  # first: half a secret would not be known as one
+    """An error in one line, without secrets. A long one keeps its beginning and its end, where libraries put the cause."""
+    line = next(
+        iter(redact(str(error)).strip().splitlines()), ""
+    )  # redact before cutting: half a secret would not be recognised
     if len(line) > 200:
         line = f"{line[:100]} ... {line[-100:]}"
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 @contextmanager
-def harmless(what: str) -> Iterator[None]:
-    """Tracking never stops a stage: an error in the block becomes one line that names what is missing for it."""
+def never_fail(what: str) -> Iterator[None]:
+    """Turn an error in the block into one printed line: tracking never stops a stage.
+
+    Args:
+        what: what is not recorded then, with its verb: "this run is".
+    """
     try:
         yield
     except Exception as error:
-        # the remedy is at the end of a message of ours, which is said in full
+        # print our own messages in full, since the remedy is at their end
         why = str(error).removesuffix(".") if isinstance(error, UserError) else brief(error)
-        say(f"{why}, so {what} not recorded; the stage goes on, its outs are complete without it.")
+        say(f"{why}, so {what} not recorded; the stage continues, and its outs are complete without it.")
 
 
 class Record:
-    """One run's own record: whole lines, appended, never rewritten; several processes may append to one file."""
+    """One run's record. Whole lines are appended, never rewritten; several processes may append to one file."""
 
     def __init__(self, path: Path) -> None:
-        """Open a record, or make one; OSError where the file cannot be."""
+        """Open or create a record; raises OSError if that fails."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # torn by a kill; the next line stays whole
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # a kill cut the last line; start a new one
             os.write(self._descriptor, b"\n")
         self._torn = False
         self._turn = threading.Lock()
@@ -125,15 +134,17 @@ class Record:
                 self._points |= {(name, event["step"]): float(value) for name, value in event["metrics"].items()}
 
     def append(self, event: str, **values: object) -> None:
-        """Write one event; the system has it when this returns."""
+        """Append one event; the operating system has it when this returns."""
         line = json.dumps(_redacted({"time": time.time(), "event": event, **values}), ensure_ascii=False)
         with self._turn:
-            data = b"\n" * self._torn + line.encode("utf-8", "replace") + b"\n"  # a line cut short stays alone
+            data = (
+                b"\n" * self._torn + line.encode("utf-8", "replace") + b"\n"
+            )  # after a partial write, start a new line
             self._torn = True
             self._torn = os.write(self._descriptor, data) < len(data)
 
     def append_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
-        """Write those numbers that are new: no (key, step) twice, and without a step only what changed."""
+        """Append the metrics that are new: each (name, step) once; without a step, only values that changed."""
         known = self._points
         new = {
             name: float(value)
@@ -145,21 +156,21 @@ class Record:
             known |= {(name, step): value for name, value in new.items()}
 
     def last_step(self, name: str) -> int:
-        """The last step that a number has been recorded at; 0 where there is none."""
-        points = list(self._points)  # at once, since other threads record too
+        """The last step at which a metric was recorded; 0 if there is none."""
+        points = list(self._points)  # a copy, since other threads append too
         return max((step for known, step in points if known == name and step is not None), default=0)
 
     def close(self) -> None:
-        """Let go of the file; whoever appends later gets an OSError."""
+        """Close the file; a later append raises OSError."""
         with self._turn:
             os.close(self._descriptor)
-            self._descriptor = -1  # its number may be another file's by then
+            self._descriptor = -1  # another file may get its number
 
 
 def read_events(path: Path, start: int = 0, end: int | None = None) -> tuple[list[dict[str, Any]], int]:
-    """The events in the whole lines from byte `start` to byte `end`, and where the next one begins.
+    """The events in the complete lines from byte `start` to byte `end`, and the offset of the next line.
 
-    A line torn by a kill is no event: it is passed over once a line follows it. Numbers have their names of today.
+    A line that a kill cut short is skipped. Metrics get their names of today.
     """
     with path.open("rb") as file:
         file.seek(start)
@@ -177,24 +188,26 @@ def read_events(path: Path, start: int = 0, end: int | None = None) -> tuple[lis
     return events, start + data.rfind(b"\n") + 1
 
 
-def settle_record(path: Path, code: str, is_fresh: bool) -> None:
-    """Make the record fit the state: go on with it, begin again, or go on from what another KEY recorded.
+def prepare_record(path: Path, code: str, is_fresh: bool) -> None:
+    """Make the record match the state: continue it, start a new one, or copy the points that another KEY recorded.
 
-    The state of a stage is found by its fingerprint alone, so a killed `dvc exp run` goes on under a new experiment's
-    name; its record then begins with the points so far. State that begins anew must not meet the old points.
+    The state of a stage depends only on its fingerprint, so a killed `dvc exp run` may resume under a new experiment's name;
+    its new record then starts with the points so far. A stage that starts from scratch must not get the old points.
     """
     mixing = os.environ.get("PIPELIB_RESUME") == "continue"
 
-    def goes_on(record: Path) -> bool:
+    def continues(record: Path) -> bool:
         opened = [event for event in read_events(record)[0] if event["event"] == "open"]
         return not is_fresh and (mixing or (bool(opened) and opened[-1]["code"] == code))
 
     if path.exists():
-        if not goes_on(path):
+        if not continues(path):
+            # keep the old record, under another name
             path.rename(path.with_name(f"{path.stem}.until-{time.time_ns()}.jsonl"))
         return
+    # copy texts and points from the newest record of another KEY with the same state
     others = sorted(path.parent.parent.glob(f"*/{path.name}"), key=lambda other: other.stat().st_mtime)
-    for other in filter(goes_on, reversed(others)):
+    for other in filter(continues, reversed(others)):
         kept = [e for e in read_events(other)[0] if e["event"] == "text" or e.get("step") is not None]
         write_text(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
         return

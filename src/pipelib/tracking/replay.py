@@ -1,4 +1,4 @@
-"""Send to MLflow what it has not: the records of runs that ended while it was away, without anything twice."""
+"""Send to MLflow the records that it lacks, because it was unreachable while they ran. Nothing is sent twice."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,26 +12,26 @@ from pipelib.tracking.record import brief, read_events, say
 from pipelib.workspace.locks import InUseError, locked
 
 ALL, PART, NOTHING, DELETED, BUSY = "all of it", "a part", "nothing", "deleted there", "being sent"
-"""What MLflow has of a record. BUSY: the stage is running, or another `pipelib track` sends it."""
+"""How much of a record MLflow has. BUSY: the stage is running, or another `pipelib track` sends the record."""
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """What became of one record."""
+class ReplayResult:
+    """The result of sending one record."""
 
-    had: str
-    """What MLflow had of it before: ALL, PART, ..."""
+    before: str
+    """How much MLflow had before: ALL, PART, ..."""
     points: int = 0
     files: int = 0
-    gone: tuple[str, ...] = ()
-    """Files that can be sent no more."""
-    whole: bool = True
-    """Whether MLflow takes files; else they are missing there."""
+    missing_files: tuple[str, ...] = ()
+    """Files that are no longer on disk."""
+    complete: bool = True
+    """Whether MLflow has everything; False if it refuses files."""
 
 
 @contextmanager
-def held(record: Path) -> Iterator[bool]:
-    """Be the only process that sends a record while the block lasts; False where another one does."""
+def exclusive(record: Path) -> Iterator[bool]:
+    """Lock a record, so that only this process sends it; yields False if another process has the lock."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(record, own=False))
@@ -41,19 +41,19 @@ def held(record: Path) -> Iterator[bool]:
             yield True
 
 
-def opened(events: Sequence[Event]) -> Event | None:
-    """What the run is: the last `open` event, with the time `began` of the first; None in a record that was only begun."""
+def open_event(events: Sequence[Event]) -> Event | None:
+    """The last `open` event, with the time `began` of the first; None if the record has none yet."""
     found = [event for event in events if event["event"] == "open"]
     return {**found[-1], "began": found[0]["time"]} if found else None
 
 
-def had_of(store: Store, events: Sequence[Event], size: int) -> str:
-    """What MLflow has of a record that nobody sends now.
+def sent_state(store: Store, events: Sequence[Event], size: int) -> str:
+    """How much MLflow has of a record that no other process sends now.
 
     Args:
-        size: of its whole lines, in bytes.
+        size: size of its complete lines in bytes.
     """
-    begun = opened(events)
+    begun = open_event(events)
     if begun is None:
         return ALL
     run = store.find(pipelib__record=begun["record"])
@@ -64,7 +64,7 @@ def had_of(store: Store, events: Sequence[Event], size: int) -> str:
     except Exception as error:
         if getattr(error, "error_code", None) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        return PART  # `mlflow gc` removed it; sent again, the run gets a new one
+        return PART  # `mlflow gc` removed the parent; sending again creates a new one
     if parent.info.lifecycle_stage == "deleted":
         return DELETED
     return ALL if run.data.tags.get(SENT) == str(size) else PART
@@ -72,51 +72,52 @@ def had_of(store: Store, events: Sequence[Event], size: int) -> str:
 
 def replay_record(
     store: Store, record: Path, deleted_too: bool = False, begin: Callable[[], object] = bool
-) -> Replayed:
-    """Send what of a record MLflow has not; what the user deleted there stays deleted, unless asked for.
+) -> ReplayResult:
+    """Send what MLflow lacks of a record.
 
     Args:
+        deleted_too: also send a run that the user deleted in MLflow.
         begin: called before anything is sent.
     """
-    with held(record) as mine:
+    with exclusive(record) as mine:
         if not mine:
-            return Replayed(BUSY)
+            return ReplayResult(BUSY)
         events, size = read_events(record)
-        had = had_of(store, events, size)
-        begun = opened(events)
-        if begun is None or had == ALL or (had == DELETED and not deleted_too):
-            return Replayed(had)
+        before = sent_state(store, events, size)
+        begun = open_event(events)
+        if begun is None or before == ALL or (before == DELETED and not deleted_too):
+            return ReplayResult(before)
         begin()
         view = MlflowRun(store, begun)
         view.complete(events)
-        view.mark_sent(size)
-        return Replayed(had, view.points_sent, view.files_sent, tuple(view.files_gone), view.takes_files)
+        view.mark_sent(size)  # last: after a kill before this, the next replay compares again
+        return ReplayResult(before, view.points_sent, view.files_sent, tuple(view.files_gone), view.accepts_files)
 
 
 def replay_others(store: Store, record: Path) -> None:
-    """Send what is missing of the other stages of a run: they may have been too short for MLflow, or it was away."""
+    """Send what MLflow lacks of the run's other stages: they may have ended too soon for it, or it was unreachable."""
     for other in sorted(record.parent.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
         if other != record:
             try:
                 replay_record(store, other)
             except DeletedRun:
                 continue
-            except Exception as error:  # nothing of the stage's own
+            except Exception as error:  # does not concern the stage's own record
                 say(
-                    f"MLflow did not take {other.stem} ({brief(error)}), so not all of that stage is there; "
+                    f"MLflow did not accept {other.stem} ({brief(error)}), so part of that stage is missing there; "
                     f"`pipelib track --replay {other.parent.name}` sends it again."
                 )
 
 
-def settle_parents(store: Store, folder: Path) -> None:
-    """Have the parents of a run's records show how the last of their stages ended; nothing while one is running."""
+def end_parents(store: Store, folder: Path) -> None:
+    """Give the parents of a run's records the status of the stage that ended last, unless a stage is still running."""
     last: dict[str, tuple[Event, Event]] = {}
     for record in folder.glob("*.jsonl"):
-        with held(record) as mine:
+        with exclusive(record) as mine:
             if not mine:
-                return
+                return  # still running, or being sent by another process
         events, _ = read_events(record)
-        begun, ends = opened(events), [event for event in events if event["event"] == "end"]
+        begun, ends = open_event(events), [event for event in events if event["event"] == "end"]
         if begun and ends:
             inputs = str(begun["inputs"])
             if inputs not in last or last[inputs][1]["time"] < ends[-1]["time"]:

@@ -1,6 +1,6 @@
-"""What a stage records about its run, and where the run comes from.
+"""A stage's interface to tracking: what it records about its run, and the lineage of the run.
 
-The record (`record.py`) is the truth; MLflow (`mirror.py`) is a view of it.
+The record (`record.py`) is the source of truth; MLflow (`mirror.py`) has a copy.
 """
 
 import os
@@ -13,9 +13,9 @@ from typing import Any, Protocol, Self
 from pipelib.files import files_under, read_json, sha256_file, sha256_json
 from pipelib.schema import flatten
 from pipelib.tracking.mirror import Mirror, is_mirroring
-from pipelib.tracking.mlflow_store import Place
+from pipelib.tracking.mlflow_store import TrackingUri
 from pipelib.tracking.page import model_reference, pipeline_page, stage_page
-from pipelib.tracking.record import Record, harmless, read_events, settle_record
+from pipelib.tracking.record import Record, never_fail, prepare_record, read_events
 from pipelib.tracking.system_metrics import CPU, Sampler
 from pipelib.workspace.dvc import read_lock
 from pipelib.workspace.git import git_state, run_git, uncommitted_changes
@@ -27,18 +27,18 @@ from pipelib.workspace.workdir import finished_files
 ARTIFACT_BYTES = 5_000_000
 """Larger files are not copied to MLflow."""
 DIFF_BYTES = 1_000_000
-"""Of the changes that are in no commit so much is recorded."""
+"""At most this much of the uncommitted changes is recorded."""
 
 
 __all__ = ["NullRun", "Run", "attach_run", "is_mirroring", "open_run"]
 
 
 class Run(Protocol):
-    """What a stage tells of its run; leaving the `with` block tells how it ended."""
+    """What a stage can record about its run. Leaving the `with` block records how it ended."""
 
     @property
     def path(self) -> Path | None:
-        """The record's file; None where there is none."""
+        """The path of the record; None without one."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -48,24 +48,24 @@ class Run(Protocol):
     ) -> None: ...
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record numbers at a step, or final ones without it; a step that a key has already is left as it is."""
+        """Record metrics at a step, or final metrics without one. A value recorded earlier for the same name and step stays."""
 
     def log_text(self, name: str, text: str) -> None:
         """Record a small text under a file's name, such as `samples/step-000100.txt`."""
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Record what was decided while running; MLflow keeps the first value of each."""
+        """Record values decided while running; MLflow keeps the first value of each name."""
 
     def log_outs(self, final: Path) -> None:
-        """Record finished outs: numbers in metrics/, small files in curves/ and reports/, of all others the digest.
+        """Record finished outs: numbers of metrics/, small files of curves/ and reports/, and a digest of all others.
 
         Args:
-            final: a folder that mirrors the workspace.
+            final: a folder laid out like the workspace.
         """
 
 
 class NullRun:
-    """A run that nothing is told of: for ranks other than the first, and where no record can be written."""
+    """A run that records nothing: for all ranks but the first, and if no record can be written."""
 
     path = None
 
@@ -90,21 +90,21 @@ class NullRun:
 
 
 class RecordedRun:
-    """A run with a record, mirrored to MLflow or not."""
+    """A run with a record, with or without a mirror to MLflow."""
 
     def __init__(self, stage: str, record: Record, mirror: Mirror | None, opened: Mapping[str, Any] | None) -> None:
         """Args:
-        opened: what the run is, for the handle that decides when it has ended; others only add to it.
+        opened: the `open` event, for the handle that records the end of the run; None for one that only adds to it.
         """
         self.stage, self._record, self._mirror, self._opened = stage, record, mirror, opened
         self._sampler = None
         if opened:
-            with harmless("the state of the machine is"):
+            with never_fail("the state of the machine is"):
                 self._sampler = Sampler(self.log, record.last_step(CPU) + 1)
 
     @property
     def path(self) -> Path | None:
-        """The record's file; None where there is none."""
+        """The path of the record; None without one."""
         return self._record.path
 
     def __enter__(self) -> Self:
@@ -113,15 +113,16 @@ class RecordedRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # `is_recorded` expects the end event to be the last one, so the sampler stops first
         if self._sampler:
             self._sampler.close()
         if self._opened:
             killed = isinstance(error, KeyboardInterrupt | SystemExit)
             status = "finished" if error is None else "killed" if killed else "failed"
             if status == "finished" and self.stage == LAST:
-                with harmless("the parent run's summary is"):
+                with never_fail("the parent run's summary is"):
                     self._record.append("summary", **_summary(self._opened))
-            with harmless("the end of this run is"):
+            with never_fail("the end of this run is"):
                 self._record.append("end", status=status)
         if self._mirror:
             self._mirror.close()
@@ -129,23 +130,23 @@ class RecordedRun:
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """See `Run`."""
-        with harmless(f"{', '.join(metrics)} at step {step} are"):
+        with never_fail(f"{', '.join(metrics)} at step {step} are"):
             self._record.append_metrics(metrics, step)
 
     def log_text(self, name: str, text: str) -> None:
         """See `Run`."""
-        with harmless(f"{name} is"):
+        with never_fail(f"{name} is"):
             self._record.append("text", name=name, text=text)
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """See `Run`."""
-        with harmless(f"{', '.join(params)} are"):
+        with never_fail(f"{', '.join(params)} are"):
             self._record.append("params", params=params)
 
     def log_outs(self, final: Path) -> None:
         """See `Run`."""
-        with harmless(f"the outs in {final} are"):
-            hashes = finished_files(final.parent)
+        with never_fail(f"the outs in {final} are"):
+            hashes = finished_files(final.parent)  # known already; hashing the data again would take long
             outs: dict[str, dict[str, str]] = {}
             for path in files_under(final):
                 name = path.relative_to(final)
@@ -169,51 +170,51 @@ class RecordedRun:
 
 
 def open_run(stage: str, params: object, fingerprint: str, code: Mapping[str, str], *, is_fresh: bool = False) -> Run:
-    """The record of a stage's run, begun or gone on with, mirrored to MLflow where `logging.mlflow` says so.
+    """Start or continue the record of a stage's run, and mirror it to MLflow if `logging.mlflow` is true.
 
     Args:
         params: all parameters, a dataclass with a section `logging` among its fields.
-        fingerprint: of the stage's inputs.
-        code: what makes the result: see `provenance.code_hashes`.
-        is_fresh: the stage has nothing to go on with, so what was recorded before is another run's.
+        fingerprint: the fingerprint of the stage's inputs.
+        code: the hashes of the stage's code: see `provenance.code_hashes`.
+        is_fresh: the stage starts from scratch, so an existing record belongs to another run.
 
     Returns:
-        A `NullRun`, after one line to standard error, where no record can be written.
+        The run; if no record can be written, a `NullRun`, after one line to standard error.
     """
-    with harmless("this run is"):
+    with never_fail("this run is"):
         flat = dict(flatten(params))
         inputs = _inputs_of_all(flat)
         path = _record_of(stage, inputs, fingerprint)
         key = path.parent.name
         digest = sha256_json(dict(code))
-        settle_record(path, digest, is_fresh)
+        prepare_record(path, digest, is_fresh)  # before the record is opened: it may rename the file
         record, start = Record(path), path.stat().st_size
         tags = _lineage(stage) | {name: value for name, value in flat.items() if name.startswith("logging.")}
         opened = {
             "record": record.id, "key": key, "inputs": inputs, "stage": stage, "fingerprint": fingerprint,
             "code": digest, "params": _decisive(flat), "tags": tags,
         }  # fmt: skip
-        record.append("open", **opened)
+        record.append("open", **opened)  # the mirror needs it, so it comes before the mirror
         for name, manifest_sha256 in _inputs(stage).items():
             record.append("input", name=name, digest=manifest_sha256)
         if tags.get("git.dirty") == "true":
             record.append("text", name="uncommitted.diff", text=uncommitted_changes(Path.cwd(), DIFF_BYTES))
         mirror = None
         if flat["logging.mlflow"]:
-            with harmless("MLflow's view of this run is"):
-                mirror = Mirror(path, start, Place.chosen())
+            with never_fail("MLflow's view of this run is"):
+                mirror = Mirror(path, start, TrackingUri.chosen())
                 mirror.start()
         return RecordedRun(stage, record, mirror, opened)
     return NullRun()
 
 
 def is_recorded(stage: str, params: Mapping[str, object], fingerprint: str, code: Mapping[str, str]) -> bool:
-    """Whether the record of a run of the pipeline says already that this stage has ended well with this code.
+    """Whether the record already says that this stage finished with this code.
 
     Args:
-        params: all of them, flat.
+        params: all parameters, flat.
     """
-    with harmless("what is recorded of this run is"):
+    with never_fail("what is recorded of this run is"):
         path = _record_of(stage, _inputs_of_all(params), fingerprint)
         events = read_events(path)[0] if path.exists() else []
         opened = [event for event in events if event["event"] == "open"]
@@ -228,34 +229,36 @@ def _decisive(params: Mapping[str, object]) -> dict[str, object]:
 
 
 def _inputs_of_all(params: Mapping[str, object]) -> str:
-    """A hash of what decides a run of the whole pipeline: the parameters, and the code of all stages."""
+    """A hash of everything that decides a run of the pipeline: the parameters and the code of all stages."""
     code = {name: code_hashes(name, params) for name in STAGES if HERE.stage(name).exists()}
     return sha256_json({"params": _decisive(params), "code": code})
 
 
 def _record_of(stage: str, inputs: str, fingerprint: str) -> Path:
-    """The file of a stage's record."""
+    """The path of a stage's record."""
     key = re.sub(r"[^\w.-]", "_", os.environ.get("DVC_EXP_NAME") or inputs[:16])
     return StatePlaces.chosen().records.absolute() / key / f"{stage}-{fingerprint[:16]}.jsonl"
 
 
 def attach_run(stage: str, path: Path | None) -> Run:
-    """A second handle on a run that another process holds open, by its `path`.
+    """A second handle on a run that another process has open, by the path of its record.
 
-    It adds to the record, and leaves mirroring and the end to the first.
+    It only adds to the record. The first handle mirrors it and records its end.
     """
     if path is not None:
-        with harmless("this rank's part of the run is"):
+        with never_fail("this rank's part of the run is"):
             return RecordedRun(stage, Record(path), None, None)
     return NullRun()
 
 
 def _lineage(stage: str) -> dict[str, Any]:
-    """Tags that say where a run comes from: git, DVC's experiment, the digests of what the stages before it made."""
+    """Tags for the lineage of a run: the git commit, DVC's experiment, and the digests of earlier stages' outs."""
     git, before = git_state(Path.cwd()), [*upstream(stage)]
     if not git["dirty"] and any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
-        with harmless("the commit of this run is"):
-            run_git(Path.cwd(), "rev-parse", "--git-dir")  # which says why: another user's repository, no git
+        with never_fail("the commit of this run is"):
+            run_git(
+                Path.cwd(), "rev-parse", "--git-dir"
+            )  # raises with the reason: another user's repository, or no git
     origin = {
         "git.commit": git["commit"], "git.dirty": git["dirty"], "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
         "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
@@ -269,7 +272,7 @@ def _lineage(stage: str) -> dict[str, Any]:
 
 
 def _inputs(stage: str) -> dict[str, str]:
-    """The dataset that a stage reads, by its folder: the SHA-256 of the manifest, which names every file's."""
+    """The dataset that a stage reads: its folder, and the SHA-256 of its manifest, which has the hashes of all files."""
     folder = STAGES[stage].dataset
     digest = _sha256_of(Path(folder) / MANIFEST) if folder else ""
     return {folder: digest} if digest else {}
@@ -280,7 +283,7 @@ def _sha256_of(path: Path) -> str:
 
 
 def _summary(opened: Mapping[str, Any]) -> dict[str, Any]:
-    """What completes the parent: all stages' final metrics, the model's digest, the page, the model as a reference."""
+    """What completes the parent run: all final metrics, the model's digest and its reference, and the page."""
     tags: Mapping[str, str] = opened["tags"]
     lineage = {name: tags.get(name, "") for name in ("git.commit", "git.dirty", "dvc.exp_name", "dvc.exp_baseline_rev")}
     metrics = {stage: _finals(stage) for stage in STAGES}
@@ -298,15 +301,15 @@ def _summary(opened: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _out_md5s(stages: Iterable[str]) -> dict[str, str]:
-    """DVC's md5 of the outs of stages that have ended, by path; a running stage's entry is absent or stale."""
-    with harmless("DVC's digests are"):
+    """DVC's MD5 of the outs of finished stages, by path; the entry of a running stage is absent or stale."""
+    with never_fail("DVC's digests are"):
         locked = read_lock()
         return {out.path: out.md5 for stage in stages if stage in locked for out in locked[stage].outs if out.md5}
     return {}
 
 
 def _numbers(path: Path, prefix: str) -> dict[str, float]:
-    """The numbers in a JSON file, by their dotted paths."""
+    """The numbers in a JSON file, by dotted path."""
     values = flatten(read_json(path), prefix)
     return {
         name: float(value) for name, value in values if isinstance(value, int | float) and not isinstance(value, bool)
@@ -314,7 +317,7 @@ def _numbers(path: Path, prefix: str) -> dict[str, float]:
 
 
 def _finals(stage: str) -> dict[str, float]:
-    """The final metrics of a stage as they lie in the workspace, whether it ran now or DVC found it cached."""
+    """The final metrics of a stage from the workspace, whether it ran now or DVC took it from its cache."""
     files = {stage: HERE.result(stage), f"speed.{stage}": HERE.speed(stage)}
     return {
         name: value for prefix, path in files.items() if path.exists() for name, value in _numbers(path, prefix).items()

@@ -1,7 +1,7 @@
-"""How busy the machine is while a stage runs: CPU, memory, GPUs, under the names that MLflow's page of them knows.
+"""Sample CPU, memory and GPU use while a stage runs, under the names that MLflow's page of system metrics uses.
 
-MLflow's own monitor sends from its own thread, past the record and past the deadline of a stage; this one writes to the
-record, which is mirrored like every other number.
+MLflow's own monitor sends from its own thread. It bypasses the record, and ignores the time limit at the end of a stage. This
+one writes to the record, which is mirrored like every other metric.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 SAMPLE_SECONDS = 10.0
-"""Between two samples; a stage that ends before the first has none."""
+"""Between two samples; a shorter stage has none."""
 CPU = "system/cpu_utilization_percentage"
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -21,18 +21,18 @@ class Sampler:
 
     def __init__(self, log: Log, first: int) -> None:
         """Args:
-        log: takes numbers and the number of the sample, in the place of a step.
-        first: the number of the first sample: those of a resumed run go on.
+        log: called with the metrics and the number of the sample, which serves as the step.
+        first: the number of the first sample; a resumed run continues the numbering.
         """
         self._log, self._next = log, first
         self._gpus = Gpus()
-        cpu_and_memory()  # the first call has nothing to compare with
+        cpu_and_memory()  # the first call only sets the starting point
         self._ending, self._turn = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop: nothing is logged once this returns; a sample that is being taken is left to itself."""
+        """Stop. Nothing is logged after this returns; a sample in progress is dropped."""
         with self._turn:
             self._ending.set()
 
@@ -46,9 +46,7 @@ class Sampler:
 
 
 def cpu_and_memory() -> dict[str, float]:
-    """The share of all cores' time spent on work since the last call, and the memory in use; nothing without psutil, as on a
-    bare GPU machine.
-    """
+    """CPU utilization since the last call, and the memory in use; empty without psutil, as on a bare GPU machine."""
     try:
         import psutil
     except ImportError:
@@ -74,11 +72,11 @@ class _Utilization(ctypes.Structure):
 
 
 class Gpus:
-    """NVIDIA's GPUs, asked through the library that comes with their driver (NVML); none where it is not there."""
+    """NVIDIA GPUs, read through the driver's library NVML; without it there are none."""
 
     def __init__(self, library: Any = None) -> None:
         """Args:
-        library: NVML, if it is loaded already.
+        library: NVML, if it is already loaded.
         """
         self._handles: list[ctypes.c_void_p] = []
         try:
@@ -86,7 +84,7 @@ class Gpus:
             count = ctypes.c_uint()
             if self._nvml.nvmlInit_v2() == 0 and self._nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0:
                 self._handles = list(self._devices(count.value))
-        except (OSError, AttributeError):  # no driver, or one that is older than these names
+        except (OSError, AttributeError):  # no driver, or one too old to have these functions
             return
 
     def _devices(self, count: int) -> Iterator[ctypes.c_void_p]:
@@ -96,7 +94,7 @@ class Gpus:
                 yield handle
 
     def state(self) -> dict[str, float]:
-        """Per GPU its use, memory and power, as far as it tells."""
+        """Memory, utilization and power of each GPU, as far as it reports them."""
         found: dict[str, float] = {}
         for index, handle in enumerate(self._handles):
             used, busy, milliwatts = _Memory(), _Utilization(), ctypes.c_uint()
