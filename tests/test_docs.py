@@ -52,6 +52,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(linked), f"{name_of(page)}: {name_of(linked)} has no heading #{anchor}"
 
 
+def test_the_glossary_names_files_that_exist() -> None:
+    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| ")]
+    named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    assert len(named) > 40
+    for name in named:
+        assert any((root / name).exists() for root in (ROOT, ROOT / "src/pipelib")), f"docs/glossary.md names {name}"
+
+
 # ---- Commands --------------------------------------------------------------------------------------------------------
 
 
