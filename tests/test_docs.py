@@ -1,10 +1,9 @@
-"""The documents are true: links lead somewhere, commands exist, and every parameter, command and message is in them.
+"""The documents are true: links lead somewhere, commands exist, and every parameter, command and variable is in them.
 
-`python tests/test_docs.py` writes the parts of the documents that follow from the code: the table of parameters in
-docs/reference.md and the messages in docs/how-to/troubleshooting.md.
+`python tests/test_docs.py` writes the part of the documents that follows from the code: the table of parameters in
+docs/reference.md.
 """
 
-import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ PAGES = sorted(
     if "log" not in path.stem  # what was tried, with the commands of its day
 )
 REFERENCE = ROOT / "docs/reference.md"
-TROUBLESHOOTING = ROOT / "docs/how-to/troubleshooting.md"
+START, END = "<!-- parameters: python tests/test_docs.py -->\n", "<!-- end -->"
+"""The lines around the table of parameters in the reference."""
 
 
 def name_of(path: Path) -> str:
@@ -50,6 +50,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert linked.exists(), f"{name_of(page)} links to {target}, which is not there"
         if anchor:
             assert anchor in anchors(linked), f"{name_of(page)}: {name_of(linked)} has no heading #{anchor}"
+
+
+def test_the_glossary_names_files_that_exist() -> None:
+    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| ")]
+    named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    assert len(named) > 40
+    for name in named:
+        assert any((root / name).exists() for root in (ROOT, ROOT / "src/pipelib")), f"docs/glossary.md names {name}"
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------
@@ -141,21 +150,11 @@ def test_every_variable_of_ours_is_in_the_reference() -> None:
             assert f"`{name}`" in text, f"docs/reference.md lacks {name} of {name_of(path)}"
 
 
-def test_what_follows_from_the_code_is_written_down() -> None:
-    for page, (start, end, content) in generated().items():
-        text = page.read_text(encoding="utf-8")
-        assert text.count(start) == text.count(end) == 1
-        between = text.partition(start)[2].partition(end)[0]
-        assert between == content, f"{name_of(page)} is not what the code says; run python tests/test_docs.py"
-
-
-def generated() -> dict[Path, tuple[str, str, str]]:
-    """(from, to, what stands between) of each page with a part that follows from the code."""
-    end = "<!-- end -->"
-    return {
-        REFERENCE: ("<!-- parameters: python tests/test_docs.py -->\n", end, parameters()),
-        TROUBLESHOOTING: ("<!-- messages: python tests/test_docs.py -->\n", end, messages()),
-    }
+def test_the_table_of_parameters_is_what_params_yaml_says() -> None:
+    text = REFERENCE.read_text(encoding="utf-8")
+    assert text.count(START) == text.count(END) == 1
+    between = text.partition(START)[2].partition(END)[0]
+    assert between == parameters(), f"{name_of(REFERENCE)} is not what params.yaml says; run python tests/test_docs.py"
 
 
 def parameters() -> str:
@@ -183,104 +182,6 @@ def test_every_parameter_says_what_it_is() -> None:
         assert len(row.split(" | ")[2]) > 8, f"params.yaml does not say what {key} is"
 
 
-def messages() -> str:
-    """Every message for the user, by the part of the program that prints it; what varies is an ellipsis."""
-    parts: list[str] = []
-    for path in sorted((ROOT / "src/pipelib").rglob("*.py")) + sorted((ROOT / "stages").glob("*.py")):
-        found = list(dict.fromkeys(messages_in(path)))
-        if found:
-            parts += [f"### {path.relative_to(ROOT).as_posix().removeprefix('src/pipelib/')}", ""]
-            parts += [f"- {text}" for text in found] + [""]
-    return "\n" + "\n".join(parts)
-
-
-def test_messages_are_found_however_they_reach_the_user() -> None:
-    text = messages()
-    for said in (
-        "the disk is full (…), so the stage stopped",
-        "another program holds its lock: end that program, or wait",
-        "holds unfinished work of other code",
-        "the machines of this training did not find each other (…)",
-        "MLflow refuses a part of this run",
-        "did not take all of this run within",
-        "is missing, so the folder is not complete",
-        "… has md5 … and DVC recorded …: its bytes changed; add --repair",
-    ):
-        assert said in text
-
-
-RETURNED = ("user_message", "_other_code", "_what_went_wrong", "advice")
-"""Functions whose texts others raise or print."""
-
-
-def messages_in(path: Path) -> Iterator[str]:
-    """The texts of a file for the user: of UserError, SystemExit and `say`, problems with parameters and outs, and what
-    functions return that make a message."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = assigned(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and node.args:
-            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            owner = getattr(getattr(node.func, "value", None), "id", "")
-            if called in ("UserError", "SystemExit", "say", "_complain") or (
-                called == "append" and owner == "problems"
-            ):
-                yield from readable(node.args[0], names)
-            elif called == "Problem":
-                yield from readable(node.args[1], names)
-        elif isinstance(node, ast.FunctionDef) and "problems" in node.name:
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Yield) and inner.value is not None:
-                    yield from readable(inner.value, names)
-        elif isinstance(node, ast.FunctionDef) and node.name in RETURNED:
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Return) and inner.value is not None:
-                    yield from readable(inner.value, names)
-                elif isinstance(inner, ast.Tuple) and all(isinstance(part, ast.Constant) for part in inner.elts):
-                    yield from readable(inner.elts[-1], names)  # what an error says, and what to do
-
-
-Names = dict[str, list[tuple[range, ast.expr]]]
-"""What names stand for, and in which lines."""
-
-
-def assigned(tree: ast.Module) -> Names:
-    """The values that a file gives to names, each known until its block ends."""
-    names: Names = {}
-    for node in ast.walk(tree):
-        for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
-            for statement in block if isinstance(block, list) else ():
-                if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                    lines = range(statement.lineno + 1, block[-1].end_lineno + 1)
-                    names.setdefault(statement.targets[0].id, []).append((lines, statement.value))
-    return names
-
-
-def readable(node: ast.expr, names: Names) -> Iterator[str]:
-    text = re.sub(r"(…\s*)+…", "…", literal(node, names).replace("\n", " ")).strip()
-    if len(re.sub(r"[…\W]", "", text)) > 15:
-        yield text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-
-
-def literal(node: ast.expr, names: Names) -> str:
-    """The text of an expression, with an ellipsis for what is not literal."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(literal(value, names) for value in node.values)
-    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
-        return literal(node.value, names)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return literal(node.left, names) + literal(node.right, names)
-    if isinstance(node, ast.Name):
-        known = [(lines.start, value) for lines, value in names.get(node.id, ()) if node.lineno in lines]
-        value = max(known, key=lambda found: found[0])[1] if known else None
-        if isinstance(value, ast.JoinedStr) or isinstance(getattr(value, "value", None), str):
-            return literal(value, names)
-    return "…"
-
-
 if __name__ == "__main__":
-    for page, (start, end, content) in generated().items():
-        before, _, rest = page.read_text(encoding="utf-8").partition(start)
-        page.write_text(before + start + content + end + rest.partition(end)[2], encoding="utf-8")
+    before, _, rest = REFERENCE.read_text(encoding="utf-8").partition(START)
+    REFERENCE.write_text(before + START + parameters() + END + rest.partition(END)[2], encoding="utf-8")

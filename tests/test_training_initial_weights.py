@@ -123,7 +123,7 @@ def validation(project: Project) -> list[float]:
 
 
 def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> None:
-    """The recipe of docs/how-it-works.md: source local, init_from a folder, a lower max_lr."""
+    """The recipe of docs/how-it-works/training.md: source local, init_from a folder, a lower max_lr."""
     project = Project.make(tmp_path)
     write_jsonl(tmp_path / "texts/a.jsonl", make_texts(70))
     write_params(tmp_path, train__max_lr=3e-2, train__max_tokens=12_288, train__max_epochs=100)
