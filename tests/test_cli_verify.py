@@ -107,9 +107,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "foreign": (foreign_token, TRAIN, "the token 50300"),
     "documents": (wrong_documents, TRAIN, "20 documents and the manifest says 7"),
     "no training shard": (no_training, MANIFEST, "no train shard"),
-    "counts": (wrong_counts, UNIGRAM_COUNTS, "how often"),
+    "counts": (wrong_counts, UNIGRAM_COUNTS, "does not match the tokens"),
     "counts missing": (lambda folder: (folder / UNIGRAM_COUNTS).unlink(), UNIGRAM_COUNTS, "is missing"),
-    "counts empty": (lambda folder: (folder / UNIGRAM_COUNTS).write_bytes(b""), UNIGRAM_COUNTS, "no array"),
+    "counts empty": (lambda folder: (folder / UNIGRAM_COUNTS).write_bytes(b""), UNIGRAM_COUNTS, "not an array"),
     "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST, "does not exist"),
     "manifest torn": (lambda folder: (folder / MANIFEST).write_text('{"version": 1'), MANIFEST, "not JSON"),
 }

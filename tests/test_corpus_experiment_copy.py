@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_project import PARAMS, Project
 
 from pipelib.corpus import experiment_copy
-from pipelib.corpus.experiment_copy import QUEUED, lacking_files, queued_at, require_corpus, was_there
+from pipelib.corpus.experiment_copy import QUEUED, existed_when_queued, missing_files, queued_at, require_corpus
 from pipelib.corpus.params import DownloadParams
 from pipelib.errors import UserError
 
@@ -112,11 +112,11 @@ def test_what_the_stage_does_not_read_may_stay_behind(workspace: Path) -> None:
     for name in ("notes.pdf", "big.txt.dvc", ".gitignore", ".hidden.txt", ".cache/a.txt", "README"):
         write(workspace / "corpus" / name)
     (workspace / "corpus/folder.txt").mkdir()
-    assert lacking_files(make_params(), workspace) == []
+    assert missing_files(make_params(), workspace) == []
     write(workspace / "corpus/a.txt")
     write(workspace / "corpus/b/c.TXT")
-    assert lacking_files(make_params(), workspace) == ["a.txt", "b/c.TXT"]
-    assert lacking_files(make_params(pattern="b/*"), workspace) == ["b/c.TXT"]
+    assert missing_files(make_params(), workspace) == ["a.txt", "b/c.TXT"]
+    assert missing_files(make_params(pattern="b/*"), workspace) == ["b/c.TXT"]
 
 
 def test_links_count_and_other_repositories_inside_too(workspace: Path, here: Path) -> None:
@@ -128,7 +128,7 @@ def test_links_count_and_other_repositories_inside_too(workspace: Path, here: Pa
     write(folder / "clone/.git/config")
     write(folder / "clone/a.txt")  # git lists the folder of another repository, and nothing in it
     os.mkfifo(folder / "fifo.txt")
-    assert lacking_files(make_params(), workspace) == [
+    assert missing_files(make_params(), workspace) == [
         "clone/a.txt", "dangling.txt", "fifo.txt", "link.txt", "linked"
     ]  # fmt: skip
 
@@ -175,7 +175,7 @@ def test_a_file_that_was_there_is_refused_whatever_came_later(workspace: Path, l
     file = write(workspace / "corpus/big.txt")
     queued = now()
     later(file)
-    assert was_there(workspace, Path("corpus/big.txt"), queued)
+    assert existed_when_queued(workspace, Path("corpus/big.txt"), queued)
 
 
 def copy_with_times(folder: Path, file: Path) -> None:
@@ -219,9 +219,9 @@ def test_a_folder_that_was_moved_in_later_fails_nothing(workspace: Path, here: P
     write(here / "downloads/deep/er/a.txt")
     queued = now()
     (here / "downloads/deep").rename(workspace / "corpus/deep")
-    assert not was_there(workspace, Path("corpus/deep/er/a.txt"), queued)
-    assert was_there(workspace, Path("corpus/deep/er/a.txt"), now())
-    assert not was_there(workspace, Path("corpus/gone.txt"), queued)
+    assert not existed_when_queued(workspace, Path("corpus/deep/er/a.txt"), queued)
+    assert existed_when_queued(workspace, Path("corpus/deep/er/a.txt"), now())
+    assert not existed_when_queued(workspace, Path("corpus/gone.txt"), queued)
 
 
 def test_of_several_only_those_that_were_there_are_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def test_what_is_lacking_is_the_difference_of_what_both_would_read(
         for name in names:
             write(root / "corpus" / f"{name}.txt")
     expected = sorted(f"{name}.txt" for name in there - here_too if not name.startswith("."))
-    assert lacking_files(make_params(), workspace) == expected
+    assert missing_files(make_params(), workspace) == expected
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_a_list_that_fails_is_asked_for_again(hub: FakeHub, one_file: bytes, tmp
 @pytest.mark.parametrize("when", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"])
 def test_the_server_says_how_long_to_wait(hub: FakeHub, one_file: bytes, tmp_path: Path, when: str) -> None:
     hub.failures, hub.retry_after = [429, 503, 429], when
-    slow = dataclasses.replace(source(), retry=Retry(attempts=4, first_wait=1000.0, longest_wait=1000.0))
+    slow = dataclasses.replace(source(), retry=Retry(attempts=4, first_wait=1000.0, max_wait=1000.0))
     slow.write(tmp_path / "raw", tmp_path)
     assert (tmp_path / "raw/000_00000.parquet").read_bytes() == one_file
     assert hub.requests == [*ASKED, GET, GET, GET, GET]
@@ -605,7 +605,7 @@ def test_download_count_is_checked(hub: FakeHub, tmp_path: Path, monkeypatch: py
 
 
 def test_waits_grow_vary_and_heed_the_server() -> None:
-    retry = Retry(first_wait=1.0, longest_wait=10.0)
+    retry = Retry(first_wait=1.0, max_wait=10.0)
     assert 0.5 <= retry.seconds(1, None) <= 1.5
     assert 2.0 <= retry.seconds(3, None) <= 6.0
     assert retry.seconds(30, None) <= 15.0

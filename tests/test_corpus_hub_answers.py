@@ -54,7 +54,7 @@ from pipelib.corpus.benchmarks import hub_rows
 from pipelib.corpus.download import download
 from pipelib.corpus.hub_lists import HubFile, HubPin, list_files, parse_list
 from pipelib.corpus.hub_store import fetch_pinned
-from pipelib.corpus.hub_transfer import ForeignAnswerError, HubRepo, _retry_after, get_list
+from pipelib.corpus.hub_transfer import HubRepo, UnexpectedAnswerError, _retry_after, get_list
 from pipelib.corpus.parquet import iterate_raw, require_text
 from pipelib.corpus.sources.hub import HubSource, _schema
 from pipelib.errors import UserError
@@ -190,7 +190,7 @@ ENTRIES = st.lists(
 def test_a_list_is_what_the_hub_would_give_or_refused(answer: list[Any]) -> None:
     try:
         files = parse_list(json.loads(json.dumps(answer)), FOLDER)
-    except ForeignAnswerError:
+    except UnexpectedAnswerError:
         return
     paths = [file.path for file in files]
     assert paths == sorted(set(paths))
@@ -314,7 +314,7 @@ def test_a_name_that_no_repository_can_have_ends_before_a_request(hub: FakeHub, 
 @example(value="9" * 400)
 def test_any_wish_to_wait_is_a_time_or_nothing(value: str) -> None:
     wish = _retry_after(SimpleNamespace(response=SimpleNamespace(headers={"Retry-After": value})))  # type: ignore[arg-type]
-    assert wish is None or 0 <= QUICK.seconds(1, wish) <= QUICK.longest_wait
+    assert wish is None or 0 <= QUICK.seconds(1, wish) <= QUICK.max_wait
 
 
 def test_pages_without_an_end_are_refused(hub: FakeHub) -> None:

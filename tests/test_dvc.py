@@ -311,7 +311,7 @@ def test_a_new_family_reruns_nothing_and_one_message_says_how_to_choose_it(clone
     clone.commit("a family")
     said = clone.fails([".venv/bin/dvc", "exp", "run", "-S", "model.architecture=toy"])
     message = (
-        "model.architecture: toy needs other keys (missing: width; superfluous: n_layer, n_head, n_embd); change them"
+        "model.architecture: toy needs other keys (missing: width; not needed: n_layer, n_head, n_embd); change them"
     )
     assert said.count(message) == 1
     (command,) = re.findall(r"`\.venv/bin/dvc (exp run .*?)`", said)

@@ -105,7 +105,7 @@ def test_gpt3s_preset_is_the_published_shape_and_recipe() -> None:
         ([("evaluate.batch_tokens", 64)], ["evaluate.batch_tokens: 64 is less than one context of 128"]),
         ([("train.seed", 2**64)], ["train.seed: 18446744073709551616 must be at most 9223372036854775807"]),
         ([("model.n_layer", 10**400), ("train.max_tokens", 10**400)], ["model.n_layer: ", "train.max_tokens: "]),
-        ([("evaluate.baselines", ["./models"])], ["evaluate.baselines: ./models is what train makes"]),
+        ([("evaluate.baselines", ["./models"])], ["evaluate.baselines: ./models is the output of train"]),
         ([("train.beta2", 1.0)], ["train.beta2: 1.0 must be at most"]),
     ],
 )  # fmt: skip

@@ -207,12 +207,12 @@ def test_a_key_chooses_the_dataclass() -> None:
         ),
         (
             {"kind": "square", "radius": 2, "color": "red"},
-            "a.kind: square needs other keys (missing: side; superfluous: radius); change them in the file, or type "
-            "`dvc exp run -S a.kind=square -S '+a.side=SIDE' -S '~a.radius'`, with values in place of the capitals.",
+            "a.kind: square needs other keys (missing: side; not needed: radius); change them in the file, or type "
+            "`dvc exp run -S a.kind=square -S '+a.side=SIDE' -S '~a.radius'`, with a value instead of each name in capitals.",
         ),
         (
             {"kind": "circle", "radius": 2, "color": "red", "side": 1},
-            "a.kind: circle needs other keys (superfluous: side); change them in the file, or type "
+            "a.kind: circle needs other keys (not needed: side); change them in the file, or type "
             "`dvc exp run -S a.kind=circle -S '~a.side'`.",
         ),
         ({"kind": "circle", "radius": "x", "color": "red"}, "a.radius: 'x' is text; it must be a whole number."),

@@ -196,7 +196,7 @@ def test_more_passes_over_the_corpus_than_allowed(project: Project) -> None:
 
 def test_ranks_that_cannot_share_a_step(project: Project) -> None:
     project.refuses("train", "3 ranks with train.micro_batch_size = 4 cannot share the 8 rows", PIPELIB_NPROC="3")
-    project.refuses("train", "PIPELIB_NPROC=all is not a whole number from 1 on", PIPELIB_NPROC="all")
+    project.refuses("train", "PIPELIB_NPROC=all is not a whole number of at least 1", PIPELIB_NPROC="all")
 
 
 def flip_bit(path: Path, offset: int) -> None:

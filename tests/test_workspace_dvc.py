@@ -17,7 +17,15 @@ from pipelib.errors import UserError
 from pipelib.schema import conflict_line, parse_yaml
 from pipelib.tracking.run import _out_md5s
 from pipelib.workspace import dvc
-from pipelib.workspace.dvc import Entry, LockedStage, how_to_restore, parse_lock, parse_metrics, read_lock, read_metrics
+from pipelib.workspace.dvc import (
+    LockedEntry,
+    LockedStage,
+    how_to_restore,
+    parse_lock,
+    parse_metrics,
+    read_lock,
+    read_metrics,
+)
 
 LOCK = b"""schema: '2.0'
 stages:
@@ -49,10 +57,10 @@ Parse = Callable[[bytes, str], dict[str, Any]]
 
 
 def test_what_dvc_writes_is_read() -> None:
-    model = Entry("models", "1123456789abcdef0123456789abcdef.dir")
+    model = LockedEntry("models", "1123456789abcdef0123456789abcdef.dir")
     assert parse_lock(LOCK, "dvc.lock") == {
-        "train": LockedStage((Entry("data/tokens", "0123456789abcdef0123456789abcdef.dir"),), (model,)),
-        "evaluate": LockedStage((model,), (Entry("reports", ""),)),
+        "train": LockedStage((LockedEntry("data/tokens", "0123456789abcdef0123456789abcdef.dir"),), (model,)),
+        "evaluate": LockedStage((model,), (LockedEntry("reports", ""),)),
     }
     assert parse_lock(b"schema: '2.0'\nstages:\n", "dvc.lock") == {}
     assert parse_metrics(METRICS, "m") == {"val_loss": 5.0, "steps": 8, "deep.er": [1, 2], "name": "x"}

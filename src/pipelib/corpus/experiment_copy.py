@@ -34,19 +34,19 @@ def require_corpus(params: DownloadParams) -> None:
     original = workspace()
     if params.source != "local" or original.resolve() == Path.cwd().resolve():
         return
-    lacking = lacking_files(params, original)
+    lacking = missing_files(params, original)
     if not lacking:
         return
     queued = queued_at()
-    if before := [name for name in lacking if was_there(original, Path(params.path) / name, queued)]:
-        raise UserError(refusal(params, original, before))
+    if before := [name for name in lacking if existed_when_queued(original, Path(params.path) / name, queued)]:
+        raise UserError(missing_files_message(params, original, before))
     tell(
         f"{plural(len(lacking), 'file')} of {params.path} in the workspace came or changed after this experiment was queued, so "
         f"it runs without {_names(lacking)}"
     )
 
 
-def lacking_files(params: DownloadParams, workspace: Path) -> list[str]:
+def missing_files(params: DownloadParams, workspace: Path) -> list[str]:
     """What the download stage would read in the workspace's `download.path` and the copy in the current folder has not:
     paths inside that folder, sorted. Linked folders count too, since the stage refuses them."""
     folder, own = workspace / params.path, Path(params.path)
@@ -67,7 +67,7 @@ def queued_at() -> float:
         return float("inf")
 
 
-def was_there(workspace: Path, path: Path, queued: float) -> bool:
+def existed_when_queued(workspace: Path, path: Path, queued: float) -> bool:
     """Whether a file that is in the workspace now was there, too, when the experiment was queued.
 
     Putting a file into a folder sets the time of change of both, whatever the file's time of writing is (`mv`, `cp -p`, `tar`).
@@ -100,7 +100,7 @@ def dvc_file_of(workspace: Path, path: Path) -> Path | None:
     return next((file for file in covering if (workspace / file).is_file()), None)
 
 
-def refusal(params: DownloadParams, workspace: Path, names: list[str]) -> str:
+def missing_files_message(params: DownloadParams, workspace: Path, names: list[str]) -> str:
     """The message for files that the copy lacks, with what to do about them."""
     paths = [Path(params.path) / name for name in names]
     tracked = {path: dvc_file_of(workspace, path) for path in paths}

@@ -139,7 +139,7 @@ def _in_short(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
-def no_connection(error: BaseException) -> str:
+def connection_failure(error: BaseException) -> str:
     """Why there is no connection, and to whom."""
     address = urlsplit(endpoint())
     proxy = getproxies().get(address.scheme) or getproxies().get("all")
@@ -159,7 +159,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def lasting_flaw(error: BaseException) -> tuple[str, str] | None:
+def permanent_failure(error: BaseException) -> tuple[str, str] | None:
     """What is wrong with a connection that no further attempt would change, and what to do; None for anything else."""
     import httpx2
 

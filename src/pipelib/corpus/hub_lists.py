@@ -16,7 +16,15 @@ from typing import Any
 from urllib.parse import quote
 
 from pipelib.corpus.hub_client import client, endpoint, shown
-from pipelib.corpus.hub_transfer import ForeignAnswerError, HubRepo, Retry, get_json, get_list, is_refusal, persistently
+from pipelib.corpus.hub_transfer import (
+    HubRepo,
+    Retry,
+    UnexpectedAnswerError,
+    get_json,
+    get_list,
+    is_refusal,
+    with_retries,
+)
 from pipelib.errors import UserError, tell
 from pipelib.files import read_json, sha256_files, sha256_json, write_json
 from pipelib.workspace.places import StatePlaces
@@ -68,7 +76,7 @@ class _Listing:
         return f"the list of files in {self.where} {source}"
 
 
-Judge = Callable[[_Listing], None]
+ListCheck = Callable[[_Listing], None]
 """Raises a UserError where a list lacks what its reader needs."""
 
 
@@ -122,7 +130,7 @@ def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
     return replace(found, sha256=pin.sha256 or found.sha256)
 
 
-def _listed(repo: HubRepo, folder: str, judge: Judge, retry: Retry) -> _Listing:
+def _listed(repo: HubRepo, folder: str, judge: ListCheck, retry: Retry) -> _Listing:
     """The list that is kept, else the hub's, else, offline, what the hub's own cache has; in any case one that serves."""
     folder = folder.strip("/")
     kept = _read_list(repo, folder)
@@ -145,7 +153,7 @@ def listed_paths(store: Path) -> set[str]:
     return {file.path for path in (store / _LISTS).glob("*.json") for file in _read(path)[1]}
 
 
-def other_origin(repo: HubRepo, file: HubFile) -> str:
+def origin_hint(repo: HubRepo, file: HubFile) -> str:
     """What to add to an error about a file, where the list that names it came from another endpoint than is asked now."""
     kept = _read_list(repo, file.path.rpartition("/")[0])
     now = shown(endpoint())
@@ -198,8 +206,8 @@ def _ask_hub(repo: HubRepo, folder: str, retry: Retry) -> _Listing:
         ) from None
     what = f"the list of files in {_where(repo, folder)} from {shown(endpoint())}"
     url = repo.api_url(f"tree/{repo.revision}/{quote(folder)}".rstrip("/"))
-    files = persistently(lambda: parse_list(get_list(url), folder), what, repo, retry)
-    persistently(lambda: _require_complete(files, repo, folder), what, repo, retry)
+    files = with_retries(lambda: parse_list(get_list(url), folder), what, repo, retry)
+    with_retries(lambda: _require_complete(files, repo, folder), what, repo, retry)
     return _Listing(_where(repo, folder), shown(endpoint()), files)
 
 
@@ -209,15 +217,15 @@ def parse_list(entries: Sequence[Any], folder: str) -> list[HubFile]:
     A path that lies elsewhere is left out: it could lead out of the store.
 
     Raises:
-        ForeignAnswerError: the hub would not answer so.
+        UnexpectedAnswerError: the hub would not answer so.
     """
     if not entries:
-        raise ForeignAnswerError("an empty list, which the hub does not give of a folder")
+        raise UnexpectedAnswerError("an empty list, which the hub does not give of a folder")
     files = [file for file in map(_parse_entry, entries) if file and file.path.rpartition("/")[0] == folder]
     files.sort(key=lambda file: file.path)
     twice = next((first.path for first, second in pairwise(files) if first.path == second.path), None)
     if twice is not None:
-        raise ForeignAnswerError(f"it names {twice} twice")
+        raise UnexpectedAnswerError(f"it names {twice} twice")
     return files
 
 
@@ -231,7 +239,7 @@ def _parse_entry(entry: Any) -> HubFile | None:
                 return HubFile(path, size, _sha256_in(entry.get("lfs")))
         case {"type": str(kind)} if kind != "file":
             return None
-    raise ForeignAnswerError("it has an entry that is not like the hub's")
+    raise UnexpectedAnswerError("it has an entry that is not like the hub's")
 
 
 def _is_path(path: str) -> bool:
@@ -249,7 +257,7 @@ def _sha256_in(lfs: Any) -> str:
             return ""
         case {"oid": str(oid)} if re.fullmatch("[0-9a-f]{64}", oid):
             return oid
-    raise ForeignAnswerError("it has a SHA-256 that is not one")
+    raise UnexpectedAnswerError("it has a SHA-256 that is not one")
 
 
 def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: str) -> None:
@@ -257,7 +265,7 @@ def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: str) -> N
     mirror may have the first alone, and nothing in it tells.
 
     Raises:
-        ForeignAnswerError: the list leaves files out, or is another commit's.
+        UnexpectedAnswerError: the list leaves files out, or is another commit's.
     """
     known = _ask_names(repo)
     if known is None:
@@ -269,14 +277,14 @@ def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: str) -> N
     named = {name for name in known if name.rpartition("/")[0] == folder}
     left_out = sorted(named - {file.path for file in files})
     if left_out:
-        raise ForeignAnswerError(f"it leaves out {len(left_out)} of {len(named)} files, {left_out[0]} first")
+        raise UnexpectedAnswerError(f"it leaves out {len(left_out)} of {len(named)} files, {left_out[0]} first")
 
 
 def _ask_names(repo: HubRepo) -> list[str] | None:
     """The paths of a repository's files; None from a server that does not give them."""
     try:
         answer = get_json(repo.api_url(f"revision/{repo.revision}"))
-    except ForeignAnswerError:
+    except UnexpectedAnswerError:
         return None
     except Exception as error:
         if is_refusal(error):
@@ -284,7 +292,7 @@ def _ask_names(repo: HubRepo) -> list[str] | None:
         raise
     match answer:
         case {"sha": str(commit)} if commit != repo.revision:
-            raise ForeignAnswerError(f"it answers for commit {commit[:40]!r}")
+            raise UnexpectedAnswerError(f"it answers for commit {commit[:40]!r}")
         case {"siblings": [*siblings]}:
             names = [entry.get("rfilename") if isinstance(entry, dict) else None for entry in siblings]
             return names if all(isinstance(name, str) for name in names) else None  # type: ignore[return-value]

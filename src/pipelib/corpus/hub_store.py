@@ -20,17 +20,17 @@ from http import HTTPStatus
 from pathlib import Path
 
 from pipelib.corpus.hub_client import client
-from pipelib.corpus.hub_lists import HubFile, HubPin, listed_paths, other_origin, pinned_file, store_folder
+from pipelib.corpus.hub_lists import HubFile, HubPin, listed_paths, origin_hint, pinned_file, store_folder
 from pipelib.corpus.hub_transfer import (
-    PATIENT,
+    DEFAULT_RETRY,
     HubRepo,
     Meter,
     Retry,
     WrongBytesError,
-    continue_file,
-    persistently,
     read_tail,
+    resume_file,
     status_of,
+    with_retries,
 )
 from pipelib.errors import UserError
 from pipelib.files import (
@@ -40,7 +40,7 @@ from pipelib.files import (
     sha256_file,
     sync_folder,
 )
-from pipelib.processes import available_cores, positive_setting
+from pipelib.processes import available_cores, positive_int_from_env
 from pipelib.progress import Progress
 from pipelib.workspace.locks import LOCK, locked
 
@@ -63,7 +63,7 @@ def open_store(repo: HubRepo, retry: Retry) -> Iterator["HubStore"]:
 
 
 @contextmanager
-def fetch_pinned(pin: HubPin, retry: Retry = PATIENT) -> Iterator[Path]:
+def fetch_pinned(pin: HubPin, retry: Retry = DEFAULT_RETRY) -> Iterator[Path]:
     """A file that this code names, verified, while it is read."""
     file = pinned_file(pin, retry)
     with open_store(pin.repo, retry) as store:
@@ -131,7 +131,7 @@ class HubStore:
             return None
         url = self._repo.file_url(file.path)
         what = f"the end of {file.path} of {self._repo.name}"
-        return persistently(lambda: read_tail(url, file.bytes, count), what, self._repo, self._retry)
+        return with_retries(lambda: read_tail(url, file.bytes, count), what, self._repo, self._retry)
 
     def _place(self, file: HubFile) -> Path:
         return self._folder / file.path
@@ -169,7 +169,7 @@ class HubStore:
     def _download_all(self, files: Sequence[HubFile]) -> None:
         """Download files in parallel; the first that fails for good stops the others."""
         total, before = sum(file.bytes for file in files), sum(map(self._part_bytes, files))
-        workers = positive_setting("PIPELIB_DOWNLOADS") or 4
+        workers = positive_int_from_env("PIPELIB_DOWNLOADS") or 4
         require_free_space(self._folder, total - before, "the download")
         progress = Progress(f"hub: {self._repo.name}", total, "bytes", before)
         progress.note = f"0 of {len(files)} files"
@@ -202,16 +202,16 @@ class HubStore:
         attempt = self._attempt if client().constants.HF_HUB_DISABLE_XET else self._attempt_by_client
         what = f"{file.path} of {self._repo.name}"
         try:
-            persistently(lambda: attempt(file, meter), what, self._repo, self._retry, stop, lambda: meter.highest)
+            with_retries(lambda: attempt(file, meter), what, self._repo, self._retry, stop, lambda: meter.highest)
         except UserError as error:
-            raise UserError(f"{error}{other_origin(self._repo, file)}") from None
+            raise UserError(f"{error}{origin_hint(self._repo, file)}") from None
 
     def _attempt(self, file: HubFile, meter: Meter) -> None:
         """Continue the partial file, and name it when it is right; what is wrong with it starts it again."""
         part = self._part(file)
         try:
             try:
-                continue_file(self._repo.file_url(file.path), part, file.bytes, meter)
+                resume_file(self._repo.file_url(file.path), part, file.bytes, meter)
             except Exception as error:
                 if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                     raise WrongBytesError("its size is not the one that the hub announced") from None

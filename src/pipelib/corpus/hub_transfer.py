@@ -24,10 +24,10 @@ from urllib.parse import quote, urlsplit
 from pipelib.corpus.hub_client import (
     PROXY_REMEDY,
     client,
+    connection_failure,
     endpoint,
     headers,
-    lasting_flaw,
-    no_connection,
+    permanent_failure,
     session,
     shown,
     timeout,
@@ -73,17 +73,17 @@ class Retry:
     """In a row; an attempt that brought bytes which no attempt before brought starts the count again."""
     first_wait: float = 1.0
     """Seconds before the second attempt; doubled for each further one, and varied by up to a half."""
-    longest_wait: float = 60.0
+    max_wait: float = 60.0
     """Seconds; also the most that a server's Retry-After is heeded."""
 
     def seconds(self, attempt: int, wish: float | None) -> float:
         """How long to wait after a failed attempt, the first being 1; `wish` is the server's, if it has one."""
         if wish is not None:
-            return min(wish, self.longest_wait)
-        return float(min(self.first_wait * 2 ** (attempt - 1), self.longest_wait) * random.uniform(0.5, 1.5))
+            return min(wish, self.max_wait)
+        return float(min(self.first_wait * 2 ** (attempt - 1), self.max_wait) * random.uniform(0.5, 1.5))
 
 
-PATIENT = Retry()
+DEFAULT_RETRY = Retry()
 """Two minutes of waiting, more or less, before a hub that does not answer is given up."""
 
 
@@ -91,11 +91,11 @@ class WrongBytesError(Exception):
     """What came is not what was announced."""
 
 
-class CutShortError(Exception):
+class TruncatedAnswerError(Exception):
     """The answer ended before the file did."""
 
 
-class ForeignAnswerError(Exception):
+class UnexpectedAnswerError(Exception):
     """What came is not an answer that the hub gives: a page for people, JSON of another shape, a list with gaps."""
 
 
@@ -154,7 +154,7 @@ def _get(url: str, more: Mapping[str, str]) -> Iterator[Any]:
     with session().stream("GET", url, headers={**headers(), **more}, timeout=timeout()) as response:
         _raise_for_status(response)
         if response.status_code not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):  # a redirection to nowhere
-            raise ForeignAnswerError(f"HTTP {response.status_code}")
+            raise UnexpectedAnswerError(f"HTTP {response.status_code}")
         yield response
 
 
@@ -184,9 +184,9 @@ def get_list(url: str) -> list[Any]:
             page = _read_json(response)
             following = _next_page(url, response)
         if not isinstance(page, list):
-            raise ForeignAnswerError(f"JSON that is not a list but {type(page).__name__}")
+            raise UnexpectedAnswerError(f"JSON that is not a list but {type(page).__name__}")
         if following and (not page or following in asked):
-            raise ForeignAnswerError("its pages do not end")
+            raise UnexpectedAnswerError("its pages do not end")
         entries += page
     return entries
 
@@ -203,8 +203,8 @@ def _read_json(response: Any) -> Any:
         return response.json()
     except (ValueError, RecursionError):
         if response.content.lstrip()[:1] in (b"[", b"{"):
-            raise CutShortError("its JSON is damaged or ended early") from None
-        raise ForeignAnswerError(f"{_kind(response)} instead of JSON") from None
+            raise TruncatedAnswerError("its JSON is damaged or ended early") from None
+        raise UnexpectedAnswerError(f"{_kind(response)} instead of JSON") from None
 
 
 def _kind(response: Any) -> str:
@@ -223,7 +223,7 @@ def _next_page(url: str, response: Any) -> str | None:
     try:
         return f"{url}?{urlsplit(link).query}"
     except ValueError:
-        raise ForeignAnswerError("the address of its next page is damaged") from None
+        raise UnexpectedAnswerError("the address of its next page is damaged") from None
 
 
 def read_tail(url: str, size: int, count: int) -> bytes | None:
@@ -245,7 +245,7 @@ def read_tail(url: str, size: int, count: int) -> bytes | None:
     return tail if len(tail) == count else None
 
 
-def continue_file(url: str, part: Path, size: int, meter: Meter) -> None:
+def resume_file(url: str, part: Path, size: int, meter: Meter) -> None:
     """Bring a partial file to its full size with one request, from the byte where it ends.
 
     Args:
@@ -254,7 +254,7 @@ def continue_file(url: str, part: Path, size: int, meter: Meter) -> None:
 
     Raises:
         WrongBytesError: the hub's file has another size.
-        CutShortError: the answer ended early.
+        TruncatedAnswerError: the answer ended early.
     """
     start = part.stat().st_size if part.exists() else 0
     if start == size:
@@ -263,7 +263,7 @@ def continue_file(url: str, part: Path, size: int, meter: Meter) -> None:
     more = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     with _get(url, more) as response:
         if _kind(response) == "an HTML page":
-            raise ForeignAnswerError("an HTML page instead of the file")
+            raise UnexpectedAnswerError("an HTML page instead of the file")
         if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:  # a server that knows no ranges sends it all
             meter.restart()
             start = 0
@@ -280,10 +280,10 @@ def continue_file(url: str, part: Path, size: int, meter: Meter) -> None:
             file.flush()
             os.fsync(file.fileno())
     if part.stat().st_size < size:
-        raise CutShortError("the connection ended early")
+        raise TruncatedAnswerError("the connection ended early")
 
 
-def persistently(
+def with_retries(
     call: Callable[[], T],
     what: str,
     repo: HubRepo,
@@ -352,12 +352,12 @@ def _reason(error: BaseException) -> str:
     if status is not None:
         known = status in set(HTTPStatus)
         return f"HTTP {status} {HTTPStatus(status).phrase}" if known else f"HTTP {status}"
-    if isinstance(error, WrongBytesError | CutShortError | ForeignAnswerError):
+    if isinstance(error, WrongBytesError | TruncatedAnswerError | UnexpectedAnswerError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
-        return no_connection(error)
+        return connection_failure(error)
     return f"the proxy answers {error}" if type(error).__name__ == "ProxyError" else type(error).__name__
 
 
@@ -375,7 +375,7 @@ def _retry_after(error: BaseException) -> float | None:
 
 def _end_if_final(error: BaseException, what: str, repo: HubRepo, reason: str) -> None:
     """Raise what another attempt would not change."""
-    if flaw := lasting_flaw(error) or _refusal(error, repo, reason):
+    if flaw := permanent_failure(error) or _refusal(error, repo, reason):
         raise UserError(f"{what} cannot be downloaded ({flaw[0]}): {flaw[1]}.") from None
     if not _may_pass(error):
         raise error
@@ -389,7 +389,7 @@ def _refusal(error: BaseException, repo: HubRepo, reason: str) -> tuple[str, str
     if isinstance(error, OfflineModeIsEnabled):
         reason = "HF_HUB_OFFLINE is set, and neither the store nor the hub's cache has it"
         return reason, "unset it, or set download.source to docs or local"
-    if isinstance(error, ForeignAnswerError):
+    if isinstance(error, UnexpectedAnswerError):
         return reason, (
             f"{shown(endpoint())} does not answer as the hub does, or something on the way answers for it (a proxy, a network "
             "that wants a login first); look at HF_ENDPOINT and at the network"
@@ -431,4 +431,4 @@ def _may_pass(error: BaseException) -> bool:
 
     if isinstance(error, OSError) and error.errno is not None:
         return isinstance(error, ConnectionError | TimeoutError)  # not a full disk, not a missing permission
-    return isinstance(error, httpx2.HTTPError | OSError | WrongBytesError | CutShortError)
+    return isinstance(error, httpx2.HTTPError | OSError | WrongBytesError | TruncatedAnswerError)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelib.corpus.raw import REPAIR, Document, RawFile, Written, damaged, estimated_tokens, read_manifest
+from pipelib.corpus.raw import REPAIR, Document, RawFile, Written, damaged, estimated_tokens, read_raw_manifest
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, sha256_files, sync_folder
 
@@ -175,7 +175,7 @@ def iterate_raw(folder: Path, columns: Sequence[str] = ("text",)) -> Iterator[di
     Raises:
         UserError: the manifest or a file is missing or damaged.
     """
-    for file in read_manifest(folder).files:
+    for file in read_raw_manifest(folder).files:
         yield from islice(_iterate_file(folder / file.name, columns), file.rows)
 
 

@@ -126,7 +126,7 @@ def write_manifest(folder: Path, source: Mapping[str, Any], files: Sequence[RawF
     return manifest
 
 
-def read_manifest(folder: Path) -> RawManifest:
+def read_raw_manifest(folder: Path) -> RawManifest:
     """The manifest of a folder of raw text.
 
     Raises:

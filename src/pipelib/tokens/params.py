@@ -13,4 +13,4 @@ class TokenizeParams:
     shard_tokens: Annotated[int, Bounds(least=1024, most=2**31 - 1)]
     """Tokens in every shard but the last; the first shard is the validation split."""
     dedup: Literal["none", "exact"]
-    """`exact` leaves out every document whose text is that of an earlier one."""
+    """`exact` leaves out every document whose text equals that of an earlier document."""

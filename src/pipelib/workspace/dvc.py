@@ -20,7 +20,7 @@ _MD5 = re.compile(r"[\w-]*(\.dir)?")  # names a file of the cache, so no path
 
 
 @dataclass(frozen=True)
-class Entry:
+class LockedEntry:
     """A dependency or an out of a stage."""
 
     path: str
@@ -33,8 +33,8 @@ class Entry:
 class LockedStage:
     """What dvc.lock says of a stage that has run."""
 
-    deps: tuple[Entry, ...]
-    outs: tuple[Entry, ...]
+    deps: tuple[LockedEntry, ...]
+    outs: tuple[LockedEntry, ...]
 
 
 def read_lock(path: Path = HERE.lock) -> dict[str, LockedStage]:
@@ -141,14 +141,14 @@ def _stage(value: object, where: str) -> LockedStage:
     return LockedStage(deps, outs)
 
 
-def _entry(value: object, where: str) -> Entry:
+def _entry(value: object, where: str) -> LockedEntry:
     entry = _mapping(value, where)
     path, md5 = entry.get("path"), entry.get("md5", "")
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"{where} has an entry without a path")
     if not isinstance(md5, str) or not _MD5.fullmatch(md5):
         raise ValueError(f"{where}: {path} has the md5 {md5!r:.60}")
-    return Entry(path, md5)
+    return LockedEntry(path, md5)
 
 
 def _mapping(value: object, where: str) -> dict[str, Any]:

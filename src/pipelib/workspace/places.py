@@ -119,7 +119,7 @@ HERE = Places()
 """The workspace, for a process that runs in its root, as stages and commands do."""
 
 
-def out_of(path: Path) -> Path | None:
+def containing_out(path: Path) -> Path | None:
     """The folder that DVC knows as an out for a file of a stage, data/raw or models; None for a metric, an out itself.
 
     Args:

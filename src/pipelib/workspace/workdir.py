@@ -29,7 +29,7 @@ from pipelib.files import (
     write_json,
 )
 from pipelib.workspace.locks import LOCK, locked
-from pipelib.workspace.places import out_of, state_root
+from pipelib.workspace.places import containing_out, state_root
 from pipelib.workspace.provenance import changed
 
 META = "meta.json"
@@ -99,11 +99,11 @@ class WorkDir:
 
         Top folders of two levels (data/raw) and of one (models) are replaced whole; metrics are single files.
         """
-        for folder in sorted({out_of(Path(name)) for name in self._read_meta()["final"]} - {None}, key=str):
+        for folder in sorted({containing_out(Path(name)) for name in self._read_meta()["final"]} - {None}, key=str):
             assert folder is not None
             replace_folder(self.final / folder, folder)
         for name in self._read_meta()["final"]:
-            if out_of(Path(name)) is None:
+            if containing_out(Path(name)) is None:
                 with write_atomic(Path(name)) as file:  # git tracks it, so it must not share bytes with the state
                     file.write((self.final / name).read_bytes())
 

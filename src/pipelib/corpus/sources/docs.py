@@ -135,7 +135,7 @@ def _read_all(files: Sequence[_File]) -> Iterator[list[Document]]:
     progress = Progress("docs: reading docstrings", len(files), "files")
     done: dict[int, list[list[Document]]] = {}
     after = 0
-    with Pool(worker_count(most=len(tasks)), _start_worker) as pool:
+    with Pool(worker_count(max_useful=len(tasks)), _start_worker) as pool:
         for number, documents in pool.run(_read_some, tasks):
             done[number] = documents
             progress.add(len(documents))

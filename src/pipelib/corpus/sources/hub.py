@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelib.corpus.hub_lists import HubFile, list_files
 from pipelib.corpus.hub_store import HubStore, open_store
-from pipelib.corpus.hub_transfer import PATIENT, HubRepo, Retry
+from pipelib.corpus.hub_transfer import DEFAULT_RETRY, HubRepo, Retry
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import RawFile, Source, Written
 from pipelib.files import link_or_copy
@@ -26,7 +26,7 @@ from pipelib.files import link_or_copy
 if TYPE_CHECKING:
     import pyarrow as pa
 
-DENSER = 1.05
+DENSITY_MARGIN = 1.05
 """How many times the tokens per byte that were measured a file may have; a wave counts on it, so as not to fetch too much."""
 
 
@@ -43,7 +43,7 @@ class HubSource:
     revision: str
     folder: str
     max_tokens: int | None = None
-    retry: Retry = PATIENT
+    retry: Retry = DEFAULT_RETRY
 
     def identity(self) -> dict[str, Any]:
         """The repository, the commit, and every file of the folder; the hub is asked once, and its answer is kept.
@@ -146,7 +146,7 @@ def _needed(files: Sequence[HubFile], tokens: int, density: float) -> Sequence[H
     if not density:
         return files[:1]
     count, size = 1, files[0].bytes
-    while count < len(files) and DENSER * density * size < tokens:
+    while count < len(files) and DENSITY_MARGIN * density * size < tokens:
         size += files[count].bytes
         count += 1
     return files[:count]
