@@ -487,12 +487,12 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", r"001_00000\.parquet does not exist, so a part of the corpus is missing; run dvc repro"),
+        ("missing", r"001_00000\.parquet does not exist, so part of the corpus is missing; run dvc repro"),
         ("empty", r"001_00000\.parquet cannot be read as parquet"),
         ("cut short", r"001_00000\.parquet cannot be read as parquet .*pipelib verify data/raw --repair"),
         (
             "a page overwritten",
-            r"001_00000\.parquet has sha256 .*its bytes changed, so its text may have; run `pipelib ver",
+            r"001_00000\.parquet has sha256 .*its bytes changed, so its text may be wrong; run `pipelib ver",
         ),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_broken_lock_has_its_own_remedy(content: bytes, why: str) -> None:
         parse_lock(content, "dvc.lock")
     said = str(error.value)
     assert said.startswith("dvc.lock is broken (")
-    assert why in said.partition("), so nothing says what DVC made")[0]
+    assert why in said.partition("), so it is unknown what DVC made")[0]
     assert "git checkout HEAD -- dvc.lock" in said
     assert "\n" not in said
 

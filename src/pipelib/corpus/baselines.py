@@ -1,7 +1,7 @@
-"""OpenAI's GPT-2 weights, as Hugging Face published them: what evaluation compares with and training can start from.
+"""OpenAI's GPT-2 weights, as Hugging Face published them. Evaluation compares with them, and training can start from them.
 
-Each is `NAME/model.safetensors`, unchanged, and a `NAME/config.json` that says its shape. The repositories' own config.json
-is not taken: git alone keeps it, so the hub has no SHA-256 of it, and what counts of it is known.
+Each model is an unchanged `NAME/model.safetensors` and a `NAME/config.json` with its shape. The config.json of the hub's
+repository is not used: it is kept in plain git, for which the hub has no SHA-256, and the values that matter are known.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ def write_baselines(
     """Put the models that `download.models` names into `folder`.
 
     Args:
-        folder: gets one folder per model and `manifest.json`, which is there even if no model is named.
-        fetch: gives a file of the hub, verified, while it is read.
+        folder: gets one folder per model, and `manifest.json` even if no model is named.
+        fetch: opens a verified file of the hub.
 
     Returns:
         The manifest: per model its repository, its revision, and the size and SHA-256 of its weights.
@@ -50,7 +50,7 @@ def write_baselines(
 
 
 def _config(model: PublishedModel) -> dict[str, Any]:
-    """What GPT-2's config.json has to say."""
+    """Return the content of GPT-2's config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": model.architecture,
