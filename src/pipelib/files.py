@@ -34,6 +34,7 @@ def write_atomic(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             readers verify them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -125,6 +126,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
+        # Another file system, no support for links, or too many links to one file: copy. Any other error is real.
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
             raise
         with source.open("rb") as reader, write_atomic(target) as writer:
@@ -147,7 +149,7 @@ def replace_folder(source: Path, target: Path) -> None:
     fresh.mkdir()
     for path in files_under(source):
         link_or_copy(path, fresh / path.relative_to(source))
-    remove(target)
+    remove(target)  # a folder cannot be renamed over another one that has files
     fresh.rename(target)
     sync_folder(target.parent)
 
@@ -169,7 +171,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # `user_message` explains a full disk
             raise
         raise UserError(
             f"{folder} cannot be created ({error.strerror}), so nothing can be written there; name another folder "

@@ -82,6 +82,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
     In a container the listed path may exist only on the host. The root of the mounted file system is then the container's
     own group.
     """
+    # A line is NUMBER:CONTROLLERS:PATH; version 2 has number 0 and no controllers.
     for line in system_file(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -151,6 +152,7 @@ def die_with_parent(death_signal: signal.Signals = signal.SIGTERM) -> None:
         if os.getppid() != parent or (intended != parent and _has_ended(intended)):
             os.kill(os.getpid(), death_signal)
     else:
+        # Without prctl, a process whose parent died gets another parent: check for that.
         import threading
 
         def watch() -> None:
@@ -258,6 +260,7 @@ def outlive_terminal() -> None:
     """Let this process continue after its terminal or pipe is closed, so that it can still save its last checkpoint."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        # Only the process's own stream, not a replacement (pytest's, for example).
         if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             file = io.BufferedWriter(_Unstoppable(stream.fileno(), "w", closefd=False))
             line_buffering = stream.line_buffering or name == "stderr"

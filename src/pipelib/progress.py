@@ -24,6 +24,7 @@ class Progress:
         self.note = ""
         """Printed at the end of the line."""
         self.started = time.monotonic()
+        # A dumb terminal cannot rewrite a line.
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._printed = -float("inf") if self._terminal or before else self.started  # no line of zeros in a log
         self._period = 0.2 if self._terminal else 10.0

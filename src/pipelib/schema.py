@@ -211,6 +211,7 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
             f"{key or 'the file'} is {kind_of(value)}, not a section with keys; see presets/ for the keys it needs."
         )
         return None
+    # A section with a choice is declared by the dataclass that one of its keys selects.
     if isinstance(choice := vars(cls).get("choice"), Choice):
         chosen = _chosen(choice, value, key, problems)
         if chosen is None:
@@ -221,6 +222,7 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
     hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls)]
     prefix = f"{key}." if key else ""
+    # First the unknown keys, with the most similar name, then the missing ones and the values.
     for name in value:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
@@ -236,6 +238,7 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
             arguments[name] = _convert(hints[name], value[name], prefix + name, problems)
     if len(problems) > before:
         return None
+    # Combinations can be checked only when every single value is valid.
     instance: T = cls(**arguments)
     for line in getattr(instance, "problems", tuple)():
         problems.append(f"{prefix}{line}")
@@ -264,6 +267,7 @@ def _chosen(choice: Choice, value: Mapping[Any, Any], key: str, problems: list[s
     extra = [str(field) for field in value if field not in names]
     if not (missing or extra) or any(difflib.get_close_matches(field, missing, n=1) for field in extra):
         return chosen
+    # The message gives one command with all changes, because each change alone would be invalid.
     parts = [f"{what}: {', '.join(fields)}" for what, fields in (("missing", missing), ("not needed", extra)) if fields]
     changes = [f"-S '+{prefix}{field}={field.upper()}'" for field in missing]
     changes += [f"-S '~{prefix}{field}'" for field in extra]
@@ -291,7 +295,7 @@ def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
             return None
         return _convert_choice([option for option in inner if option is not NoneType], value, key, problems)
     if origin is Literal:
-        if value in inner and type(value) in {type(option) for option in inner}:
+        if value in inner and type(value) in {type(option) for option in inner}:  # True == 1, but is not a valid 1
             return value
         words = [str(option) for option in inner]
         problems.append(f"{key}: {value!r} is not one of {', '.join(words)}{did_you_mean(value, words)}")
@@ -311,6 +315,7 @@ def _convert_choice(kinds: list[Any], value: Any, key: str, problems: list[str])
         return value
     found: list[str] = []
     converted = _convert(kinds[0], value, key, found)
+    # The message of the first type does not know the words, so add them.
     instead = f" or {', '.join(words)}" if words and len(kinds) > 1 and isinstance(value, str) else ""
     problems += [line.removesuffix(".") + instead + "." if instead else line for line in found]
     return converted

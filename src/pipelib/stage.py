@@ -76,6 +76,7 @@ def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
 
 def _stop(number: int) -> None:
     """Interrupt the work. After `STOP_SECONDS`, exit even if a thread or a worker has not ended."""
+    # `os._exit` ends the process whatever its threads do; 128 + number is the shell's status for a signal.
     watch = threading.Timer(STOP_SECONDS, os._exit, (128 + number,))
     watch.daemon = True
     watch.start()
@@ -107,6 +108,7 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
     code = code_hashes(name, flat)
     with WorkDir(name, inputs, code) as state:
         if state.finished:
+            # DVC has deleted the outs, but the state still has them.
             state.publish()
             tell(f"{name}: finished earlier with the same parameters, data and code; its outs are linked again")
             if is_recorded(name, flat, state.fingerprint, code):
@@ -130,5 +132,6 @@ def _make(name: str, state: WorkDir, run: Run, work: Work) -> None:
     write_json(places.result(name), result)
     git = {f"git_{key}": value for key, value in git_state(Path.cwd()).items()}
     write_json(places.speed(name), {"seconds": round(time.monotonic() - started, 2), **speed, **git})
+    # Finish before publishing: a kill between the two loses no work, because the next run only publishes.
     state.finish()
     state.publish()

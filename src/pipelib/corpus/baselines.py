@@ -32,12 +32,12 @@ def write_baselines(
     """
     folder.mkdir(parents=True)
     manifest: dict[str, Any] = {}
-    for name in sorted(names):
+    for name in sorted(names):  # sorted, so that the order in params.yaml does not change the manifest
         model = PUBLISHED_MODELS[name]
         pin = HubPin(HubRepo(model.repo, model.revision, "model"), WEIGHTS, model.sha256)
         weights = folder / name / WEIGHTS
         with fetch(pin) as path:
-            link_or_copy(path, weights)
+            link_or_copy(path, weights)  # a hard link, so that the weights (500 MB and more) are stored once
         write_json(folder / name / "config.json", _config(model))
         manifest[name] = {
             "repo": pin.repo.name,

@@ -98,6 +98,7 @@ def completion_items(documents: Iterable[Row], seed: int) -> list[dict[str, Any]
     seen: set[str] = set()
     for text in usable:
         for slot in range(_slots(text)):
+            # Each item has its own sequence, so that one item does not change the draws of the next.
             draws = _Draws(f"{seed} {text.index} {slot}")
             item = _item(text, slot, usable, draws)
             if item is None or _normal(item["endings"][item["label"]]) in seen:
@@ -119,6 +120,7 @@ def _slots(text: _Text) -> int:
 
 def _item(text: _Text, slot: int, texts: Sequence[_Text], draws: _Draws) -> dict[str, Any] | None:
     """Make one item; None if there are not three different wrong endings."""
+    # The words after the first minimal context are divided into slots; the ending is at a random place in its slot.
     width = (len(text.words) - CONTEXT_WORDS[0]) // _slots(text)
     count = draws.between(*ENDING_WORDS)
     start = CONTEXT_WORDS[0] + slot * width + draws.between(0, width - count)
@@ -150,7 +152,7 @@ def _wrong_endings(
     endings: list[str] = []
     taken = {_normal(right)}
     sources = {text.index}
-    for _ in range(20 * CHOICES):
+    for _ in range(20 * CHOICES):  # give up after 80 tries: the documents may share one template
         other = texts[draws.below(len(texts))]
         ending = other.stretch(int(position * (len(other.words) - count)), count)
         if other.index in sources or _normal(ending) in taken:
@@ -257,7 +259,7 @@ def write_benchmarks(
 
 def _first_documents(raw: Path, count: int) -> list[dict[str, Any]]:
     """Return the first `count` documents, with null texts as empty ones. Fail unless the corpus has more documents."""
-    rows = islice(iterate_raw(raw, ("text", "id")), count + 1)
+    rows = islice(iterate_raw(raw, ("text", "id")), count + 1)  # one more, to see whether any is left to train on
     head = [{**row, "text": row["text"] or ""} for row in rows]
     if len(head) <= count:
         raise UserError(

@@ -16,6 +16,7 @@ from pipelib.workspace.places import Places
 
 def chosen_source(params: DownloadParams) -> Source:
     """Return the source of text that the parameters name."""
+    # Imported by name, so that a change of one source does not re-run the users of another.
     module = importlib.import_module(f"pipelib.corpus.sources.{params.source}")
     source: Source = module.source(params)
     return source
@@ -51,6 +52,7 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
     Raises:
         UserError: the source has no text, or cannot be used; the message says why.
     """
+    # Imported here, because the stage may only have to link finished outs.
     from pipelib.corpus.baselines import write_baselines
     from pipelib.corpus.benchmarks import write_benchmarks
     from pipelib.corpus.hub_store import fetch_pinned
@@ -69,6 +71,7 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
         tell(
             f"download.max_tokens: the corpus has about {tokens:,} tokens, fewer than {params.max_tokens:,}; all of it is used"
         )
+    # The benchmarks are made from the raw text, so its manifest must exist first.
     manifest = write_manifest(raw, origin.identity(), written.files)
     benchmarks = write_benchmarks(params, raw, places.benchmarks, fetch_pinned)
     write_baselines(params.models, places.published_models, fetch_pinned)

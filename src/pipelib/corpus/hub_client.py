@@ -72,6 +72,7 @@ def session() -> Any:
     """
     import httpx2
 
+    # The client reads certificates and proxies when it makes the session, so their errors appear here.
     try:
         return client().get_session()
     except UserError:
@@ -113,6 +114,7 @@ def headers() -> dict[str, str]:
         ) from None
     for name, variable in {"authorization": "HF_TOKEN", "user-agent": "HF_HUB_USER_AGENT_ORIGIN"}.items():
         value = found.get(name, "")
+        # HTTP headers are ASCII. A pasted token may contain a line break or a non-breaking space.
         if not (value.isascii() and value.isprintable()):
             raise UserError(
                 f"{variable} has a character that cannot be sent, so no request can be made; copy it again (tokens are on "
@@ -171,6 +173,7 @@ def permanent_failure(error: BaseException) -> tuple[str, str] | None:
                 f"{_host(error)} or the proxy does not speak TLS at this port",
                 "check the port, or write http:// instead of https:// in HF_ENDPOINT or HTTPS_PROXY",
             )
+    # 408 (timeout) and 429 (too many requests) are temporary; all other 4xx of a proxy are not.
     if isinstance(error, httpx2.ProxyError) and str(error)[:1] == "4" and str(error)[:3] not in ("408", "429"):
         return f"the proxy answers {error}", PROXY_REMEDY
     if isinstance(error, httpx2.LocalProtocolError):

@@ -172,11 +172,12 @@ def _where(repo: HubRepo, folder: str) -> str:
 
 def _list_path(repo: HubRepo, folder: str) -> Path:
     name = quote(folder, safe="")
-    name = {"": "top", "top": "top%2F"}.get(name, name)
+    name = {"": "top", "top": "top%2F"}.get(name, name)  # a folder may itself be called "top"
     return store_folder(repo) / _LISTS / f"{name}.json"
 
 
 def _store_list(listing: _Listing, path: Path) -> None:
+    # The list carries its own hash, so that a damaged one is noticed and requested again.
     content = {"endpoint": listing.endpoint, "files": [asdict(file) for file in listing.files]}
     write_json(path, {**content, "sha256": sha256_json(content)})
 
@@ -234,7 +235,7 @@ def _parse_entry(entry: Any) -> HubFile | None:
     """Parse an entry: return a file, or None for a folder."""
     match entry:
         case {"type": "file", "path": str(path), "size": int(size)} if (
-            size >= 0 and size is not True and size is not False
+            size >= 0 and size is not True and size is not False  # a bool is an int for `match`
         ):
             if _is_path(path):
                 return HubFile(path, size, _sha256_in(entry.get("lfs")))

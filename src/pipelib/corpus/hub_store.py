@@ -185,6 +185,7 @@ class HubStore:
                     task.result()
                     progress.note = f"{done} of {len(files)} files"
             finally:
+                # After an error, the running downloads must stop too: `with` waits for them.
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
         progress.close(f"{format_bytes(total)}, {progress.note}")
@@ -217,6 +218,7 @@ class HubStore:
             try:
                 resume_file(self._repo.file_url(file.path), part, file.bytes, meter)
             except Exception as error:
+                # The server's file is shorter than the hub's list says.
                 if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                     raise WrongBytesError("its size differs from the hub's list") from None
                 raise

@@ -194,7 +194,7 @@ def get_list(url: str) -> list[Any]:
             following = _next_page(url, response)
         if not isinstance(page, list):
             raise UnexpectedAnswerError(f"JSON that is not a list but {type(page).__name__}")
-        if following and (not page or following in asked):
+        if following and (not page or following in asked):  # a broken mirror could keep us here forever
             raise UnexpectedAnswerError("its pages do not end")
         entries += page
     return entries
@@ -211,6 +211,7 @@ def _read_json(response: Any) -> Any:
     try:
         return response.json()
     except (ValueError, RecursionError):
+        # It began as JSON, so the connection broke: retry. Anything else is not the hub's answer: do not retry.
         if response.content.lstrip()[:1] in (b"[", b"{"):
             raise TruncatedAnswerError("its JSON is damaged or ended early") from None
         raise UnexpectedAnswerError(f"{_kind(response)} instead of JSON") from None
@@ -271,7 +272,7 @@ def resume_file(url: str, part: Path, size: int, meter: Meter) -> None:
     # identity, because ranges do not work with a compressed answer
     more = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     with _get(url, more) as response:
-        if _kind(response) == "an HTML page":
+        if _kind(response) == "an HTML page":  # the login page of a network, for example, with status 200
             raise UnexpectedAnswerError("an HTML page instead of the file")
         if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:  # a server without ranges sends the whole file
             meter.restart()
@@ -322,6 +323,7 @@ def with_retries(
             cause = _cause(error)
             reason = _reason(cause)
             _end_if_final(cause, what, repo, reason)
+            # A slow connection that breaks often may still finish, as long as each attempt makes progress.
             failures = 1 if reached() > before else failures + 1
             before = max(before, reached())
             if failures >= retry.attempts:
@@ -403,6 +405,7 @@ def _refusal(error: BaseException, repo: HubRepo, reason: str) -> tuple[str, str
             f"{shown(endpoint())} does not answer as the hub does, or something on the way answers instead (a proxy, a network "
             "that requires a login first); check HF_ENDPOINT and the network"
         )
+    # The order matters: the client's error classes are more specific than their statuses.
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return reason, PROXY_REMEDY
     if isinstance(error, GatedRepoError) or status in (401, 403):

@@ -77,7 +77,7 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
 def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:  # noqa: ARG001  (the same signature as the other readers)
     with open_parquet(path) as parquet:
         names = parquet.schema_arrow.names
-        columns = [column for column in SCHEMA.names if names.count(column) == 1]
+        columns = [column for column in SCHEMA.names if names.count(column) == 1]  # skip ambiguous ones
         number = 0
         for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns):
             for row in zip(*map(_values, batch.columns), strict=True):
@@ -144,7 +144,7 @@ def _txt_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     """Yield the whole file as one row, or a row for each piece if the file is cut."""
     number, text = 1, ""
     with _open_text(path, name) as file:
-        while block := file.read(_BLOCK_CHARACTERS) + file.readline():
+        while block := file.read(_BLOCK_CHARACTERS) + file.readline():  # whole lines, because cuts are at line ends
             if "\0" in block:
                 raise _not_text(path, name)
             text += block

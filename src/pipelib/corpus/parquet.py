@@ -61,7 +61,7 @@ def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FIL
             for group, group_bytes in _row_groups(documents):
                 table = _table(group)
                 if writing is not None:
-                    writing.result()
+                    writing.result()  # wait, because a writer takes one group at a time
                 if writer is None or written + group_bytes > file_bytes:
                     if writer is not None:
                         writer.close()
@@ -99,6 +99,7 @@ def first_rows(path: Path, max_tokens: int) -> tuple[int, int]:
 def _row_tokens(parquet: pq.ParquetFile, path: Path) -> Iterator[int]:
     """Yield the number of tokens that each row counts as."""
     schema = parquet.schema_arrow
+    # A few rows may lack a count even in a dataset that has counts; then the length of the text is needed.
     counted = schema.names.count("token_count") == 1 and pa.types.is_integer(schema.field("token_count").type)
     try:
         for group in range(parquet.num_row_groups):
@@ -179,6 +180,7 @@ def iterate_raw(folder: Path, columns: Sequence[str] = ("text",)) -> Iterator[di
     Raises:
         UserError: the manifest or a file is missing or damaged.
     """
+    # `islice`, because only the first `rows` rows of the last file may belong to the corpus.
     for file in read_raw_manifest(folder).files:
         yield from islice(_iterate_file(folder / file.name, columns), file.rows)
 

@@ -91,6 +91,7 @@ def _check_shards(
     total: Counts | None = np.zeros(tokenizer.size, np.int64)
     progress = Progress(f"verifying {folder}", sum(shard.tokens for shard in manifest.shards), "tokens")
     with ThreadPoolExecutor(available_cores()) as threads:
+        # `map` returns in the order of the shards, so the messages have that order too.
         for shard, (found, counts) in zip(
             manifest.shards,
             threads.map(lambda shard: _check_shard(folder, shard, tokenizer), manifest.shards),

@@ -19,6 +19,7 @@ def find_duplicates(parts: Iterable[Hashes], documents: int) -> npt.NDArray[np.b
         parts: the 128-bit hashes of all documents (part, 2), in the order of the corpus.
         documents: the number of documents.
     """
+    # Two arrays of 64 bits, because NumPy has no 128-bit integers.
     high, low = np.empty(documents, np.uint64), np.empty(documents, np.uint64)
     end = 0
     for part in parts:

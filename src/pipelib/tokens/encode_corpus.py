@@ -153,9 +153,11 @@ def encode_missing_units(
     Raises:
         UserError: text cannot be read or has changed since the download, the disk is full, or a worker was killed.
     """
+    # Verify the units of earlier runs: their files are not synced, so a power cut may have damaged them.
     found = workers.each("check", _check_unit, units, store)
     missing = [unit for unit, counts in zip(units, found, strict=True) if counts is None]
     require_free_space(store, _token_bytes(missing) + _token_bytes(units), "tokenization")
+    # Verify only the raw files that must be read again.
     names = {unit.path.name for unit in missing}
     workers.each("verify", _require_file, [file for file in read_raw_manifest(raw).files if file.name in names], raw)
     if missing:
@@ -165,6 +167,7 @@ def encode_missing_units(
     done = workers.each("units", _encode_unit, missing, store, done=lambda unit: progress.add(unit.text_bytes))
     there = f", {len(units) - len(missing)} of {len(units)} units were there" if len(missing) < len(units) else ""
     progress.close(f"{sum(unit.counts.tokens for unit in done):,} tokens{there}")
+    # Merge the earlier units and the new ones, in the order of the corpus.
     encoded = iter(done)
     return [
         DoneUnit(unit.file(store), unit.identity, counts, None) if counts else next(encoded)
@@ -256,7 +259,7 @@ def distinct_parts(units: Sequence[DoneUnit]) -> list[Part]:
     hashes = (read_documents(unit.path, unit.counts)[1] for unit in units)
     duplicate = find_duplicates(hashes, sum(unit.counts.documents for unit in units))
     parts = []
-    first = 0
+    first = 0  # the index of the unit's first document in the corpus
     for unit in units:
         lengths, _ = read_documents(unit.path, unit.counts)
         dropped = np.flatnonzero(duplicate[first : first + len(lengths)]).astype(np.uint32)
@@ -277,6 +280,7 @@ def write_shards(
     progress = Progress("writing shards", len(cut), "shards")
     done = workers.each("shards", _write_shard, cut, tokenizer, done=lambda _: progress.add(1))
     progress.close()
+    # The first shard is the validation split, so it does not count for the unigram baseline.
     counts = [counts for _, counts in done[1:]] or [np.zeros(tokenizer.size, np.int64)]
     return [shard for shard, _ in done], np.sum(counts, axis=0)
 
@@ -321,6 +325,7 @@ def require_training_data(parts: Sequence[Part], shard_tokens: int, benchmark_do
             f"the corpus has {tokens} tokens and the validation shard takes tokenize.shard_tokens = {shard_tokens}, so no "
             "training data is left; lower tokenize.shard_tokens or add text."
         )
+    # Count the documents that start in the validation shard.
     started = before = 0
     for part in parts:
         if before >= shard_tokens:

@@ -30,7 +30,7 @@ class TokenStream:
 
     def __init__(self, paths: list[Path]) -> None:
         self._shards: list[Tokens] = [open_shard(path) for path in paths]
-        self._ends = list(accumulate(len(shard) for shard in self._shards))
+        self._ends = list(accumulate(len(shard) for shard in self._shards))  # where each shard ends in the stream
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -61,7 +61,7 @@ class Rows:
         """Return the inputs and targets of the given rows, each (rows, T)."""
         rows = np.empty((len(indices), self._length + 1), np.int64)
         for row, index in zip(rows, indices.tolist(), strict=True):
-            row[:] = self._stream.read(index * self._length, self._length + 1)
+            row[:] = self._stream.read(index * self._length, self._length + 1)  # + 1: the last token is only a target
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
 
@@ -166,6 +166,7 @@ class Loader(Generic[T]):
         """Return this rank's micro-batches of step `step`, in order."""
         started = time.perf_counter()
         due, future = self._ahead or (-1, None)
+        # After a rollback, the step that was read ahead is not the requested one.
         batches = future.result() if future is not None and due == step else self._read(step)
         self._ahead = step + 1, self._thread.submit(self._read, step + 1)
         self.wait = time.perf_counter() - started

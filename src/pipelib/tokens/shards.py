@@ -129,7 +129,7 @@ def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens], tokenizer: To
         pieces: the tokens in order, in arrays of any length. A document starts at each end token.
     """
     counts = np.zeros(tokenizer.size, np.int64)
-    digest = hashlib.sha256(header(tokens))
+    digest = hashlib.sha256(header(tokens))  # hash while writing, so that the file is not read again
     with write_atomic(path) as file:
         file.write(header(tokens))
         for piece in pieces:
@@ -185,6 +185,7 @@ def shard_problems(folder: Path, shard: Shard, tokenizer: Tokenizer) -> list[str
         tokens = open_shard(path)
     except UserError as error:
         return [str(error)]
+    # Report every difference, not only the first.
     problems: list[str] = []
     if len(tokens) != shard.tokens:
         problems.append(f"{path} has {len(tokens)} tokens and the manifest says {shard.tokens}; {_REPAIR}")

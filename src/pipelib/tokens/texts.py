@@ -64,7 +64,7 @@ def _columns(parquet: pq.ParquetFile, groups: range) -> Iterator[pa.Array]:
     """Yield the column `text`, a few rows at a time: the longer the average row, the fewer."""
     for number in groups:
         column = text_column(parquet.metadata, number)
-        rows = CHUNK_BYTES * column.num_values // max(1, column.total_uncompressed_size)
+        rows = CHUNK_BYTES * column.num_values // max(1, column.total_uncompressed_size)  # a chunk of average rows
         if column.total_uncompressed_size > LARGE_GROUP_BYTES:
             rows = min(rows, LARGE_GROUP_ROWS)
         elif any("DICTIONARY" in encoding for encoding in column.encodings):
@@ -83,7 +83,7 @@ def _texts_of(column: pa.Array, path: Path, row: int) -> Texts:
         UserError: a text is not UTF-8.
     """
     try:
-        column.validate(full=True)
+        column.validate(full=True)  # Arrow does not check UTF-8 when it reads
         strings = column.cast(pa.large_string()).drop_null()
     except pa.ArrowInvalid:
         values = column.cast(pa.large_binary()).to_pylist()
@@ -152,6 +152,7 @@ def _pieces(texts: Texts) -> tuple[Offsets, npt.NDArray[np.int64]]:
     document = np.arange(len(texts), dtype=np.int64)
     if not any(cuts):
         return texts.offsets, document
+    # A text with n cuts has n + 1 pieces.
     pieces = np.ones(len(texts), np.int64)
     pieces[long] += [len(places) for places in cuts]
     offsets = np.sort(np.concatenate([texts.offsets, *(np.array(places, np.int64) for places in cuts)]))
@@ -200,5 +201,6 @@ def _ends_word(data: npt.NDArray[np.uint8], start: int, place: int) -> bool:
     """Return whether the character before a place is not white space. Python's definition includes all that is in GPT-2's."""
     if data[place - 1] < 0x80:
         return True
+    # A character has at most 4 bytes; "ignore" drops the rest of the one before.
     tail = data[max(start, place - 4) : place].tobytes().decode("utf-8", "ignore")
     return bool(tail) and not tail[-1].isspace()

@@ -97,7 +97,7 @@ def check_unit(path: Path, identity: str) -> UnitCounts | None:
         return None
     checksum = xxhash.xxh3_64(identity.encode())
     with path.open("rb") as file:
-        left = path.stat().st_size - 8
+        left = path.stat().st_size - 8  # the checksum itself is the last 8 bytes
         while block := file.read(min(_BLOCK, left)):
             checksum.update(block)
             left -= len(block)
@@ -115,7 +115,7 @@ def _read_counts(path: Path) -> UnitCounts | None:
         return None
     magic, *counted = numbers.tolist()
     counts = UnitCounts(*counted)
-    expected = 2 * counts.tokens + 20 * counts.documents + _TRAILER_BYTES
+    expected = 2 * counts.tokens + 20 * counts.documents + _TRAILER_BYTES  # 20 = 4 for the length + 16 for the hash
     return counts if magic == _MAGIC and size == expected else None
 
 

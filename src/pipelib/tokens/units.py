@@ -90,6 +90,7 @@ def _plan_file(path: Path, file: RawFile) -> Iterator[Unit]:
     if available < file.rows:
         raise damaged(path, f"{available} rows where the manifest says {file.rows}", REPAIR)
     max_bytes = min(UNIT_BYTES, sum(size for _, size in groups) // MIN_UNITS)
+    # Collect row groups until the next one would make the unit too large.
     rows_left, first, size, rows, end = file.rows, 0, 0, 0, 0
     for number, (group_rows, group_bytes) in enumerate(groups):
         if not rows_left:
@@ -115,7 +116,7 @@ def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, S
     with write_unit(target, unit.identity) as writer:
         for batch in read_texts(unit.path, unit.first_group, unit.end_group, unit.rows):
             clock.add("read")
-            if not documents:
+            if not documents:  # once per unit: comparing all documents would be as slow as tiktoken
                 assert_same_tokens(engine, _heads(batch))
             lengths = np.ones(len(batch), np.uint32)  # 1 for the end token
             for chunk in chunks(batch):
@@ -156,7 +157,7 @@ def _heads(texts: Texts) -> Iterator[str]:
 def _lead_documents(tokens: Tokens, starts: Offsets, end_token_id: int) -> Tokens:
     """Return the tokens with the end token inserted before each of the given positions."""
     joined = np.empty(len(tokens) + len(starts), np.uint16)
-    leads = starts + np.arange(len(starts))
+    leads = starts + np.arange(len(starts))  # each end token moves all later positions by one
     is_token = np.ones(len(joined), bool)
     is_token[leads] = False
     joined[is_token] = tokens

@@ -58,6 +58,7 @@ class Workers:
         Raises:
             UserError: a worker was killed.
         """
+        # Results arrive in any order, so collect them by the index of their item.
         results: dict[int, Result] = {}
         calls = [(task, item, *arguments) for item in items]
         for number, (result, seconds, peak) in self._pool.run(_timed, calls):

@@ -100,6 +100,7 @@ class GigatokenEngine:
         lines = sorted((rank, token) for token, rank in tokenizer.ranks().items())
         expected = b"".join(b64encode(token) + b" %d\n" % rank for rank, token in lines)
         ranks = StatePlaces.chosen().vocabulary / f"{tokenizer.name}-{tokenizer.fingerprint[:16]}.tiktoken"
+        # gigatoken reads its vocabulary from a file. Compare it, because an old or damaged one would change tokens.
         if not ranks.exists() or ranks.read_bytes() != expected:
             with write_atomic(ranks) as file:
                 file.write(expected)
@@ -124,6 +125,7 @@ class GigatokenEngine:
 
         if not len(texts):
             return np.zeros(0, np.uint16), np.zeros(1, np.int64)
+        # gigatoken takes Awkward arrays, which can wrap our arrays without a copy.
         characters = NumpyArray(texts.data, parameters={"__array__": "char"})
         strings = ListOffsetArray(Index64(texts.offsets), characters, parameters={"__array__": "string"})
         layout = self._tokenizer.encode_batch(Array(strings), parallel=False).layout

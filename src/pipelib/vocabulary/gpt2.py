@@ -51,7 +51,7 @@ def ranks() -> dict[bytes, int]:
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
     merges = vocabulary_file(MERGES).read_text(encoding="utf-8").split("\n")[1:-1]  # the first line is the version
-    found = {bytes([byte]): number for number, byte in enumerate(printable + others)}
+    found = {bytes([byte]): number for number, byte in enumerate(printable + others)}  # GPT-2's order of single bytes
     for merge in merges:
         found[bytes(byte_of[character] for character in merge.replace(" ", ""))] = len(found)
     return found

@@ -198,6 +198,7 @@ class Out:
 
     def linked_objects(self) -> dict[Path, Path]:
         """Return the object of each file that is a hard link to one."""
+        # DVC does not record links, but hard links to one file share its inode.
         by_inode = {_inode(entry): entry for entry in self.objects.glob("??/*")}
         return {path: by_inode[inode] for path in files_under(self.folder) if (inode := _inode(path)) in by_inode}
 
@@ -247,7 +248,7 @@ def run_dvc(root: Path, *arguments: str) -> str:
     Raises:
         DvcError: the command fails.
     """
-    command = [sys.executable, "-m", "dvc", *arguments]
+    command = [sys.executable, "-m", "dvc", *arguments]  # not `dvc`, which may be another environment's on PATH
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DvcError(f"`dvc {' '.join(arguments)}` failed in {root} ({done.stderr.strip()})")

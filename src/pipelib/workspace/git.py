@@ -29,7 +29,7 @@ def uncommitted_changes(root: Path, limit: int) -> str:
     """
     new = _git(root, "ls-files", "--others", "--exclude-standard", "--", ".", *WRITTEN_BY_STAGES).splitlines()
     diff = _git(root, "diff", "HEAD", "--", ".", *WRITTEN_BY_STAGES, ":(exclude).dvc")
-    if len(diff.encode()) > limit:
+    if len(diff.encode()) > limit:  # `limit` is in bytes, and the cut may be inside a character
         diff = (
             f"{diff.encode()[:limit].decode(errors='ignore')}\n# cut here: {limit:,} bytes of {len(diff.encode()):,}\n"
         )

@@ -86,6 +86,7 @@ def _acquire(path: Path, wait: bool, quiet: bool, own: bool) -> int:
             continue  # the folder was deleted after make_folder
         try:
             _take(descriptor, path, wait, quiet)
+            # While we waited, `pipelib clean` may have deleted the file, and another process may have made a new one.
             if _is_same_file(path, descriptor):
                 if own:
                     os.truncate(descriptor, 0)
@@ -100,7 +101,7 @@ def _acquire(path: Path, wait: bool, quiet: bool, own: bool) -> int:
 def _take(descriptor: int, path: Path, wait: bool, quiet: bool) -> None:
     """Take the exclusive lock. Retry while `is_held` of another process briefly holds a shared lock."""
     while not _try(descriptor, fcntl.LOCK_EX):
-        if _try(descriptor, fcntl.LOCK_SH):
+        if _try(descriptor, fcntl.LOCK_SH):  # then only shared locks are held, which `is_held` releases at once
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             time.sleep(0.01)
         elif not wait:

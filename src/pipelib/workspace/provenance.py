@@ -53,6 +53,7 @@ def import_closure(root: Path, *starts: Path) -> list[Path]:
         if path in found or path.as_posix() in EXEMPT:
             continue
         found.add(path)
+        # Importing a module also runs the __init__.py of every package above it.
         waiting += [package for folder in path.parents if (root / (package := folder / "__init__.py")).is_file()]
         for module in _parsed(_read(root / path)).imports:
             waiting += _files_of(module, root)

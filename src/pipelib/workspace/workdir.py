@@ -89,6 +89,7 @@ class WorkDir:
         assert outs.is_dir(), f"{outs} was not made"
         remove(self.final)
         paths = files_under(outs)
+        # Hash first: after the rename, only the small meta.json is left to write.
         hashes = dict(zip((path.relative_to(outs).as_posix() for path in paths), sha256_files(paths), strict=True))
         outs.rename(self.final)
         # Only this line makes final/ count: after a kill before it, the next run builds the outs again.
@@ -152,6 +153,7 @@ class WorkDir:
             raise UserError(
                 f"PIPELIB_RESUME={choice} is neither continue nor fresh, so it is unclear what to keep; unset it."
             )
+        # Finished outs of other code are useless; unfinished work of other code may be hours of training, so ask.
         if choice == "fresh" or ("final" in meta and (meta["code"] != self.code or self._damaged(meta["final"]))):
             meta = {}
         elif meta and "final" not in meta and meta["code"] != self.code and self._work_to_lose():

@@ -139,6 +139,7 @@ def _read_all(files: Sequence[_File]) -> Iterator[list[Document]]:
     after = 0
     with Pool(worker_count(max_useful=len(tasks)), _start_worker) as pool:
         for number, documents in pool.run(_read_some, tasks):
+            # Results come in any order; pass them on in the order of the files.
             done[number] = documents
             progress.add(len(documents))
             while after in done:

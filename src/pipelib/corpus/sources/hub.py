@@ -106,6 +106,7 @@ class HubSource:
         written: list[RawFile] = []
         tokens = 0
         while tokens < max_tokens and len(written) < len(self._files):
+            # Estimate from the files so far how many more are needed, then count their tokens.
             size = sum(file.bytes for file in written)
             wave = _needed(self._files[len(written) :], max_tokens - tokens, tokens / size if size else 0.0)
             for file, path in zip(wave, store.fetch(wave), strict=True):

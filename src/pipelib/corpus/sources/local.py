@@ -142,6 +142,7 @@ class LocalSource:
                         progress.add(1)
                         yield document
 
+        # `documents` is lazy, so only one row group is in memory at a time.
         counts: dict[str, int] = {}
         written = write_raw(first_documents(documents(), self.max_tokens, counts), folder)
         progress.close()
@@ -166,6 +167,7 @@ def _document(row: "Row", name: str, number: int, tally: _Tally) -> Document | N
         return None
     if _SEPARATOR in text:
         tally.separate(text.count(_SEPARATOR), where)
+    # The file's name and the row are the defaults; the file's own columns replace them.
     values: dict[str, Any] = {"id": f"{name}:{number}", "file_path": name}
     for column, value in row.items():
         if column in _OPTIONAL and value is not None:
