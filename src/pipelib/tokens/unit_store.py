@@ -57,7 +57,7 @@ def unit_store(code: Mapping[str, str], share: Share | None = None) -> Iterator[
     """
     store = StatePlaces.chosen().units / sha256_json(dict(code))[:16]
     name = f"{LOCK}-{share.index}-of-{share.count}" if share else LOCK
-    # A full run waits for another one, and then finds its units. A second process on a share would only repeat its work, so refuse it.
+    # A full run waits for another one, and then finds its units. A second process on a share would only repeat work: refuse.
     with locked(store / name, wait=share is None):
         if share is None and not any(map(is_held, store.glob(f"{LOCK}-*"))):
             for leftover in store.glob("*/.*.tmp"):  # left by killed processes, since no share is being encoded
