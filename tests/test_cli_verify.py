@@ -101,7 +101,7 @@ def wrong_counts(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "magic": (lambda folder: flip_bit(folder / TRAIN, 0), TRAIN, "header"),
     "token": (lambda folder: flip_bit(folder / TRAIN, 2000), TRAIN, "its bytes changed"),
-    "short": (truncate, TRAIN, "tokens are missing"),
+    "short": (truncate, TRAIN, "too few or too many tokens"),
     "missing": (lambda folder: (folder / TRAIN).unlink(), TRAIN, "is missing"),
     "a folder": (lambda folder: ((folder / TRAIN).unlink(), (folder / TRAIN).mkdir()), TRAIN, "cannot be read"),
     "foreign": (foreign_token, TRAIN, "the token 50300"),

@@ -77,7 +77,9 @@ def test_files_that_stayed_behind_are_refused_with_what_to_do(workspace: Path) -
     with pytest.raises(UserError) as error:
         require_corpus(make_params())
     said = str(error.value)
-    assert said.startswith("3 files of corpus in the workspace, which neither git nor DVC tracked")
+    assert said.startswith(
+        "this experiment's copy of the repository lacks 3 files of corpus that neither git nor DVC tracked"
+    )
     assert "big.txt, deep/c.jsonl, deep/er/a b.jsonl; so it would train on another corpus" in said
     for remedy in (
         "`git add corpus/big.txt corpus/deep`",

@@ -492,7 +492,10 @@ def test_an_experiment_in_a_copy_refuses_to_leave_text_behind(clone: Clone) -> N
     write_jsonl(clone.root / "texts/more.jsonl", make_texts(30, seed=1))
     experiment = ["exp", "run", "--temp", "--set-param", "evaluate.batch_tokens=768"]
     said = clone.fails([".venv/bin/dvc", *experiment])
-    assert "evaluate: 1 file of texts in the workspace, which neither git nor DVC tracked" in said
+    assert (
+        "evaluate: this experiment's copy of the repository lacks 1 file of texts that neither git nor DVC tracked"
+        in said
+    )
     assert "`git add texts/more.jsonl`" in said
     clone.dvc("add", "--quiet", "texts/more.jsonl")
     clone.git("add", "texts")

@@ -148,7 +148,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist, so nothing says what to run; copy one from presets/.") from None
+        raise UserError(f"{path} does not exist, so there are no parameters; copy one from presets/.") from None
     return parse_yaml(content, str(path))
 
 

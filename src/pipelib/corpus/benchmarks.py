@@ -273,7 +273,7 @@ def _first_documents(raw: Path, count: int) -> list[dict[str, Any]]:
 def _require_items(items: Sequence[Row], documents: int) -> None:
     if not items:
         raise UserError(
-            f"download.benchmark_documents: the first {documents} documents give no completion item, since fewer than "
+            f"download.benchmark_documents: the first {documents} documents give no completion items, because fewer than "
             f"four of them have {CONTEXT_WORDS[0] + SLOT_WORDS} words; raise it, or drop completion from "
             "download.benchmarks."
         )

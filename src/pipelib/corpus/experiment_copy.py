@@ -109,7 +109,7 @@ def missing_files_message(params: DownloadParams, workspace: Path, names: list[s
     tracked = {path: dvc_file_of(workspace, path) for path in paths}
     ways = []
     if covering := [*dict.fromkeys(file for file in tracked.values() if file)]:
-        ways.append(f"`git add {_shell(covering)}`, since git has to track DVC's file")
+        ways.append(f"`git add {_shell(covering)}`, because git must track DVC's file")
     if untracked := [*dict.fromkeys(_top(path) for path in paths if tracked[path] is None)]:
         made = [path.with_name(f"{path.name}.dvc") for path in untracked]
         ways += [f"`git add {_shell(untracked)}`", f"`dvc add {_shell(untracked)}` and `git add {_shell(made)}`"]
@@ -117,9 +117,9 @@ def missing_files_message(params: DownloadParams, workspace: Path, names: list[s
     ways.append(f"`dvc exp run --temp {_shell(copies, '-C ')}`, which copies untracked files too")
     ways.append("a download.path outside the repository, as an absolute path")
     return (
-        f"{plural(len(names), 'file')} of {params.path} in the workspace, which neither git nor DVC tracked when this "
-        f"experiment was queued, did not get into its copy of the repository: {_names(names)}; so it would train on "
-        f"another corpus than the workspace. Do one of these and queue it again: {'; '.join(ways)}."
+        f"this experiment's copy of the repository lacks {plural(len(names), 'file')} of {params.path} that neither git nor DVC "
+        f"tracked when it was queued: {_names(names)}; so it would train on another corpus than the workspace. Do one of these "
+        f"and queue it again: {'; '.join(ways)}."
     )
 
 

@@ -28,8 +28,9 @@ def client() -> Any:
         import huggingface_hub.utils
     except ValueError as error:
         raise UserError(
-            f"huggingface_hub cannot read its variables ({error}), so nothing can be downloaded; HF_ENDPOINT is an address "
-            "like https://huggingface.co, HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT are whole numbers of seconds."
+            f"huggingface_hub cannot read its variables ({error}), so nothing can be downloaded; HF_ENDPOINT must be an "
+            "address like https://huggingface.co, and HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT must be whole numbers of "
+            "seconds."
         ) from None
     return huggingface_hub
 

@@ -70,7 +70,7 @@ def check_shards(folder: Path) -> Report:
         what, _, _ = str(error).rpartition(";")  # drop its remedy: DVC would restore a deleted file
         damaged = _read_manifest_file(folder) is None  # otherwise it is intact, but of another version
         remedy = _REPAIR if damaged else "run dvc repro."
-        text = f"{what}, so nothing says what the shards should be; {remedy}"
+        text = f"{what}, so it is unknown what the shards should be; {remedy}"
         return Report((Problem(folder / MANIFEST, text, damaged),), frozenset())
     problems, good, counts = _check_shards(folder, manifest, tokenizer)
     problems += _manifest_problems(folder, manifest)

@@ -168,7 +168,7 @@ def open_shard(path: Path) -> Tokens:
     if size != HEADER_BYTES + 2 * int(numbers[2]):
         raise UserError(
             f"{path} has {size} bytes where its header's {numbers[2]} tokens need {HEADER_BYTES + 2 * int(numbers[2])}, "
-            f"so tokens are missing, or are not its own; {_REPAIR}"
+            f"so it has too few or too many tokens; {_REPAIR}"
         )
     if not numbers[2]:
         raise UserError(f"{path} holds no tokens, so there is nothing to read; {_REPAIR}")

@@ -150,7 +150,7 @@ def _entry(value: object, where: str) -> LockedEntry:
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"{where} has an entry without a path")
     if not isinstance(md5, str) or not _MD5.fullmatch(md5):
-        raise ValueError(f"{where}: {path} has the md5 {md5!r:.60}")
+        raise ValueError(f"{where}: {path} has the invalid md5 {md5!r:.60}")
     return LockedEntry(path, md5)
 
 

@@ -62,7 +62,7 @@ def run_git(root: Path, *arguments: str) -> bytes:
         )
         raise GitError(f"{why}, so nothing is known about commits and experiments; install it, or fix PATH.") from None
     if done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split()) or f"status {done.returncode}, without a word"
+        said = " ".join(done.stderr.decode(errors="replace").split()) or f"status {done.returncode}, no message"
         raise GitError(
             f"git cannot read {root.absolute()} ({said}), so nothing is known about its commits and experiments; fix what git "
             "reports, and run the command again."

@@ -19,7 +19,7 @@ from pipelib.workspace.stages import STAGES
 
 EXEMPT = {
     "stages/__init__.py": "only decides which checkout is imported",
-    "src/pipelib/params.py": "accepts or refuses the whole of params.yaml; each wing's own params.py is a dependency",
+    "src/pipelib/params.py": "accepts or refuses the whole of params.yaml; each package's own params.py is a dependency",
     "src/pipelib/progress.py": "prints; cannot change an out",
     "src/pipelib/corpus/experiment_copy.py": "accepts or refuses; cannot change an out",
     "src/pipelib/tracking/__init__.py": "a docstring",
@@ -27,7 +27,7 @@ EXEMPT = {
     "src/pipelib/workspace/git.py": "names the commit; cannot change an out",
     "src/pipelib/workspace/places.py": "says where things are, not what they are; tests compare it with dvc.yaml",
     "src/pipelib/workspace/provenance.py": "names the code; cannot change an out",
-    "src/pipelib/workspace/stages.py": "says what stages there are; a test compares it with dvc.yaml",
+    "src/pipelib/workspace/stages.py": "lists the stages; a test compares it with dvc.yaml",
 }
 """Files that no stage depends on, with the reason. The closure ends at them: files that only they import are exempt too."""
 NAMED = 10

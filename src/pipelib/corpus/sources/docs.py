@@ -59,7 +59,7 @@ def package_versions() -> dict[str, str]:
         return {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES}
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
-            f"{error.name} is not installed, so the offline corpus would have other text; run "
+            f"{error.name} is not installed, so the offline corpus would be different; run "
             "`pip install -c constraints.txt -e .`, or set download.source to local or hub."
         ) from None
 
