@@ -92,7 +92,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file.") from None
     except RecursionError:
-        raise UserError(f"{path} cannot be read as JSON (it is nested too deeply); {remedy}.") from None
+        raise UserError(f"{path} is not JSON that can be read (it is nested too deeply); {remedy}.") from None
     except ValueError as error:  # also raised for numbers with more digits than Python accepts
         raise UserError(f"{path} is not JSON ({error}), so it cannot be trusted; {remedy}.") from None
     if not isinstance(value, dict):
