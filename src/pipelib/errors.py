@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+# In "dvc did not answer" the word dvc is a name, not a command: these words never follow a command.
 _PROSE = r"(?:and|are|can|cannot|could|did|does|had|has|in|is|itself|knows|must|needs|not|of|or|was|were|will|would)\b"
 _COMMANDS = re.compile(
     r"(?<=`)(?:pipelib|dvc|mlflow|hf|pip|python)(?= )"  # anything in backticks

@@ -35,6 +35,7 @@ class Progress:
         """Count `count` more units, and print if the last line is old enough."""
         with self._lock:
             self.done += count
+            # Printing every call would fill a log, and slow down the work.
             if time.monotonic() - self._printed >= self._period:
                 self._print()
 

@@ -130,6 +130,7 @@ def _make(name: str, state: WorkDir, run: Run, work: Work) -> None:
     started = time.monotonic()
     result, speed = work(Build(outs, state.work, run, state.code, state.resumed_with_other_code))
     write_json(places.result(name), result)
+    # The commit is not part of the result, because other commits may have the same code for this stage.
     git = {f"git_{key}": value for key, value in git_state(Path.cwd()).items()}
     write_json(places.speed(name), {"seconds": round(time.monotonic() - started, 2), **speed, **git})
     # Finish before publishing: a kill between the two loses no work, because the next run only publishes.

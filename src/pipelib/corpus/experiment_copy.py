@@ -106,6 +106,7 @@ def dvc_file_of(workspace: Path, path: Path) -> Path | None:
 def missing_files_message(params: DownloadParams, workspace: Path, names: list[str]) -> str:
     """Return the message for files that the copy lacks, with the remedies."""
     paths = [Path(params.path) / name for name in names]
+    # Files that DVC tracks need only their .dvc file in git; for the others there is a choice.
     tracked = {path: dvc_file_of(workspace, path) for path in paths}
     ways = []
     if covering := [*dict.fromkeys(file for file in tracked.values() if file)]:

@@ -148,6 +148,7 @@ def connection_failure(error: BaseException) -> str:
     proxy = getproxies().get(address.scheme) or getproxies().get("all")
     through_proxy = proxy and not proxy_bypass(address.hostname or "")
     host = f"the proxy {shown(str(proxy))}" if through_proxy else str(address.hostname)
+    # The client wraps the system's error, so look through the chain of causes.
     for cause in _causes(error):
         if isinstance(cause, socket.gaierror):
             return f"the name of {host} cannot be resolved"

@@ -233,7 +233,7 @@ class HubStore:
 
     def _attempt_by_client(self, file: HubFile, meter: Meter) -> None:
         """Download with the client itself, which uses Xet if it can."""
-        self._part(file).unlink(missing_ok=True)
+        self._part(file).unlink(missing_ok=True)  # the client cannot resume our partial file
         meter.restart()
         try:
             client().hf_hub_download(

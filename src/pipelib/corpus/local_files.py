@@ -104,7 +104,7 @@ def _problems(folder: Path, links: bool) -> Iterator[str]:
     """Yield what is wrong under a folder, in the order of the paths."""
     try:
         with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+            entries = sorted(found, key=lambda entry: entry.name)  # scandir's order differs between file systems
     except OSError as error:
         yield f"{shown(folder)} cannot be listed ({error.strerror}); change its permissions or move it away"
         return

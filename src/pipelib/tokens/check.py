@@ -101,7 +101,7 @@ def _check_shards(
             if not found:
                 good.add(folder / shard.name)
             if shard.split == "train":
-                total = None if total is None or counts is None else total + counts
+                total = None if total is None or counts is None else total + counts  # one bad shard spoils the sum
             progress.add(shard.tokens)
     progress.close(f"{len(good)} of {len(manifest.shards)} shards are good")
     return problems, good, total

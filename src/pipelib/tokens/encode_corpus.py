@@ -53,7 +53,6 @@ def encode_corpus(
         UserError: there is no text or text that cannot be read, or the validation shard is larger than the corpus or
             smaller than the documents of the benchmarks.
     """
-
     source = read_raw_manifest(raw)
     units = plan_units(raw, source.files)
     out = Places(build.outs).tokens
@@ -73,15 +72,15 @@ def encode_corpus(
         require_training_data(parts, params.shard_tokens, benchmark_documents)
         shards, counts = write_shards(out, parts, params.shard_tokens, workers, tokenizer)
 
-    # The manifest is written last: it declares the folder complete.
     dropped = sum(len(part.dropped) for part in parts)
     dedup = None if params.dedup == "none" else {"method": params.dedup, "dropped_documents": dropped}
     manifest = Manifest(tokenizer.encoding, source.source, tuple(shards), dedup)
     tokens = manifest.tokens("val") + manifest.tokens("train")
     with write_atomic(out / UNIGRAM_COUNTS) as file:
         np.save(file, counts)
-    manifest.write(out)
+    manifest.write(out)  # last, because it declares the folder complete
 
+    # The result is a function of the inputs; the speed differs between runs.
     result = {
         "tokens": tokens,
         "train_tokens": manifest.tokens("train"),

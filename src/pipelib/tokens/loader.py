@@ -83,6 +83,7 @@ def permute(indices: npt.NDArray[np.int64], count: int, key: int) -> npt.NDArray
             left, right = right, left ^ (_mix(right ^ salt) & mask)
         return (left << shift) | right
 
+    # The network permutes a power of two, which may be larger than `count`: repeat for the values outside.
     values = once(indices.astype(np.uint64))
     while (outside := values >= count).any():
         values[outside] = once(values[outside])
@@ -126,7 +127,7 @@ class BatchPlan:
 
         The global batch is cut into micro-batches, which go to the ranks in turn.
         """
-        return self.rows(step).reshape(-1, world_size, micro_batch_size)[:, rank]
+        return self.rows(step).reshape(-1, world_size, micro_batch_size)[:, rank]  # (micro_steps, ranks, rows)
 
     def first_step(self, epoch: int) -> int:
         """Return the step whose batch has the first row of an epoch. Both are counted from 0."""

@@ -103,6 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         shards = tuple(Shard(**shard) for shard in value["shards"])
         manifest = Manifest(value["encoding"], value["source"], shards, value.get("dedup"))
+        # JSON may hold values of any type; a wrong one would fail much later, and less clearly.
         for shard in shards:
             for name, kind in Shard.__annotations__.items():
                 if type(getattr(shard, name)) is not kind:

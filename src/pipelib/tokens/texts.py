@@ -138,6 +138,7 @@ def chunks(texts: Texts) -> Iterator[Chunk]:
     leads = np.diff(document, prepend=-1) > 0
     start = 0
     while start < len(document):
+        # At least one piece, even if it alone is longer than a chunk.
         end = max(start + 1, int(np.searchsorted(offsets, offsets[start] + CHUNK_BYTES, "right")) - 1)
         first, last = offsets[start], offsets[end]
         pieces = Texts(texts.data[first:last], offsets[start : end + 1] - first)
@@ -166,6 +167,7 @@ def _cuts(data: npt.NDArray[np.uint8], start: int, end: int) -> list[int]:
     So these are always the end of a word, whatever follows: a character before white space, an ASCII letter before a digit,
     and a digit before an ASCII letter. A text without such a place stays one piece.
     """
+    # Search the window after each piece for a place; without one, the piece grows by a window.
     places: list[int] = []
     at = start + PIECE_BYTES
     while at < end:

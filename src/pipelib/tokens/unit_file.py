@@ -86,6 +86,7 @@ def write_unit(path: Path, identity: str) -> Iterator[UnitWriter]:
     Args:
         identity: identifies the text of the unit. It is part of the checksum, so a file of another text never passes.
     """
+    # No sync: it would slow down encoding, and the checksum reveals a file that a power cut damaged.
     with write_atomic(path, durable=False) as file:
         yield UnitWriter(file, identity)
 

@@ -93,7 +93,7 @@ def _plan_file(path: Path, file: RawFile) -> Iterator[Unit]:
     # Collect row groups until the next one would make the unit too large.
     rows_left, first, size, rows, end = file.rows, 0, 0, 0, 0
     for number, (group_rows, group_bytes) in enumerate(groups):
-        if not rows_left:
+        if not rows_left:  # `download.max_tokens` ends the corpus in the middle of this file
             break
         if rows and size + group_bytes > max_bytes:
             yield Unit(path, file.sha256, first, number, rows, size)

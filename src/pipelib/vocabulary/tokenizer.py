@@ -25,7 +25,7 @@ def padded_size(vocab_size: int) -> int:
 
     The added tokens occur in no text, and no model predicts them.
     """
-    return -(-vocab_size // TILE) * TILE
+    return -(-vocab_size // TILE) * TILE  # -(-a // b) rounds up
 
 
 @dataclass(frozen=True)

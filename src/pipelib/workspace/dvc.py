@@ -192,7 +192,7 @@ class Out:
 
     def entries(self) -> dict[Path, str] | None:
         """Return the MD5 that DVC recorded for each file; None if its list is missing or damaged."""
-        if not (self.listing.is_file() and is_sound(self.listing)):
+        if not (self.listing.is_file() and is_sound(self.listing)):  # a damaged list would blame intact files
             return None
         return {self.folder / entry["relpath"]: entry["md5"] for entry in json.loads(self.listing.read_bytes())}
 

@@ -129,7 +129,7 @@ def containing_out(path: Path) -> Path | None:
     Args:
         path: relative to the workspace.
     """
-    if path.parts[0] == "metrics":
+    if path.parts[0] == "metrics":  # git tracks each metrics file, so each is an out of its own
         return None
     return Path(*path.parts[:2]) if path.parts[0] == "data" else Path(path.parts[0])
 

@@ -67,7 +67,7 @@ class WorkDir:
         self._meta = self.folder / META
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # releases the lock if `_decide` raises
             stack.enter_context(locked(self.folder / LOCK))
             self._decide()
             self._lock = stack.pop_all()
