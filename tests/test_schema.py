@@ -14,7 +14,7 @@ from pipelib.schema import Bounds, Choice, NaturalInt, PositiveFloat, flatten, p
 @dataclass(frozen=True)
 class Optimizer:
     max_lr: PositiveFloat
-    beta: Annotated[float, Bounds(least=0, most=1)]
+    beta: Annotated[float, Bounds(minimum=0, maximum=1)]
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ class Bounds:
 
     above: float = -math.inf
     """Greater than this."""
-    least: float = -math.inf
+    minimum: float = -math.inf
     """This or greater."""
-    most: float = math.inf
+    maximum: float = math.inf
     """This or smaller."""
 
     def problem(self, value: float) -> str | None:
@@ -51,10 +51,10 @@ class Bounds:
             return "is not a finite number."
         if value <= self.above:
             return f"must be greater than {self.above:g}."
-        if value < self.least:
-            return f"must be at least {self.least:g}."
-        if value > self.most:
-            return f"must be at most {self.most if isinstance(self.most, int) else f'{self.most:g}'}."
+        if value < self.minimum:
+            return f"must be at least {self.minimum:g}."
+        if value > self.maximum:
+            return f"must be at most {self.maximum if isinstance(self.maximum, int) else f'{self.maximum:g}'}."
         return None
 
 
@@ -93,10 +93,10 @@ class Choice:
 
 MAX_INT = 2**63 - 1
 """The largest integer that a parameter may be: torch and NumPy accept it, and it converts to a float."""
-PositiveInt = Annotated[int, Bounds(above=0, most=MAX_INT)]
-NaturalInt = Annotated[int, Bounds(least=0, most=MAX_INT)]
+PositiveInt = Annotated[int, Bounds(above=0, maximum=MAX_INT)]
+NaturalInt = Annotated[int, Bounds(minimum=0, maximum=MAX_INT)]
 PositiveFloat = Annotated[float, Bounds(above=0)]
-NaturalFloat = Annotated[float, Bounds(least=0)]
+NaturalFloat = Annotated[float, Bounds(minimum=0)]
 
 
 class _Yaml12Loader(yaml.SafeLoader):

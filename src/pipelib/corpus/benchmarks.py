@@ -101,9 +101,9 @@ def completion_items(documents: Iterable[Row], seed: int) -> list[dict[str, Any]
             # Each item has its own sequence, so that one item does not change the draws of the next.
             draws = _Draws(f"{seed} {text.index} {slot}")
             item = _item(text, slot, usable, draws)
-            if item is None or _normal(item["endings"][item["label"]]) in seen:
+            if item is None or _normalized(item["endings"][item["label"]]) in seen:
                 continue
-            seen.add(_normal(item["endings"][item["label"]]))
+            seen.add(_normalized(item["endings"][item["label"]]))
             items.append({"ind": len(items), **item})
     return items
 
@@ -150,22 +150,22 @@ def _wrong_endings(
 ) -> list[str] | None:
     """Take `count` words at the relative `position` (0 to 1) of three other documents; None if that fails too often."""
     endings: list[str] = []
-    taken = {_normal(right)}
+    taken = {_normalized(right)}
     sources = {text.index}
     for _ in range(20 * CHOICES):  # give up after 80 tries: the documents may share one template
         other = texts[draws.below(len(texts))]
         ending = other.stretch(int(position * (len(other.words) - count)), count)
-        if other.index in sources or _normal(ending) in taken:
+        if other.index in sources or _normalized(ending) in taken:
             continue
         endings.append(ending)
-        taken.add(_normal(ending))
+        taken.add(_normalized(ending))
         sources.add(other.index)
         if len(endings) == CHOICES - 1:
             return endings
     return None
 
 
-def _normal(text: str) -> str:
+def _normalized(text: str) -> str:
     """Normalize case and white space, to compare endings."""
     return " ".join(text.split()).casefold()
 

@@ -82,7 +82,7 @@ def existed_when_queued(workspace: Path, path: Path, queued: float) -> bool:
     """
     file = workspace / path
     try:
-        if any(_came_since(folder, queued) for folder in file.parents if folder.is_relative_to(workspace)):
+        if any(_moved_since(folder, queued) for folder in file.parents if folder.is_relative_to(workspace)):
             return False
         if file.lstat().st_ctime < queued or file.parent.stat().st_mtime < queued:
             return True  # the file has not changed since, or was edited in a folder where no file was added or removed since
@@ -91,7 +91,7 @@ def existed_when_queued(workspace: Path, path: Path, queued: float) -> bool:
         return False  # a dangling link, or a file that was just deleted
 
 
-def _came_since(folder: Path, queued: float) -> bool:
+def _moved_since(folder: Path, queued: float) -> bool:
     """Return whether a folder was itself moved since: its ctime changed, but no file was added to it or removed from it."""
     stat = folder.stat()
     return stat.st_ctime >= queued > stat.st_mtime

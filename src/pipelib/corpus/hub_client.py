@@ -110,7 +110,7 @@ def headers() -> dict[str, str]:
         found: dict[str, str] = hub.utils.build_hf_headers()
     except (IsADirectoryError, NotADirectoryError, PermissionError, UnicodeError) as error:
         raise UserError(
-            f"the hub's token cannot be read from {hub.constants.HF_TOKEN_PATH} ({_in_short(error)}), so nothing can be "
+            f"the hub's token cannot be read from {hub.constants.HF_TOKEN_PATH} ({_short_reason(error)}), so nothing can be "
             "downloaded; check HF_TOKEN_PATH and HF_HOME, or set HF_TOKEN."
         ) from None
     for name, variable in {"authorization": "HF_TOKEN", "user-agent": "HF_HUB_USER_AGENT_ORIGIN"}.items():
@@ -138,7 +138,7 @@ def timeout() -> float:
     return seconds
 
 
-def _in_short(error: Exception) -> str:
+def _short_reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 

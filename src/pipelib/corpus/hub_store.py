@@ -116,7 +116,7 @@ class HubStore:
         here = path.is_file() or self._link_cached(file)
         if not here and client().is_offline_mode():
             return None
-        tail = self._read_tail if here else self._ask_tail
+        tail = self._read_tail if here else self._download_tail
         found = tail(file, min(file.bytes, _TAIL_BYTES))
         if found is None or found[-4:] != b"PAR1":
             return None
@@ -130,7 +130,7 @@ class HubStore:
             opened.seek(-min(count, os.fstat(opened.fileno()).st_size), os.SEEK_END)
             return opened.read()
 
-    def _ask_tail(self, file: HubFile, count: int) -> bytes | None:
+    def _download_tail(self, file: HubFile, count: int) -> bytes | None:
         if not count:
             return None
         url = self._repo.file_url(file.path)

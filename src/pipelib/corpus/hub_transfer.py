@@ -214,10 +214,10 @@ def _read_json(response: Any) -> Any:
         # It began as JSON, so the connection broke: retry. Anything else is not the hub's answer: do not retry.
         if response.content.lstrip()[:1] in (b"[", b"{"):
             raise TruncatedAnswerError("its JSON is damaged or ended early") from None
-        raise UnexpectedAnswerError(f"{_kind(response)} instead of JSON") from None
+        raise UnexpectedAnswerError(f"{_content_type(response)} instead of JSON") from None
 
 
-def _kind(response: Any) -> str:
+def _content_type(response: Any) -> str:
     """Describe the type of a body, as its header gives it."""
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
     if kind == "text/html":
@@ -272,7 +272,7 @@ def resume_file(url: str, part: Path, size: int, meter: Meter) -> None:
     # identity, because ranges do not work with a compressed answer
     more = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     with _get(url, more) as response:
-        if _kind(response) == "an HTML page":  # the login page of a network, for example, with status 200
+        if _content_type(response) == "an HTML page":  # the login page of a network, for example, with status 200
             raise UnexpectedAnswerError("an HTML page instead of the file")
         if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:  # a server without ranges sends the whole file
             meter.restart()
@@ -322,7 +322,7 @@ def with_retries(
         except Exception as error:
             cause = _cause(error)
             reason = _reason(cause)
-            _end_if_final(cause, what, repo, reason)
+            _raise_if_permanent(cause, what, repo, reason)
             # A slow connection that breaks often may still finish, as long as each attempt makes progress.
             failures = 1 if reached() > before else failures + 1
             before = max(before, reached())
@@ -384,11 +384,11 @@ def _retry_after(error: BaseException) -> float | None:
         return None
 
 
-def _end_if_final(error: BaseException, what: str, repo: HubRepo, reason: str) -> None:
+def _raise_if_permanent(error: BaseException, what: str, repo: HubRepo, reason: str) -> None:
     """Raise an error if a retry cannot help."""
     if flaw := permanent_failure(error) or _refusal(error, repo, reason):
         raise UserError(f"{what} cannot be downloaded ({flaw[0]}): {flaw[1]}.") from None
-    if not _may_pass(error):
+    if not _is_temporary(error):
         raise error
 
 
@@ -409,7 +409,7 @@ def _refusal(error: BaseException, repo: HubRepo, reason: str) -> tuple[str, str
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         return reason, PROXY_REMEDY
     if isinstance(error, GatedRepoError) or status in (401, 403):
-        html = _kind(error.response) == "an HTML page"  # type: ignore[attr-defined]
+        html = _content_type(error.response) == "an HTML page"  # type: ignore[attr-defined]
         return reason, (
             "set HF_TOKEN to a token that may read it and accept the terms on the repository's page; the hub gives the "
             "same answer for a repository that does not exist, so check download.repo too"
@@ -437,7 +437,7 @@ def _known_revisions(repo: HubRepo) -> str:
     return f"there are {known}" if known else "the repository's page lists the commits under 'History'"
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_temporary(error: BaseException) -> bool:
     """Return whether a failure is temporary: a problem of the connection, or wrong bytes."""
     import httpx2
 

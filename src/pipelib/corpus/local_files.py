@@ -106,12 +106,12 @@ def _problems(folder: Path, links: bool) -> Iterator[str]:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)  # scandir's order differs between file systems
     except OSError as error:
-        yield f"{shown(folder)} cannot be listed ({error.strerror}); change its permissions or move it away"
+        yield f"{printable(folder)} cannot be listed ({error.strerror}); change its permissions or move it away"
         return
     for entry in entries:
         path = Path(entry.path)
         if problem := _problem(entry, path, links):
-            yield f"{shown(path)} {problem}"
+            yield f"{printable(path)} {problem}"
         elif entry.is_dir(follow_symlinks=False):
             yield from _problems(path, links)
 
@@ -138,7 +138,7 @@ def _problem(entry: os.DirEntry[str], path: Path, links: bool) -> str:
 
 def _problem_of_link(path: Path, links: bool) -> str:
     if not path.exists():
-        return f"is a link to {shown(path.readlink())}, which does not exist; restore that, or remove the link"
+        return f"is a link to {printable(path.readlink())}, which does not exist; restore that, or remove the link"
     if path.is_file():
         return ""
     if not path.is_dir():
@@ -148,6 +148,6 @@ def _problem_of_link(path: Path, links: bool) -> str:
     return "is a link to a folder, and DVC would not notice changes in it; move the folder here, or set download.path to it"
 
 
-def shown(path: Path | str) -> str:
+def printable(path: Path | str) -> str:
     """Return a path as text that can be printed, for any bytes in its name."""
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")

@@ -58,11 +58,11 @@ def encode_corpus(
     out = Places(build.outs).tokens
     started = time.monotonic()
     tasks = max(len(units), _text_bytes(units) // (4 * params.shard_tokens))  # units, or shards at 4 bytes per token
-    with unit_store(_makes_units(build.code, tokenizer)) as store, Workers(tasks, tokenizer) as workers:
+    with unit_store(_unit_code(build.code, tokenizer)) as store, Workers(tasks, tokenizer) as workers:
         # Step 1: text to units.
         done = encode_missing_units(raw, units, store, workers, tokenizer)
         encoded = time.monotonic()
-        total = add_up([unit.counts for unit in done])
+        total = sum_counts([unit.counts for unit in done])
         if not total.tokens:
             raise UserError(
                 f"{raw} holds no text in {len(units)} pieces, so there is nothing to learn; check the source of the text."
@@ -120,12 +120,12 @@ def encode_share(code: Mapping[str, str], raw: Path, share: Share, tokenizer: To
         UserError: text cannot be read, or another process encodes the same share.
     """
     units = share.of(plan_units(raw, read_raw_manifest(raw).files))
-    with unit_store(_makes_units(code, tokenizer), share) as store, Workers(len(units), tokenizer) as workers:
+    with unit_store(_unit_code(code, tokenizer), share) as store, Workers(len(units), tokenizer) as workers:
         encode_missing_units(raw, units, store, workers, tokenizer)
     return len(units)
 
 
-def _makes_units(code: Mapping[str, str], tokenizer: Tokenizer) -> dict[str, str]:
+def _unit_code(code: Mapping[str, str], tokenizer: Tokenizer) -> dict[str, str]:
     """Return what decides the tokens of a text."""
     return {**code, "vocabulary": tokenizer.fingerprint}
 
@@ -196,7 +196,7 @@ def _encode_unit(unit: Unit, store: Path) -> DoneUnit:
     return DoneUnit(path, unit.identity, *encode_unit(unit, worker_engine(), path))
 
 
-def add_up(counts: Sequence[UnitCounts]) -> UnitCounts:
+def sum_counts(counts: Sequence[UnitCounts]) -> UnitCounts:
     """Add up the counts of several units."""
     return UnitCounts(**{field.name: sum(getattr(each, field.name) for each in counts) for field in fields(UnitCounts)})
 

@@ -46,14 +46,14 @@ def read_texts(path: Path, first_group: int, end_group: int, rows: int) -> Itera
                 texts = _texts_of(column.slice(0, left), path, row)
                 row, left = row + len(column), left - len(column)
                 if waiting and sum(len(each.data) for each in (*waiting, texts)) > CHUNK_BYTES:
-                    yield _joined(waiting)  # before a long document, which stays alone because joining copies it
+                    yield _join(waiting)  # before a long document, which stays alone because joining copies it
                     waiting = []
                 if len(texts):
                     waiting.append(texts)
                 if left <= 0:
                     break
             if waiting:
-                yield _joined(waiting)
+                yield _join(waiting)
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, f"from row {row} on: {error}", REPAIR) from None
     if left > 0:
@@ -109,7 +109,7 @@ def _is_utf8(value: bytes) -> bool:
     return True
 
 
-def _joined(parts: list[Texts]) -> Texts:
+def _join(parts: list[Texts]) -> Texts:
     """Join texts into one array."""
     if len(parts) == 1:
         return parts[0]

@@ -124,7 +124,7 @@ def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, S
                 tokens, offsets = engine.encode(chunk.texts)
                 clock.add("encode")
                 np.add.at(lengths, chunk.document, np.diff(offsets).astype(np.uint32))
-                joined = _lead_documents(tokens, offsets[:-1][chunk.leads], engine.tokenizer.end_token_id)
+                joined = _insert_end_tokens(tokens, offsets[:-1][chunk.leads], engine.tokenizer.end_token_id)
                 clock.add("join")
                 writer.add_tokens(joined)
                 clock.add("write")
@@ -154,7 +154,7 @@ def _heads(texts: Texts) -> Iterator[str]:
         yield texts.data[start : min(end, start + CHECKED_BYTES)].tobytes().decode("utf-8", "ignore")
 
 
-def _lead_documents(tokens: Tokens, starts: Offsets, end_token_id: int) -> Tokens:
+def _insert_end_tokens(tokens: Tokens, starts: Offsets, end_token_id: int) -> Tokens:
     """Return the tokens with the end token inserted before each of the given positions."""
     joined = np.empty(len(tokens) + len(starts), np.uint16)
     leads = starts + np.arange(len(starts))  # each end token moves all later positions by one

@@ -95,7 +95,7 @@ def _write(node: object, text: list[str], imports: set[str]) -> None:
         for name in node._fields:
             part = getattr(node, name, None)
             if isinstance(part, list):
-                part = [item for item in part if not _does_nothing(item, node)]
+                part = [item for item in part if not _has_no_effect(item, node)]
             if part is not None and part != []:  # skip empty fields, since newer versions of Python have more of them
                 text.append(f"{name}=")
                 _write(part, text, imports)
@@ -110,7 +110,7 @@ def _write(node: object, text: list[str], imports: set[str]) -> None:
         text.append(repr(node))
 
 
-def _does_nothing(node: object, parent: ast.AST) -> bool:
+def _has_no_effect(node: object, parent: ast.AST) -> bool:
     """Return whether a part of a tree has no effect: a bare string, or the empty piece that Python 3.12.1 adds to f-strings."""
     if isinstance(parent, ast.JoinedStr):
         return isinstance(node, ast.Constant) and node.value == ""

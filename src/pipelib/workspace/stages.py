@@ -44,7 +44,7 @@ STAGES = {
         ),
         Stage(
             "tokenize",
-            makes="Shards of tokens out of the text",
+            makes="The text as shards of tokens",
             reads=("download",),
             dataset="data/raw",
             sections=("tokenize",),
