@@ -75,7 +75,7 @@ class Retry:
     first_wait: float = 1.0
     """Seconds before the second attempt; doubled for each further attempt, and varied randomly by up to a half."""
     max_wait: float = 60.0
-    """Maximum seconds between attempts, also for a longer Retry-After of the server."""
+    """Limit of these seconds, before they are varied, and of the server's Retry-After."""
 
     def seconds(self, attempt: int, retry_after: float | None) -> float:
         """Return how long to wait after failed attempt number `attempt`, counted from 1.
