@@ -711,9 +711,7 @@ def test_a_certificate_that_is_not_trusted_ends_at_once_and_can_be_trusted(
         huggingface_hub.utils.close_session()
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
         monkeypatch.setenv("SSL_CERT_DIR", "/none")
-        with pytest.raises(
-            UserError, match=r"only SSL_CERT_DIR=/none is used now.*does not read REQUESTS_CA_BUNDLE\)"
-        ):
+        with pytest.raises(UserError, match=r"only SSL_CERT_DIR=/none is used now.*does not read REQUESTS_CA_BUNDLE\)"):
             source().identity()
         assert "attempt" not in capfd.readouterr().out
         huggingface_hub.utils.close_session()
