@@ -2,26 +2,26 @@
 
 if not __package__:
     raise SystemExit(
-        "stages/evaluate.py was run by its path, so Python would take stages/tokenize.py for its own `tokenize` and fail "
-        "later on; run it as a module from the root of the checkout: python -m stages.evaluate"
+        "stages/evaluate.py was run by its path, so Python would import stages/tokenize.py instead of its own `tokenize` "
+        "and fail later; run it as a module from the root of the checkout: python -m stages.evaluate"
     )
 
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.evaluation.inputs import evaluation_inputs
 from pipelib.params import load_params
-from pipelib.stage import Build, Made, build_outs, run_stage
+from pipelib.stage import Build, WorkResult, build_outs, run_stage
 from pipelib.workspace.places import HERE
 
 FOLDERS = HERE.model, HERE.tokens, HERE.benchmarks, HERE.curves
 
 
 def main() -> None:
-    """Evaluate the model, or link the evaluation made earlier of the same model with the same parameters."""
+    """Evaluate the model, or link an earlier evaluation of the same model with the same parameters."""
     params = load_params()
     require_corpus(params.download)
 
-    def work(build: Build) -> Made:
-        from pipelib.evaluation.evaluate import evaluate  # seconds, which nobody waits for where outs are only linked
+    def work(build: Build) -> WorkResult:
+        from pipelib.evaluation.evaluate import evaluate  # takes seconds, and is not needed to link finished outs
 
         return evaluate(build, params.evaluate, *FOLDERS)
 

@@ -1,12 +1,12 @@
 """tokenize: data/raw/*.parquet -> data/tokens/*.bin and manifest.json: tokens in shards, validation first.
 
-`python -m stages.tokenize --share i/n` encodes the i-th of n shares of the text and nothing else, for several machines
-that share the folder of states; the stage itself then only makes shards of what it finds.
+`python -m stages.tokenize --share i/n` only encodes share i of n of the text. Several machines that share the state
+folder can encode one share each. The stage itself then only writes the shards.
 """
 
 if not __package__:
     raise SystemExit(
-        "stages/tokenize.py was run by its path, so Python would take it for its own `tokenize` and fail later on; "
+        "stages/tokenize.py was run by its path, so Python would import it instead of its own `tokenize` and fail later; "
         "run it as a module from the root of the checkout: python -m stages.tokenize"
     )
 
@@ -14,12 +14,12 @@ import argparse
 from dataclasses import asdict
 
 from pipelib.corpus.experiment_copy import require_corpus
-from pipelib.corpus.raw import read_manifest
+from pipelib.corpus.raw import read_raw_manifest
 from pipelib.errors import tell
 from pipelib.files import sha256_file
 from pipelib.params import Params, load_params
 from pipelib.schema import flatten
-from pipelib.stage import Build, Made, build_outs, run_stage
+from pipelib.stage import Build, WorkResult, build_outs, run_stage
 from pipelib.vocabulary.choice import chosen_tokenizer
 from pipelib.workspace.places import HERE, MANIFEST
 from pipelib.workspace.provenance import code_hashes
@@ -28,18 +28,18 @@ RAW = HERE.raw
 
 
 def main() -> None:
-    """Encode the corpus, or link the shards made earlier from the same text; with --share, encode a share of it."""
+    """Encode the corpus, or link the shards made earlier from the same text. With --share, encode one share only."""
     parser = argparse.ArgumentParser("python -m stages.tokenize", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--share",
         "--unit",
         metavar="i/n",
-        help="encode only share i, from 0 to n - 1, of n, for a later run of the stage",
+        help="encode only share i of n (i from 0 to n - 1), for a later run of the stage",
     )
     arguments = parser.parse_args()
     params = load_params()
     require_corpus(params.download)
-    read_manifest(RAW)  # says what to run where it is missing
+    read_raw_manifest(RAW)  # if it is missing, the error says what to run
     if arguments.share is not None:
         encode_share(arguments.share, params)
         return
@@ -47,11 +47,11 @@ def main() -> None:
     inputs = {
         "tokenize": asdict(params.tokenize),
         "raw": sha256_file(RAW / MANIFEST),
-        "benchmark_documents": documents,
+        "benchmark_documents": documents,  # too many of them for the validation shard are refused
     }
 
-    def work(build: Build) -> Made:
-        from pipelib.tokens.encode_corpus import encode_corpus  # not where outs are only linked
+    def work(build: Build) -> WorkResult:
+        from pipelib.tokens.encode_corpus import encode_corpus  # not needed to link finished outs
 
         return encode_corpus(build, RAW, params.tokenize, documents, chosen_tokenizer())
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def encode_share(text: str, params: Params) -> None:
-    """Encode share `i/n` of the text, for a later run of the stage."""
+    """Encode the share `i/n` of the text, for a later run of the stage."""
     from pipelib.tokens import encode_corpus
     from pipelib.tokens.unit_store import Share
 

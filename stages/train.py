@@ -1,12 +1,12 @@
 """train: data/tokens -> models/ (a Hugging Face folder) and curves/ (losses of every step, samples).
 
-`--join` runs further ranks of a training that another machine has started: see docs/how-to/several-machines.md.
+`--join` adds the ranks of this machine to a training run on another one: see docs/how-to/several-machines.md.
 """
 
 if not __package__:
     raise SystemExit(
-        "stages/train.py was run by its path, so Python would take stages/tokenize.py for its own `tokenize` and fail "
-        "later on; run it as a module from the root of the checkout: python -m stages.train"
+        "stages/train.py was run by its path, so Python would import stages/tokenize.py instead of its own `tokenize` "
+        "and fail later; run it as a module from the root of the checkout: python -m stages.train"
     )
 
 import argparse
@@ -14,7 +14,7 @@ import argparse
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import Params, load_params
 from pipelib.schema import flatten
-from pipelib.stage import Build, Made, build_outs, run_stage
+from pipelib.stage import Build, WorkResult, build_outs, run_stage
 from pipelib.tokens.shards import read_manifest
 from pipelib.training.inputs import InitialWeights, find_initial_weights, require_hellaswag
 from pipelib.workspace.places import HERE
@@ -25,9 +25,9 @@ TOKENS, BENCHMARKS = HERE.tokens, HERE.benchmarks
 
 
 def main() -> None:
-    """Train, or go on training, or link the model trained earlier from the same data with the same parameters."""
+    """Train, resume training, or link the model trained earlier from the same data with the same parameters."""
     parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
-    parser.add_argument("--join", action="store_true", help="be a further machine of a training on several")
+    parser.add_argument("--join", action="store_true", help="join a training run that another machine has started")
     arguments, params = parser.parse_args(), load_params()
     require_corpus(params.download)
     if arguments.join:
@@ -38,9 +38,9 @@ def main() -> None:
         return
     initial = find_initial_weights(params.model)
 
-    def work(build: Build) -> Made:
+    def work(build: Build) -> WorkResult:
         from pipelib.training.launch.launch import (
-            launch,  # loads torch, which takes seconds; not where outs are only linked
+            launch,  # imports torch, which takes seconds and is not needed to link finished outs
         )
         from pipelib.training.schedule import Cadence
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def inputs(params: Params, initial: InitialWeights) -> dict[str, object]:
-    """Everything that decides the result."""
+    """Return everything that decides the result."""
     return {
         "model": params.model.decides(),
         "train": params.train.decides(),

@@ -274,7 +274,7 @@ def test_gits_own_words_are_shown(
         assert "git config --global --add safe.directory" in said
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(here / "nothing"))
-        assert "git is not installed, so nothing is known of commits and experiments" in fails(
+        assert "git is not installed, so nothing is known about commits and experiments" in fails(
             capsys, name, "workspace"
         )
     (here / ".git").rename(here / "git-away")

@@ -159,7 +159,7 @@ def test_results_that_a_merge_or_an_editor_broke() -> None:
     lock, speed, train = find(health.check_results)
     assert {finding[0] for finding in (lock, speed, train)} == {"FAIL"}
     assert lock[1].startswith(
-        "dvc.lock is broken (it is empty), so nothing says what DVC made, and DVC refuses it, too; take"
+        "dvc.lock is broken (it is empty), so it is unknown what DVC made, and DVC itself cannot read it; take"
     )
     assert "`git checkout HEAD -- dvc.lock`" in lock[1]
     assert speed[1].startswith("metrics/speed/train.json is broken (it is a list, not a section), so its numbers")

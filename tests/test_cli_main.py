@@ -25,7 +25,7 @@ from pipelib.cli.main import main, make_parser
 from pipelib.cli.summary import next_steps
 from pipelib.cli.table import print_table
 from pipelib.cli.verify import Verify
-from pipelib.errors import UserError, as_typed
+from pipelib.errors import UserError, with_venv_paths
 from pipelib.tracking.record import say
 from pipelib.workspace.workdir import WorkDir
 
@@ -115,22 +115,22 @@ def environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("environment")
 def test_commands_in_messages_are_as_they_must_be_typed(message: str, typed: str) -> None:
     message, typed = message.replace("{}", ".venv/bin/"), typed.replace("{}", ".venv/bin/")
-    assert as_typed(message) == typed
-    assert as_typed(typed) == typed
+    assert with_venv_paths(message) == typed
+    assert with_venv_paths(typed) == typed
 
 
 def test_commands_are_left_alone_only_where_they_can_be_typed(
     environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VIRTUAL_ENV", str(environment))
-    assert as_typed("run dvc repro") == "run dvc repro"
+    assert with_venv_paths("run dvc repro") == "run dvc repro"
     (environment.parent / "link").symlink_to(environment)
     monkeypatch.setenv("VIRTUAL_ENV", str(environment.parent / "link"))
-    assert as_typed("run dvc repro") == "run dvc repro"
+    assert with_venv_paths("run dvc repro") == "run dvc repro"
     monkeypatch.setenv("VIRTUAL_ENV", str(environment.parent / "another"))
-    assert as_typed("run dvc repro") == "run .venv/bin/dvc repro"
+    assert with_venv_paths("run dvc repro") == "run .venv/bin/dvc repro"
     (environment / "bin/pipelib").unlink()
-    assert as_typed("run dvc repro") == "run dvc repro", "installed in an environment of the user's own"
+    assert with_venv_paths("run dvc repro") == "run dvc repro", "installed in an environment of the user's own"
 
 
 @pytest.mark.usefixtures("environment")
@@ -151,7 +151,7 @@ def test_every_command_in_a_text_of_ours_is_known_as_one() -> None:
         for match in re.findall(rf"(?<![\w./-]){program} (?:{'|'.join(sorted(names))})(?![\w-]).*", text)
     ]
     assert len(found) > 50
-    assert [match for match in found if not as_typed(match).startswith(".venv/bin/")] == []
+    assert [match for match in found if not with_venv_paths(match).startswith(".venv/bin/")] == []
 
 
 def _subcommands(parser: argparse.ArgumentParser) -> set[str]:

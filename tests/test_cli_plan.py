@@ -163,7 +163,7 @@ def test_a_check_of_models_that_are_there_is_a_line(capsys: pytest.CaptureFixtur
         ({"evaluate.baselines": ["./nowhere"]}, "evaluate.baselines: nowhere is not a folder with a model"),
         ({"evaluate.baselines": ["./llama"]}, "llama/config.json has model_type = 'llama', and this code has gpt2"),
         ({"evaluate.baselines": ["gpt2"]}, "evaluate.baselines: gpt2 is not in download.models"),
-        ({"evaluate.tasks": ["piqa"]}, "evaluate.tasks: piqa needs data that download makes"),
+        ({"evaluate.tasks": ["piqa"]}, "evaluate.tasks: piqa needs the data of the benchmark piqa"),
         ({"train.max_tokens": 13 * 7_400_214}, "passes over the 7,"),
         ({"train.max_tokens": 10**6, "train.global_batch_tokens": 10**6, "train.micro_batch_size": 3,
           "train.sequence_length": 125, "train.warmup_steps": 0}, "do not divide"),

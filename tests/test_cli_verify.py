@@ -101,15 +101,15 @@ def wrong_counts(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "magic": (lambda folder: flip_bit(folder / TRAIN, 0), TRAIN, "header"),
     "token": (lambda folder: flip_bit(folder / TRAIN, 2000), TRAIN, "its bytes changed"),
-    "short": (truncate, TRAIN, "tokens are missing"),
+    "short": (truncate, TRAIN, "too few or too many tokens"),
     "missing": (lambda folder: (folder / TRAIN).unlink(), TRAIN, "is missing"),
     "a folder": (lambda folder: ((folder / TRAIN).unlink(), (folder / TRAIN).mkdir()), TRAIN, "cannot be read"),
     "foreign": (foreign_token, TRAIN, "the token 50300"),
     "documents": (wrong_documents, TRAIN, "20 documents and the manifest says 7"),
     "no training shard": (no_training, MANIFEST, "no train shard"),
-    "counts": (wrong_counts, UNIGRAM_COUNTS, "how often"),
+    "counts": (wrong_counts, UNIGRAM_COUNTS, "does not match the tokens"),
     "counts missing": (lambda folder: (folder / UNIGRAM_COUNTS).unlink(), UNIGRAM_COUNTS, "is missing"),
-    "counts empty": (lambda folder: (folder / UNIGRAM_COUNTS).write_bytes(b""), UNIGRAM_COUNTS, "no array"),
+    "counts empty": (lambda folder: (folder / UNIGRAM_COUNTS).write_bytes(b""), UNIGRAM_COUNTS, "not an array"),
     "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST, "does not exist"),
     "manifest torn": (lambda folder: (folder / MANIFEST).write_text('{"version": 1'), MANIFEST, "not JSON"),
 }

@@ -145,7 +145,7 @@ def test_more_tokens_than_there_are_takes_all(
     params = dataclasses.replace(local, max_tokens=10**9)
     result, _ = download(params, chosen_source(params), tmp_path / "outs", tmp_path / "work")
     assert result["documents"] == 60
-    assert "tokens, not 1,000,000,000; all of it is taken" in capfd.readouterr().out
+    assert "tokens, fewer than 1,000,000,000; all of it is used" in capfd.readouterr().out
 
 
 def test_a_prefix_of_docs_is_the_start_of_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_project import PARAMS, Project
 
 from pipelib.corpus import experiment_copy
-from pipelib.corpus.experiment_copy import QUEUED, lacking_files, queued_at, require_corpus, was_there
+from pipelib.corpus.experiment_copy import QUEUED, existed_when_queued, missing_files, queued_at, require_corpus
 from pipelib.corpus.params import DownloadParams
 from pipelib.errors import UserError
 
@@ -77,7 +77,9 @@ def test_files_that_stayed_behind_are_refused_with_what_to_do(workspace: Path) -
     with pytest.raises(UserError) as error:
         require_corpus(make_params())
     said = str(error.value)
-    assert said.startswith("3 files of corpus in the workspace, which neither git nor DVC tracked")
+    assert said.startswith(
+        "this experiment's copy of the repository lacks 3 files of corpus that neither git nor DVC tracked"
+    )
     assert "big.txt, deep/c.jsonl, deep/er/a b.jsonl; so it would train on another corpus" in said
     for remedy in (
         "`git add corpus/big.txt corpus/deep`",
@@ -91,7 +93,7 @@ def test_files_that_stayed_behind_are_refused_with_what_to_do(workspace: Path) -
 def test_of_many_files_some_are_named_and_all_are_counted(workspace: Path) -> None:
     for number in range(1200):
         write(workspace / f"corpus/{number % 7}/{number:04}.txt")
-    with pytest.raises(UserError, match=r"^1,200 files of corpus .* and 1,195 more; so ") as error:
+    with pytest.raises(UserError, match=r"lacks 1,200 files of corpus .* and 1,195 more; so ") as error:
         require_corpus(make_params())
     assert "-C corpus/0 -C corpus/1 -C corpus/2 -C corpus/3 -C corpus/4 ...`" in str(error.value)
 
@@ -112,11 +114,11 @@ def test_what_the_stage_does_not_read_may_stay_behind(workspace: Path) -> None:
     for name in ("notes.pdf", "big.txt.dvc", ".gitignore", ".hidden.txt", ".cache/a.txt", "README"):
         write(workspace / "corpus" / name)
     (workspace / "corpus/folder.txt").mkdir()
-    assert lacking_files(make_params(), workspace) == []
+    assert missing_files(make_params(), workspace) == []
     write(workspace / "corpus/a.txt")
     write(workspace / "corpus/b/c.TXT")
-    assert lacking_files(make_params(), workspace) == ["a.txt", "b/c.TXT"]
-    assert lacking_files(make_params(pattern="b/*"), workspace) == ["b/c.TXT"]
+    assert missing_files(make_params(), workspace) == ["a.txt", "b/c.TXT"]
+    assert missing_files(make_params(pattern="b/*"), workspace) == ["b/c.TXT"]
 
 
 def test_links_count_and_other_repositories_inside_too(workspace: Path, here: Path) -> None:
@@ -128,7 +130,7 @@ def test_links_count_and_other_repositories_inside_too(workspace: Path, here: Pa
     write(folder / "clone/.git/config")
     write(folder / "clone/a.txt")  # git lists the folder of another repository, and nothing in it
     os.mkfifo(folder / "fifo.txt")
-    assert lacking_files(make_params(), workspace) == [
+    assert missing_files(make_params(), workspace) == [
         "clone/a.txt", "dangling.txt", "fifo.txt", "link.txt", "linked"
     ]  # fmt: skip
 
@@ -175,7 +177,7 @@ def test_a_file_that_was_there_is_refused_whatever_came_later(workspace: Path, l
     file = write(workspace / "corpus/big.txt")
     queued = now()
     later(file)
-    assert was_there(workspace, Path("corpus/big.txt"), queued)
+    assert existed_when_queued(workspace, Path("corpus/big.txt"), queued)
 
 
 def copy_with_times(folder: Path, file: Path) -> None:
@@ -219,9 +221,9 @@ def test_a_folder_that_was_moved_in_later_fails_nothing(workspace: Path, here: P
     write(here / "downloads/deep/er/a.txt")
     queued = now()
     (here / "downloads/deep").rename(workspace / "corpus/deep")
-    assert not was_there(workspace, Path("corpus/deep/er/a.txt"), queued)
-    assert was_there(workspace, Path("corpus/deep/er/a.txt"), now())
-    assert not was_there(workspace, Path("corpus/gone.txt"), queued)
+    assert not existed_when_queued(workspace, Path("corpus/deep/er/a.txt"), queued)
+    assert existed_when_queued(workspace, Path("corpus/deep/er/a.txt"), now())
+    assert not existed_when_queued(workspace, Path("corpus/gone.txt"), queued)
 
 
 def test_of_several_only_those_that_were_there_are_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +264,7 @@ def test_what_is_lacking_is_the_difference_of_what_both_would_read(
         for name in names:
             write(root / "corpus" / f"{name}.txt")
     expected = sorted(f"{name}.txt" for name in there - here_too if not name.startswith("."))
-    assert lacking_files(make_params(), workspace) == expected
+    assert missing_files(make_params(), workspace) == expected
 
 
 @pytest.fixture(scope="module")
@@ -273,4 +275,4 @@ def copy_of_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.mark.parametrize("stage", ["download", "tokenize", "train"])  # evaluate: see test_dvc.py
 def test_every_stage_asks_first(copy_of_project: Project, stage: str, tmp_path: Path) -> None:
     write(tmp_path / "texts/big.txt")
-    copy_of_project.refuses(stage, "1 file of texts in the workspace", "git add texts", DVC_ROOT=str(tmp_path))
+    copy_of_project.refuses(stage, "lacks 1 file of texts that neither", "git add texts", DVC_ROOT=str(tmp_path))

@@ -155,7 +155,7 @@ def test_a_list_that_fails_is_asked_for_again(hub: FakeHub, one_file: bytes, tmp
 @pytest.mark.parametrize("when", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"])
 def test_the_server_says_how_long_to_wait(hub: FakeHub, one_file: bytes, tmp_path: Path, when: str) -> None:
     hub.failures, hub.retry_after = [429, 503, 429], when
-    slow = dataclasses.replace(source(), retry=Retry(attempts=4, first_wait=1000.0, longest_wait=1000.0))
+    slow = dataclasses.replace(source(), retry=Retry(attempts=4, first_wait=1000.0, max_wait=1000.0))
     slow.write(tmp_path / "raw", tmp_path)
     assert (tmp_path / "raw/000_00000.parquet").read_bytes() == one_file
     assert hub.requests == [*ASKED, GET, GET, GET, GET]
@@ -186,7 +186,7 @@ def test_an_attempt_that_brought_bytes_starts_the_count_again(hub: FakeHub, one_
 
 def test_attempts_that_bring_nothing_end(hub: FakeHub, one_file: bytes, tmp_path: Path) -> None:
     hub.faults = [cut(100), *(cut(0) for _ in range(9))]
-    with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts .*which keeps what came so far"):
+    with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts .*which resumes the download"):
         fetch(tmp_path / "raw")
     assert hub.requests == [*ASKED, *[GET] * 4]
     assert hub.starts == [0, 100, 100, 100]
@@ -232,7 +232,7 @@ def test_a_flipped_bit_is_found_and_fetched_again(
 @pytest.mark.usefixtures("one_file")
 def test_bytes_that_stay_wrong_end_in_an_error_and_are_not_kept(hub: FakeHub, tmp_path: Path) -> None:
     hub.faults = [flip] * 1000
-    with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts \(its bytes are not those"):
+    with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts \(its SHA-256 differs"):
         fetch(tmp_path / "raw")
     assert hub.requests == [*ASKED, *[GET] * 4]
     assert not list(tmp_path.rglob("*.parquet"))
@@ -242,7 +242,7 @@ def test_bytes_that_stay_wrong_end_in_an_error_and_are_not_kept(hub: FakeHub, tm
 @pytest.mark.parametrize("change", [-100, 100])
 def test_a_wrong_size_ends_in_an_error(hub: FakeHub, one_file: bytes, tmp_path: Path, change: int) -> None:
     hub.served[FILE] = one_file[:change] if change < 0 else one_file + bytes(change)
-    message = f"in 4 attempts .its size is {len(one_file) + change} bytes, and {len(one_file)} were announced"
+    message = f"in 4 attempts .its size is {len(one_file) + change} bytes, and the hub's list says {len(one_file)}"
     with pytest.raises(UserError, match=message):
         fetch(tmp_path / "raw")
     assert hub.requests == [*ASKED, *[GET] * 4]
@@ -285,9 +285,7 @@ def test_a_revision_that_is_gone_names_those_that_exist(hub: FakeHub, tmp_path: 
 @pytest.mark.usefixtures("one_file")
 def test_a_hub_that_stays_broken_ends_in_an_error(hub: FakeHub, tmp_path: Path) -> None:
     hub.failures = [503] * 1000
-    with pytest.raises(
-        UserError, match=r"in 4 attempts \(HTTP 503 Service Unavailable\).*which keeps what came so far"
-    ):
+    with pytest.raises(UserError, match=r"in 4 attempts \(HTTP 503 Service Unavailable\).*which resumes the download"):
         fetch(tmp_path / "raw")
     assert hub.requests == [*ASKED, *[GET] * 4]
 
@@ -313,7 +311,7 @@ def test_a_hub_that_is_never_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("changes", "message", "requests"),
     [
         ({"revision": "b" * 40}, rf"download.revision does not exist.*there are {REVISION} \(main\)", 2),
-        ({"folder": "sample/none"}, "look at download.folder", 1),
+        ({"folder": "sample/none"}, "check download.folder", 1),
         ({"repo": "someone/else"}, "download.repo", 1),
     ],
 )
@@ -605,7 +603,7 @@ def test_download_count_is_checked(hub: FakeHub, tmp_path: Path, monkeypatch: py
 
 
 def test_waits_grow_vary_and_heed_the_server() -> None:
-    retry = Retry(first_wait=1.0, longest_wait=10.0)
+    retry = Retry(first_wait=1.0, max_wait=10.0)
     assert 0.5 <= retry.seconds(1, None) <= 1.5
     assert 2.0 <= retry.seconds(3, None) <= 6.0
     assert retry.seconds(30, None) <= 15.0
@@ -678,7 +676,7 @@ def test_more_than_there_is_takes_all_and_says_so(
     result, _ = download(params, source(max_tokens=10_000), tmp_path / "outs", tmp_path)
     assert result["tokens_estimated"] == 8000
     assert len(counted.gets()) == 8
-    assert "has about 8,000 tokens, not 10,000; all of it is taken" in capfd.readouterr().out
+    assert "has about 8,000 tokens, fewer than 10,000; all of it is used" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("max_tokens", [None, 100])

@@ -376,7 +376,10 @@ ODD: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: path.symlink_to("nowhere.txt"), r"odd.txt is a link to nowhere.txt, which does not exist"),
     (lambda path: path.symlink_to(path), "odd.txt is a link to .*, which does not exist"),
     (lambda path: path.symlink_to("/dev/null"), "odd.txt is a link to something that is not a file"),
-    (lambda path: path.symlink_to(path.parents[2]), "odd.txt is a link to a folder, and DVC would not see it change"),
+    (
+        lambda path: path.symlink_to(path.parents[2]),
+        "odd.txt is a link to a folder, and DVC would not notice changes in it",
+    ),
     (make_bad_name, r"b\\xff.txt has a name that is not UTF-8"),
     (make_repository, "odd.txt is a DVC repository"),
     (lambda path: path.with_name(".dvcignore").write_text("x"), r"\.dvcignore is not allowed inside a dependency"),
@@ -522,4 +525,7 @@ def test_kinds_that_are_not_read_are_named_and_capitals_do_not_matter(
     source = LocalSource(tmp_path / "texts", "**/*")
     assert [file["name"] for file in source.identity()["files"]] == ["BOOK.TXT"]
     source.write(tmp_path / "raw", tmp_path)
-    assert "of a kind that is not read: a.html, b.html, c.html, d.html, list.json and 1 more" in capsys.readouterr().out
+    assert (
+        "because their kind cannot be read: a.html, b.html, c.html, d.html, list.json and 1 more"
+        in capsys.readouterr().out
+    )

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelib.corpus.parquet import ROW_GROUP_ROWS, SCHEMA, describe_file, first_rows, iterate_raw, write_raw
-from pipelib.corpus.raw import Document, read_manifest, write_manifest
+from pipelib.corpus.raw import Document, read_raw_manifest, write_manifest
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
 
@@ -18,7 +18,7 @@ DOCUMENTS = [Document(f"text {number} é", f"id{number}", score=number / 2) for 
 def test_documents_come_back_in_order(tmp_path: Path) -> None:
     written = write_raw(DOCUMENTS, tmp_path)
     manifest = write_manifest(tmp_path, {"kind": "test"}, written.files)
-    assert read_manifest(tmp_path) == manifest
+    assert read_raw_manifest(tmp_path) == manifest
     assert manifest.documents == 2500
     rows = list(iterate_raw(tmp_path, ("text", "id", "score", "url")))
     assert [(row["text"], row["id"], row["score"], row["url"]) for row in rows] == [
@@ -84,7 +84,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         list(iterate_raw(tmp_path))
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"not a manifest.*`pipelib verify data/raw --repair`"):
-        read_manifest(tmp_path)
+        read_raw_manifest(tmp_path)
 
 
 def test_a_file_without_text_is_refused(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_manifest_says_how_many_rows_of_a_file_belong_to_the_corpus(tmp_path
     written = write_raw(DOCUMENTS, tmp_path)
     write_manifest(tmp_path, {}, [replace(written.files[0], rows=1001)])
     assert [row["text"] for row in iterate_raw(tmp_path)] == [document.text for document in DOCUMENTS[:1001]]
-    assert read_manifest(tmp_path).documents == 1001
+    assert read_raw_manifest(tmp_path).documents == 1001
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_a_new_family_reruns_nothing_and_one_message_says_how_to_choose_it(clone
     clone.commit("a family")
     said = clone.fails([".venv/bin/dvc", "exp", "run", "-S", "model.architecture=toy"])
     message = (
-        "model.architecture: toy needs other keys (missing: width; superfluous: n_layer, n_head, n_embd); change them"
+        "model.architecture: toy needs other keys (missing: width; not needed: n_layer, n_head, n_embd); change them"
     )
     assert said.count(message) == 1
     (command,) = re.findall(r"`\.venv/bin/dvc (exp run .*?)`", said)
@@ -492,7 +492,10 @@ def test_an_experiment_in_a_copy_refuses_to_leave_text_behind(clone: Clone) -> N
     write_jsonl(clone.root / "texts/more.jsonl", make_texts(30, seed=1))
     experiment = ["exp", "run", "--temp", "--set-param", "evaluate.batch_tokens=768"]
     said = clone.fails([".venv/bin/dvc", *experiment])
-    assert "evaluate: 1 file of texts in the workspace, which neither git nor DVC tracked" in said
+    assert (
+        "evaluate: this experiment's copy of the repository lacks 1 file of texts that neither git nor DVC tracked"
+        in said
+    )
     assert "`git add texts/more.jsonl`" in said
     clone.dvc("add", "--quiet", "texts/more.jsonl")
     clone.git("add", "texts")

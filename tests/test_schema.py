@@ -14,7 +14,7 @@ from pipelib.schema import Bounds, Choice, NaturalInt, PositiveFloat, flatten, p
 @dataclass(frozen=True)
 class Optimizer:
     max_lr: PositiveFloat
-    beta: Annotated[float, Bounds(least=0, most=1)]
+    beta: Annotated[float, Bounds(minimum=0, maximum=1)]
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,12 @@ def test_a_key_chooses_the_dataclass() -> None:
         ),
         (
             {"kind": "square", "radius": 2, "color": "red"},
-            "a.kind: square needs other keys (missing: side; superfluous: radius); change them in the file, or type "
-            "`dvc exp run -S a.kind=square -S '+a.side=SIDE' -S '~a.radius'`, with values in place of the capitals.",
+            "a.kind: square needs other keys (missing: side; not needed: radius); change them in the file, or type "
+            "`dvc exp run -S a.kind=square -S '+a.side=SIDE' -S '~a.radius'`, with a value instead of each name in capitals.",
         ),
         (
             {"kind": "circle", "radius": 2, "color": "red", "side": 1},
-            "a.kind: circle needs other keys (superfluous: side); change them in the file, or type "
+            "a.kind: circle needs other keys (not needed: side); change them in the file, or type "
             "`dvc exp run -S a.kind=circle -S '~a.side'`.",
         ),
         ({"kind": "circle", "radius": "x", "color": "red"}, "a.radius: 'x' is text; it must be a whole number."),

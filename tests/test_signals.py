@@ -20,10 +20,10 @@ from small_project import Project, write_params
 import pipelib
 from pipelib import processes
 from pipelib.pool import Pool
-from pipelib.processes import ORDERS, WARNINGS, on_first_signal, signals_held_back
+from pipelib.processes import STOP_SIGNALS, WARNING_SIGNALS, on_first_signal, signals_blocked
 from pipelib.stage import run_stage
 
-SIGNALS = (*ORDERS, *WARNINGS)
+SIGNALS = (*STOP_SIGNALS, *WARNING_SIGNALS)
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
 
@@ -44,13 +44,13 @@ def test_the_first_signal_acts_and_only_a_second_order_ends_the_process(
     acted: list[int] = []
     ended: list[int] = []
     with pytest.MonkeyPatch.context() as patch, on_first_signal(acted.append):
-        patch.setattr(processes, "end_by", ended.append)
+        patch.setattr(processes, "die_by_signal", ended.append)
         if orphaned:
             patch.setattr(os, "getppid", lambda: 1)
         for number in numbers:
             signal.raise_signal(number)
     assert acted == numbers[:1]
-    orders = [number for number in numbers if number in ORDERS][1:]
+    orders = [number for number in numbers if number in STOP_SIGNALS][1:]
     assert ended == [number for number in orders if not (orphaned and number == signal.SIGTERM)]
 
 
@@ -139,7 +139,7 @@ def test_workers_leave_signals_to_the_one_that_waits_for_them() -> None:
 def test_signals_that_are_held_back_arrive_later() -> None:
     happened: list[object] = []
     with on_first_signal(happened.append):
-        with signals_held_back():
+        with signals_blocked():
             signal.pthread_kill(threading.get_ident(), signal.SIGHUP)
             happened.append("held back")
         happened.append("over")
@@ -151,7 +151,7 @@ def test_ranks_of_a_job_around_this_one_are_forgotten(monkeypatch: pytest.Monkey
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     kept = {name: value for name, value in os.environ.items() if name not in names}
-    processes.leave_other_jobs()
+    processes.clear_rank_variables()
     assert dict(os.environ) == kept | ({"PET_LOCAL_ADDR": "a"} if "PET_LOCAL_ADDR" in names else {})
 
 

@@ -111,7 +111,7 @@ def test_another_checkout_that_was_imported_first_is_an_error(bare: Project, tmp
     other = make_other_checkout(tmp_path / "other")
     done = bare.python("-c", "import pipelib, stages", environment={"PYTHONPATH": str(other)})
     assert done.returncode == 1
-    assert done.stderr.startswith(f"pipelib was imported from {other}/pipelib/__init__.py and not from {bare.root}/src")
+    assert done.stderr.startswith(f"pipelib was imported from {other}/pipelib/__init__.py, not from {bare.root}/src")
     assert "Traceback" not in done.stderr
 
 
@@ -123,7 +123,7 @@ def test_an_empty_corpus(bare: Project) -> None:
     (bare.root / "texts").mkdir()
     bare.refuses("download", "texts has no file that matches")
     (bare.root / "texts/a.jsonl").write_text("")
-    bare.refuses("download", "download.source: local gave no document, so there is nothing to train on")
+    bare.refuses("download", "download.source: local gave no documents, so there is nothing to train on")
     write_jsonl(bare.root / "texts/a.jsonl", ["", "  "])
     bare.refuses("download", "download.source: local gave no document")
     assert bare.files() == set()
@@ -196,7 +196,7 @@ def test_more_passes_over_the_corpus_than_allowed(project: Project) -> None:
 
 def test_ranks_that_cannot_share_a_step(project: Project) -> None:
     project.refuses("train", "3 ranks with train.micro_batch_size = 4 cannot share the 8 rows", PIPELIB_NPROC="3")
-    project.refuses("train", "PIPELIB_NPROC=all is not a whole number from 1 on", PIPELIB_NPROC="all")
+    project.refuses("train", "PIPELIB_NPROC=all is not a whole number of at least 1", PIPELIB_NPROC="all")
 
 
 def flip_bit(path: Path, offset: int) -> None:

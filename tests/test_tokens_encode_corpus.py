@@ -155,7 +155,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_units_do_not_decide_the_shards(
     tmp_path: Path, raw: Path, made: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units_module, "LEAST_UNITS", 1)
+    monkeypatch.setattr(units_module, "MIN_UNITS", 1)
     build = build_in(tmp_path)
     _, speed = run(raw, build)
     assert speed["units"] == len(list(filter(None, FILES)))
@@ -461,7 +461,7 @@ def test_a_validation_shard_that_takes_everything(tmp_path: Path) -> None:
 def test_benchmarks_out_of_training_text(tmp_path: Path) -> None:
     raw = write_raw_files(tmp_path / "raw", [["one two three " * 500] * 10])
     words = (
-        r"only the first 2 documents lie wholly in the validation shard of 4000 tokens.*raise tokenize\.shard_tokens"
+        r"only the first 2 documents are entirely in the validation shard of 4000 tokens.*raise tokenize\.shard_tokens"
     )
     refused(tmp_path, raw, words, shard_tokens=4000, benchmark_documents=3)
 
@@ -487,12 +487,12 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", r"001_00000\.parquet does not exist, so a part of the corpus is missing; run dvc repro"),
+        ("missing", r"001_00000\.parquet does not exist, so part of the corpus is missing; run dvc repro"),
         ("empty", r"001_00000\.parquet cannot be read as parquet"),
         ("cut short", r"001_00000\.parquet cannot be read as parquet .*pipelib verify data/raw --repair"),
         (
             "a page overwritten",
-            r"001_00000\.parquet has sha256 .*its bytes changed, so its text may have; run `pipelib ver",
+            r"001_00000\.parquet has sha256 .*its bytes changed, so its text may be wrong; run `pipelib ver",
         ),
     ],
 )
@@ -533,4 +533,4 @@ def test_a_wrong_number_of_workers_is_refused(
     tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, wish: str
 ) -> None:
     monkeypatch.setenv("PIPELIB_WORKERS", wish)
-    refused(tmp_path, raw, f"PIPELIB_WORKERS={wish} is not a whole number from 1 on")
+    refused(tmp_path, raw, f"PIPELIB_WORKERS={wish} is not a whole number of at least 1")

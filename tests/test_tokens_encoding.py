@@ -193,7 +193,7 @@ def test_gigatoken_is_proved_before_it_is_used(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(UserError, match="PIPELIB_TOKENIZER=bpe is not a tokenizer here; use gigatoken or tiktoken"):
+    with pytest.raises(UserError, match="PIPELIB_TOKENIZER=bpe is not a known tokenizer; use gigatoken or tiktoken"):
         load_engine("bpe", GPT2_TOKENIZER)
 
 

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_corpus import make_texts, write_raw_files
 
-from pipelib.corpus.raw import RawFile, read_manifest
+from pipelib.corpus.raw import RawFile, read_raw_manifest
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
 from pipelib.tokens import texts as texts_module
@@ -63,7 +63,7 @@ TEXTS = make_texts(400)
 
 def plan(tmp_path: Path, rows: int | None = None) -> list[Unit]:
     raw = write_raw_files(tmp_path / "raw", [TEXTS[:300], [], TEXTS[300:]], row_group_rows=20)
-    files = read_manifest(raw).files
+    files = read_raw_manifest(raw).files
     if rows is not None:
         files = (replace(files[0], rows=rows),)
     return plan_units(raw, files)
@@ -77,7 +77,7 @@ def test_units_cover_every_row_once_and_in_order(tmp_path: Path) -> None:
 
 def test_units_of_a_file_stay_the_same_when_others_come(tmp_path: Path) -> None:
     raw = write_raw_files(tmp_path / "raw", [TEXTS[:300], TEXTS[300:]], row_group_rows=20)
-    files = read_manifest(raw).files
+    files = read_raw_manifest(raw).files
     both = plan_units(raw, files)
     assert both == plan_units(raw, files[:1]) + plan_units(raw, files[1:])
 
@@ -98,7 +98,7 @@ def test_large_files_are_cut_by_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     units = plan(tmp_path)
     assert len(units) == 20  # a row group has more than that
     monkeypatch.setattr(module, "UNIT_BYTES", 50_000)
-    monkeypatch.setattr(module, "LEAST_UNITS", 1)
+    monkeypatch.setattr(module, "MIN_UNITS", 1)
     assert max(unit.end_group - unit.first_group for unit in plan(tmp_path)) > 1
 
 

@@ -958,8 +958,8 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ({"PIPELIB_NNODES": "2"}, r"PIPELIB_NNODES=2 machines need a place to meet, .*=\(not set\) is none"),
         ({"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": "node01"}, r"ENDPOINT=node01 is none; give HOST:PORT"),
-        ({"PIPELIB_NNODES": "0"}, r"PIPELIB_NNODES=0 is not a whole number from 1 on"),
-        ({"PIPELIB_MAX_RESTARTS": "-1"}, r"PIPELIB_MAX_RESTARTS=-1 is not a whole number from 0 on"),
+        ({"PIPELIB_NNODES": "0"}, r"PIPELIB_NNODES=0 is not a whole number of at least 1"),
+        ({"PIPELIB_MAX_RESTARTS": "-1"}, r"PIPELIB_MAX_RESTARTS=-1 is not a whole number of at least 0"),
     ],
 )
 def test_settings_of_machines_that_are_none_are_refused(

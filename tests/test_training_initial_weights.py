@@ -97,7 +97,7 @@ def test_published_weights_are_those_that_download_verified(here: Path) -> None:
             {"model__init_from": "gpt2", "download__models": ["gpt2"]},
             "has n_layer = 12, not 1, n_head = 12, not 2, n_embd = 768, not 16, context_length = 1024, not 32, so its",
         ),
-        ({"model__init_from": "./models"}, "./models is what train makes"),
+        ({"model__init_from": "./models"}, "./models is the output of train"),
     ],
 )
 def test_parameters_that_name_no_weights_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

@@ -17,7 +17,15 @@ from pipelib.errors import UserError
 from pipelib.schema import conflict_line, parse_yaml
 from pipelib.tracking.run import _out_md5s
 from pipelib.workspace import dvc
-from pipelib.workspace.dvc import Entry, LockedStage, how_to_restore, parse_lock, parse_metrics, read_lock, read_metrics
+from pipelib.workspace.dvc import (
+    LockedEntry,
+    LockedStage,
+    how_to_restore,
+    parse_lock,
+    parse_metrics,
+    read_lock,
+    read_metrics,
+)
 
 LOCK = b"""schema: '2.0'
 stages:
@@ -49,10 +57,10 @@ Parse = Callable[[bytes, str], dict[str, Any]]
 
 
 def test_what_dvc_writes_is_read() -> None:
-    model = Entry("models", "1123456789abcdef0123456789abcdef.dir")
+    model = LockedEntry("models", "1123456789abcdef0123456789abcdef.dir")
     assert parse_lock(LOCK, "dvc.lock") == {
-        "train": LockedStage((Entry("data/tokens", "0123456789abcdef0123456789abcdef.dir"),), (model,)),
-        "evaluate": LockedStage((model,), (Entry("reports", ""),)),
+        "train": LockedStage((LockedEntry("data/tokens", "0123456789abcdef0123456789abcdef.dir"),), (model,)),
+        "evaluate": LockedStage((model,), (LockedEntry("reports", ""),)),
     }
     assert parse_lock(b"schema: '2.0'\nstages:\n", "dvc.lock") == {}
     assert parse_metrics(METRICS, "m") == {"val_loss": 5.0, "steps": 8, "deep.er": [1, 2], "name": "x"}
@@ -78,8 +86,8 @@ def test_no_file_is_no_stage_and_no_metric_and_a_folder_is_said(here: Path) -> N
         (b"stages: {train: {outs: {path: models}}}", "stages.train.outs is a section, not a list"),
         (b"stages: {train: {outs: [models]}}", "stages.train.outs is text"),
         (b"stages: {train: {outs: [{md5: a}]}}", "without a path"),
-        (b"stages: {train: {deps: [{path: a, md5: 3}]}}", "a has the md5 3"),
-        (b"stages: {train: {deps: [{path: a, md5: ../../b}]}}", "a has the md5 '../../b'"),
+        (b"stages: {train: {deps: [{path: a, md5: 3}]}}", "a has the invalid md5 3"),
+        (b"stages: {train: {deps: [{path: a, md5: ../../b}]}}", "a has the invalid md5 '../../b'"),
         (b"stages: {a: {}, a: {}}", "given twice"),
         (LOCK[:12], "quoted scalar"),
         (b"\xff\xfe", "utf-8"),
@@ -94,7 +102,7 @@ def test_a_broken_lock_has_its_own_remedy(content: bytes, why: str) -> None:
         parse_lock(content, "dvc.lock")
     said = str(error.value)
     assert said.startswith("dvc.lock is broken (")
-    assert why in said.partition("), so nothing says what DVC made")[0]
+    assert why in said.partition("), so it is unknown what DVC made")[0]
     assert "git checkout HEAD -- dvc.lock" in said
     assert "\n" not in said
 

@@ -225,7 +225,9 @@ def test_a_damaged_meta_is_refused_with_what_to_remove(content: str) -> None:
     build()
     (meta,) = Path(".pipelib/stage").glob("*/meta.json")
     meta.write_text(content)
-    with pytest.raises(UserError, match=rf"meta\.json .*; remove {meta.parent}, and its work is done again"):
+    with pytest.raises(
+        UserError, match=rf"meta\.json .*; remove {meta.parent}, and run dvc repro to do its work again"
+    ):
         build()
 
 

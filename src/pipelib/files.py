@@ -1,8 +1,7 @@
-"""Files that are whole or not there: atomic writes, hashes, links, JSON.
+"""Files that are complete or absent: atomic writes, hashes, links, JSON.
 
-Nothing here, and nothing that uses it, writes into a file that already exists: a new file is written beside it, synced
-and renamed over it. Outs of the pipeline are hard links into DVC's cache and into the state folder, so a write in
-place would change all three.
+Never write into an existing file: write a new file beside it, sync it, and rename it over the old one. The pipeline's
+outs are hard links into DVC's cache and into the state folder, so a write in place would change all three.
 """
 
 import errno
@@ -25,16 +24,17 @@ _BLOCK = 1 << 20
 
 @contextmanager
 def write_atomic(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A binary file that appears under `path`, synced and whole, when the block ends without an error.
+    """Open a binary file that appears under `path`, complete and synced, when the block ends without an error.
 
-    A process killed at any instant leaves either the old file or the new one, and at most a `.NAME.RANDOM.tmp` beside it.
-    Processes that write the same file at once, on machines that share it too, do not meet; the last one's stays.
+    A process killed at any moment leaves the old file or the new one, and at most a `.NAME.RANDOM.tmp` beside it.
+    Several processes may write the same file at once, even on different machines: the last one wins.
 
     Args:
-        durable: False leaves it to the system when the bytes reach the disk: for files whose readers check them, since
-            a power cut may leave anything under `path` then.
+        durable: False skips the sync. After a power cut `path` may then hold anything, so use it only for files whose
+            readers verify them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -42,7 +42,7 @@ def write_atomic(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(path)  # only now, when the bytes are on the disk
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -51,7 +51,7 @@ def write_atomic(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Sync a folder, so that the names in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,15 +71,15 @@ def write_json(path: Path, value: object) -> None:
 
 
 def format_json(value: object) -> str:
-    """JSON as all our files have it."""
+    """Format a value as JSON, in the layout of all our files."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Args:
-        remedy: what to do about a damaged file, for the message; that of the pipeline's own outs by default.
+        remedy: what to do about a damaged file, for the message; by default, how to repair an out of the pipeline.
 
     Raises:
         UserError: the file is missing, cannot be read, is not JSON, or holds something other than an object.
@@ -90,10 +90,10 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the stage that makes it (dvc repro).") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); make it a file that you may read.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it a readable file.") from None
     except RecursionError:
         raise UserError(f"{path} is not JSON that can be read (it is nested too deeply); {remedy}.") from None
-    except ValueError as error:  # also numbers of more digits than Python reads
+    except ValueError as error:  # also raised for numbers with more digits than Python accepts
         raise UserError(f"{path} is not JSON ({error}), so it cannot be trusted; {remedy}.") from None
     if not isinstance(value, dict):
         raise UserError(
@@ -103,29 +103,30 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_files(paths: Sequence[Path]) -> list[str]:
-    """The SHA-256 of several files, in their order, as many at once as there are cores."""
-    with ThreadPoolExecutor(available_cores(), thread_name_prefix="hash") as threads:  # hashing leaves the interpreter
+    """Return the SHA-256 of several files, in their order. One thread per core hashes them."""
+    with ThreadPoolExecutor(available_cores(), thread_name_prefix="hash") as threads:  # hashing releases the GIL
         return list(threads.map(sha256_file, paths))
 
 
 def sha256_json(value: object) -> str:
-    """The SHA-256 of a value's canonical JSON: sorted keys, no spaces."""
+    """Return the SHA-256 of a value's canonical JSON: sorted keys, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give `source` a second name `target`, which must not exist; copy where the file system cannot link."""
+    """Hard-link `source` to `target`, which must not exist. Copy it if the file system cannot link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError as error:
+        # Another file system, no support for links, or too many links to one file: copy. Any other error is real.
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
             raise
         with source.open("rb") as reader, write_atomic(target) as writer:
@@ -133,14 +134,14 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def files_under(folder: Path) -> list[Path]:
-    """Every file under a folder, sorted by its path; links to files count, hidden temporary files do not."""
+    """Return every file under a folder, sorted by path; links to files included, temporary files (`.tmp`) left out."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
 
 
 def replace_folder(source: Path, target: Path) -> None:
     """Make the folder `target` hold exactly the files of `source`, as hard links where possible.
 
-    The new folder is completed under a hidden name first, so a kill leaves the old one, none, or the new one.
+    The new folder is completed under a hidden name first. So a kill leaves the old folder, no folder, or the new one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.new")
@@ -148,13 +149,13 @@ def replace_folder(source: Path, target: Path) -> None:
     fresh.mkdir()
     for path in files_under(source):
         link_or_copy(path, fresh / path.relative_to(source))
-    remove(target)
+    remove(target)  # a folder cannot be renamed over another one that has files
     fresh.rename(target)
     sync_folder(target.parent)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder; nothing happens when it is not there."""
+    """Remove a file, a link or a whole folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -162,49 +163,52 @@ def remove(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, unless they are there.
+    """Create a folder and its parents, if they do not exist.
 
     Raises:
-        UserError: it cannot be made, or is a file.
+        UserError: it cannot be created, or is a file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # `user_message` explains a full disk
             raise
         raise UserError(
-            f"{folder} cannot be made ({error.strerror}), so nothing can be written there; name a folder that can be "
-            "(PIPELIB_STATE_DIR, for the state of the stages)."
+            f"{folder} cannot be created ({error.strerror}), so nothing can be written there; name another folder "
+            "(for the state of the stages, set PIPELIB_STATE_DIR)."
         ) from None
 
 
 def require_free_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse before the work starts when the disk cannot hold its result.
+    """Refuse to start work whose result would not fit on the disk.
 
     Args:
         needed: bytes that will be written.
-        what: what needs them, for the message.
+        what: the work, for the message.
 
     Raises:
-        UserError: less than `needed` bytes are free where `folder` lies.
+        UserError: fewer than `needed` bytes are free on the disk of `folder`.
     """
     make_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"{what} needs {format_bytes(needed)} and {folder} has {format_bytes(free)} free, so it would fail half-way; "
-            "free some space (`pipelib clean` lists old state, `dvc gc -w` old cache) or set PIPELIB_STATE_DIR."
+            "free some space (`pipelib clean` lists old state, `dvc gc -w` removes old cache) or set PIPELIB_STATE_DIR."
         )
 
 
 def nearest_folder(path: Path) -> Path:
-    """The folder, or the nearest one above it that is there: both lie on the same disk."""
+    """Return the folder, or its nearest parent that exists: both are on the same disk."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8; half a surrogate pair cannot, and stands for a byte of a name that is not UTF-8."""
+    """Return whether a text can be written as UTF-8.
+
+    Lone surrogates cannot. Python uses them for the bytes of a file name that is not UTF-8.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -213,12 +217,12 @@ def is_unicode(text: str) -> bool:
 
 
 def plural(count: float, noun: str) -> str:
-    """A number of things for people: `1 row`, `1,024 rows`."""
+    """Format a count with its noun: `1 row`, `1,024 rows`."""
     return f"{round(count, 2):,g} {noun}{'' if count == 1 else 's'}"
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people: 28.5 GB."""
+    """Format a number of bytes: `28.5 GB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""The whole of params.yaml, read strictly before any work.
+"""All of params.yaml, read and checked before any work starts.
 
-Stages do not depend on this file (see `provenance.EXEMPT`): it accepts or refuses, and hands each stage the section that
-the stage's own wing declares.
+Stages do not depend on this file (see `provenance.EXEMPT`): it only accepts or refuses the parameters. Each section is
+declared in the package that uses it.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from pipelib.workspace.places import HERE
 
 @dataclass(frozen=True)
 class LoggingParams:
-    """Section `logging` of params.yaml: what may change without changing any result. No stage depends on it."""
+    """Section `logging` of params.yaml. It changes no result, so no stage depends on it."""
 
     log_every: PositiveInt
     """Steps between lines of progress and points sent to MLflow."""
@@ -43,11 +43,11 @@ class Params:
     logging: LoggingParams
 
     def problems(self) -> Iterator[str]:
-        """What does not go together across sections."""
+        """Yield a message for each combination of values that is invalid across sections."""
         if self.train.sequence_length > self.model.context_length:
             yield (
                 f"train.sequence_length: {self.train.sequence_length} is longer than model.context_length = "
-                f"{self.model.context_length}, so positions would be missing; lower it or raise the context."
+                f"{self.model.context_length}, so the model could not read a whole sequence; lower it or raise the context."
             )
         if self.tokenize.shard_tokens <= self.train.sequence_length:
             yield (
@@ -58,14 +58,14 @@ class Params:
             benchmark = benchmark_of(task)
             if task in known_tasks() and benchmark not in self.download.benchmarks:
                 yield (
-                    f"evaluate.tasks: {task} needs data that download makes for the benchmark {benchmark}, which is not in "
+                    f"evaluate.tasks: {task} needs the data of the benchmark {benchmark}, which is not in "
                     f"download.benchmarks; add it there, or drop the task."
                 )
         for name in self.evaluate.baselines:
             if is_folder(name) and _is_trained(name):
                 yield (
-                    f"evaluate.baselines: {name} is what train makes, so the model would be compared with itself; drop it, or "
-                    "name a copy of an earlier one."
+                    f"evaluate.baselines: {name} is the output of train, so the model would be compared with itself; drop it, "
+                    "or name a copy of an earlier model."
                 )
             if name in PUBLISHED_MODELS and name not in self.download.models:
                 yield (
@@ -74,7 +74,7 @@ class Params:
                 )
         if self.train.hellaswag_every is not None and "hellaswag" not in self.download.benchmarks:
             yield (
-                f"train.hellaswag_every: {self.train.hellaswag_every} needs items that download fetches, and "
+                f"train.hellaswag_every: {self.train.hellaswag_every} needs the HellaSwag items, and "
                 f"download.benchmarks = {list(self.download.benchmarks)} does not name hellaswag; add it there, or set this to "
                 "null."
             )
@@ -86,32 +86,32 @@ class Params:
         yield from self._problems_of_initial_weights()
 
     def _problems_of_initial_weights(self) -> Iterator[str]:
-        """What is wrong with `model.init_from`, as far as parameters alone say it; the train stage looks at folders."""
+        """Yield what the parameters alone show to be wrong with `model.init_from`. The train stage checks folders."""
         name = self.model.init_from
         if self.model.init_is_published and name not in PUBLISHED_MODELS:
             near = difflib.get_close_matches(name, ["scratch", *PUBLISHED_MODELS], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"write ./{name} if it is one."
+            hint = f"did you mean {near[0]}?" if near else f"write ./{name} if it is a folder."
             yield (
-                f"model.init_from: {name!r} is neither scratch nor one of {', '.join(PUBLISHED_MODELS)}, and a folder is "
-                f"written with a slash; {hint}"
+                f"model.init_from: {name!r} is neither scratch nor one of {', '.join(PUBLISHED_MODELS)}, and a folder needs "
+                f"a slash in its name; {hint}"
             )
         elif self.model.init_is_published:
             if name not in self.download.models:
                 yield (
-                    f"model.init_from: {name} needs weights that download fetches, and download.models = "
+                    f"model.init_from: {name} needs weights from the hub, and download.models = "
                     f"{list(self.download.models)} does not name it; add it there."
                 )
             if differing := self.model.difference(published_params(name)):
                 yield f"model.init_from: {name} has {differing}"
         elif _is_trained(name):
             yield (
-                f"model.init_from: {name} is what train makes, and DVC removes it before train runs; copy the folder, and "
+                f"model.init_from: {name} is the output of train, and DVC removes it before train runs; copy the folder, and "
                 "name the copy."
             )
 
 
 def _is_trained(folder: str) -> bool:
-    """Whether a folder is the one that train makes."""
+    """Return whether a folder is the output of train."""
     return "\0" not in folder and Path(folder).resolve() == HERE.model.resolve()
 
 
@@ -119,7 +119,7 @@ def load_params(path: Path = HERE.params) -> Params:
     """Read and check a parameter file.
 
     Raises:
-        ParamsError: with every problem of the file.
+        ParamsError: lists every problem of the file.
         UserError: the file is missing or not YAML.
     """
     problems: list[str] = []

@@ -1,8 +1,8 @@
-"""A pool of processes that any of them may leave at any instant, by SIGKILL too, without the others waiting for it.
+"""A process pool that survives the death of a worker at any moment, SIGKILL included.
 
-Each has a pipe of its own to this process. In `concurrent.futures.ProcessPoolExecutor` all share one: when a process dies in
-the middle of a result of more than 16 KB, the reader waits for its rest for ever, and so does everybody else (observed with
-CPython 3.11). Here the dead one's pipe ends, and with it the wait.
+Each worker has its own pipe to this process. The workers of `concurrent.futures.ProcessPoolExecutor` share one pipe: when
+a worker dies while it sends a result of more than 16 KB, the reader waits for the rest forever (observed with CPython
+3.11). Here the pipe of a dead worker closes, and the wait ends with an error.
 """
 
 import multiprocessing
@@ -20,21 +20,22 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipelib.errors import UserError
-from pipelib.processes import signals_held_back, tie_to_parent
+from pipelib.processes import die_with_parent, signals_blocked
 
 
 class Pool:
-    """Processes that are started when there is work for them.
+    """Worker processes, each started when there is work for it.
 
-    They are spawned, not forked: the same on every system, and safe beside the threads of this process (MLflow's).
+    They are spawned, not forked: this works the same on every system, and is safe while this process has threads
+    (MLflow's).
     """
 
-    def __init__(self, most: int, start: Callable[..., object], *arguments: object) -> None:
+    def __init__(self, max_processes: int, start: Callable[..., object], *arguments: object) -> None:
         """Args:
-        most: processes at a time.
-        start: called with `arguments` in each process before its first task; a function of a module.
+        max_processes: how many may run at once.
+        start: called with `arguments` in each process before its first task; a module-level function.
         """
-        self._most, self._start = most, (start, arguments)
+        self._max_processes, self._start = max_processes, (start, arguments)
         self._context = multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = []
         self._idle: list[Connection] = []
@@ -46,101 +47,106 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let each finish the task it is at, and end."""
+        """Let each worker finish its current task, and wait until all have ended."""
+        # A worker whose pipe is closed ends when it next reads or writes.
         for connection in (*self._idle, *self._busy):
             connection.close()
         for process in self._processes:
             process.join()
 
     def run(self, task: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """The number of each call and what `task(*call)` returns, as they get done.
+        """Yield the index of each call and the result of `task(*call)`, as the calls finish.
+
+        An error in a task or in `start` is raised here too, as a RuntimeError if it cannot be pickled. After an error the
+        pool must not be used.
 
         Args:
-            task: a function of a module.
+            task: a module-level function.
 
         Raises:
-            UserError: a process was killed. Whatever a task or `start` raises is raised here too, as RuntimeError if it cannot
-                travel, and the pool takes no more.
+            UserError: a worker was killed.
         """
         waiting = deque(enumerate(calls))
-        self._hand_out(task, waiting)
+        self._dispatch(task, waiting)
         while self._busy:
             for ready in wait([*self._busy]):
                 assert isinstance(ready, Connection)
-                with _alive():
+                with _explain_dead_worker():
                     result, error = ready.recv()
                 if error is not None:
                     raise error
                 number = self._busy.pop(ready)
                 self._idle.append(ready)
-                self._hand_out(task, waiting)  # before the caller looks at the result, so that nobody is idle meanwhile
+                self._dispatch(
+                    task, waiting
+                )  # before the yield, so that no worker is idle while the caller uses the result
                 yield number, result
 
-    def _hand_out(self, task: Callable[..., Any], waiting: "deque[tuple[int, tuple[Any, ...]]]") -> None:
-        """Give every process that is idle, or could be started, one of the calls that wait."""
-        while waiting and (self._idle or len(self._processes) < self._most):
-            connection = self._idle.pop() if self._idle else self._begin()
+    def _dispatch(self, task: Callable[..., Any], waiting: "deque[tuple[int, tuple[Any, ...]]]") -> None:
+        """Give a waiting call to every idle worker, and to new workers up to the limit."""
+        while waiting and (self._idle or len(self._processes) < self._max_processes):
+            connection = self._idle.pop() if self._idle else self._start_process()
             number, call = waiting.popleft()
             self._busy[connection] = number
-            with _alive():
+            with _explain_dead_worker():
                 connection.send((task, call))
 
-    def _begin(self) -> Connection:
-        """A new process, at the other end of a pipe that nobody else holds."""
+    def _start_process(self) -> Connection:
+        """Start a worker and return this end of its pipe."""
         mine, its = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(its, *self._start), daemon=True)
-        resource_tracker.ensure_running()  # else `start` would, and let signals through that are held back
-        with signals_held_back():  # in the new process for good: they are for the one that waits for it
+        process = self._context.Process(target=_work, args=(its, *self._start), daemon=True)
+        resource_tracker.ensure_running()  # otherwise `start` would do it, and unblock the signals
+        with signals_blocked():  # the worker inherits the block and keeps it: this process decides when to stop
             process.start()
-        its.close()
+        its.close()  # otherwise the pipe would stay open after the worker's death
         self._processes.append(process)
         return mine
 
 
 @contextmanager
-def _alive() -> Iterator[None]:
-    """UserError where the process at the other end of a pipe is dead."""
+def _explain_dead_worker() -> Iterator[None]:
+    """Raise a UserError if the worker at the other end of a pipe is dead."""
     try:
         yield
     except (EOFError, OSError):
         raise UserError(
-            "a worker was killed, by the system if memory ran out, so this stage is not complete; run dvc repro again, with "
+            "a worker was killed (by the system, if memory ran out), so this stage is not complete; run dvc repro again, with "
             "fewer workers if memory is short (PIPELIB_WORKERS=1)."
         ) from None
 
 
-def _serve(connection: Connection, start: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    """What a process does: a task at a time, until nobody has another one for it."""
-    tie_to_parent(signal.SIGKILL)  # it gets no other signal
-    not_started = None
+def _work(connection: Connection, start: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    """Run one task after the other in a worker, until the pipe closes."""
+    die_with_parent(signal.SIGKILL)  # all other stop signals are blocked here
+    start_error = None
     try:
         start(*arguments)
     except Exception as error:
-        not_started = _in_words(error)
+        start_error = _pickle_error(error)
     try:
         while True:
-            asked = connection.recv_bytes()
-            connection.send_bytes(_answer(asked) if not_started is None else not_started)
-    except (EOFError, OSError):  # the one that waits is gone, or wants no more
+            request = connection.recv_bytes()
+            connection.send_bytes(_run_task(request) if start_error is None else start_error)
+    except (EOFError, OSError):  # the parent has closed the pipe, or is dead
         return
 
 
-def _answer(asked: bytes) -> memoryview:
-    """The result of a task or its error, as it travels."""
+def _run_task(request: bytes) -> memoryview:
+    """Run a pickled task and return its pickled result or error."""
     try:
-        task, call = pickle.loads(asked)
+        task, call = pickle.loads(request)
         return ForkingPickler.dumps((task(*call), None))
     except Exception as error:
-        return _in_words(error)
+        return _pickle_error(error)
 
 
-def _in_words(error: Exception) -> memoryview:
-    """An error as it travels, with its traceback; of one that cannot, the traceback alone."""
-    words = f"In a worker: {''.join(traceback.format_exception(error))}"
-    error.add_note(words)
+def _pickle_error(error: Exception) -> memoryview:
+    """Pickle an error with its traceback; if the error cannot be pickled, only the traceback."""
+    text = f"In a worker: {''.join(traceback.format_exception(error))}"
+    error.add_note(text)
     try:
         data = ForkingPickler.dumps((None, error))
-        pickle.loads(data)  # some can be written and not be read: those whose __init__ wants more than a text
+        pickle.loads(data)  # fails for an error whose __init__ needs more arguments than its message
     except Exception:
-        return ForkingPickler.dumps((None, RuntimeError(words)))
+        return ForkingPickler.dumps((None, RuntimeError(text)))
     return data

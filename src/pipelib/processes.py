@@ -1,4 +1,4 @@
-"""Processes: how many to use, the memory they hold, how they are asked to stop, and that none outlives its parent."""
+"""Processes: how many to use, how much memory they hold, how they stop on a signal, and how they die with their parent."""
 
 import errno
 import io
@@ -16,51 +16,51 @@ from typing import Any
 
 from pipelib.errors import UserError
 
-ORDERS = (signal.SIGTERM, signal.SIGINT)
-"""Signals that ask a process to stop. A second one ends it at once."""
-WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""Signals that announce the end: of the terminal, or of the job's time, as Slurm, Grid Engine, LSF and limits on CPU time do.
-They may come several times, from the shell and from the kernel, and each time they mean the same."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that ask a process to stop. A second one ends it immediately."""
+WARNING_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""Signals that warn of the end: the terminal closes, or the job's time runs out (Slurm, Grid Engine, LSF, CPU time limits).
+The shell and the kernel may each send the same warning, so repeated ones mean nothing more."""
 
 
-def worker_count(most: int) -> int:
-    """Processes to use: `$PIPELIB_WORKERS`, else one for every core, but no more than there is work for."""
-    return max(1, min(most, positive_setting("PIPELIB_WORKERS") or available_cores()))
+def worker_count(max_useful: int) -> int:
+    """Return how many processes to use: `$PIPELIB_WORKERS`, else one per core, but at most `max_useful`."""
+    return max(1, min(max_useful, positive_int_from_env("PIPELIB_WORKERS") or available_cores()))
 
 
-def positive_setting(name: str) -> int | None:
-    """A number that the user may set in the environment; None where it is not set.
-
-    Raises:
-        UserError: it is not a whole number, or less than 1.
-    """
-    wish = os.environ.get(name, "")
-    if wish and not (wish.isdecimal() and int(wish)):
-        raise UserError(
-            f"{name}={wish} is not a whole number from 1 on, so it cannot be followed; give one, or unset it."
-        )
-    return int(wish) if wish else None
-
-
-def natural_setting(name: str) -> int:
-    """A number from 0 on that the user may set in the environment; 0 where it is not set.
+def positive_int_from_env(name: str) -> int | None:
+    """Read a positive integer from an environment variable; None if it is not set.
 
     Raises:
-        UserError: it is not a whole number.
+        UserError: the value is not a positive integer.
     """
-    wish = os.environ.get(name, "") or "0"
-    if not wish.isdecimal():
+    value = os.environ.get(name, "")
+    if value and not (value.isdecimal() and int(value)):
         raise UserError(
-            f"{name}={wish} is not a whole number from 0 on, so it cannot be followed; give one, or unset it."
+            f"{name}={value} is not a whole number of at least 1, so it cannot be used; set a valid number, or unset it."
         )
-    return int(wish)
+    return int(value) if value else None
+
+
+def natural_int_from_env(name: str) -> int:
+    """Read an integer of at least 0 from an environment variable; 0 if it is not set.
+
+    Raises:
+        UserError: the value is not such an integer.
+    """
+    value = os.environ.get(name, "") or "0"
+    if not value.isdecimal():
+        raise UserError(
+            f"{name}={value} is not a whole number of at least 0, so it cannot be used; set a valid number, or unset it."
+        )
+    return int(value)
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use: those it may run on, but no more than a container's quota of CPU time, rounded up.
+    """Return how many cores this process may use: its CPU affinity, limited by a container's CPU quota (rounded up).
 
     Args:
-        root: where /proc and /sys are.
+        root: the folder that holds /proc and /sys.
     """
     if sys.platform != "linux":
         return os.cpu_count() or 1
@@ -68,19 +68,21 @@ def available_cores(root: Path = Path("/")) -> int:
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:
-    """The cores' worth of CPU time that each control group around this process allows, where it limits it."""
+    """Yield the CPU quota, in cores, of each control group around this process that has one."""
     for group in control_groups("cpu", root):
         quota = f"{system_file(group / 'cpu.cfs_quota_us')} {system_file(group / 'cpu.cfs_period_us')}"
         allowed, _, period = (system_file(group / "cpu.max") or quota).partition(" ")
-        if allowed.isdecimal() and period.isdecimal() and int(period):  # "max" or -1 is no limit
+        if allowed.isdecimal() and period.isdecimal() and int(period):  # "max" and -1 mean no limit
             yield int(allowed) / int(period)
 
 
 def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
-    """The folders of the control groups that this process is in, innermost first: version 2, or version 1 of a controller.
+    """Yield the folders of this process's control groups, innermost first (cgroup version 2, or a controller's version 1).
 
-    In a container the path may be one that only the host has; the file system's own root is then the container's group.
+    In a container the listed path may exist only on the host. The root of the mounted file system is then the container's
+    own group.
     """
+    # A line is NUMBER:CONTROLLERS:PATH; version 2 has number 0 and no controllers.
     for line in system_file(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -92,7 +94,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
 
 
 def system_file(path: Path) -> str:
-    """A small file of the system; nothing where it cannot be read."""
+    """Read a small file of the system; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
     except OSError:
@@ -100,26 +102,26 @@ def system_file(path: Path) -> str:
 
 
 def resident_memory() -> int:
-    """Memory that this process holds, in bytes; where the system does not tell, the most that it ever held."""
+    """Return the memory that this process holds, in bytes. Outside Linux, return the peak instead."""
     if sys.platform == "linux":
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_memory() -> int:
-    """The most memory that this process ever held, in bytes, pages of mapped files included."""
-    if sys.platform == "linux":  # getrusage counts what the parent held when it forked
+    """Return the peak memory of this process, in bytes, pages of mapped files included."""
+    if sys.platform == "linux":  # getrusage would also count the memory of the parent when it forked
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse large freed blocks instead of returning them to the kernel, which would clear them page by page.
+    """Make glibc reuse large freed blocks instead of returning them to the kernel, which would clear them page by page.
 
-    For work that takes and frees the same large arrays over and over. A training step does with the logits and their
-    gradient, 50,304 numbers a token: a step of a small GPT-2 on two cores took 340 ms instead of 607 ms, and 2.2 GB instead
-    of 1.2 GB (`make bench-train`, docs/log.md). Tokenization does with its texts and tokens.
+    This helps work that allocates and frees the same large arrays again and again. A training step does so with the logits
+    and their gradient, 50,304 numbers per token: a step of a small GPT-2 on two cores took 340 ms instead of 607 ms, and
+    2.2 GB instead of 1.2 GB (`make bench-train`, docs/log.md). Tokenization does so with its texts and tokens.
     """
     if sys.platform == "linux":
         import ctypes
@@ -131,24 +133,26 @@ def keep_freed_memory() -> None:
             libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def tie_to_parent(death_signal: signal.Signals = signal.SIGTERM) -> None:
-    """Have `death_signal` end this process when the process that started it dies.
+def die_with_parent(death_signal: signal.Signals = signal.SIGTERM) -> None:
+    """Send `death_signal` to this process when its parent dies.
 
-    So a killed DVC leaves no stage running, and a killed stage no workers. On Linux the kernel does it at once
-    (prctl, PR_SET_PDEATHSIG); elsewhere a thread looks once a second. The process that is meant may have died before this
-    call, while Python was starting; `$PIPELIB_PARENT`, where it is set, says which one it was.
+    So a killed DVC leaves no stage running, and a killed stage leaves no workers. On Linux the kernel sends the signal
+    (prctl, PR_SET_PDEATHSIG); elsewhere a thread checks once a second. The parent may already have died, while Python was
+    starting: `$PIPELIB_PARENT`, if set, is the process number of the intended parent.
     """
     parent = os.getppid()
-    meant = positive_setting("PIPELIB_PARENT") or parent
+    intended = positive_int_from_env("PIPELIB_PARENT") or parent
     os.environ.pop("PIPELIB_PARENT", None)
     if sys.platform == "linux":
         import ctypes
 
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(death_signal))
-        if os.getppid() != parent or (meant != parent and _has_ended(meant)):
+        # The parent may have died before prctl, and then the kernel sends nothing.
+        if os.getppid() != parent or (intended != parent and _has_ended(intended)):
             os.kill(os.getpid(), death_signal)
     else:
+        # Without prctl, a process whose parent died gets another parent: check for that.
         import threading
 
         def watch() -> None:
@@ -160,7 +164,7 @@ def tie_to_parent(death_signal: signal.Signals = signal.SIGTERM) -> None:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether a process is gone, or nothing but its exit status is left of it (Linux)."""
+    """Return whether a process is gone or a zombie (Linux)."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
     except OSError:
@@ -178,25 +182,27 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def on_first_signal(act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block the first signal of `ORDERS` and `WARNINGS` calls `act` with its number.
+    """Call `act` with the number of the first stop or warning signal that arrives within the block.
 
-    After it a warning does nothing more, and one order neither: a scheduler warns, and later orders. A second order ends the
-    process at once. The system's SIGTERM for the death of the process that started this one (`tie_to_parent`) is not a second
-    one: who stops a whole job signals DVC, which dies of it, and the stage. SIGHUP and Ctrl-C stay ignored where they were
-    when this process started, as `nohup` and a shell's background jobs have it.
+    - Later warnings do nothing.
+    - The first stop signal after a warning does nothing either: a scheduler first warns, then stops the job.
+    - A second stop signal ends the process immediately. The SIGTERM that the kernel sends when the parent dies
+      (`die_with_parent`) does not count as the second one: cancelling a job signals DVC and the stage, and DVC's death sends
+      one more.
+    - SIGHUP and Ctrl-C stay ignored if they were ignored when this process started (`nohup`, background jobs of a shell).
     """
     parent = os.getppid()
     seen: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:
-        ordered = any(earlier in ORDERS for earlier in seen)
+        asked_to_stop = any(earlier in STOP_SIGNALS for earlier in seen)
         seen.append(number)
         if len(seen) == 1:
             act(number)
-        elif ordered and number in ORDERS and (number != signal.SIGTERM or os.getppid() == parent):
-            end_by(number)
+        elif asked_to_stop and number in STOP_SIGNALS and (number != signal.SIGTERM or os.getppid() == parent):
+            die_by_signal(number)
 
-    before = {number: signal.getsignal(number) for number in (*ORDERS, *WARNINGS)}
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, *WARNING_SIGNALS)}
     for number, handler in before.items():
         if handler != signal.SIG_IGN or number not in (signal.SIGHUP, signal.SIGINT):
             signal.signal(number, handle)
@@ -207,30 +213,30 @@ def on_first_signal(act: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end_by(number: int) -> None:
-    """Die of a signal at once, without a traceback; what is on disk is what a kill leaves."""
+def die_by_signal(number: int) -> None:
+    """Die of a signal immediately, without a traceback or cleanup, as if killed."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
 
 
-def die_of_signals() -> None:
-    """From here on a signal that asks to stop ends this process at once and without a traceback, as Python's start does not.
+def die_on_signals() -> None:
+    """Make stop and warning signals end this process immediately, without the traceback that Python would print.
 
-    For the seconds in which a process imports, before it knows better (`on_first_signal`). SIGHUP and Ctrl-C stay ignored
-    where they are.
+    This is for the seconds in which a process imports, before it calls `on_first_signal`. SIGHUP and Ctrl-C stay ignored
+    if they are ignored now.
     """
-    for number in (*ORDERS, *WARNINGS):
+    for number in (*STOP_SIGNALS, *WARNING_SIGNALS):
         if signal.getsignal(number) != signal.SIG_IGN or number not in (signal.SIGHUP, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Within the block this thread gets no signal that asks to stop; it does after it. Processes started in it never get one.
+def signals_blocked() -> Iterator[None]:
+    """Block stop and warning signals for this thread until the block ends. Processes started in the block never get one.
 
     A signal to the whole process can still arrive through another thread.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*ORDERS, *WARNINGS))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, *WARNING_SIGNALS))
     try:
         yield
     finally:
@@ -238,7 +244,7 @@ def signals_held_back() -> Iterator[None]:
 
 
 class _Unstoppable(io.FileIO):
-    """A file whose readers may go away: what is written to a closed terminal or pipe is lost, without an error."""
+    """A file that drops, without an error, what is written after its terminal or pipe was closed."""
 
     def write(self, data: Any) -> int:
         """See `io.RawIOBase`."""
@@ -251,20 +257,21 @@ class _Unstoppable(io.FileIO):
 
 
 def outlive_terminal() -> None:
-    """Have this process print on where nobody can read it: a terminal may be closed before the last checkpoint is saved."""
+    """Let this process continue after its terminal or pipe is closed, so that it can still save its last checkpoint."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        # Only the process's own stream, not a replacement (pytest's, for example).
         if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             file = io.BufferedWriter(_Unstoppable(stream.fileno(), "w", closefd=False))
             line_buffering = stream.line_buffering or name == "stderr"
             setattr(sys, name, io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=line_buffering))
 
 
-def leave_other_jobs() -> None:
-    """Forget the ranks that a job around this process names (Kubernetes, Slurm's scripts, another torchrun).
+def clear_rank_variables() -> None:
+    """Remove the rank variables of a surrounding job (Kubernetes, Slurm's scripts, another torchrun) from the environment.
 
-    They are not ours: a training would wait for ranks that nobody starts, and lm-eval would leave its result to "rank 0".
-    `PET_LOCAL_ADDR` stays, which people set for us (docs/how-to/several-machines.md).
+    They do not describe our ranks: training would wait for ranks that are never started, and lm-eval would leave its result
+    to "rank 0". `PET_LOCAL_ADDR` stays, because users set it for us (docs/how-to/several-machines.md).
     """
     for name in list(os.environ):
         if name in _RANK_VARIABLES or (name.startswith(("PET_", "TORCHELASTIC_")) and name != "PET_LOCAL_ADDR"):

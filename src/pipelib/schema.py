@@ -1,10 +1,10 @@
-"""Read a YAML section into a frozen dataclass, or say everything that is wrong with it.
+"""Read a YAML section into a frozen dataclass, or report everything that is wrong with it.
 
-This file is the mechanism only. Each wing declares its own parameters (`corpus/params.py`, `training/params.py`, ...),
-so that a change there re-runs that wing's stages and no others; `params.py` puts the sections together.
+This file holds only the mechanism. Each package declares its own parameters (`corpus/params.py`, `training/params.py`,
+...), so that a change there re-runs the stages of that package and no others. `params.py` puts the sections together.
 
-DVC writes YAML 1.2 and PyYAML reads YAML 1.1: there, `6e-05` is a string, `on` is a boolean and `1:30` is ninety. The
-loader below reads numbers and booleans as YAML 1.2 does, and refuses a key that is given twice.
+DVC writes YAML 1.2, but PyYAML reads YAML 1.1, where `6e-05` is a string, `on` is a boolean and `1:30` is ninety. The
+loader below reads numbers and booleans as YAML 1.2 does, and refuses duplicate keys.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class ParamsError(UserError):
-    """Everything that is wrong with a parameter file, each problem with its key, its value and the remedy."""
+    """Every problem of a parameter file, each with its key, its value and the remedy."""
 
     def __init__(self, path: Path, problems: list[str]) -> None:
         self.problems = problems
@@ -40,71 +40,75 @@ class Bounds:
 
     above: float = -math.inf
     """Greater than this."""
-    least: float = -math.inf
+    minimum: float = -math.inf
     """This or greater."""
-    most: float = math.inf
+    maximum: float = math.inf
     """This or smaller."""
 
     def problem(self, value: float) -> str | None:
-        """What is wrong with `value`, or None."""
-        if isinstance(value, float) and not math.isfinite(value):  # a whole number may be too large for a float
+        """Return what is wrong with `value`, or None."""
+        if isinstance(value, float) and not math.isfinite(value):  # isfinite fails for an int too large for a float
             return "is not a finite number."
         if value <= self.above:
             return f"must be greater than {self.above:g}."
-        if value < self.least:
-            return f"must be at least {self.least:g}."
-        if value > self.most:
-            return f"must be at most {self.most if isinstance(self.most, int) else f'{self.most:g}'}."
+        if value < self.minimum:
+            return f"must be at least {self.minimum:g}."
+        if value > self.maximum:
+            return f"must be at most {self.maximum if isinstance(self.maximum, int) else f'{self.maximum:g}'}."
         return None
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """The words a parameter may be, where they are not part of its type: `Annotated[str, OneOf(known_sources)]`."""
+    """The words a parameter may be, when they are computed: `Annotated[str, OneOf(known_sources)]`."""
 
     names: Callable[[], Collection[str]]
 
     def problem(self, value: str) -> str | None:
-        """What is wrong with `value`, or None."""
+        """Return what is wrong with `value`, or None."""
         known = self.names()
         return None if value in known else f"is not one of {', '.join(known)}{did_you_mean(value, known)}"
 
 
 def did_you_mean(value: object, known: Collection[str]) -> str:
-    """The end of a sentence about an unknown word: the known one nearest to it, or a full stop."""
+    """Return the end of a sentence about an unknown word: the most similar known word, or a full stop."""
     near = difflib.get_close_matches(str(value), list(known), n=1)
     return f"; did you mean {near[0]}?" if near else "."
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A section whose keys follow from one of them, which names a dataclass. The class of the section has it as `choice`."""
+    """A section in which one key selects the dataclass that declares the others.
+
+    The section's class has it as its attribute `choice`.
+    """
 
     key: str
-    """The key that names the dataclass, itself a field of each."""
+    """The key that selects the dataclass. Each dataclass has it as a field."""
     names: Callable[[], list[str]]
-    """What it may say."""
+    """Returns the values that the key may have."""
     load: Callable[[str], type]
-    """The dataclass of a name."""
+    """Returns the dataclass of such a value."""
 
 
 MAX_INT = 2**63 - 1
-"""The largest whole number that a parameter may be: what torch and NumPy take, and floats can be computed from."""
-PositiveInt = Annotated[int, Bounds(above=0, most=MAX_INT)]
-NaturalInt = Annotated[int, Bounds(least=0, most=MAX_INT)]
+"""The largest integer that a parameter may be: torch and NumPy accept it, and it converts to a float."""
+PositiveInt = Annotated[int, Bounds(above=0, maximum=MAX_INT)]
+NaturalInt = Annotated[int, Bounds(minimum=0, maximum=MAX_INT)]
 PositiveFloat = Annotated[float, Bounds(above=0)]
-NaturalFloat = Annotated[float, Bounds(least=0)]
+NaturalFloat = Annotated[float, Bounds(minimum=0)]
 
 
 class _Yaml12Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2's core schema."""
 
 
+# Drop YAML 1.1's rules for booleans and numbers; those of YAML 1.2 are added below.
 _Yaml12Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "int", "float")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_DIGITS = r"[0-9]+(?:_[0-9]+)*"  # 1_000_000 is no YAML 1.2, but DVC reads and writes it
+_DIGITS = r"[0-9]+(?:_[0-9]+)*"  # 1_000_000 is not YAML 1.2, but DVC reads and writes it
 _SCALARS = {
     "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     "int": (rf"^[-+]?{_DIGITS}$", "-+0123456789"),
@@ -137,7 +141,7 @@ _Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML 1.2 file.
+    """Read the mapping in a YAML 1.2 file.
 
     Raises:
         UserError: the file is missing, is not YAML, or holds something other than a mapping.
@@ -145,12 +149,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist, so nothing says what to run; copy one from presets/.") from None
+        raise UserError(f"{path} does not exist, so there are no parameters; copy one from presets/.") from None
     return parse_yaml(content, str(path))
 
 
 def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
-    """The mapping that YAML 1.2 text holds; `name` is what it is called in messages.
+    """Parse YAML 1.2 text that holds a mapping.
+
+    Args:
+        name: what messages call the text.
 
     Raises:
         UserError: it is not YAML, or holds something other than a mapping.
@@ -162,8 +169,8 @@ def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
     except ValueError as error:
         if line := conflict_line(content):
             raise UserError(
-                f"{name} has git's conflict markers (line {line}), so it says two things and nothing was run; keep one side of "
-                "each conflict and delete the lines that start with <<<<<<<, ======= and >>>>>>>."
+                f"{name} has git's conflict markers (line {line}), so its values are ambiguous and nothing was run; keep one "
+                "side of each conflict and delete the lines that start with <<<<<<<, ======= and >>>>>>>."
             ) from None
         raise UserError(f"{name} is not valid YAML, so nothing was run: {error}") from None
     if not isinstance(value, dict):
@@ -172,7 +179,7 @@ def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
 
 
 def load_yaml(content: bytes) -> Any:
-    """The value that YAML 1.2 text holds.
+    """Parse YAML 1.2 text.
 
     Raises:
         UnicodeDecodeError: it is not UTF-8.
@@ -181,7 +188,7 @@ def load_yaml(content: bytes) -> Any:
     text = content.decode("utf-8")
     try:
         return yaml.load(text, _Yaml12Loader)
-    except Exception as error:  # beside its own, PyYAML raises whatever a tag that does not fit its value leads to
+    except Exception as error:  # for a tag that does not fit its value, PyYAML may raise any exception
         raise ValueError(str(error) or type(error).__name__) from None
 
 
@@ -189,22 +196,23 @@ _CONFLICT = re.compile(rb"^(?:<<<<<<<|>>>>>>>)(?: |\r?$)", re.MULTILINE)
 
 
 def conflict_line(content: bytes) -> int | None:
-    """The number of the first line, from 1, that a merge of git left as a conflict marker; None without one."""
+    """Return the number, from 1, of the first line that is one of git's conflict markers; None if there is none."""
     found = _CONFLICT.search(content)
     return content.count(b"\n", 0, found.start()) + 1 if found else None
 
 
 def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | None:
-    """An instance of the dataclass `cls` from the mapping `value`, found under `key` in the file.
+    """Make an instance of the dataclass `cls` from the mapping `value`, which is under `key` in the file.
 
-    Appends every problem to `problems` and returns None when there is any: unknown, missing, of a wrong type, out of
-    range, and whatever the dataclass's own `problems()` method yields about values that do not go together.
+    Append every problem to `problems`, and return None if there is one: unknown and missing keys, wrong types, values out
+    of range, and what the dataclass's own `problems()` method yields about invalid combinations.
     """
     if not isinstance(value, Mapping):
         problems.append(
-            f"{key or 'the file'} is {kind_of(value)}, not a section with keys; see presets/ for its shape."
+            f"{key or 'the file'} is {kind_of(value)}, not a section with keys; see presets/ for the keys it needs."
         )
         return None
+    # A section with a choice is declared by the dataclass that one of its keys selects.
     if isinstance(choice := vars(cls).get("choice"), Choice):
         chosen = _chosen(choice, value, key, problems)
         if chosen is None:
@@ -215,6 +223,7 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
     hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls)]
     prefix = f"{key}." if key else ""
+    # First the unknown keys, with the most similar name, then the missing ones and the values.
     for name in value:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
@@ -230,6 +239,7 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
             arguments[name] = _convert(hints[name], value[name], prefix + name, problems)
     if len(problems) > before:
         return None
+    # Combinations can be checked only when every single value is valid.
     instance: T = cls(**arguments)
     for line in getattr(instance, "problems", tuple)():
         problems.append(f"{prefix}{line}")
@@ -237,9 +247,9 @@ def parse(cls: type[T], value: object, key: str, problems: list[str]) -> T | Non
 
 
 def _chosen(choice: Choice, value: Mapping[Any, Any], key: str, problems: list[str]) -> Any:
-    """The dataclass that a section names; None, and a line in `problems`, where its keys are not that one's.
+    """Return the dataclass that a section selects. If its keys do not fit, add a line to `problems` and return None.
 
-    Keys that are only misspelt are left to `parse`, which knows what may have been meant.
+    Misspelt keys are left to `parse`, which suggests the right ones.
     """
     prefix = f"{key}." if key else ""
     name = value.get(choice.key)
@@ -258,12 +268,11 @@ def _chosen(choice: Choice, value: Mapping[Any, Any], key: str, problems: list[s
     extra = [str(field) for field in value if field not in names]
     if not (missing or extra) or any(difflib.get_close_matches(field, missing, n=1) for field in extra):
         return chosen
-    parts = [
-        f"{what}: {', '.join(fields)}" for what, fields in (("missing", missing), ("superfluous", extra)) if fields
-    ]
+    # The message gives one command with all changes, because each change alone would be invalid.
+    parts = [f"{what}: {', '.join(fields)}" for what, fields in (("missing", missing), ("not needed", extra)) if fields]
     changes = [f"-S '+{prefix}{field}={field.upper()}'" for field in missing]
     changes += [f"-S '~{prefix}{field}'" for field in extra]
-    values = ", with values in place of the capitals" if missing else ""
+    values = ", with a value instead of each name in capitals" if missing else ""
     problems.append(
         f"{prefix}{choice.key}: {name} needs other keys ({'; '.join(parts)}); change them in the file, or type "
         f"`dvc exp run -S {prefix}{choice.key}={name} {' '.join(changes)}`{values}."
@@ -272,7 +281,7 @@ def _chosen(choice: Choice, value: Mapping[Any, Any], key: str, problems: list[s
 
 
 def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
-    """`value` as the type `kind`, or a line in `problems`."""
+    """Convert `value` to the type `kind`, or add a line to `problems`."""
     if dataclasses.is_dataclass(kind):
         return parse(kind, value, key, problems)  # type: ignore[arg-type]
     origin, inner = get_origin(kind), get_args(kind)
@@ -287,7 +296,7 @@ def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
             return None
         return _convert_choice([option for option in inner if option is not NoneType], value, key, problems)
     if origin is Literal:
-        if value in inner and type(value) in {type(option) for option in inner}:
+        if value in inner and type(value) in {type(option) for option in inner}:  # True == 1, but is not a valid 1
             return value
         words = [str(option) for option in inner]
         problems.append(f"{key}: {value!r} is not one of {', '.join(words)}{did_you_mean(value, words)}")
@@ -301,12 +310,13 @@ def _convert(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
 
 
 def _convert_choice(kinds: list[Any], value: Any, key: str, problems: list[str]) -> Any:
-    """`value` as one of several types: as the words it may be, if it is one of them, else as the first type."""
+    """Convert `value` to one of several types: keep it if it is one of the allowed words, else use the first type."""
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if value in words:
         return value
     found: list[str] = []
     converted = _convert(kinds[0], value, key, found)
+    # The message of the first type does not know the words, so add them.
     instead = f" or {', '.join(words)}" if words and len(kinds) > 1 and isinstance(value, str) else ""
     problems += [line.removesuffix(".") + instead + "." if instead else line for line in found]
     return converted
@@ -319,7 +329,7 @@ def _convert_scalar(kind: type, value: Any, key: str, problems: list[str]) -> An
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
-        return int(value)  # 1e9 tokens is a natural thing to type
+        return int(value)  # so that users can write 1e9 tokens
     if type(value) is kind:
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -328,7 +338,7 @@ def _convert_scalar(kind: type, value: Any, key: str, problems: list[str]) -> An
 
 
 def kind_of(value: object) -> str:
-    """What a value of YAML or JSON is, in words: "a list", "a section", "empty"."""
+    """Describe the type of a value of YAML or JSON in words: "a list", "a section", "empty"."""
     words: dict[type, str] = {
         NoneType: "empty", bool: "true/false", int: "a whole number", float: "a number", str: "text",
         list: "a list", dict: "a section",
@@ -337,7 +347,7 @@ def kind_of(value: object) -> str:
 
 
 def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(`section.key`, value) of a dataclass or mapping, nested ones included, in order."""
+    """Yield (`section.key`, value) for every value in a dataclass or mapping, nested ones included, in order."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The frame of a stage: parameters checked, errors said plainly, progress in its state, outs published, run recorded."""
+"""What every stage does around its work: report errors, keep progress, publish outs, record the run."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pipelib.errors import as_typed, tell, user_message
+from pipelib.errors import tell, user_message, with_venv_paths
 from pipelib.files import write_json
-from pipelib.processes import Stopped, leave_other_jobs, on_first_signal, outlive_terminal
+from pipelib.processes import Stopped, clear_rank_variables, on_first_signal, outlive_terminal
 from pipelib.schema import flatten
 from pipelib.tracking.run import Run, is_mirroring, is_recorded, open_run
 from pipelib.workspace.git import git_state
@@ -23,38 +23,38 @@ from pipelib.workspace.provenance import code_hashes
 from pipelib.workspace.workdir import WorkDir
 
 STOP_SECONDS = 10.0
-"""How long a stage that is asked to stop may take to record that and to end; `docker stop` waits as long."""
+"""Time limit for a stage to record that it was stopped, and to end. `docker stop` waits the same time."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """What a stage's work needs: where to build, and where to record."""
+    """What a stage's work gets: where to build, and where to record."""
 
     outs: Path
-    """Outs are made here, under their paths in the workspace; complete when the work returns."""
+    """The folder for the outs, under their paths in the workspace. They are complete when the work returns."""
     work: Path
-    """Anything else that a later run can go on from."""
+    """The folder for anything else from which a later run can resume."""
     run: Run
     """The record of this run, mirrored to MLflow."""
     code: Mapping[str, str]
-    """What makes the outs: see `provenance.code_hashes`."""
+    """The code that makes the outs: see `provenance.code_hashes`."""
     resumed_with_other_code: bool
-    """The user chose to go on with unfinished work of other code."""
+    """Whether the user chose to resume unfinished work of other code."""
 
 
-Made = tuple[Mapping[str, object], Mapping[str, object]]
-"""A stage's result and its speed, each as JSON."""
-Work = Callable[[Build], Made]
-"""Builds the outs. What takes long to import, it imports itself: it is not called where finished outs are linked."""
+WorkResult = tuple[Mapping[str, object], Mapping[str, object]]
+"""A stage's result and its speed, each written as JSON."""
+Work = Callable[[Build], WorkResult]
+"""Builds the outs. It imports slow modules itself, because it is not called if finished outs are linked."""
 
 
 def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
     """Run a stage's `main` and exit with its status.
 
-    The user's mistakes become one message and exit status 1, a full disk too; a defect of ours keeps its traceback. A signal
-    that asks to stop ends the stage, after what `main` does about it.
+    An error that the user can fix becomes one message and exit status 1. A bug of ours keeps its traceback. A stop signal
+    ends the stage, after `main` has handled it.
     """
-    leave_other_jobs()
+    clear_rank_variables()
     outlive_terminal()
     try:
         with on_first_signal(_stop):
@@ -70,12 +70,13 @@ def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
         if message is None:
             traceback.print_exc()
             _leave(1)
-        _leave(f"{name}: {as_typed(message)}")
+        _leave(f"{name}: {with_venv_paths(message)}")
     _leave(0)
 
 
 def _stop(number: int) -> None:
-    """Leave the work where it is; whatever still waits for a thread or a worker after `STOP_SECONDS` is not waited for."""
+    """Interrupt the work. After `STOP_SECONDS`, exit even if a thread or a worker has not ended."""
+    # `os._exit` ends the process whatever its threads do; 128 + number is the shell's status for a signal.
     watch = threading.Timer(STOP_SECONDS, os._exit, (128 + number,))
     watch.daemon = True
     watch.start()
@@ -83,7 +84,7 @@ def _stop(number: int) -> None:
 
 
 def _leave(status: int | str) -> NoReturn:
-    """`sys.exit`; at once where a thread is still busy with MLflow, which the interpreter would take seconds to clear away."""
+    """Exit. If the MLflow thread is still busy, skip the interpreter's shutdown, which would wait for it for seconds."""
     if is_mirroring():
         if isinstance(status, str):
             tell(status, error=True)
@@ -95,7 +96,7 @@ def _leave(status: int | str) -> NoReturn:
 
 
 def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Work) -> None:
-    """Do a stage's work in its state, unless finished outs of the same inputs and code are there, and publish the outs.
+    """Do a stage's work in its state folder, unless outs of the same inputs and code are finished; then publish the outs.
 
     Args:
         name: the stage.
@@ -107,10 +108,11 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
     code = code_hashes(name, flat)
     with WorkDir(name, inputs, code) as state:
         if state.finished:
+            # DVC has deleted the outs, but the state still has them.
             state.publish()
             tell(f"{name}: finished earlier with the same parameters, data and code; its outs are linked again")
             if is_recorded(name, flat, state.fingerprint, code):
-                return  # nothing that its record, and MLflow, would not have
+                return  # the record and MLflow already have this run
         with open_run(name, params, state.fingerprint, code, is_fresh=state.is_fresh) as run:
             if state.resumed_with_other_code:
                 run.log_params({"resumed_with_other_code": True})
@@ -120,15 +122,17 @@ def build_outs(name: str, params: object, inputs: Mapping[str, object], work: Wo
 
 
 def _make(name: str, state: WorkDir, run: Run, work: Work) -> None:
-    """Build the outs, and publish them."""
+    """Build the outs and publish them."""
     outs = state.work / "outs"
     places = Places(outs)
-    shutil.rmtree(outs, ignore_errors=True)
+    shutil.rmtree(outs, ignore_errors=True)  # outs of an interrupted run may be incomplete
     outs.mkdir()
     started = time.monotonic()
     result, speed = work(Build(outs, state.work, run, state.code, state.resumed_with_other_code))
     write_json(places.result(name), result)
+    # The commit is not part of the result, because other commits may have the same code for this stage.
     git = {f"git_{key}": value for key, value in git_state(Path.cwd()).items()}
     write_json(places.speed(name), {"seconds": round(time.monotonic() - started, 2), **speed, **git})
+    # Finish before publishing: a kill between the two loses no work, because the next run only publishes.
     state.finish()
     state.publish()

@@ -24,7 +24,7 @@ from pipelib.cli.summary import Summary
 from pipelib.cli.track import Track
 from pipelib.cli.verify import Verify
 from pipelib.errors import UserError, tell
-from pipelib.processes import leave_other_jobs
+from pipelib.processes import clear_rank_variables
 from pipelib.workspace.provenance import versions
 
 EXAMPLES = """examples:
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal cannot show
-    leave_other_jobs()
+    clear_rank_variables()
     try:
         return _run(argv)
     except BrokenPipeError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelib.cli.command import Command
-from pipelib.errors import UserError, as_typed
+from pipelib.errors import UserError, with_venv_paths
 from pipelib.files import read_json
 from pipelib.workspace.places import HERE
 
@@ -64,7 +64,9 @@ NEXT = (
 
 def next_steps() -> str:
     """`NEXT` in columns."""
-    return "\n".join(["", *(f"{verb:<10}{as_typed(what):<28}{about}".rstrip() for verb, what, about in NEXT), ""])
+    return "\n".join(
+        ["", *(f"{verb:<10}{with_venv_paths(what):<28}{about}".rstrip() for verb, what, about in NEXT), ""]
+    )
 
 
 def title(train: dict[str, Any], tokens: dict[str, Any]) -> str:

@@ -1,1 +1,1 @@
-"""Where text comes from: the offline corpus, the user's files, the hub; and the benchmarks made of it."""
+"""The text of the corpus (from the offline corpus, the user's files or the hub), and the benchmarks made from it."""

@@ -1,7 +1,7 @@
-"""OpenAI's GPT-2 weights, as Hugging Face published them: what evaluation compares with and training can start from.
+"""OpenAI's GPT-2 weights, as Hugging Face published them. Evaluation compares with them, and training can start from them.
 
-Each is `NAME/model.safetensors`, unchanged, and a `NAME/config.json` that says its shape. The repositories' own config.json
-is not taken: git alone keeps it, so the hub has no SHA-256 of it, and what counts of it is known.
+Each model is an unchanged `NAME/model.safetensors` and a `NAME/config.json` with its shape. The config.json of the hub's
+repository is not used: it is kept in plain git, for which the hub has no SHA-256, and the values that matter are known.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,20 +24,20 @@ def write_baselines(
     """Put the models that `download.models` names into `folder`.
 
     Args:
-        folder: gets one folder per model and `manifest.json`, which is there even if no model is named.
-        fetch: gives a file of the hub, verified, while it is read.
+        folder: gets one folder per model, and `manifest.json` even if no model is named.
+        fetch: opens a verified file of the hub.
 
     Returns:
         The manifest: per model its repository, its revision, and the size and SHA-256 of its weights.
     """
     folder.mkdir(parents=True)
     manifest: dict[str, Any] = {}
-    for name in sorted(names):
+    for name in sorted(names):  # sorted, so that the order in params.yaml does not change the manifest
         model = PUBLISHED_MODELS[name]
         pin = HubPin(HubRepo(model.repo, model.revision, "model"), WEIGHTS, model.sha256)
         weights = folder / name / WEIGHTS
         with fetch(pin) as path:
-            link_or_copy(path, weights)
+            link_or_copy(path, weights)  # a hard link, so that the weights (500 MB and more) are stored once
         write_json(folder / name / "config.json", _config(model))
         manifest[name] = {
             "repo": pin.repo.name,
@@ -50,7 +50,7 @@ def write_baselines(
 
 
 def _config(model: PublishedModel) -> dict[str, Any]:
-    """What GPT-2's config.json has to say."""
+    """Return the content of GPT-2's config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": model.architecture,

@@ -1,14 +1,15 @@
-"""Benchmarks: four-way completion made of the corpus itself, its held-out documents, and what comes from the hub.
+"""Benchmarks: four-way completion and held-out documents, both made from the corpus itself, and sets from the hub.
 
-A completion item is a stretch of a document: 24 to 48 words of context and the 6 to 12 words that follow. The three
-wrong endings are as many words from three other documents, each at the same relative position, so neither length nor
-position tells the right one. A scorer joins `ctx + " " + ending`, as HellaSwag's does. Chance is 0.25.
+A completion item is a passage of a document: 24 to 48 words of context and the 6 to 12 words that follow. The three
+wrong endings have the same number of words. They come from three other documents, at the same relative position, so
+neither length nor position reveals the right ending. A scorer joins `ctx + " " + ending`, as HellaSwag's does. Chance is
+0.25.
 
-Everything follows from the documents and the seed: positions and lengths are drawn with SHA-256, which is the same in
+Everything is a function of the documents and the seed: positions and lengths are drawn with SHA-256, which is the same in
 every version of Python. Expect 2,105 items from the first 480 documents of the offline corpus, seed 1337.
 
-From the hub come the sets that lm-eval 0.4.13 scores, each from the repository and the split that its task file names, as
-JSON lines with the dataset's own columns: `dataset_path: json` reads them.
+The sets from the hub are those that lm-eval 0.4.13 scores, each from the repository and the split that its task file
+names. They are JSON lines with the dataset's own columns, which `dataset_path: json` reads.
 """
 
 import hashlib
@@ -35,14 +36,14 @@ from pipelib.files import sha256_file, write_atomic, write_json, write_text
 from pipelib.workspace.places import MANIFEST
 
 CONTEXT_WORDS = (24, 48)
-"""Fewest and most words of a context; the first endings of a document have the shorter ones."""
+"""Minimum and maximum words of a context. The first items of a document have the shorter contexts."""
 ENDING_WORDS = (6, 12)
-"""Fewest and most words of an ending."""
+"""Minimum and maximum words of an ending."""
 SLOT_WORDS = 20
-"""The least distance at which endings of one document are placed. They never overlap; contexts may, since half of all
-documents are shorter than two whole items."""
+"""Minimum distance in words between the slots of two endings of one document. Endings never overlap, but contexts may,
+because half of all documents are shorter than two complete items."""
 ITEMS_PER_DOCUMENT = 6
-"""The most items of one document, so that long documents do not dominate."""
+"""Maximum items from one document, so that long documents do not dominate."""
 CHOICES = 4
 
 Row = Mapping[str, Any]
@@ -50,7 +51,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _Text:
-    """A document with the places of its words."""
+    """A document with the positions of its words."""
 
     index: int
     """Its number in the corpus, from 0."""
@@ -60,36 +61,36 @@ class _Text:
     """Where each word starts and ends in `text`."""
 
     def stretch(self, first: int, count: int) -> str:
-        """`count` words from word `first` on, with the white space that is between them."""
+        """Return `count` words, starting with word `first`, with the white space between them."""
         return self.text[self.words[first][0] : self.words[first + count - 1][1]]
 
 
 class _Draws:
-    """A sequence of whole numbers that its name decides."""
+    """A reproducible sequence of pseudorandom integers. Its name decides the values."""
 
     def __init__(self, name: str) -> None:
         self._name, self._count = name, 0
 
     def below(self, limit: int) -> int:
-        """The next number, from 0 to `limit` - 1."""
+        """Return the next number, from 0 to `limit` - 1."""
         digest = hashlib.sha256(f"{self._name} {self._count}".encode()).digest()
         self._count += 1
         return int.from_bytes(digest[:8], "big") % limit
 
-    def between(self, least: int, most: int) -> int:
-        """The next number, from `least` to `most`."""
-        return least + self.below(most - least + 1)
+    def between(self, low: int, high: int) -> int:
+        """Return the next number, from `low` to `high`, both included."""
+        return low + self.below(high - low + 1)
 
 
 def completion_items(documents: Iterable[Row], seed: int) -> list[dict[str, Any]]:
-    """Four-way completion items in HellaSwag's schema.
+    """Make four-way completion items in HellaSwag's schema.
 
-    An item is left out when its right ending was one before, or when no three different wrong endings are found: that
-    happens where documents share a template.
+    An item is left out if an earlier item has the same right ending, or if there are not three different wrong endings.
+    Both happen when documents share a template.
 
     Args:
-        documents: rows with `text` and `id`, in the order of the corpus. Those of fewer than 44 words give no item.
-        seed: places the items, their wrong endings and the right answer among them.
+        documents: rows with `text` and `id`, in the order of the corpus. Documents of fewer than 44 words give no items.
+        seed: decides the positions of the items, their wrong endings, and the position of the right answer.
     """
     texts = [_text(index, row) for index, row in enumerate(documents)]
     usable = [text for text in texts if _slots(text)]
@@ -97,11 +98,12 @@ def completion_items(documents: Iterable[Row], seed: int) -> list[dict[str, Any]
     seen: set[str] = set()
     for text in usable:
         for slot in range(_slots(text)):
+            # Each item has its own sequence, so that one item does not change the draws of the next.
             draws = _Draws(f"{seed} {text.index} {slot}")
             item = _item(text, slot, usable, draws)
-            if item is None or _normal(item["endings"][item["label"]]) in seen:
+            if item is None or _normalized(item["endings"][item["label"]]) in seen:
                 continue
-            seen.add(_normal(item["endings"][item["label"]]))
+            seen.add(_normalized(item["endings"][item["label"]]))
             items.append({"ind": len(items), **item})
     return items
 
@@ -112,12 +114,13 @@ def _text(index: int, row: Row) -> _Text:
 
 
 def _slots(text: _Text) -> int:
-    """How many items a document gives."""
+    """Return how many items a document gives."""
     return min(ITEMS_PER_DOCUMENT, max(0, len(text.words) - CONTEXT_WORDS[0]) // SLOT_WORDS)
 
 
 def _item(text: _Text, slot: int, texts: Sequence[_Text], draws: _Draws) -> dict[str, Any] | None:
-    """One item, or None where no three different wrong endings are found."""
+    """Make one item; None if there are not three different wrong endings."""
+    # The words after the first minimal context are divided into slots; the ending is at a random place in its slot.
     width = (len(text.words) - CONTEXT_WORDS[0]) // _slots(text)
     count = draws.between(*ENDING_WORDS)
     start = CONTEXT_WORDS[0] + slot * width + draws.between(0, width - count)
@@ -145,33 +148,33 @@ def _item(text: _Text, slot: int, texts: Sequence[_Text], draws: _Draws) -> dict
 def _wrong_endings(
     right: str, text: _Text, position: float, count: int, texts: Sequence[_Text], draws: _Draws
 ) -> list[str] | None:
-    """As many words as the right ending has, from three other documents, where `position` (0 to 1) lies in them."""
+    """Take `count` words at the relative `position` (0 to 1) of three other documents; None if that fails too often."""
     endings: list[str] = []
-    taken = {_normal(right)}
+    taken = {_normalized(right)}
     sources = {text.index}
-    for _ in range(20 * CHOICES):
+    for _ in range(20 * CHOICES):  # give up after 80 tries: the documents may share one template
         other = texts[draws.below(len(texts))]
         ending = other.stretch(int(position * (len(other.words) - count)), count)
-        if other.index in sources or _normal(ending) in taken:
+        if other.index in sources or _normalized(ending) in taken:
             continue
         endings.append(ending)
-        taken.add(_normal(ending))
+        taken.add(_normalized(ending))
         sources.add(other.index)
         if len(endings) == CHOICES - 1:
             return endings
     return None
 
 
-def _normal(text: str) -> str:
-    """A text without its case and white space, to find endings that say the same."""
+def _normalized(text: str) -> str:
+    """Normalize case and white space, to compare endings."""
     return " ".join(text.split()).casefold()
 
 
 def hub_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file from the hub, parquet or JSON lines, as they are.
+    """Yield the rows of a parquet or JSON lines file from the hub, unchanged.
 
     Raises:
-        UserError: it is neither; where only the hub's list says its SHA-256, a mirror may list anything.
+        UserError: the file is neither. That is possible if its SHA-256 is only known from a mirror's list.
     """
     try:
         if path.suffix == ".parquet":
@@ -182,13 +185,11 @@ def hub_rows(path: Path) -> Iterator[Row]:
             with path.open(encoding="utf-8") as file:
                 yield from map(json.loads, file)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise damaged(
-            path, str(error), "delete it, look at HF_ENDPOINT if it is a mirror's, and run dvc repro"
-        ) from None
+        raise damaged(path, str(error), "delete it, check HF_ENDPOINT if you use a mirror, and run dvc repro") from None
 
 
 def hellaswag_items(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-    """HellaSwag's rows with the label as a number and no document of the corpus."""
+    """Yield HellaSwag's rows in our schema: the label as a number, and no document of the corpus."""
     for row in rows:
         yield {
             "ind": row["ind"],
@@ -211,14 +212,16 @@ def write_benchmarks(
 
     Args:
         raw: the finished raw text.
-        folder: gets one `.jsonl` per set, and `manifest.json`; `hellaswag.jsonl` always, an empty line where it is not named.
-        fetch: gives a file of the hub, verified, while it is read.
+        folder: gets one `.jsonl` per set, and `manifest.json`. `hellaswag.jsonl` is always written, with a single empty line
+            if the set is not named.
+        fetch: opens a verified file of the hub.
 
     Returns:
-        The manifest: per file its items, the corpus documents it was made of, sha256, and how it was made.
+        The manifest: for each file the number of items, the corpus documents it was made from, its SHA-256, and how it was
+        made.
 
     Raises:
-        UserError: the corpus is too short to make a benchmark of it and still train on it.
+        UserError: the corpus is too short for both a benchmark and training.
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {}
@@ -247,20 +250,21 @@ def write_benchmarks(
                 made = f"{pin.path} of {pin.repo.name} at {pin.repo.revision}, SHA-256 {sha256_file(path)}"
                 add(f"{name}.jsonl", rows, 0, made)
     if "hellaswag" not in params.benchmarks:
-        # Train depends on this one file, so that no other set re-runs it. DVC warns of an empty one whenever it hashes it.
+        # The train stage depends on this file alone, so that other sets do not re-run it. It holds a newline because DVC
+        # warns about an empty file whenever it hashes one.
         write_text(folder / "hellaswag.jsonl", "\n")
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def _first_documents(raw: Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` documents, those without text as empty ones, and the certainty that more follow."""
-    rows = islice(iterate_raw(raw, ("text", "id")), count + 1)
+    """Return the first `count` documents, with null texts as empty ones. Fail unless the corpus has more documents."""
+    rows = islice(iterate_raw(raw, ("text", "id")), count + 1)  # one more, to see whether any is left to train on
     head = [{**row, "text": row["text"] or ""} for row in rows]
     if len(head) <= count:
         raise UserError(
             f"download.benchmark_documents: {count} of the corpus's {len(head)} documents would go into the "
-            "benchmark and leave none to train on; lower it (a tenth of the corpus is plenty), add text, or drop "
+            "benchmark and leave none to train on; lower it (a tenth of the corpus is enough), add text, or drop "
             "completion from download.benchmarks."
         )
     return head[:count]
@@ -269,14 +273,14 @@ def _first_documents(raw: Path, count: int) -> list[dict[str, Any]]:
 def _require_items(items: Sequence[Row], documents: int) -> None:
     if not items:
         raise UserError(
-            f"download.benchmark_documents: the first {documents} documents give no completion item, since fewer than "
+            f"download.benchmark_documents: the first {documents} documents give no completion items, because fewer than "
             f"four of them have {CONTEXT_WORDS[0] + SLOT_WORDS} words; raise it, or drop completion from "
             "download.benchmarks."
         )
 
 
 def _write_jsonl(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows as JSON lines, and count them."""
+    """Write rows as JSON lines, and return how many there are."""
     count = 0
     with write_atomic(path) as file:
         for row in rows:

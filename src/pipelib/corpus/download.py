@@ -1,4 +1,4 @@
-"""The download stage's work: the corpus from its source, the benchmarks and the published models."""
+"""The work of the download stage: get the corpus from its source, the benchmarks and the published models."""
 
 import importlib
 import time
@@ -15,14 +15,15 @@ from pipelib.workspace.places import Places
 
 
 def chosen_source(params: DownloadParams) -> Source:
-    """Where the parameters say that text comes from."""
+    """Return the source of text that the parameters name."""
+    # Imported by name, so that a change of one source does not re-run the users of another.
     module = importlib.import_module(f"pipelib.corpus.sources.{params.source}")
     source: Source = module.source(params)
     return source
 
 
 def download_inputs(params: DownloadParams, origin: Source) -> dict[str, Any]:
-    """What decides the outs, and nothing else: changing `download.repo` while the source is `docs` changes nothing."""
+    """Return only what decides the outs: for example, changing `download.repo` changes nothing if the source is `docs`."""
     inputs: dict[str, Any] = {
         "source": origin.identity(),
         "benchmarks": sorted(params.benchmarks),
@@ -43,14 +44,15 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
 
     Args:
         outs: gets data/raw, data/benchmarks and data/models.
-        work: kept until the stage has finished; a killed run goes on from it.
+        work: kept until the stage has finished, so that a killed run can resume from it.
 
     Returns:
         The result (`metrics/download.json`) and the speed (`metrics/speed/download.json`).
 
     Raises:
-        UserError: the source has no text, or what is wrong with it.
+        UserError: the source has no text, or cannot be used; the message says why.
     """
+    # Imported here, because the stage may only have to link finished outs.
     from pipelib.corpus.baselines import write_baselines
     from pipelib.corpus.benchmarks import write_benchmarks
     from pipelib.corpus.hub_store import fetch_pinned
@@ -62,13 +64,14 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
     seconds = time.monotonic() - started
     if not any(file.rows for file in written.files):
         raise UserError(
-            f"download.source: {params.source} gave no document, so there is nothing to train on; add text."
+            f"download.source: {params.source} gave no documents, so there is nothing to train on; add text."
         )
     tokens = written.counts.get("tokens_estimated")
     if params.max_tokens is not None and tokens is not None and tokens < params.max_tokens:
         tell(
-            f"download.max_tokens: the corpus has about {tokens:,} tokens, not {params.max_tokens:,}; all of it is taken"
+            f"download.max_tokens: the corpus has about {tokens:,} tokens, fewer than {params.max_tokens:,}; all of it is used"
         )
+    # The benchmarks are made from the raw text, so its manifest must exist first.
     manifest = write_manifest(raw, origin.identity(), written.files)
     benchmarks = write_benchmarks(params, raw, places.benchmarks, fetch_pinned)
     write_baselines(params.models, places.published_models, fetch_pinned)

@@ -1,7 +1,7 @@
-"""The Hugging Face hub's client, and what its variables say: endpoint, proxy, certificates, token.
+"""The client of the Hugging Face hub, and its environment variables: endpoint, proxy, certificates, token.
 
-A mistake in one of them does not pass, so it ends the stage at once and its message names the variable. No message shows
-what may hold a password: a token, or the user's name in an address.
+A retry cannot help against a wrong variable, so such an error ends the stage immediately and names the variable. No message
+shows what may be a secret: a token, or a user name and password in an address.
 """
 
 import os
@@ -17,10 +17,10 @@ from pipelib.errors import UserError
 
 
 def client() -> Any:
-    """`huggingface_hub`, imported late, since it takes its time.
+    """Import `huggingface_hub` and return it. It is imported late, because that is slow.
 
     Raises:
-        UserError: it cannot read its variables.
+        UserError: it cannot read its environment variables.
     """
     try:
         import huggingface_hub.constants
@@ -28,17 +28,18 @@ def client() -> Any:
         import huggingface_hub.utils
     except ValueError as error:
         raise UserError(
-            f"huggingface_hub cannot read its variables ({error}), so nothing can be downloaded; HF_ENDPOINT is an address "
-            "like https://huggingface.co, HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT are whole numbers of seconds."
+            f"huggingface_hub cannot read its variables ({error}), so nothing can be downloaded; HF_ENDPOINT must be an "
+            "address like https://huggingface.co, and HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT must be whole numbers of "
+            "seconds."
         ) from None
     return huggingface_hub
 
 
 def endpoint() -> str:
-    """The address of the hub, or of the mirror that HF_ENDPOINT names.
+    """Return the address of the hub, or of the mirror in HF_ENDPOINT.
 
     Raises:
-        UserError: HF_ENDPOINT is not such an address.
+        UserError: HF_ENDPOINT is not a valid address.
     """
     value: str = client().constants.ENDPOINT
     if not _is_address(value):
@@ -53,25 +54,26 @@ def _is_address(value: str) -> bool:
     try:
         address = urlsplit(value)
         complete = address.scheme in ("http", "https") and address.hostname and address.port != 0
-    except ValueError:  # of the port, or of a bracket
+    except ValueError:  # an invalid port or bracket
         return False
     return bool(complete and not address.query and not address.fragment and value.isprintable() and " " not in value)
 
 
 def shown(address: str) -> str:
-    """An address without what may be secret in it: a user's name, a password, a query."""
+    """Return an address without the parts that may be secret: user name, password, query."""
     scheme, separator, rest = address.rpartition("://")
     return scheme + separator + rest.partition("?")[0].partition("#")[0].rpartition("@")[2]
 
 
 def session() -> Any:
-    """The client's HTTP session, which knows proxies and certificates.
+    """Return the client's HTTP session, configured with the proxies and certificates of the environment.
 
     Raises:
-        UserError: a proxy or a file of certificates that the environment names cannot be used.
+        UserError: a proxy or a certificate file that the environment names cannot be used.
     """
     import httpx2
 
+    # The client reads certificates and proxies when it makes the session, so their errors appear here.
     try:
         return client().get_session()
     except UserError:
@@ -79,7 +81,7 @@ def session() -> Any:
     except OSError as error:  # an ssl.SSLError is one
         raise UserError(
             f"SSL_CERT_FILE={os.environ.get('SSL_CERT_FILE', '')} cannot be read as certificates "
-            f"({error.strerror or error}), so no connection can be made; name a file of certificates in PEM, or unset it."
+            f"({error.strerror or error}), so no connection can be made; name a file of PEM certificates, or unset it."
         ) from None
     except ImportError:
         raise UserError(
@@ -98,7 +100,7 @@ def _proxy_variables() -> str:
 
 
 def headers() -> dict[str, str]:
-    """What each request tells the hub, the token included.
+    """Return the headers of every request, including the token.
 
     Raises:
         UserError: the token cannot be read or sent.
@@ -108,21 +110,22 @@ def headers() -> dict[str, str]:
         found: dict[str, str] = hub.utils.build_hf_headers()
     except (IsADirectoryError, NotADirectoryError, PermissionError, UnicodeError) as error:
         raise UserError(
-            f"the hub's token cannot be read from {hub.constants.HF_TOKEN_PATH} ({_in_short(error)}), so nothing can be "
-            "downloaded; look at HF_TOKEN_PATH and HF_HOME, or set HF_TOKEN."
+            f"the hub's token cannot be read from {hub.constants.HF_TOKEN_PATH} ({_short_reason(error)}), so nothing can be "
+            "downloaded; check HF_TOKEN_PATH and HF_HOME, or set HF_TOKEN."
         ) from None
     for name, variable in {"authorization": "HF_TOKEN", "user-agent": "HF_HUB_USER_AGENT_ORIGIN"}.items():
         value = found.get(name, "")
+        # HTTP headers are ASCII. A pasted token may contain a line break or a non-breaking space.
         if not (value.isascii() and value.isprintable()):
             raise UserError(
-                f"{variable} has a character that cannot be sent, so the hub would refuse; copy it again (a token, from "
-                "https://huggingface.co/settings/tokens; `hf auth login` keeps one too)."
+                f"{variable} has a character that cannot be sent, so no request can be made; copy it again (tokens are on "
+                "https://huggingface.co/settings/tokens; `hf auth login` stores one too)."
             )
     return found
 
 
 def timeout() -> float:
-    """Seconds without a byte after which a request is given up.
+    """Return after how many seconds without a byte a request fails.
 
     Raises:
         UserError: HF_HUB_DOWNLOAD_TIMEOUT is not positive.
@@ -130,24 +133,25 @@ def timeout() -> float:
     seconds: float = client().constants.HF_HUB_DOWNLOAD_TIMEOUT
     if seconds <= 0:
         raise UserError(
-            f"HF_HUB_DOWNLOAD_TIMEOUT={seconds}: no request would get an answer; give a positive number of seconds."
+            f"HF_HUB_DOWNLOAD_TIMEOUT={seconds}: no request would get an answer; set a positive number of seconds."
         )
     return seconds
 
 
-def _in_short(error: Exception) -> str:
+def _short_reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
-def no_connection(error: BaseException) -> str:
-    """Why there is no connection, and to whom."""
+def connection_failure(error: BaseException) -> str:
+    """Say why there is no connection, and to which host."""
     address = urlsplit(endpoint())
     proxy = getproxies().get(address.scheme) or getproxies().get("all")
     through_proxy = proxy and not proxy_bypass(address.hostname or "")
     host = f"the proxy {shown(str(proxy))}" if through_proxy else str(address.hostname)
+    # The client wraps the system's error, so look through the chain of causes.
     for cause in _causes(error):
         if isinstance(cause, socket.gaierror):
-            return f"the name of {host} is not known here"
+            return f"the name of {host} cannot be resolved"
         if isinstance(cause, ssl.SSLError) and cause.reason:
             return f"no connection to {host}: TLS, {cause.reason.replace('_', ' ').lower()}"
     return f"no connection to {host}"
@@ -159,8 +163,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def lasting_flaw(error: BaseException) -> tuple[str, str] | None:
-    """What is wrong with a connection that no further attempt would change, and what to do; None for anything else."""
+def permanent_failure(error: BaseException) -> tuple[str, str] | None:
+    """Return the reason and the remedy of a connection error that a retry cannot fix; None for any other error."""
     import httpx2
 
     for cause in _causes(error):
@@ -169,36 +173,37 @@ def lasting_flaw(error: BaseException) -> tuple[str, str] | None:
         if isinstance(cause, ssl.SSLError) and cause.reason == "WRONG_VERSION_NUMBER":
             return (
                 f"{_host(error)} or the proxy does not speak TLS at this port",
-                "look at the port, or write http:// instead of https:// in HF_ENDPOINT or HTTPS_PROXY",
+                "check the port, or write http:// instead of https:// in HF_ENDPOINT or HTTPS_PROXY",
             )
+    # 408 (timeout) and 429 (too many requests) are temporary; all other 4xx of a proxy are not.
     if isinstance(error, httpx2.ProxyError) and str(error)[:1] == "4" and str(error)[:3] not in ("408", "429"):
         return f"the proxy answers {error}", PROXY_REMEDY
     if isinstance(error, httpx2.LocalProtocolError):
-        return "the request cannot be sent", "look at HF_TOKEN and HF_HUB_USER_AGENT_ORIGIN"
+        return "the request cannot be sent", "check HF_TOKEN and HF_HUB_USER_AGENT_ORIGIN"
     if isinstance(error, httpx2.UnsupportedProtocol | httpx2.TooManyRedirects):
-        return "it is redirected to where nothing can be asked", "look at HF_ENDPOINT and at the proxy"
+        return "the request is redirected in a loop or to an unsupported address", "check HF_ENDPOINT and the proxy"
     return None
 
 
 PROXY_REMEDY = (
-    "set HTTPS_PROXY (HTTP_PROXY for an http:// endpoint) to http://USER:PASSWORD@HOST:PORT if it asks for a password; else have "
-    "the hub's hosts opened in the proxy, or name hosts that need no proxy in NO_PROXY"
+    "set HTTPS_PROXY (HTTP_PROXY for an http:// endpoint) to http://USER:PASSWORD@HOST:PORT if it asks for a password; else ask "
+    "for the proxy to allow the hub's hosts, or list hosts that need no proxy in NO_PROXY"
 )
 
 
 def _host(error: BaseException) -> str:
-    """Who was asked; a file's bytes may come from another host than the endpoint."""
-    with suppress(AttributeError, RuntimeError):  # without a request, it is not the one of a request
+    """Return the host of the failed request. A file's bytes may come from another host than the endpoint."""
+    with suppress(AttributeError, RuntimeError):  # raised if the error has no request
         return str(error.request.url.host)  # type: ignore[attr-defined]
     return str(urlsplit(endpoint()).hostname)
 
 
 def _trust_remedy() -> str:
-    """What to do about a certificate that cannot be verified."""
+    """Return the remedy for a certificate that cannot be verified."""
     read = [f"{name}={os.environ[name]}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)][:1]
     ignored = [name for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if os.environ.get(name)]
     return (
         "set SSL_CERT_FILE to a file (PEM) with the certificate of the authority that signed it, your network's or your mirror's"
-        + (f" (now only {read[0]} is searched)" if read else "")
+        + (f" (only {read[0]} is used now)" if read else "")
         + (f" (the hub's client does not read {' or '.join(ignored)})" if ignored else "")
     )

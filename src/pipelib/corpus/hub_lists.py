@@ -1,9 +1,10 @@
-"""Lists of the files that a repository of the Hugging Face hub has: asked for once, judged, kept.
+"""Lists of the files in a repository of the Hugging Face hub: requested once, checked, stored.
 
-The list of a folder's files, with their sizes and SHA-256, is kept in `.lists` in the store: what a commit holds never
-changes. It is judged before it is kept, since a mirror may answer with less than the hub has: it has entries, each of the
-hub's shape, it leaves out no file that the repository's names have, and it says what its reader needs. It is kept with the
-endpoint that gave it, for messages. `pipelib clean --stage lists` deletes lists alone.
+The list of a folder's files, with their sizes and SHA-256, is stored in `.lists` in the store, because the content of a
+commit never changes. It is checked before it is stored, because a mirror may return less than the hub has. The checks: the
+list has entries, each entry has the hub's form, no file that the repository names is missing, and the reader of the list
+gets what it needs. The endpoint that sent the list is stored with it, for messages. `pipelib clean --stage lists` deletes
+only the lists.
 """
 
 import re
@@ -16,7 +17,15 @@ from typing import Any
 from urllib.parse import quote
 
 from pipelib.corpus.hub_client import client, endpoint, shown
-from pipelib.corpus.hub_transfer import ForeignAnswerError, HubRepo, Retry, get_json, get_list, is_refusal, persistently
+from pipelib.corpus.hub_transfer import (
+    HubRepo,
+    Retry,
+    UnexpectedAnswerError,
+    get_json,
+    get_list,
+    is_refusal,
+    with_retries,
+)
 from pipelib.errors import UserError, tell
 from pipelib.files import read_json, sha256_files, sha256_json, write_json
 from pipelib.workspace.places import StatePlaces
@@ -29,57 +38,57 @@ class HubFile:
     """One file of a repository at a commit, pinned by its content."""
 
     path: str
-    """Inside the repository."""
+    """The path inside the repository."""
     bytes: int
     sha256: str
-    """Empty in a list, where the hub says none: it has one of files that git LFS or Xet keeps."""
+    """Empty in a list if the hub publishes none. It publishes one only for files in git LFS or Xet."""
 
 
 @dataclass(frozen=True)
 class HubPin:
-    """A file that this code names itself."""
+    """A file of the hub that is pinned in this code."""
 
     repo: HubRepo
     path: str
     sha256: str | None
-    """None where nothing but the hub says it: the list at the commit, which the commit pins, decides."""
+    """None if only the hub gives it. Then the list at the commit decides, and the commit pins the list."""
 
 
 def store_folder(repo: HubRepo) -> Path:
-    """Where a repository's files at a commit are kept."""
+    """Return the folder that stores a repository's files at a commit."""
     prefix = "models--" if repo.kind == "model" else ""
     return StatePlaces.chosen().hub / (prefix + repo.name.replace("/", "--")) / repo.revision
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """A folder's files, by path, and who listed them."""
+    """A folder's files, sorted by path, and the endpoint that listed them."""
 
     where: str
     """The folder, for messages."""
     endpoint: str
-    """Empty where it is not known: a list from before it was noted, or the hub's own cache."""
+    """Empty if unknown: the list was stored by an older version, or comes from the hub's own cache."""
     files: Sequence[HubFile]
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of the list in messages."""
         source = f"from {self.endpoint}" if self.endpoint else "on this machine (HF_HUB_OFFLINE is set)"
         return f"the list of files in {self.where} {source}"
 
 
-Judge = Callable[[_Listing], None]
-"""Raises a UserError where a list lacks what its reader needs."""
+ListCheck = Callable[[_Listing], None]
+"""Raises a UserError if a list lacks what its reader needs."""
 
 
 def list_files(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[HubFile]:
-    """The files that lie in a folder of a repository and whose paths end with `ending`, by path; at least one.
+    """Return the files in a folder of a repository whose paths end with `ending`, sorted by path. There is at least one.
 
     Raises:
-        UserError: no such repository, revision, folder or file, or a file that the hub has no SHA-256 of.
+        UserError: there is no such repository, revision, folder or file, or the hub has no SHA-256 for a file.
     """
 
-    def judge(listing: _Listing) -> None:
+    def check(listing: _Listing) -> None:
         wanted = [file for file in listing.files if file.path.endswith(ending)]
         if not wanted:
             raise UserError(
@@ -93,66 +102,66 @@ def list_files(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[Hu
                 "another mirror if HF_ENDPOINT names one."
             )
 
-    files = _listed(repo, folder, judge, retry).files
+    files = _get_listing(repo, folder, check, retry).files
     return [file for file in files if file.path.endswith(ending)]
 
 
 def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
-    """The size and SHA-256 of a file that this code names.
+    """Return the size and SHA-256 of a pinned file.
 
     Raises:
         UserError: the hub does not list it, or lists another file under its name.
     """
 
-    def judge(listing: _Listing) -> None:
+    def check(listing: _Listing) -> None:
         found = next((file for file in listing.files if file.path == pin.path), None)
         if not found:
             raise UserError(
-                f"{listing.name} does not have {pin.path}, so it cannot be downloaded; look at HF_ENDPOINT if it is a "
-                "mirror's, else report this."
+                f"{listing.name} does not have {pin.path}, so it cannot be downloaded; check HF_ENDPOINT if you use a "
+                "mirror, else report this."
             )
         if len({sha256 for sha256 in (pin.sha256, found.sha256) if sha256}) != 1:
             raise UserError(
                 f"{listing.name} says that {pin.path} has the SHA-256 {found.sha256 or 'unknown'}, and it should have "
-                f"{pin.sha256 or 'one'}, so it may be another file; look at HF_ENDPOINT if it is a mirror's, else report this."
+                f"{pin.sha256 or 'one'}, so it may be another file; check HF_ENDPOINT if you use a mirror, else report this."
             )
 
-    files = _listed(pin.repo, pin.path.rpartition("/")[0], judge, retry).files
+    files = _get_listing(pin.repo, pin.path.rpartition("/")[0], check, retry).files
     found = next(file for file in files if file.path == pin.path)
     return replace(found, sha256=pin.sha256 or found.sha256)
 
 
-def _listed(repo: HubRepo, folder: str, judge: Judge, retry: Retry) -> _Listing:
-    """The list that is kept, else the hub's, else, offline, what the hub's own cache has; in any case one that serves."""
+def _get_listing(repo: HubRepo, folder: str, check: ListCheck, retry: Retry) -> _Listing:
+    """Return a list that passes `check`: the stored one, else the hub's; offline, that of the hub's own cache."""
     folder = folder.strip("/")
-    kept = _read_list(repo, folder)
-    if kept and kept.endpoint:
-        with suppress(UserError):
-            judge(kept)
-            return kept
+    stored = _read_list(repo, folder)
+    if stored and stored.endpoint:
+        with suppress(UserError):  # a stored list that fails the check is requested again
+            check(stored)
+            return stored
     if client().is_offline_mode():
-        listing = kept or _cached_listing(repo, folder)
-        judge(listing)
+        listing = stored or _cached_listing(repo, folder)
+        check(listing)
         return listing
     listing = _ask_hub(repo, folder, retry)
-    judge(listing)
-    _keep(listing, _list_path(repo, folder))
+    check(listing)
+    _store_list(listing, _list_path(repo, folder))
     return listing
 
 
 def listed_paths(store: Path) -> set[str]:
-    """The files that the kept lists name, of a repository's folder in the store."""
+    """Return the paths that the stored lists name, for a repository's folder in the store."""
     return {file.path for path in (store / _LISTS).glob("*.json") for file in _read(path)[1]}
 
 
-def other_origin(repo: HubRepo, file: HubFile) -> str:
-    """What to add to an error about a file, where the list that names it came from another endpoint than is asked now."""
-    kept = _read_list(repo, file.path.rpartition("/")[0])
+def origin_hint(repo: HubRepo, file: HubFile) -> str:
+    """Return a hint for an error about a file, if its list came from another endpoint than the current one; else nothing."""
+    stored = _read_list(repo, file.path.rpartition("/")[0])
     now = shown(endpoint())
-    if not kept or kept.endpoint in ("", now):
+    if not stored or stored.endpoint in ("", now):
         return ""
     return (
-        f" The size and the SHA-256 of this file came from {kept.endpoint}; if they are wrong, `pipelib clean --stage "
+        f" The size and the SHA-256 of this file came from {stored.endpoint}; if they are wrong, `pipelib clean --stage "
         f"lists` deletes them, and the next run asks {now}."
     )
 
@@ -163,79 +172,80 @@ def _where(repo: HubRepo, folder: str) -> str:
 
 def _list_path(repo: HubRepo, folder: str) -> Path:
     name = quote(folder, safe="")
-    name = {"": "top", "top": "top%2F"}.get(name, name)
+    name = {"": "top", "top": "top%2F"}.get(name, name)  # a folder may itself be called "top"
     return store_folder(repo) / _LISTS / f"{name}.json"
 
 
-def _keep(listing: _Listing, path: Path) -> None:
+def _store_list(listing: _Listing, path: Path) -> None:
+    # The list carries its own hash, so that a damaged one is noticed and requested again.
     content = {"endpoint": listing.endpoint, "files": [asdict(file) for file in listing.files]}
     write_json(path, {**content, "sha256": sha256_json(content)})
 
 
 def _read_list(repo: HubRepo, folder: str) -> _Listing | None:
-    """What an earlier run kept of the hub's list; None if there is none or it is damaged, so that the hub is asked."""
+    """Read the list that an earlier run stored; None if there is none or it is damaged, and then the hub is asked."""
     origin, files = _read(_list_path(repo, folder))
     return _Listing(_where(repo, folder), origin, files) if files else None
 
 
 def _read(path: Path) -> tuple[str, list[HubFile]]:
-    """A kept list: the endpoint, and the files; none of a list that is not there or damaged."""
+    """Read a stored list: the endpoint, and the files. Both are empty if the list is missing or damaged."""
     with suppress(ValueError, TypeError, KeyError, AttributeError):  # a UserError is a ValueError
-        kept = read_json(path)
-        sha256 = kept.pop("sha256")
-        if sha256 == sha256_json(kept if "endpoint" in kept else kept["files"]):
-            return kept.get("endpoint", ""), [HubFile(**entry) for entry in kept["files"]]
+        stored = read_json(path)
+        sha256 = stored.pop("sha256")
+        if sha256 == sha256_json(stored if "endpoint" in stored else stored["files"]):  # older lists have no endpoint
+            return stored.get("endpoint", ""), [HubFile(**entry) for entry in stored["files"]]
     return "", []
 
 
 def _ask_hub(repo: HubRepo, folder: str, retry: Retry) -> _Listing:
-    """A folder's files as the hub lists them, without a gap."""
+    """Get the complete list of a folder's files from the hub."""
     try:
         client().utils.validate_repo_id(repo.name)
     except ValueError as error:
         raise UserError(
-            f"download.repo: the hub has no such name ({error}); write OWNER/NAME as its page does."
+            f"download.repo: this is not a valid name on the hub ({error}); write OWNER/NAME as its page does."
         ) from None
     what = f"the list of files in {_where(repo, folder)} from {shown(endpoint())}"
     url = repo.api_url(f"tree/{repo.revision}/{quote(folder)}".rstrip("/"))
-    files = persistently(lambda: parse_list(get_list(url), folder), what, repo, retry)
-    persistently(lambda: _require_complete(files, repo, folder), what, repo, retry)
+    files = with_retries(lambda: parse_list(get_list(url), folder), what, repo, retry)
+    with_retries(lambda: _require_complete(files, repo, folder), what, repo, retry)
     return _Listing(_where(repo, folder), shown(endpoint()), files)
 
 
 def parse_list(entries: Sequence[Any], folder: str) -> list[HubFile]:
-    """The files of a folder, by path, among the entries that the hub's API gives.
+    """Return the files of a folder, sorted by path, from the entries that the hub's API returns.
 
-    A path that lies elsewhere is left out: it could lead out of the store.
+    Paths outside the folder are left out, because they could lead out of the store.
 
     Raises:
-        ForeignAnswerError: the hub would not answer so.
+        UnexpectedAnswerError: the hub would not send such a list.
     """
     if not entries:
-        raise ForeignAnswerError("an empty list, which the hub does not give of a folder")
+        raise UnexpectedAnswerError("an empty list, which the hub never sends for a folder")
     files = [file for file in map(_parse_entry, entries) if file and file.path.rpartition("/")[0] == folder]
     files.sort(key=lambda file: file.path)
     twice = next((first.path for first, second in pairwise(files) if first.path == second.path), None)
     if twice is not None:
-        raise ForeignAnswerError(f"it names {twice} twice")
+        raise UnexpectedAnswerError(f"it names {twice} twice")
     return files
 
 
 def _parse_entry(entry: Any) -> HubFile | None:
-    """A file, or None for a folder."""
+    """Parse an entry: return a file, or None for a folder."""
     match entry:
         case {"type": "file", "path": str(path), "size": int(size)} if (
-            size >= 0 and size is not True and size is not False
+            size >= 0 and size is not True and size is not False  # a bool is an int for `match`
         ):
             if _is_path(path):
                 return HubFile(path, size, _sha256_in(entry.get("lfs")))
         case {"type": str(kind)} if kind != "file":
             return None
-    raise ForeignAnswerError("it has an entry that is not like the hub's")
+    raise UnexpectedAnswerError("it has an entry that is not like the hub's")
 
 
 def _is_path(path: str) -> bool:
-    """Whether a file system can have it, and a message show it."""
+    """Return whether a path is valid in a file system and can be printed."""
     try:
         return not re.search(r"[\x00-\x1f\x7f]", path) and len(path.encode("utf-8")) < 1000
     except UnicodeEncodeError:
@@ -243,21 +253,22 @@ def _is_path(path: str) -> bool:
 
 
 def _sha256_in(lfs: Any) -> str:
-    """What the hub says of a file's content in git LFS; nothing where git alone has it."""
+    """Return the SHA-256 in a file's git LFS entry; empty if the file is in plain git."""
     match lfs:
         case None:
             return ""
         case {"oid": str(oid)} if re.fullmatch("[0-9a-f]{64}", oid):
             return oid
-    raise ForeignAnswerError("it has a SHA-256 that is not one")
+    raise UnexpectedAnswerError("it has an invalid SHA-256")
 
 
 def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: str) -> None:
-    """Compare the list with the names of all files, which the hub gives in one answer: of a list that comes in pages, a
-    mirror may have the first alone, and nothing in it tells.
+    """Compare the list with the names of all files, which the hub sends in one answer.
+
+    The list itself comes in pages. A mirror may have only the first page, and nothing in that page shows it.
 
     Raises:
-        ForeignAnswerError: the list leaves files out, or is another commit's.
+        UnexpectedAnswerError: the list leaves files out, or belongs to another commit.
     """
     known = _ask_names(repo)
     if known is None:
@@ -269,14 +280,14 @@ def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: str) -> N
     named = {name for name in known if name.rpartition("/")[0] == folder}
     left_out = sorted(named - {file.path for file in files})
     if left_out:
-        raise ForeignAnswerError(f"it leaves out {len(left_out)} of {len(named)} files, {left_out[0]} first")
+        raise UnexpectedAnswerError(f"it leaves out {len(left_out)} of {len(named)} files, {left_out[0]} first")
 
 
 def _ask_names(repo: HubRepo) -> list[str] | None:
-    """The paths of a repository's files; None from a server that does not give them."""
+    """Return the paths of a repository's files; None if the server does not list them."""
     try:
         answer = get_json(repo.api_url(f"revision/{repo.revision}"))
-    except ForeignAnswerError:
+    except UnexpectedAnswerError:
         return None
     except Exception as error:
         if is_refusal(error):
@@ -284,7 +295,7 @@ def _ask_names(repo: HubRepo) -> list[str] | None:
         raise
     match answer:
         case {"sha": str(commit)} if commit != repo.revision:
-            raise ForeignAnswerError(f"it answers for commit {commit[:40]!r}")
+            raise UnexpectedAnswerError(f"the answer is about commit {commit[:40]!r}")
         case {"siblings": [*siblings]}:
             names = [entry.get("rfilename") if isinstance(entry, dict) else None for entry in siblings]
             return names if all(isinstance(name, str) for name in names) else None  # type: ignore[return-value]
@@ -292,7 +303,7 @@ def _ask_names(repo: HubRepo) -> list[str] | None:
 
 
 def _cached_listing(repo: HubRepo, folder: str) -> _Listing:
-    """What the hub's own cache has of a folder, where the hub cannot be asked; this list is not kept."""
+    """List the files of a folder in the hub's own cache, for offline use. This list is not stored."""
     snapshot = _snapshot(repo)
     paths = [path for path in sorted((snapshot / folder).glob("*")) if path.is_file()] if snapshot else []
     if not paths or not snapshot:
@@ -301,8 +312,8 @@ def _cached_listing(repo: HubRepo, folder: str) -> _Listing:
             "cache has it): unset it, or set download.source to docs or local."
         )
     tell(
-        f"hub: offline, so {_where(repo, folder)} is taken to be what the hub's cache has ({len(paths)} of its files); this "
-        "could not be compared with the hub's list"
+        f"hub: offline, so the {len(paths)} files of the hub's cache are used as {_where(repo, folder)}; this could not be "
+        "compared with the hub's list"
     )
     hashes = sha256_files(paths)
     return _Listing(
@@ -316,9 +327,9 @@ def _cached_listing(repo: HubRepo, folder: str) -> _Listing:
 
 
 def _snapshot(repo: HubRepo) -> Path | None:
-    """The folder of a commit in the hub's cache, if it is there."""
+    """Return the folder of a commit in the hub's cache; None if it is not there."""
     hub = client()
-    with suppress(hub.errors.CacheNotFound, ValueError):  # a ValueError: it is a file
+    with suppress(hub.errors.CacheNotFound, ValueError):  # ValueError: the cache folder is a file
         for cached in hub.scan_cache_dir().repos:
             if (cached.repo_id, cached.repo_type) == (repo.name, repo.kind):
                 for revision in cached.revisions:

@@ -1,8 +1,8 @@
-"""Which files under `download.path` are read, and what there neither DVC nor the stage can read.
+"""Find the files to read under `download.path`, and refuse what DVC or the stage cannot read there.
 
-DVC hashes the whole folder before the stage starts, whatever the source and the pattern are. A FIFO hangs it, a dangling
-link or a name that is not UTF-8 ends it with a bare error, and it never sees a change behind a linked folder or inside
-another DVC repository. `pipelib plan --check` and `pipelib doctor` look for these before DVC does.
+DVC hashes the whole folder before the stage starts, for any source and pattern. It hangs on a FIFO, and stops with an
+unclear error at a dangling link or a name that is not UTF-8. It does not notice changes behind a linked folder or inside
+another DVC repository. `pipelib plan --check` and `pipelib doctor` check for these before DVC runs.
 """
 
 import os
@@ -15,26 +15,26 @@ from pipelib.corpus.params import READABLE
 from pipelib.errors import UserError
 from pipelib.files import is_unicode
 
-_SHOWN = 5  # names in one message
+_SHOWN = 5  # the most names in one message
 
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """The files that are read, and those that are not."""
+    """The files to read, and those to ignore."""
 
     root: Path
-    """The folder that the names start from."""
+    """The folder that the names are relative to."""
     names: list[str]
-    """Paths inside `root` of the files to read, sorted."""
+    """The files to read, as sorted paths inside `root`."""
     ignored: list[str]
-    """Those that match the pattern and are of no kind that can be read, sorted."""
+    """The files that match the pattern but are not of a kind that can be read, sorted."""
 
 
 def find_files(path: Path, pattern: str) -> LocalFiles:
-    """The files under a folder that match a glob; hidden ones are ignored. A single file is taken whatever its name matches.
+    """Find the files under a folder that match a glob, without hidden ones. A single file need not match it.
 
     Raises:
-        UserError: there is no such folder, no file in it, or something there cannot be read or would not be noticed.
+        UserError: there is no such folder or no file in it, or DVC could not read something there or notice its changes.
     """
     require_readable(path, links=True)
     if path.is_file():
@@ -57,31 +57,32 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
 
 
 def visible_matches(folder: Path, pattern: str) -> list[Path]:
-    """What matches a glob in a folder, of any kind, by its path inside the folder; nothing hidden.
+    """Return everything in a folder that matches a glob and is not hidden, as paths inside the folder.
 
     Raises:
-        UserError: it is not a glob.
+        UserError: the pattern is not a glob.
     """
     try:
         matches = [path.relative_to(folder) for path in folder.glob(pattern)]
     except (ValueError, NotImplementedError, IndexError) as error:
-        raise UserError(f"download.pattern: {pattern!r} is not a glob ({error}); **/* takes everything.") from None
+        raise UserError(f"download.pattern: {pattern!r} is not a glob ({error}); use **/* for all files.") from None
     return [path for path in matches if not any(part.startswith(".") for part in path.parts)]
 
 
 def require_readable(path: Path, links: bool) -> None:
-    """Refuse a `download.path` that does not exist, or that has something in it which cannot be read.
+    """Refuse a `download.path` that does not exist, or that contains something that cannot be read.
 
     Args:
-        links: whether linked folders count: only the local source reads the folder.
+        links: whether to refuse linked folders. They matter only to the local source, which reads the folder.
 
     Raises:
-        UserError: naming what is wrong, each with its remedy.
+        UserError: lists every problem with its remedy.
     """
     if not path.exists():
         raise UserError(f"download.path: {path} {_why_missing(path)}")
     if not path.is_file() and not path.is_dir():
         raise UserError(f"download.path: {path} is neither a folder nor a file, so there is no text; name one of them.")
+    # One more than is shown tells whether there are more; the folder may have millions of files.
     found = list(islice(_problems(path, links), _SHOWN + 1)) if path.is_dir() else []
     if found:
         more = [f"and more, after these {_SHOWN}"] if len(found) > _SHOWN else []
@@ -92,7 +93,7 @@ def require_readable(path: Path, links: bool) -> None:
 
 
 def _why_missing(path: Path) -> str:
-    """What to write instead of a path that does not exist; DVC expands neither `~` nor variables."""
+    """Say what to do about a path that does not exist. DVC expands neither `~` nor variables."""
     expanded = str(Path(os.path.expandvars(path)).expanduser())
     if expanded != str(path):
         return f"does not exist: DVC expands neither ~ nor variables, so it would find no text; write {expanded}."
@@ -100,23 +101,23 @@ def _why_missing(path: Path) -> str:
 
 
 def _problems(folder: Path, links: bool) -> Iterator[str]:
-    """What is wrong under a folder, in the order of the paths."""
+    """Yield what is wrong under a folder, in the order of the paths."""
     try:
         with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+            entries = sorted(found, key=lambda entry: entry.name)  # scandir's order differs between file systems
     except OSError as error:
-        yield f"{shown(folder)} cannot be listed ({error.strerror}); change its permissions or move it away"
+        yield f"{printable(folder)} cannot be listed ({error.strerror}); change its permissions or move it away"
         return
     for entry in entries:
         path = Path(entry.path)
         if problem := _problem(entry, path, links):
-            yield f"{shown(path)} {problem}"
+            yield f"{printable(path)} {problem}"
         elif entry.is_dir(follow_symlinks=False):
             yield from _problems(path, links)
 
 
 def _problem(entry: os.DirEntry[str], path: Path, links: bool) -> str:
-    """What is wrong with one entry of a folder; empty if nothing is."""
+    """Return what is wrong with one entry of a folder; empty if nothing is."""
     if not is_unicode(entry.name):
         return "has a name that is not UTF-8; rename it"
     if entry.name == ".dvcignore":
@@ -137,16 +138,16 @@ def _problem(entry: os.DirEntry[str], path: Path, links: bool) -> str:
 
 def _problem_of_link(path: Path, links: bool) -> str:
     if not path.exists():
-        return f"is a link to {shown(path.readlink())}, which does not exist; restore that, or remove the link"
+        return f"is a link to {printable(path.readlink())}, which does not exist; restore that, or remove the link"
     if path.is_file():
         return ""
     if not path.is_dir():
         return "is a link to something that is not a file; remove it"
     if not links or path.name.startswith("."):
         return ""
-    return "is a link to a folder, and DVC would not see it change; move the folder here, or set download.path to it"
+    return "is a link to a folder, and DVC would not notice changes in it; move the folder here, or set download.path to it"
 
 
-def shown(path: Path | str) -> str:
-    """A path as text that can be printed, whatever bytes its name has."""
+def printable(path: Path | str) -> str:
+    """Return a path as text that can be printed, for any bytes in its name."""
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")

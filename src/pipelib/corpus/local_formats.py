@@ -1,4 +1,4 @@
-"""The kinds of files that people keep text in, read as rows: parquet, jsonl, jsonl.gz, jsonl.zst and txt."""
+"""Read the user's files as rows: parquet, jsonl, jsonl.gz, jsonl.zst and txt."""
 
 import gzip
 import io
@@ -16,14 +16,14 @@ from pipelib.corpus.parquet import SCHEMA, open_parquet
 from pipelib.errors import UserError
 
 TXT_CHARACTERS = 100_000
-"""Characters after which a txt file is cut at the next empty line."""
-_TXT_LIMIT = 40 * TXT_CHARACTERS  # cut at any line, so that a file without an empty line stays within memory
+"""A txt file is cut at the next empty line after this many characters."""
+_TXT_LIMIT = 40 * TXT_CHARACTERS  # then cut at any line, so that a file without empty lines fits in memory
 _BLOCK_CHARACTERS = 1 << 20
 _BATCH_ROWS = 1000
-_LONGEST = 64  # bytes at the start of a file that tell what it is
+_LONGEST = 64  # bytes at the start of a file that are enough to tell its kind
 
 _OWN = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".parquet": b"PAR1\x15"}
-"""How files of a kind begin."""
+"""The first bytes of files of each kind."""
 _FOREIGN = {
     b"version https://git-lfs.github.com/spec/v1\n": "a pointer of git LFS, not the text; run `git lfs pull`",
     b"/annex/objects/": "a pointer of git-annex, not the text; run `git annex get`",
@@ -38,13 +38,13 @@ _FOREIGN = {
     b"\xff\xfe": "UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
 }
-"""How files begin that are not what their names say: what they are, and what to do."""
+"""The first bytes of files that are not what their names say, with what they are and what to do."""
 
 Row = Mapping[str, Any]
 
 
 def read_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
-    """The rows of one file with their numbers, from 1. A txt file has one for each of its documents, as a `text`.
+    """Yield the rows of one file with their numbers, from 1. A txt file has one row, with a `text`, per document.
 
     Args:
         name: what messages call the file.
@@ -59,7 +59,7 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
         with path.open("rb") as file:
             head = file.read(_LONGEST)
         if not head and ending in (".gz", ".zst"):
-            raise EOFError("it is empty")  # gzip and zstd would take it for a text of nothing
+            raise EOFError("it is empty")  # gzip and zstd would read it as empty text
         _refuse_foreign(head, ending, name)
         for number, row in read(path, name):
             yield number, row
@@ -74,10 +74,10 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
 # ---- Kinds of files --------------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:  # noqa: ARG001  (as its neighbours)
+def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:  # noqa: ARG001  (the same signature as the other readers)
     with open_parquet(path) as parquet:
         names = parquet.schema_arrow.names
-        columns = [column for column in SCHEMA.names if names.count(column) == 1]
+        columns = [column for column in SCHEMA.names if names.count(column) == 1]  # skip ambiguous ones
         number = 0
         for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns):
             for row in zip(*map(_values, batch.columns), strict=True):
@@ -86,7 +86,10 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:  # noqa: 
 
 
 def _values(column: pa.Array) -> list[object]:
-    """A column's values: strings, numbers and None; bytes where a string is not UTF-8; its type for every other value."""
+    """Return a column's values: strings, numbers and None. Strings that are not UTF-8 stay bytes.
+
+    In a column of another type, each value is represented by the type.
+    """
     while pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
@@ -108,7 +111,7 @@ def _decoded(value: bytes | None) -> str | bytes | None:
 
 
 def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
-    """Each line, read as text so that a bad one can be named and rows need not agree on their columns."""
+    """Yield each line as a row. Lines are read as text, so that errors can name them and rows may have different columns."""
     with _open_text(path, name) as file:
         for number, line in enumerate(file, start=1):
             if line.isspace():
@@ -130,7 +133,7 @@ def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
 
 
 def _parse(line: str) -> Any:
-    """The value of a line of JSON. orjson takes half the time, and refuses what `json` takes or can say better."""
+    """Parse a line of JSON. orjson is twice as fast; `json` accepts more, and its errors are clearer."""
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -138,10 +141,10 @@ def _parse(line: str) -> Any:
 
 
 def _txt_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
-    """The whole file, or what lies between its cuts."""
+    """Yield the whole file as one row, or a row for each piece if the file is cut."""
     number, text = 1, ""
     with _open_text(path, name) as file:
-        while block := file.read(_BLOCK_CHARACTERS) + file.readline():
+        while block := file.read(_BLOCK_CHARACTERS) + file.readline():  # whole lines, because cuts are at line ends
             if "\0" in block:
                 raise _not_text(path, name)
             text += block
@@ -155,7 +158,7 @@ def _txt_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
 
 
 def _cut(text: str, start: int) -> int:
-    """Where the document that begins at `start` ends; 0 where that takes more of the file."""
+    """Return where the document that begins at `start` ends; 0 if more of the file is needed to tell."""
     end = text.find("\n", start + TXT_CHARACTERS - 1) + 1
     while end:
         line = text.rfind("\n", start, end - 1) + 1
@@ -166,15 +169,15 @@ def _cut(text: str, start: int) -> int:
 
 
 def _open_text(path: Path, name: str) -> io.TextIOWrapper:
-    """A file's text: unpacked where its name says so, every line end as `\\n`, without a byte order mark of UTF-8."""
+    """Open a file as text: unpacked if its name says so, every line end as `\\n`, without UTF-8's byte order mark."""
     file = _open_bytes(path)
-    if path.suffix.lower() in _OWN:  # what is packed may be packed again, or another encoding
+    if path.suffix.lower() in _OWN:  # the content may be compressed twice, or have another encoding
         _refuse_foreign(file.peek(_LONGEST), "", f"{name}, unpacked,")
     return io.TextIOWrapper(file, encoding="utf-8-sig")
 
 
 def _open_bytes(path: Path) -> Any:
-    """A file's bytes, unpacked where its name says so: a stream that can be read by lines, and peeked into."""
+    """Open a file as bytes, unpacked if its name says so. The stream can be read by lines, and has `peek`."""
     match path.suffix.lower():
         case ".gz":
             return gzip.open(path)
@@ -190,16 +193,16 @@ def _refuse_foreign(head: bytes, ending: str, name: str) -> None:
     """Refuse a file that begins like one of another kind."""
     for start, what in _FOREIGN.items():
         if head.startswith(start) and start != _OWN.get(ending):
-            raise UserError(f"{name} is {what}. It was not read, since its text would be wrong.")
+            raise UserError(f"{name} is {what}. It was not read, because its text would be wrong.")
 
 
 def _damaged(name: str, number: int, error: Exception) -> UserError:
-    """The error for a file that cannot be read to its end."""
+    """Return the error for a file that cannot be read to its end."""
     why = " ".join(str(error).split()) or type(error).__name__
-    if "too much memory" in why:  # libzstd's words for a window of more than 128 MB
+    if "too much memory" in why:  # libzstd's message for a window of more than 128 MB
         return UserError(
-            f"{name} was compressed with a long window (zstd --long), which this reader does not have the memory for, so it "
-            "was not read; pack it again: zstd -d --long=31 -c FILE | zstd -o NEW_FILE."
+            f"{name} was compressed with a long window (zstd --long), which needs more memory than allowed here, so it "
+            "was not read; compress it again: zstd -d --long=31 -c FILE | zstd -o NEW_FILE."
         )
     return UserError(
         f"{name} cannot be read after row {number} ({why}), so it is damaged or cut short and text would be lost; get or "
@@ -208,14 +211,14 @@ def _damaged(name: str, number: int, error: Exception) -> UserError:
 
 
 def _not_text(path: Path, name: str) -> UserError:
-    """The error for a file that is not UTF-8 or has NUL bytes, with the line where that begins."""
+    """Return the error for a file that is not UTF-8 or has NUL bytes, with the first such line."""
     number = 0
     with suppress(OSError, EOFError, zlib.error), _open_bytes(path) as file:
         for line in file:
-            place = _first_bad_byte(line)
-            if place is not None:
-                number += 1 + _line_breaks(line[:place])
-                byte = line[place]
+            position = _first_bad_byte(line)
+            if position is not None:
+                number += 1 + _line_breaks(line[:position])
+                byte = line[position]
                 what = "a NUL byte" if byte == 0 else f"the byte 0x{byte:02x}, which is not UTF-8"
                 encoding = "UTF-16" if byte == 0 else "CP1252"
                 return UserError(
@@ -227,7 +230,7 @@ def _not_text(path: Path, name: str) -> UserError:
 
 
 def _first_bad_byte(line: bytes) -> int | None:
-    """Where a line first is not UTF-8 or has a NUL byte."""
+    """Return the position of the first byte of a line that is NUL or not UTF-8; None if there is none."""
     nul = line.find(b"\0")
     try:
         line.decode("utf-8")

@@ -11,11 +11,11 @@ from pipelib.schema import NaturalInt, OneOf, PositiveInt
 
 SOURCES = Path(__file__).with_name("sources")
 READABLE = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
-"""How the names of files end that `local` reads."""
+"""The endings of the files that `local` reads."""
 
 
 def known_sources() -> list[str]:
-    """The names that `download.source` may have."""
+    """Return the names that `download.source` may have."""
     return sorted(path.stem for path in SOURCES.glob("[a-z]*.py"))
 
 
@@ -24,12 +24,12 @@ class DownloadParams:
     """Section `download` of params.yaml."""
 
     source: Annotated[str, OneOf(known_sources)]
-    """Where text comes from, one of the files of `corpus/sources`: `docs`, the installed packages' docstrings; `local`, the
-    user's files; `hub`, the Hugging Face hub."""
+    """The source of the text, one of the files in `corpus/sources`: `docs`, the docstrings of the installed packages;
+    `local`, the user's files; `hub`, the Hugging Face hub."""
     path: str
-    """`local`: the folder of the user's files, or one file. It is a dependency of the stage whatever the source is."""
+    """`local`: the folder of the user's files, or one file. The stage depends on it for every source."""
     pattern: str
-    """`local`: which files of that folder, as a glob."""
+    """`local`: which files of that folder to read, as a glob."""
     repo: str
     """`hub`: the dataset repository, OWNER/NAME."""
     revision: str
@@ -37,19 +37,19 @@ class DownloadParams:
     folder: str
     """`hub`: the folder in the repository whose parquet files are the corpus, in the order of their names."""
     max_tokens: PositiveInt | None
-    """The corpus is the shortest prefix of the documents with at least so many tokens; null for all of them. A document
-    counts its `token_count` where the dataset has one, else its UTF-8 bytes divided by 4, rounded up."""
+    """The corpus is the shortest prefix of the documents with at least this many tokens; null for all documents. A document
+    counts as its `token_count` if the dataset has one, else as its UTF-8 bytes divided by 4, rounded up."""
     benchmarks: tuple[Annotated[str, OneOf(known_benchmarks)], ...]
-    """The evaluation sets to prepare: `completion` is made of the corpus, the others come from the hub."""
+    """The evaluation sets to prepare: `completion` is made from the corpus, the others come from the hub."""
     benchmark_documents: NaturalInt
-    """How many documents at the start of the corpus the completion benchmark is made of."""
+    """How many documents at the start of the corpus the completion benchmark is made from."""
     models: tuple[Annotated[str, OneOf(PUBLISHED_MODELS.keys)], ...]
-    """Published models to fetch from the hub."""
+    """The published models to download from the hub."""
     seed: NaturalInt
-    """Orders the documents of `docs`, and places the items of the completion benchmark and their distractors."""
+    """Decides the order of the documents of `docs`, and the items and distractors of the completion benchmark."""
 
     def problems(self) -> Iterator[str]:
-        """What does not go together."""
+        """Yield a message for each invalid combination of values."""
         if self.source == "hub" and not (len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
             yield (
                 f"revision: {self.revision!r} is not a commit (40 hexadecimal digits), so the corpus could change "
@@ -67,9 +67,9 @@ class DownloadParams:
             )
         if "completion" not in self.benchmarks and self.benchmark_documents:
             yield (
-                f"benchmark_documents: {self.benchmark_documents} documents would be kept for a benchmark that is not made; "
-                "set it to 0, or add completion to benchmarks."
+                f"benchmark_documents: {self.benchmark_documents} documents would be held out for a benchmark that is not "
+                "made; set it to 0, or add completion to benchmarks."
             )
         for key, names in (("benchmarks", self.benchmarks), ("models", self.models)):
             if len(set(names)) < len(names):
-                yield f"{key}: {list(names)} names one twice; name each once."
+                yield f"{key}: {list(names)} lists a name twice; list each name once."

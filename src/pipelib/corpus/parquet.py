@@ -1,4 +1,4 @@
-"""The parquet files of raw text: written from documents, opened, read back."""
+"""Write, open and read the parquet files of raw text."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelib.corpus.raw import REPAIR, Document, RawFile, Written, damaged, estimated_tokens, read_manifest
+from pipelib.corpus.raw import REPAIR, Document, RawFile, Written, damaged, estimated_tokens, read_raw_manifest
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, sha256_files, sync_folder
 
 ROW_GROUP_ROWS = 1000
-"""Documents in a row group, the piece that one tokenizing process takes at a time."""
+"""Documents in a row group. Tokenization cuts files only between row groups."""
 ROW_GROUP_BYTES = 16 << 20
-"""Bytes of text after which a row group ends early, so that long documents do not gather in memory."""
+"""Bytes of text after which a row group ends early, so that long documents do not fill the memory."""
 FILE_BYTES = 256 << 20
 """Bytes of text after which the next file begins."""
 
@@ -39,12 +39,12 @@ SCHEMA = pa.schema(
 
 
 def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FILE_BYTES) -> Written:
-    """Write documents, in their order, as parquet files into a folder that holds none.
+    """Write documents, in order, as parquet files into a folder that has none.
 
-    Memory is bounded by one row group, whatever the number of documents.
+    Memory is bounded by a few row groups, for any number of documents.
 
     Args:
-        documents: at least one, or no file is written.
+        documents: without any document, no file is written.
         file_bytes: bytes of text after which a new file begins.
 
     Returns:
@@ -57,11 +57,11 @@ def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FIL
     written = 0  # bytes of text in the open file
     counts = {"characters": 0, "text_bytes": 0}
     try:
-        with ThreadPoolExecutor(1, "parquet") as thread:  # compresses a row group while the next one is read
+        with ThreadPoolExecutor(1, "parquet") as thread:  # compress a row group while the next one is read
             for group, group_bytes in _row_groups(documents):
                 table = _table(group)
                 if writing is not None:
-                    writing.result()
+                    writing.result()  # wait, because a writer takes one group at a time
                 if writer is None or written + group_bytes > file_bytes:
                     if writer is not None:
                         writer.close()
@@ -81,9 +81,10 @@ def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FIL
 
 
 def first_rows(path: Path, max_tokens: int) -> tuple[int, int]:
-    """How many rows of a parquet file are the shortest prefix with at least `max_tokens` tokens, or all; and their tokens.
+    """Find the shortest prefix of a parquet file with at least `max_tokens` tokens. Return its rows and its tokens.
 
-    Only `token_count` is read, and the text where a row group has none; a hundred rows are in memory at a time.
+    If the file has fewer tokens, the prefix is the whole file. Only `token_count` is read, and the text of row groups
+    without it; a hundred rows are in memory at a time.
     """
     rows = tokens = 0
     with open_parquet(path) as parquet:
@@ -96,8 +97,9 @@ def first_rows(path: Path, max_tokens: int) -> tuple[int, int]:
 
 
 def _row_tokens(parquet: pq.ParquetFile, path: Path) -> Iterator[int]:
-    """What each row counts."""
+    """Yield the number of tokens that each row counts as."""
     schema = parquet.schema_arrow
+    # A few rows may lack a count even in a dataset that has counts; then the length of the text is needed.
     counted = schema.names.count("token_count") == 1 and pa.types.is_integer(schema.field("token_count").type)
     try:
         for group in range(parquet.num_row_groups):
@@ -109,13 +111,13 @@ def _row_tokens(parquet: pq.ParquetFile, path: Path) -> Iterator[int]:
 
 
 def _token_counts(parquet: pq.ParquetFile, group: int) -> Iterator[int | None]:
-    """The numbers of tokens that the dataset gives; None where it gives none, or one that is none."""
+    """Yield the `token_count` of each row; None if it is missing or negative."""
     for batch in _batches(parquet, group, "token_count"):
         yield from (count if count is not None and count >= 0 else None for count in batch.to_pylist())
 
 
 def _text_lengths(parquet: pq.ParquetFile, group: int) -> Iterator[int]:
-    """Bytes of each text; none where it is null."""
+    """Yield the bytes of each text; 0 if it is null."""
     for batch in _batches(parquet, group, "text"):
         yield from pc.fill_null(pc.binary_length(batch.cast(pa.large_string())), 0).to_pylist()
 
@@ -126,7 +128,7 @@ def _batches(parquet: pq.ParquetFile, group: int, name: str) -> Iterator[pa.Arra
 
 
 def _row_groups(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
-    """Documents in runs of one row group, each with its bytes of text."""
+    """Yield the documents of each row group, with the bytes of their text."""
     group: list[Document] = []
     size = 0
     for document in documents:
@@ -140,7 +142,7 @@ def _row_groups(documents: Iterable[Document]) -> Iterator[tuple[list[Document],
 
 
 def _open_writer(path: Path) -> pq.ParquetWriter:
-    """A writer with every setting fixed that decides bytes; the pinned pyarrow decides the rest."""
+    """Open a writer with all settings fixed that change bytes. The pinned version of pyarrow decides the rest."""
     return pq.ParquetWriter(
         path,
         SCHEMA,
@@ -159,7 +161,10 @@ def _table(group: Sequence[Document]) -> pa.Table:
 
 
 def describe_file(path: Path, sha256: str | None = None) -> RawFile:
-    """A parquet file's line in the manifest; it is hashed unless its verified `sha256` is given.
+    """Return a parquet file's entry for the manifest.
+
+    Args:
+        sha256: the file's verified SHA-256; None computes it.
 
     Raises:
         UserError: the file is not parquet or has no column `text`.
@@ -170,17 +175,18 @@ def describe_file(path: Path, sha256: str | None = None) -> RawFile:
 
 
 def iterate_raw(folder: Path, columns: Sequence[str] = ("text",)) -> Iterator[dict[str, Any]]:
-    """The documents of a folder in the order of the corpus, as `{column: value}`; one row group is in memory at a time.
+    """Yield the documents of a folder in the order of the corpus, as `{column: value}`. Memory holds one row group.
 
     Raises:
         UserError: the manifest or a file is missing or damaged.
     """
-    for file in read_manifest(folder).files:
+    # `islice`, because only the first `rows` rows of the last file may belong to the corpus.
+    for file in read_raw_manifest(folder).files:
         yield from islice(_iterate_file(folder / file.name, columns), file.rows)
 
 
 def _iterate_file(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """All rows of a parquet file; a column that it does not have is None."""
+    """Yield all rows of a parquet file, with None for the columns that it does not have."""
     with open_parquet(path, REPAIR) as parquet:
         here = [name for name in columns if name in parquet.schema_arrow.names]
         missing = dict.fromkeys(name for name in columns if name not in here)
@@ -197,19 +203,19 @@ def _read_group(parquet: pq.ParquetFile, group: int, columns: Sequence[str], pat
     return rows
 
 
-def open_parquet(path: Path, remedy: str = "fetch or make it again") -> pq.ParquetFile:
+def open_parquet(path: Path, remedy: str = "download or make it again") -> pq.ParquetFile:
     """Open a parquet file that has a column `text`.
 
     Args:
         remedy: what to do about a damaged one, for the message.
 
     Raises:
-        UserError: it is missing, damaged, cut short, or has no such column of strings.
+        UserError: the file is missing, damaged or cut short, or has no such column of strings.
     """
     try:
         parquet = pq.ParquetFile(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist, so a part of the corpus is missing; run dvc repro.") from None
+        raise UserError(f"{path} does not exist, so part of the corpus is missing; run dvc repro.") from None
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, str(error), remedy) from None
     try:
@@ -221,14 +227,14 @@ def open_parquet(path: Path, remedy: str = "fetch or make it again") -> pq.Parqu
 
 
 def require_text(schema: pa.Schema, name: object, remedy: str) -> None:
-    """Refuse a parquet file that has not one column `text` of strings.
+    """Refuse a parquet file that does not have exactly one column `text` of strings.
 
     Args:
-        name: of the file, for the message.
+        name: the file's name, for the message.
         remedy: what to do, for the message.
 
     Raises:
-        UserError: it has none, or several, or one of another type.
+        UserError: it has no such column, or several, or one of another type.
     """
     count = schema.names.count("text")
     if not count:
@@ -244,7 +250,7 @@ def require_text(schema: pa.Schema, name: object, remedy: str) -> None:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type can be read as text; one of nothing but nulls has the type null."""
+    """Return whether a column of this type can be read as text. A column that holds only nulls has the type null."""
     while pa.types.is_dictionary(kind):
         kind = kind.value_type
     return any(
@@ -253,6 +259,6 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def text_column(metadata: pq.FileMetaData, group: int) -> pq.ColumnChunkMetaData:
-    """What a file says of its column `text` in a row group."""
+    """Return a file's metadata of its column `text` in a row group."""
     columns = metadata.row_group(group)
     return next(column for column in map(columns.column, range(columns.num_columns)) if column.path_in_schema == "text")

@@ -1,7 +1,7 @@
-"""Raw text: documents, the files that hold them, and the manifest that says what they are; see `parquet.py` for the files.
+"""Raw text: documents, the files that hold them, and their manifest. `parquet.py` reads and writes the files.
 
-Every source ends here and every reader starts here: `000_00000.parquet`, `001_00000.parquet`, ... hold the documents of
-the corpus in their order, and `manifest.json` names the files in that order. Nothing in either tells when, where or by
+Every source writes this format, and every reader reads it: `000_00000.parquet`, `001_00000.parquet`, ... hold the
+documents of the corpus in order, and `manifest.json` lists the files in that order. They do not record when, where or by
 whom they were written, so equal text gives equal bytes.
 """
 
@@ -19,18 +19,18 @@ REPAIR = how_to_repair(str(HERE.raw))
 
 
 class Document(NamedTuple):
-    """One document in FineWeb-Edu's columns; what its source does not know is None."""
+    """One document in FineWeb-Edu's columns. Values that its source does not know are None."""
 
     text: str
     id: str | None = None
     dump: str | None = None
-    """The edition of the source: a Common Crawl dump, or a package and its version."""
+    """The version of the source: a Common Crawl dump, or a package and its version."""
     url: str | None = None
     file_path: str | None = None
     language: str | None = None
     language_score: float | None = None
     token_count: int | None = None
-    """GPT-2 tokens, where somebody counted them."""
+    """The number of GPT-2 tokens, if the dataset gives it."""
     score: float | None = None
     """FineWeb-Edu's grade of educational value, 0 to 5."""
     int_score: int | None = None
@@ -43,57 +43,61 @@ class RawFile:
     name: str
     bytes: int
     rows: int
-    """Rows from its start that belong to the corpus: fewer than it has where `download.max_tokens` ends the corpus in it."""
+    """Rows, from its start, that belong to the corpus: fewer than it has if `download.max_tokens` ends the corpus in it."""
     sha256: str
 
 
 @dataclass(frozen=True)
 class RawManifest:
-    """What a folder of raw text holds."""
+    """The manifest of a folder of raw text."""
 
     source: Mapping[str, Any]
     """Where the text came from: `kind`, and what pins it (versions, revision, hashes)."""
     files: tuple[RawFile, ...]
-    """In the order of the corpus."""
+    """The files in the order of the corpus."""
 
     @property
     def documents(self) -> int:
-        """Documents in all files."""
+        """The number of documents in all files."""
         return sum(file.rows for file in self.files)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a source put into a folder of raw text."""
+    """What a source wrote into a folder of raw text."""
 
     files: tuple[RawFile, ...]
-    """In the order of the corpus; none if there was no document."""
+    """The files in the order of the corpus; empty if there was no document."""
     counts: Mapping[str, int]
-    """What was kept and what was left out, for the metrics."""
+    """How much was kept and left out, for the metrics."""
 
 
 class Source(Protocol):
-    """Where text comes from. `docs.py`, `local.py` and `hub.py` each have one."""
+    """A source of text. `docs.py`, `local.py` and `hub.py` in `sources` each have one."""
 
     def identity(self) -> dict[str, Any]:
-        """`kind`, and everything that pins the text; nothing absolute, no dates. It decides the stage's fingerprint."""
+        """Return `kind` and everything that pins the text, without absolute paths or dates.
+
+        It decides the stage's fingerprint.
+        """
 
     def write(self, folder: Path, work: Path) -> Written:
         """Put the corpus into `folder` as parquet files.
 
         Args:
-            folder: where the files go; it does not exist yet.
-            work: kept until the stage has finished, so that a killed run can go on from it.
+            folder: the folder for the files; it does not exist yet.
+            work: kept until the stage has finished, so that a killed run can resume from it.
         """
 
 
 BYTES_PER_TOKEN = 4
-"""UTF-8 bytes that count as a token where nobody counted a document's; GPT-2 makes 3.3 to 4.5 of English ones."""
+"""UTF-8 bytes that count as one token if a document has no `token_count`. A GPT-2 token is 3.3 to 4.5 bytes of English."""
 
 
 def estimated_tokens(text_bytes: int, token_count: int | None) -> int:
-    """What a document counts towards `download.max_tokens`: its `token_count` if it is not negative, else a token for every
-    four bytes.
+    """Return how many tokens a document counts towards `download.max_tokens`.
+
+    This is its `token_count` if it has one that is not negative, else one token for every four bytes.
     """
     return token_count if token_count is not None and token_count >= 0 else -(-text_bytes // BYTES_PER_TOKEN)
 
@@ -101,11 +105,11 @@ def estimated_tokens(text_bytes: int, token_count: int | None) -> int:
 def first_documents(
     documents: Iterable[Document], max_tokens: int | None, counts: dict[str, int]
 ) -> Iterator[Document]:
-    """The shortest prefix of the documents with at least `max_tokens` tokens, or all of them.
+    """Yield the shortest prefix of the documents with at least `max_tokens` tokens, or all of them.
 
     Args:
-        max_tokens: None for all, which are not counted.
-        counts: gets `tokens_estimated`.
+        max_tokens: None for all documents; their tokens are not counted then.
+        counts: gets the key `tokens_estimated`.
     """
     if max_tokens is None:
         yield from documents
@@ -119,18 +123,18 @@ def first_documents(
 
 
 def write_manifest(folder: Path, source: Mapping[str, Any], files: Sequence[RawFile]) -> RawManifest:
-    """Write a folder's manifest; the last file to appear in it."""
+    """Write a folder's manifest. It must be the last file written there."""
     manifest = RawManifest(source, tuple(files))
     lines = [asdict(file) for file in manifest.files]
     write_json(folder / MANIFEST, {"source": source, "files": lines, "documents": manifest.documents})
     return manifest
 
 
-def read_manifest(folder: Path) -> RawManifest:
-    """The manifest of a folder of raw text.
+def read_raw_manifest(folder: Path) -> RawManifest:
+    """Read the manifest of a folder of raw text.
 
     Raises:
-        UserError: there is none, or it has another shape.
+        UserError: it is missing, or not such a manifest.
     """
     path = folder / MANIFEST
     value = read_json(path)
@@ -143,7 +147,7 @@ def read_manifest(folder: Path) -> RawManifest:
 
 
 def damaged(path: Path, why: str, remedy: str) -> UserError:
-    """The error for a parquet file that cannot be read."""
+    """Return the error for a parquet file that cannot be read."""
     return UserError(
         f"{path} cannot be read as parquet ({' '.join(why.split())}), so it is damaged or cut short and its text would "
         f"be lost; {remedy}."
@@ -151,16 +155,16 @@ def damaged(path: Path, why: str, remedy: str) -> UserError:
 
 
 def require_file(folder: Path, file: RawFile) -> None:
-    """Read a file of a corpus and refuse it if a byte changed since the manifest beside it was written.
+    """Read a file of a corpus, and refuse it if any byte differs from when its manifest was written.
 
-    A flipped bit inside a page can decode to other text without an error.
+    Parquet does not detect this: a flipped bit inside a page can decode to other text without an error.
 
     Raises:
-        UserError: its SHA-256 is another one.
+        UserError: its SHA-256 is not that of the manifest.
     """
     actual = sha256_file(folder / file.name)
     if actual != file.sha256:
         raise UserError(
             f"{folder / file.name} has sha256 {actual} and its manifest says {file.sha256}: its bytes changed, so its text "
-            f"may have; {REPAIR}."
+            f"may be wrong; {REPAIR}."
         )

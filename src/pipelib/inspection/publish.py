@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from pipelib.corpus.hub_client import client, endpoint, headers, lasting_flaw, session, shown
+from pipelib.corpus.hub_client import client, endpoint, headers, permanent_failure, session, shown
 from pipelib.errors import UserError
 from pipelib.evaluation.model_card import LOAD_FROM, REPRODUCE
 from pipelib.files import files_under, link_or_copy, write_text
@@ -123,7 +123,7 @@ def upload(folder: Path, repo: str, token: str, *, private: bool) -> str:
             "token has write access and that OWNER is you or your organisation, then run the command again."
         ) from None
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the client's error for a large file that failed
-        if flaw := lasting_flaw(error):
+        if flaw := permanent_failure(error):
             raise UserError(f"{repo} is not published ({flaw[0]}): {flaw[1]}.") from None
         said = redact(str(error).replace(token, "***")).strip().splitlines()
         raise UserError(

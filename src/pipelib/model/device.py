@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipelib.processes import available_cores, control_groups, keep_freed_memory, positive_setting, system_file
+from pipelib.processes import available_cores, control_groups, keep_freed_memory, positive_int_from_env, system_file
 
 
 def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -25,7 +25,7 @@ def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
         torch.cuda.set_device(device)
         return device
     keep_freed_memory()
-    torch.set_num_threads(positive_setting("PIPELIB_THREADS") or max(1, available_cores() // local_world_size))
+    torch.set_num_threads(positive_int_from_env("PIPELIB_THREADS") or max(1, available_cores() // local_world_size))
     return torch.device("cpu")
 
 

@@ -1,1 +1,1 @@
-"""From documents to token shards, and from token shards to batches."""
+"""Documents to token shards, and token shards to batches."""

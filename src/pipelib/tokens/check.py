@@ -1,4 +1,4 @@
-"""What is wrong with a folder of shards, by its own manifest; DVC is not asked (`pipelib.inspection.verify` does that)."""
+"""Check a folder of shards against its own manifest. `pipelib.inspection.verify` checks it against DVC."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,26 +35,26 @@ class Problem:
     path: Path
     text: str
     damaged: bool = True
-    """Its bytes are wrong or missing. False: it is whole, but does not belong here, so nobody but the user may remove it."""
+    """True: its bytes are wrong or missing. False: it is intact but does not belong here, so only the user may remove it."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check of a folder found."""
+    """The result of checking a folder."""
 
     problems: tuple[Problem, ...]
     good: frozenset[Path]
-    """Files whose bytes are proved by a hash."""
+    """Files whose bytes match their hash."""
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder is one of shards: its manifest lists them, or is no manifest at all and a validation shard is there."""
+    """Return whether a folder holds shards: its manifest lists them, or is unreadable and there is a validation shard."""
     value = _read_manifest_file(folder)
     return (folder / VALIDATION_SHARD).exists() if value is None else isinstance(value, dict) and "shards" in value
 
 
 def _read_manifest_file(folder: Path) -> object:
-    """What manifest.json holds; None where it is missing or cannot be read."""
+    """Read manifest.json; None if it is missing or cannot be read."""
     try:
         return read_json(folder / MANIFEST)
     except (UserError, OSError):
@@ -62,15 +62,15 @@ def _read_manifest_file(folder: Path) -> object:
 
 
 def check_shards(folder: Path) -> Report:
-    """Check the manifest, every shard, the token counts, and that nothing else lies there."""
+    """Check the manifest, every shard and the token counts, and that the folder holds nothing else."""
     try:
         manifest = read_manifest(folder)
         tokenizer = manifest.tokenizer
     except UserError as error:
-        what, _, _ = str(error).rpartition(";")  # its remedy may be to delete the file, which DVC would restore
-        damaged = _read_manifest_file(folder) is None  # else it is another version's, and whole
+        what, _, _ = str(error).rpartition(";")  # drop its remedy: DVC would restore a deleted file
+        damaged = _read_manifest_file(folder) is None  # otherwise it is intact, but of another version
         remedy = _REPAIR if damaged else "run dvc repro."
-        text = f"{what}, so nothing says what the shards should be; {remedy}"
+        text = f"{what}, so it is unknown what the shards should be; {remedy}"
         return Report((Problem(folder / MANIFEST, text, damaged),), frozenset())
     problems, good, counts = _check_shards(folder, manifest, tokenizer)
     problems += _manifest_problems(folder, manifest)
@@ -85,12 +85,13 @@ _REPAIR = "add --repair, then run dvc repro."
 def _check_shards(
     folder: Path, manifest: Manifest, tokenizer: Tokenizer
 ) -> tuple[list[Problem], set[Path], Counts | None]:
-    """The shards' problems, the good shards, and the token counts of the training shards if all of them are good."""
+    """Return the problems, the good shards, and the token counts of the training shards (None unless all are good)."""
     problems: list[Problem] = []
     good: set[Path] = set()
     total: Counts | None = np.zeros(tokenizer.size, np.int64)
     progress = Progress(f"verifying {folder}", sum(shard.tokens for shard in manifest.shards), "tokens")
     with ThreadPoolExecutor(available_cores()) as threads:
+        # `map` returns in the order of the shards, so the messages have that order too.
         for shard, (found, counts) in zip(
             manifest.shards,
             threads.map(lambda shard: _check_shard(folder, shard, tokenizer), manifest.shards),
@@ -100,14 +101,14 @@ def _check_shards(
             if not found:
                 good.add(folder / shard.name)
             if shard.split == "train":
-                total = None if total is None or counts is None else total + counts
+                total = None if total is None or counts is None else total + counts  # one bad shard spoils the sum
             progress.add(shard.tokens)
     progress.close(f"{len(good)} of {len(manifest.shards)} shards are good")
     return problems, good, total
 
 
 def _check_shard(folder: Path, shard: Shard, tokenizer: Tokenizer) -> tuple[list[str], Counts | None]:
-    """What is wrong with a shard, and the counts of its tokens if nothing is."""
+    """Return the problems of a shard, and the counts of its tokens if there are none."""
     path = folder / shard.name
     try:
         problems = shard_problems(folder, shard, tokenizer)
@@ -124,7 +125,7 @@ def _check_shard(folder: Path, shard: Shard, tokenizer: Tokenizer) -> tuple[list
 
 
 def _manifest_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
-    """A manifest that names no validation shard, no training shard, or one shard twice."""
+    """Yield a problem if the manifest lists no validation shard, no training shard, or a shard twice."""
     names = [shard.name for shard in manifest.shards]
     path = folder / MANIFEST
     for split in ("val", "train"):
@@ -135,7 +136,7 @@ def _manifest_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
 
 
 def _count_problems(folder: Path, counts: Counts | None) -> Iterator[Problem]:
-    """Whether unigram_counts.npy holds `counts`; without them nothing but its presence can be said."""
+    """Yield a problem if unigram_counts.npy does not hold `counts`. If `counts` is None, only check that it is readable."""
     path = folder / UNIGRAM_COUNTS
     try:
         found = np.load(path, allow_pickle=False)
@@ -143,17 +144,17 @@ def _count_problems(folder: Path, counts: Counts | None) -> Iterator[Problem]:
         yield Problem(path, f"{path} is missing, so there is no unigram baseline; run dvc repro.")
         return
     except (ValueError, OSError, EOFError) as error:
-        yield Problem(path, f"{path} is no array of counts ({error}); {_REPAIR}")
+        yield Problem(path, f"{path} is not an array of counts ({error}); {_REPAIR}")
         return
     if counts is not None and not (found.dtype == counts.dtype and np.array_equal(found, counts)):
-        text = f"{path} does not hold how often each token occurs in the training shards"
+        text = f"{path} does not match the tokens of the training shards"
         yield Problem(path, f"{text}, so the unigram baseline would be wrong; {_REPAIR}")
 
 
 def _unexpected(folder: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Files that nothing reads and that change the folder's hash."""
+    """Yield a problem for each file that no stage reads: it changes the folder's hash."""
     expected = {folder / name for name in (MANIFEST, UNIGRAM_COUNTS, *(shard.name for shard in manifest.shards))}
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         if path not in expected:
-            text = f"{path} is not in the manifest, so DVC takes the folder for changed and would delete it"
+            text = f"{path} is not in the manifest, so DVC sees the folder as changed and would delete the file"
             yield Problem(path, f"{text}; move it away.", damaged=False)

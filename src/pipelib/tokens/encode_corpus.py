@@ -1,13 +1,13 @@
 """The tokenize stage: parquet in, shards and manifest out, on every core.
 
-1. The units (`units.py`) that are not there yet are encoded, each by one worker. They stay in the state folder: a killed
-   run goes on with the missing ones, a corpus that grows keeps those it had, and a damaged shard is made again from them.
-   They take as much as the shards, and 20 bytes a document; `pipelib clean --stage units` frees them.
-2. The units' tokens in order, less duplicates, are cut into shards, each written and hashed by one worker, which first
-   reads the checksums of the units it takes from.
+1. Encode the units (`units.py`) that are missing, each in one worker. Units stay in the state folder: a killed run resumes
+   with the missing ones, a corpus that grows keeps its units, and a damaged shard is made again from them. They take as
+   much disk space as the shards, and 20 bytes per document. `pipelib clean --stage units` deletes them.
+2. Concatenate the units' tokens in order, leave out duplicates, and cut the result into shards. One worker writes and
+   hashes each shard, after it has verified the checksums of the units that it reads.
 
-So the shards are equal for any number of workers, and memory is bounded whatever the size of the corpus. The first part
-depends on nothing but the text, so machines that share the state folder can each take a share of it (`encode_share`).
+The shards are the same for any number of workers, and memory is bounded for any size of corpus. Step 1 depends only on
+the text, so several machines that share the state folder can encode a share each (`encode_share`).
 """
 
 import time
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelib.corpus.raw import RawFile, read_manifest, require_file
+from pipelib.corpus.raw import RawFile, read_raw_manifest, require_file
 from pipelib.errors import UserError
 from pipelib.files import require_free_space, write_atomic
 from pipelib.progress import Progress
@@ -41,30 +41,33 @@ def encode_corpus(
     """Encode `raw/*.parquet` into `data/tokens`.
 
     Args:
-        build: where the outs go, and the code that names the units which can be used.
+        build: the folder for the outs, and the code; only units made by the same code are used.
         raw: the folder of parquet files with a `text` column, and its manifest.
-        benchmark_documents: documents at the corpus's start that benchmarks were made of; all must be validation text.
+        benchmark_documents: how many documents at the start of the corpus benchmarks were made of. All of them must be in
+            the validation shard.
 
     Returns:
         The stage's result and its speed.
 
     Raises:
-        UserError: no text, text that cannot be read, a validation shard larger than the corpus or smaller than the
-            benchmark's documents.
+        UserError: there is no text or text that cannot be read, or the validation shard is larger than the corpus or
+            smaller than the documents of the benchmarks.
     """
-    source = read_manifest(raw)
+    source = read_raw_manifest(raw)
     units = plan_units(raw, source.files)
     out = Places(build.outs).tokens
     started = time.monotonic()
-    tasks = max(len(units), _text_bytes(units) // (4 * params.shard_tokens))
-    with unit_store(_makes_units(build.code, tokenizer)) as store, Workers(tasks, tokenizer) as workers:
-        done = complete_units(raw, units, store, workers, tokenizer)
+    tasks = max(len(units), _text_bytes(units) // (4 * params.shard_tokens))  # units, or shards at 4 bytes per token
+    with unit_store(_unit_code(build.code, tokenizer)) as store, Workers(tasks, tokenizer) as workers:
+        # Step 1: text to units.
+        done = encode_missing_units(raw, units, store, workers, tokenizer)
         encoded = time.monotonic()
-        total = add_up([unit.counts for unit in done])
+        total = sum_counts([unit.counts for unit in done])
         if not total.tokens:
             raise UserError(
-                f"{raw} holds no text in {len(units)} pieces, so there is nothing to learn; look at the source."
+                f"{raw} holds no text in {len(units)} pieces, so there is nothing to learn; check the source of the text."
             )
+        # Step 2: units to shards.
         parts = distinct_parts(done) if params.dedup == "exact" else [Part(unit) for unit in done]
         require_training_data(parts, params.shard_tokens, benchmark_documents)
         shards, counts = write_shards(out, parts, params.shard_tokens, workers, tokenizer)
@@ -75,8 +78,9 @@ def encode_corpus(
     tokens = manifest.tokens("val") + manifest.tokens("train")
     with write_atomic(out / UNIGRAM_COUNTS) as file:
         np.save(file, counts)
-    manifest.write(out)
+    manifest.write(out)  # last, because it declares the folder complete
 
+    # The result is a function of the inputs; the speed differs between runs.
     result = {
         "tokens": tokens,
         "train_tokens": manifest.tokens("train"),
@@ -110,19 +114,19 @@ def encode_corpus(
 
 
 def encode_share(code: Mapping[str, str], raw: Path, share: Share, tokenizer: Tokenizer) -> int:
-    """Encode one share of the corpus's units, for a run of the stage that finds them there; return their number.
+    """Encode one share of the corpus's units, for a later run of the stage. Return how many units the share has.
 
     Raises:
-        UserError: text that cannot be read, or another process that encodes the same share.
+        UserError: text cannot be read, or another process encodes the same share.
     """
-    units = share.of(plan_units(raw, read_manifest(raw).files))
-    with unit_store(_makes_units(code, tokenizer), share) as store, Workers(len(units), tokenizer) as workers:
-        complete_units(raw, units, store, workers, tokenizer)
+    units = share.of(plan_units(raw, read_raw_manifest(raw).files))
+    with unit_store(_unit_code(code, tokenizer), share) as store, Workers(len(units), tokenizer) as workers:
+        encode_missing_units(raw, units, store, workers, tokenizer)
     return len(units)
 
 
-def _makes_units(code: Mapping[str, str], tokenizer: Tokenizer) -> dict[str, str]:
-    """What decides the tokens of a text."""
+def _unit_code(code: Mapping[str, str], tokenizer: Tokenizer) -> dict[str, str]:
+    """Return what decides the tokens of a text."""
     return {**code, "vocabulary": tokenizer.fingerprint}
 
 
@@ -131,35 +135,38 @@ def _makes_units(code: Mapping[str, str], tokenizer: Tokenizer) -> dict[str, str
 
 @dataclass(frozen=True)
 class DoneUnit:
-    """A unit that is there, whole."""
+    """A unit whose file is complete."""
 
     path: Path
     identity: str
     counts: UnitCounts
     seconds: Seconds | None
-    """Where the time of encoding it went; None if it was there before."""
+    """The time that each step of encoding took; None if the unit existed before."""
 
 
-def complete_units(
+def encode_missing_units(
     raw: Path, units: Sequence[Unit], store: Path, workers: Workers, tokenizer: Tokenizer
 ) -> list[DoneUnit]:
-    """Encode the units that are not there yet, or not whole, and return all, in order.
+    """Encode the units that are missing or damaged, and return all units in order.
 
     Raises:
-        UserError: text that cannot be read, or is not what was downloaded; a full disk; a worker that was killed.
+        UserError: text cannot be read or has changed since the download, the disk is full, or a worker was killed.
     """
+    # Verify the units of earlier runs: their files are not synced, so a power cut may have damaged them.
     found = workers.each("check", _check_unit, units, store)
     missing = [unit for unit, counts in zip(units, found, strict=True) if counts is None]
     require_free_space(store, _token_bytes(missing) + _token_bytes(units), "tokenization")
+    # Verify only the raw files that must be read again.
     names = {unit.path.name for unit in missing}
-    workers.each("verify", _require_file, [file for file in read_manifest(raw).files if file.name in names], raw)
+    workers.each("verify", _require_file, [file for file in read_raw_manifest(raw).files if file.name in names], raw)
     if missing:
-        load_engine(workers.engine, tokenizer)  # proves it here, where an error is one message, and not in every worker
+        load_engine(workers.engine, tokenizer)  # checks the engine once here, so that an error gives one message
     by = f"{workers.count} worker{'' if workers.count == 1 else 's'}"
     progress = Progress(f"encoding with {workers.engine}, {by}", _text_bytes(missing), "bytes")
     done = workers.each("units", _encode_unit, missing, store, done=lambda unit: progress.add(unit.text_bytes))
     there = f", {len(units) - len(missing)} of {len(units)} units were there" if len(missing) < len(units) else ""
     progress.close(f"{sum(unit.counts.tokens for unit in done):,} tokens{there}")
+    # Merge the earlier units and the new ones, in the order of the corpus.
     encoded = iter(done)
     return [
         DoneUnit(unit.file(store), unit.identity, counts, None) if counts else next(encoded)
@@ -172,7 +179,7 @@ def _text_bytes(units: Sequence[Unit]) -> int:
 
 
 def _token_bytes(units: Sequence[Unit]) -> int:
-    """What the tokens of units will take, about: English has four to five bytes of text a token, source code three."""
+    """Estimate the bytes that the tokens of units will take: a token is 4 to 5 bytes of English, or 3 of source code."""
     return _text_bytes(units) * 2 // 3 + 22 * sum(unit.rows for unit in units)
 
 
@@ -189,8 +196,8 @@ def _encode_unit(unit: Unit, store: Path) -> DoneUnit:
     return DoneUnit(path, unit.identity, *encode_unit(unit, worker_engine(), path))
 
 
-def add_up(counts: Sequence[UnitCounts]) -> UnitCounts:
-    """The counts of several units."""
+def sum_counts(counts: Sequence[UnitCounts]) -> UnitCounts:
+    """Add up the counts of several units."""
     return UnitCounts(**{field.name: sum(getattr(each, field.name) for each in counts) for field in fields(UnitCounts)})
 
 
@@ -199,36 +206,36 @@ def add_up(counts: Sequence[UnitCounts]) -> UnitCounts:
 
 @dataclass(frozen=True)
 class Part:
-    """A unit's tokens, less those of some documents."""
+    """A unit's tokens, without those of its duplicate documents."""
 
     unit: DoneUnit
     dropped: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
-    """The numbers of the documents that are left out, rising."""
+    """The indices of the documents that are left out, in ascending order."""
     dropped_tokens: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens that stay."""
+        """How many tokens stay."""
         return self.unit.counts.tokens - self.dropped_tokens
 
     def starts(self) -> npt.NDArray[np.int64]:
-        """Where the documents that stay start among those tokens (documents,)."""
+        """Return where each document that stays starts among the tokens that stay (documents,)."""
         lengths = np.delete(read_documents(self.unit.path, self.unit.counts)[0], self.dropped).astype(np.int64)
         return np.cumsum(lengths) - lengths
 
     def read(self, start: int, end: int) -> Iterator[Tokens]:
-        """Tokens [start, end) of those that stay, in arrays of any length.
+        """Yield tokens [start, end) of those that stay, in arrays of any length.
 
         Raises:
-            UserError: the unit is not what was encoded: a disk or memory is to blame.
+            UserError: the unit's file changed after it was written, because of a bad disk or bad memory.
         """
         if check_unit(self.unit.path, self.unit.identity) != self.unit.counts:
             self.unit.path.unlink(missing_ok=True)
             raise UserError(
                 f"{self.unit.path} changed since it was written, so its tokens could be wrong; it was removed: run dvc repro "
-                "again, and look at the disk if it happens again."
+                "again, and check the disk if it happens again."
             )
-        before = 0  # tokens that stay, of the runs so far
+        before = 0  # tokens that stay in the runs so far
         for first, last in self._runs():
             begin, stop = max(0, start - before), min(last - first, end - before)
             if begin < stop:
@@ -236,7 +243,7 @@ class Part:
             before += last - first
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """Where in the file the tokens are that stay."""
+        """Yield the ranges [first, last) of the unit's tokens that stay."""
         start = 0
         if len(self.dropped):
             ends = np.cumsum(read_documents(self.unit.path, self.unit.counts)[0], dtype=np.int64)
@@ -247,11 +254,11 @@ class Part:
 
 
 def distinct_parts(units: Sequence[DoneUnit]) -> list[Part]:
-    """The units less every document that occurred before it."""
+    """Return the units without the documents that occurred earlier in the corpus."""
     hashes = (read_documents(unit.path, unit.counts)[1] for unit in units)
     duplicate = find_duplicates(hashes, sum(unit.counts.documents for unit in units))
     parts = []
-    first = 0
+    first = 0  # the index of the unit's first document in the corpus
     for unit in units:
         lengths, _ = read_documents(unit.path, unit.counts)
         dropped = np.flatnonzero(duplicate[first : first + len(lengths)]).astype(np.uint32)
@@ -263,7 +270,7 @@ def distinct_parts(units: Sequence[DoneUnit]) -> list[Part]:
 def write_shards(
     folder: Path, parts: Sequence[Part], shard_tokens: int, workers: Workers, tokenizer: Tokenizer
 ) -> tuple[list[Shard], Counts]:
-    """Cut the parts' tokens into shards of `shard_tokens`; the last one holds the rest, no token is dropped.
+    """Cut the parts' tokens into shards of `shard_tokens` tokens. The last shard holds the rest; no token is dropped.
 
     Returns:
         The shards in order, and how often each token occurs in the training shards (vocab_size,).
@@ -272,6 +279,7 @@ def write_shards(
     progress = Progress("writing shards", len(cut), "shards")
     done = workers.each("shards", _write_shard, cut, tokenizer, done=lambda _: progress.add(1))
     progress.close()
+    # The first shard is the validation split, so it does not count for the unigram baseline.
     counts = [counts for _, counts in done[1:]] or [np.zeros(tokenizer.size, np.int64)]
     return [shard for shard, _ in done], np.sum(counts, axis=0)
 
@@ -281,7 +289,7 @@ Span = tuple[Part, int, int]
 
 
 def cut_parts(parts: Sequence[Part], tokens: int) -> Iterator[list[Span]]:
-    """The parts in runs of exactly `tokens` tokens; the last run has the rest."""
+    """Yield the parts in runs of exactly `tokens` tokens. The last run has the rest."""
     run: list[Span] = []
     missing = tokens
     for part in parts:
@@ -305,10 +313,10 @@ def _write_shard(task: tuple[Path, Sequence[Span]], tokenizer: Tokenizer) -> tup
 
 
 def require_training_data(parts: Sequence[Part], shard_tokens: int, benchmark_documents: int) -> None:
-    """Refuse a corpus that leaves no training data, and benchmarks made of training text.
+    """Refuse a corpus that leaves no training data, and benchmarks that are made of training text.
 
     Raises:
-        UserError: one of the two.
+        UserError: one of the two is the case.
     """
     tokens = sum(part.tokens for part in parts)
     if tokens <= shard_tokens:
@@ -316,6 +324,7 @@ def require_training_data(parts: Sequence[Part], shard_tokens: int, benchmark_do
             f"the corpus has {tokens} tokens and the validation shard takes tokenize.shard_tokens = {shard_tokens}, so no "
             "training data is left; lower tokenize.shard_tokens or add text."
         )
+    # Count the documents that start in the validation shard.
     started = before = 0
     for part in parts:
         if before >= shard_tokens:
@@ -326,7 +335,7 @@ def require_training_data(parts: Sequence[Part], shard_tokens: int, benchmark_do
     whole = started - 1
     if whole < benchmark_documents:
         raise UserError(
-            f"download.benchmark_documents = {benchmark_documents}, but only the first {whole} documents lie wholly in the "
+            f"download.benchmark_documents = {benchmark_documents}, but only the first {whole} documents are entirely in the "
             f"validation shard of {shard_tokens} tokens, so the model would be tested on training text; raise "
             f"tokenize.shard_tokens or lower download.benchmark_documents to {whole}."
         )

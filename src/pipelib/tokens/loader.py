@@ -1,8 +1,8 @@
-"""Batches as a function of the step: who asks for step n gets the same rows, on any number of ranks, in any order.
+"""Batches as a function of the step: step n always gets the same rows, on any number of ranks and in any order.
 
-The training shards are one stream of tokens; row i is its tokens [i·T, i·T + T], one more than T, since targets are
-inputs shifted by one. Each epoch visits every row exactly once, in an order that a seeded permutation computes from the
-index alone: nothing is kept, nothing is drawn in turn, and step 4,711 costs what step 0 costs.
+The training shards form one stream of tokens. Row i is its tokens [i·T, i·T + T], which is T + 1 tokens, because the
+targets are the inputs shifted by one. Each epoch visits every row exactly once, in an order that a seeded permutation
+computes from the index alone. So the loader has no state, and step 4,711 costs the same as step 0.
 """
 
 import bisect
@@ -26,17 +26,17 @@ Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 class TokenStream:
-    """Shards, one after the other, as one array of tokens on disk."""
+    """Several shards, concatenated, as one array of tokens on disk."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._shards: list[Tokens] = [open_shard(path) for path in paths]
-        self._ends = list(accumulate(len(shard) for shard in self._shards))
+        self._ends = list(accumulate(len(shard) for shard in self._shards))  # where each shard ends in the stream
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def read(self, start: int, count: int) -> Tokens:
-        """Tokens [start, start + count), copied together where they cross from one shard into the next."""
+        """Return tokens [start, start + count). They are copied into one array if they span several shards."""
         assert 0 <= start <= start + count <= len(self)
         pieces = []
         index = bisect.bisect_right(self._ends, start)
@@ -49,7 +49,7 @@ class TokenStream:
 
 
 class Rows:
-    """Rows of T + 1 tokens out of a stream."""
+    """A stream of tokens as rows of T + 1 tokens."""
 
     def __init__(self, stream: TokenStream, sequence_length: int) -> None:
         self._stream, self._length = stream, sequence_length
@@ -58,19 +58,19 @@ class Rows:
         return max(0, len(self._stream) - 1) // self._length
 
     def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
-        """Inputs and targets of the given rows, each (rows, T)."""
+        """Return the inputs and targets of the given rows, each (rows, T)."""
         rows = np.empty((len(indices), self._length + 1), np.int64)
         for row, index in zip(rows, indices.tolist(), strict=True):
-            row[:] = self._stream.read(index * self._length, self._length + 1)
+            row[:] = self._stream.read(index * self._length, self._length + 1)  # + 1: the last token is only a target
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
 
 def permute(indices: npt.NDArray[np.int64], count: int, key: int) -> npt.NDArray[np.int64]:
-    """Where a permutation of range(count), one for every key, takes the given indices.
+    """Permute the given indices by a pseudorandom permutation of range(count). Each key gives another permutation.
 
-    A four-round Feistel network over the smallest even number of bits that holds `count`; what falls outside is sent
-    through again until it falls inside, which keeps it a permutation (Black and Rogaway, Ciphers with Arbitrary Finite
-    Domains, 2002).
+    This is a four-round Feistel network over the smallest even number of bits that holds `count`. A value outside the range
+    goes through the network again until it is inside, which keeps it a permutation (Black and Rogaway, Ciphers with
+    Arbitrary Finite Domains, 2002).
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -83,6 +83,7 @@ def permute(indices: npt.NDArray[np.int64], count: int, key: int) -> npt.NDArray
             left, right = right, left ^ (_mix(right ^ salt) & mask)
         return (left << shift) | right
 
+    # The network permutes a power of two, which may be larger than `count`: repeat for the values outside.
     values = once(indices.astype(np.uint64))
     while (outside := values >= count).any():
         values[outside] = once(values[outside])
@@ -90,7 +91,7 @@ def permute(indices: npt.NDArray[np.int64], count: int, key: int) -> npt.NDArray
 
 
 def splitmix64(value: int) -> int:
-    """64 well-mixed bits of an integer (Steele, Lea and Flood, 2014)."""
+    """Hash an integer to 64 bits (Steele, Lea and Flood, 2014)."""
     value = (value + 0x9E3779B97F4A7C15) % 2**64
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
@@ -104,45 +105,46 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 class BatchPlan:
-    """Which rows make the global batch of each step: a function of (data fingerprint, seed, step) alone."""
+    """Which rows form the global batch of each step: a function of (data fingerprint, seed, step) alone."""
 
     def __init__(self, fingerprint: str, seed: int, row_count: int, rows_per_step: int) -> None:
         self.row_count, self.rows_per_step = row_count, rows_per_step
         self._key = splitmix64(int(fingerprint[:16], 16) ^ splitmix64(seed))
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
-        """The rows of step `step`, in order (rows_per_step,)."""
-        places = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)
-        epochs, places = np.divmod(places, self.row_count)
-        rows = np.empty_like(places)
+        """Return the rows of step `step`, in order (rows_per_step,)."""
+        positions = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)
+        epochs, positions = np.divmod(positions, self.row_count)
+        rows = np.empty_like(positions)
+        # A batch may span several epochs, and each epoch has its own permutation.
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             here = epochs == epoch
-            rows[here] = permute(places[here], self.row_count, splitmix64(self._key + epoch))
+            rows[here] = permute(positions[here], self.row_count, splitmix64(self._key + epoch))
         return rows
 
     def share(self, step: int, micro_batch_size: int, rank: int, world_size: int) -> npt.NDArray[np.int64]:
-        """The rows of one rank's micro-batches of step `step` (micro_steps, micro_batch_size).
+        """Return the rows of one rank's micro-batches of step `step` (micro_steps, micro_batch_size).
 
-        The global batch is cut into micro-batches, and those are dealt to the ranks in turn.
+        The global batch is cut into micro-batches, which go to the ranks in turn.
         """
-        return self.rows(step).reshape(-1, world_size, micro_batch_size)[:, rank]
+        return self.rows(step).reshape(-1, world_size, micro_batch_size)[:, rank]  # (micro_steps, ranks, rows)
 
     def first_step(self, epoch: int) -> int:
-        """The step whose batch has the first row of an epoch, both counted from 0."""
+        """Return the step whose batch has the first row of an epoch. Both are counted from 0."""
         return epoch * self.row_count // self.rows_per_step
 
     def epochs(self, steps: int) -> float:
-        """Passes over the rows that so many steps make."""
+        """Return how many passes over the rows this many steps make."""
         return steps * self.rows_per_step / self.row_count
 
 
 class Loader(Generic[T]):
-    """One rank's share of every global batch, the next step's read and prepared on a thread while this one trains.
+    """One rank's share of every global batch. A thread reads and prepares the next step's share during the current step.
 
-    `BatchPlan.share` deals out the batch, which as a whole does not depend on the number of ranks.
+    The global batch does not depend on the number of ranks; `BatchPlan.share` distributes it.
 
     Args:
-        prepare: makes of a micro-batch what `micro_batches` gives.
+        prepare: converts a micro-batch to what `micro_batches` returns.
     """
 
     def __init__(
@@ -159,12 +161,13 @@ class Loader(Generic[T]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[T]]] | None = None
         self.wait = 0.0
-        """Seconds that the last call of `micro_batches` took: next to nothing where reading keeps ahead of training."""
+        """Seconds that the last call of `micro_batches` took: almost zero if reading is faster than training."""
 
     def micro_batches(self, step: int) -> list[T]:
-        """This rank's micro-batches of step `step`, in order."""
+        """Return this rank's micro-batches of step `step`, in order."""
         started = time.perf_counter()
         due, future = self._ahead or (-1, None)
+        # After a rollback, the step that was read ahead is not the requested one.
         batches = future.result() if future is not None and due == step else self._read(step)
         self._ahead = step + 1, self._thread.submit(self._read, step + 1)
         self.wait = time.perf_counter() - started
@@ -176,15 +179,16 @@ class Loader(Generic[T]):
 
 
 def training_rows(folder: Path, manifest: Manifest, sequence_length: int) -> Rows:
-    """The rows of all training shards of a folder."""
+    """Return the rows of all training shards of a folder."""
     return Rows(TokenStream([folder / shard.name for shard in manifest.split("train")]), sequence_length)
 
 
 def validation_batches(path: Path, sequence_length: int, rows_per_batch: int, tokens: int | None) -> Iterator[Batch]:
-    """The rows of a validation shard in order: as many whole ones as `tokens` tokens make, or every token.
+    """Yield the rows of a validation shard in order, as batches.
 
-    Where all are asked for, what is left after the last whole row comes as a shorter one, so that each token but the
-    very first is a target exactly once.
+    Args:
+        tokens: use this many tokens, rounded down to whole rows. None uses every token: a last, shorter row holds the
+            rest, so that each token but the very first is a target exactly once.
     """
     stream = TokenStream([path])
     rows = Rows(stream, sequence_length)

@@ -10,7 +10,7 @@ from pipelib.schema import Bounds
 class TokenizeParams:
     """Section `tokenize` of params.yaml."""
 
-    shard_tokens: Annotated[int, Bounds(least=1024, most=2**31 - 1)]
+    shard_tokens: Annotated[int, Bounds(minimum=1024, maximum=2**31 - 1)]
     """Tokens in every shard but the last; the first shard is the validation split."""
     dedup: Literal["none", "exact"]
-    """`exact` leaves out every document whose text is that of an earlier one."""
+    """`exact` leaves out every document whose text equals that of an earlier document."""

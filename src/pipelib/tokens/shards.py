@@ -1,8 +1,8 @@
 """Token shards in llm.c's format, and the manifest beside them.
 
-A shard is 256 little-endian int32 of header (20240520, 1, number of tokens, zeros), then the tokens as little-endian
+A shard is a header of 256 little-endian int32 (20240520, 1, number of tokens, zeros), then the tokens as little-endian
 uint16 (https://github.com/karpathy/llm.c, `dev/data/data_common.py`). So llm.c's and modded-nanogpt's loaders read our
-shards, and ours reads theirs. The first shard is the validation split, whatever the amount of training data.
+shards, and ours reads theirs. The first shard is always the validation split, however much training data there is.
 """
 
 import hashlib
@@ -46,38 +46,38 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds and what it was made of. Its hash is the fingerprint of the data."""
+    """What a folder of shards holds, and what it was made from. The manifest's hash is the fingerprint of the data."""
 
     encoding: dict[str, str]
     source: Mapping[str, Any]
     shards: tuple[Shard, ...]
     dedup: dict[str, Any] | None = None
-    """How duplicates were found, and how many documents were left out for it; None where none were sought."""
+    """How duplicates were found, and how many documents were left out; None without deduplication."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What the tokens were made with.
+        """The tokenizer that made the tokens.
 
         Raises:
-            UserError: this code does not have it.
+            UserError: this code does not have that tokenizer.
         """
         return find_tokenizer(self.encoding)
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of manifest.json: equal exactly where all tokens and their origin are equal."""
+        """The SHA-256 of manifest.json: equal if and only if all tokens and their origin are equal."""
         return hashlib.sha256(self._text().encode("utf-8")).hexdigest()
 
     def split(self, name: str) -> list[Shard]:
-        """The shards of `val` or `train`, in order."""
+        """Return the shards of `val` or `train`, in order."""
         return [shard for shard in self.shards if shard.split == name]
 
     def tokens(self, split: str) -> int:
-        """Tokens in a split."""
+        """Return the number of tokens in a split."""
         return sum(shard.tokens for shard in self.split(split))
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json, which declares the folder complete."""
+        """Write manifest.json. It is written last, because it declares the folder complete."""
         write_text(folder / MANIFEST, self._text())
 
     def _text(self) -> str:
@@ -87,10 +87,10 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards.
+    """Read the manifest of a folder of shards.
 
     Raises:
-        UserError: it is missing, not JSON, or of another version.
+        UserError: it is missing, is not JSON, or has another version.
     """
     path = folder / MANIFEST
     value = read_json(path)
@@ -103,6 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         shards = tuple(Shard(**shard) for shard in value["shards"])
         manifest = Manifest(value["encoding"], value["source"], shards, value.get("dedup"))
+        # JSON may hold values of any type; a wrong one would fail much later, and less clearly.
         for shard in shards:
             for name, kind in Shard.__annotations__.items():
                 if type(getattr(shard, name)) is not kind:
@@ -117,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def shard_name(index: int) -> str:
-    """`val_000000.bin`, `train_000001.bin`, ..."""
+    """Return the name of a shard: `val_000000.bin`, `train_000001.bin`, ..."""
     return f"{'train' if index else 'val'}_{index:06d}.bin"
 
 
@@ -125,11 +126,11 @@ def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens], tokenizer: To
     """Write one shard, and count how often each token occurs in it (vocab_size,).
 
     Args:
-        tokens: how many there are.
-        pieces: the tokens in order, in arrays of any length; a document starts at each end token.
+        tokens: the number of tokens.
+        pieces: the tokens in order, in arrays of any length. A document starts at each end token.
     """
     counts = np.zeros(tokenizer.size, np.int64)
-    digest = hashlib.sha256(header(tokens))
+    digest = hashlib.sha256(header(tokens))  # hash while writing, so that the file is not read again
     with write_atomic(path) as file:
         file.write(header(tokens))
         for piece in pieces:
@@ -143,17 +144,17 @@ def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens], tokenizer: To
 
 
 def header(tokens: int) -> bytes:
-    """The first 1,024 bytes of a shard."""
+    """Return the first 1,024 bytes of a shard."""
     numbers = np.zeros(HEADER_BYTES // 4, "<i4")
     numbers[:3] = MAGIC, VERSION, tokens
     return numbers.tobytes()
 
 
 def open_shard(path: Path) -> Tokens:
-    """A shard's tokens (N,), memory-mapped read-only.
+    """Memory-map a shard's tokens (N,), read-only.
 
     Raises:
-        UserError: the file is missing, its header is not a shard's, or its length is not what the header says.
+        UserError: the file is missing, its header is not a shard's, or its length does not match the header.
     """
     try:
         size = path.stat().st_size
@@ -164,11 +165,11 @@ def open_shard(path: Path) -> Tokens:
     except ValueError:  # not a whole number of int32
         numbers = np.zeros(0, "<i4")
     if len(numbers) != HEADER_BYTES // 4 or numbers[0] != MAGIC or numbers[1] != VERSION:
-        raise UserError(f"{path} does not begin with a shard's header, so its bytes are no tokens; {_REPAIR}")
+        raise UserError(f"{path} does not begin with a shard's header, so it is not a shard; {_REPAIR}")
     if size != HEADER_BYTES + 2 * int(numbers[2]):
         raise UserError(
             f"{path} has {size} bytes where its header's {numbers[2]} tokens need {HEADER_BYTES + 2 * int(numbers[2])}, "
-            f"so tokens are missing or foreign; {_REPAIR}"
+            f"so it has too few or too many tokens; {_REPAIR}"
         )
     if not numbers[2]:
         raise UserError(f"{path} holds no tokens, so there is nothing to read; {_REPAIR}")
@@ -179,12 +180,13 @@ _REPAIR = how_to_repair(str(HERE.tokens)) + "."
 
 
 def shard_problems(folder: Path, shard: Shard, tokenizer: Tokenizer) -> list[str]:
-    """What is wrong with one shard: its header, its length, its tokens, its hash. Empty where nothing is."""
+    """Check one shard's header, length, tokens and hash. Return the problems; empty if there are none."""
     path = folder / shard.name
     try:
         tokens = open_shard(path)
     except UserError as error:
         return [str(error)]
+    # Report every difference, not only the first.
     problems: list[str] = []
     if len(tokens) != shard.tokens:
         problems.append(f"{path} has {len(tokens)} tokens and the manifest says {shard.tokens}; {_REPAIR}")
@@ -199,14 +201,14 @@ def shard_problems(folder: Path, shard: Shard, tokenizer: Tokenizer) -> list[str
     return problems
 
 
-def require_sound(folder: Path, manifest: Manifest) -> None:
-    """Read every shard and refuse a folder in which a byte is not what the manifest says.
+def verify_shards(folder: Path, manifest: Manifest) -> None:
+    """Read every shard, and refuse a folder that differs from its manifest in any byte.
 
     Raises:
-        UserError: with every problem of every shard.
+        UserError: lists every problem of every shard.
     """
     tokenizer = manifest.tokenizer
-    with ThreadPoolExecutor(available_cores(), "hash") as threads:  # hashing and numpy leave the interpreter to others
+    with ThreadPoolExecutor(available_cores(), "hash") as threads:  # hashing and NumPy release the GIL
         found = threads.map(lambda shard: shard_problems(folder, shard, tokenizer), manifest.shards)
         problems = [problem for of_shard in found for problem in of_shard]
     if problems:
@@ -214,9 +216,9 @@ def require_sound(folder: Path, manifest: Manifest) -> None:
 
 
 def count_tokens(arrays: Iterable[Tokens], vocab_size: int) -> Counts:
-    """How often each token of a vocabulary occurs (vocab_size,)."""
+    """Count how often each token of a vocabulary occurs (vocab_size,)."""
     counts = np.zeros(vocab_size, np.int64)
     for tokens in arrays:
-        for start in range(0, len(tokens), _CHUNK):  # bincount widens what it counts to 64 bits
+        for start in range(0, len(tokens), _CHUNK):  # in chunks, because bincount converts its input to 64 bits
             counts += np.bincount(tokens[start : start + _CHUNK], minlength=vocab_size)
     return counts

@@ -1,4 +1,4 @@
-"""Text out of parquet as arrays of bytes, in pieces that can be encoded apart from each other without changing a token."""
+"""Read text from parquet as arrays of bytes, cut into pieces that can be encoded separately without changing a token."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from pipelib.errors import UserError
 from pipelib.vocabulary.engines import Offsets, Texts
 
 CHUNK_BYTES = 4 << 20
-"""Text that is encoded at once, in bytes."""
+"""Bytes of text that are encoded at once."""
 PIECE_BYTES = 1 << 20
-"""A longer document is encoded in pieces of about so many bytes."""
+"""A longer document is encoded in pieces of about this many bytes."""
 LARGE_GROUP_BYTES, LARGE_GROUP_ROWS = 64 << 20, 16
-"""A row group with more text is read so many rows at a time: a few of its rows may be all of it."""
+"""A row group with more bytes of text is read this many rows at a time, because a few rows may hold most of the text."""
 DICTIONARY_ROWS = 128
-"""So many where texts that repeat are kept once: what the file says of their size is less than there is."""
+"""Rows read at a time if the file stores repeated texts only once. It then states less text than there is."""
 _BUFFER_BYTES = 1 << 22
 
 
@@ -29,13 +29,13 @@ _BUFFER_BYTES = 1 << 22
 
 
 def read_texts(path: Path, first_group: int, end_group: int, rows: int) -> Iterator[Texts]:
-    """The documents of some row groups, a few megabytes at a time, or one where it is longer; rows without text are left out.
+    """Yield the documents of some row groups, a few megabytes at a time, or one longer document. Skip rows without text.
 
     Args:
-        rows: how many rows count, from the first group's start.
+        rows: how many rows to read, from the start of the first group.
 
     Raises:
-        UserError: bytes that cannot be read or are not UTF-8, or too few rows, with the file and the row.
+        UserError: the text cannot be read or is not UTF-8, or there are too few rows. The message names file and row.
     """
     row, left = 1, rows
     try:
@@ -46,14 +46,14 @@ def read_texts(path: Path, first_group: int, end_group: int, rows: int) -> Itera
                 texts = _texts_of(column.slice(0, left), path, row)
                 row, left = row + len(column), left - len(column)
                 if waiting and sum(len(each.data) for each in (*waiting, texts)) > CHUNK_BYTES:
-                    yield _joined(waiting)  # and a long document alone, since joining copies
+                    yield _join(waiting)  # before a long document, which stays alone because joining copies it
                     waiting = []
                 if len(texts):
                     waiting.append(texts)
                 if left <= 0:
                     break
             if waiting:
-                yield _joined(waiting)
+                yield _join(waiting)
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, f"from row {row} on: {error}", REPAIR) from None
     if left > 0:
@@ -61,10 +61,10 @@ def read_texts(path: Path, first_group: int, end_group: int, rows: int) -> Itera
 
 
 def _columns(parquet: pq.ParquetFile, groups: range) -> Iterator[pa.Array]:
-    """The column `text`, a few rows at a time; fewer where they are long on average."""
+    """Yield the column `text`, a few rows at a time: the longer the average row, the fewer."""
     for number in groups:
         column = text_column(parquet.metadata, number)
-        rows = CHUNK_BYTES * column.num_values // max(1, column.total_uncompressed_size)
+        rows = CHUNK_BYTES * column.num_values // max(1, column.total_uncompressed_size)  # a chunk of average rows
         if column.total_uncompressed_size > LARGE_GROUP_BYTES:
             rows = min(rows, LARGE_GROUP_ROWS)
         elif any("DICTIONARY" in encoding for encoding in column.encodings):
@@ -74,13 +74,16 @@ def _columns(parquet: pq.ParquetFile, groups: range) -> Iterator[pa.Array]:
 
 
 def _texts_of(column: pa.Array, path: Path, row: int) -> Texts:
-    """The texts of some rows that are not null or empty.
+    """Return the texts of some rows, without those that are null or empty.
+
+    Args:
+        row: the number of the first row, for the message.
 
     Raises:
-        UserError: one is not UTF-8; `row` is the number of the first, for the message.
+        UserError: a text is not UTF-8.
     """
     try:
-        column.validate(full=True)
+        column.validate(full=True)  # Arrow does not check UTF-8 when it reads
         strings = column.cast(pa.large_string()).drop_null()
     except pa.ArrowInvalid:
         values = column.cast(pa.large_binary()).to_pylist()
@@ -91,9 +94,10 @@ def _texts_of(column: pa.Array, path: Path, row: int) -> Texts:
     _, offsets, data = strings.buffers()
     if not data:
         return Texts(np.zeros(0, np.uint8), np.zeros(1, np.int64))
+    # Use Arrow's buffers directly: no Python object per text.
     ends = np.frombuffer(offsets, np.int64)[strings.offset : strings.offset + len(strings) + 1]
     first, last = int(ends[0]), int(ends[-1])
-    bounds = np.append(ends[:-1][np.diff(ends) > 0], last) - first  # an empty text takes no bytes
+    bounds = np.append(ends[:-1][np.diff(ends) > 0], last) - first  # drop the starts of empty texts
     return Texts(np.frombuffer(data, np.uint8)[first:last], bounds)
 
 
@@ -105,8 +109,8 @@ def _is_utf8(value: bytes) -> bool:
     return True
 
 
-def _joined(parts: list[Texts]) -> Texts:
-    """Texts in one array."""
+def _join(parts: list[Texts]) -> Texts:
+    """Join texts into one array."""
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *(len(part.data) for part in parts)])
@@ -119,21 +123,22 @@ def _joined(parts: list[Texts]) -> Texts:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Texts that are encoded at once, long ones in pieces."""
+    """Texts that are encoded at once, with long ones cut into pieces."""
 
     texts: Texts
     document: npt.NDArray[np.int64]
-    """The document that each piece is of (pieces,)."""
+    """The index of each piece's document (pieces,)."""
     leads: npt.NDArray[np.bool_]
-    """Whether a document begins with it (pieces,)."""
+    """Whether each piece is the first of its document (pieces,)."""
 
 
 def chunks(texts: Texts) -> Iterator[Chunk]:
-    """All texts, about CHUNK_BYTES at a time."""
+    """Yield all texts, about CHUNK_BYTES at a time."""
     offsets, document = _pieces(texts)
     leads = np.diff(document, prepend=-1) > 0
     start = 0
     while start < len(document):
+        # At least one piece, even if it alone is longer than a chunk.
         end = max(start + 1, int(np.searchsorted(offsets, offsets[start] + CHUNK_BYTES, "right")) - 1)
         first, last = offsets[start], offsets[end]
         pieces = Texts(texts.data[first:last], offsets[start : end + 1] - first)
@@ -142,12 +147,13 @@ def chunks(texts: Texts) -> Iterator[Chunk]:
 
 
 def _pieces(texts: Texts) -> tuple[Offsets, npt.NDArray[np.int64]]:
-    """Where every piece starts, and the document it is of; most documents are one piece."""
+    """Return the offset of every piece, and the index of its document. Most documents are one piece."""
     long = np.diff(texts.offsets) > PIECE_BYTES
     cuts = [_cuts(texts.data, *texts.offsets[index : index + 2].tolist()) for index in np.flatnonzero(long)]
     document = np.arange(len(texts), dtype=np.int64)
     if not any(cuts):
         return texts.offsets, document
+    # A text with n cuts has n + 1 pieces.
     pieces = np.ones(len(texts), np.int64)
     pieces[long] += [len(places) for places in cuts]
     offsets = np.sort(np.concatenate([texts.offsets, *(np.array(places, np.int64) for places in cuts)]))
@@ -155,12 +161,13 @@ def _pieces(texts: Texts) -> tuple[Offsets, npt.NDArray[np.int64]]:
 
 
 def _cuts(data: npt.NDArray[np.uint8], start: int, end: int) -> list[int]:
-    """Where a long text can be cut, about every PIECE_BYTES, without changing a token.
+    """Find places, about every PIECE_BYTES, where a long text can be cut without changing a token.
 
-    GPT-2 splits text into words before it merges bytes, and looks ahead only within white space. So a word that white
-    space follows ends there whatever comes, and so does a run of ASCII letters before a digit, or of digits before a
-    letter; what comes after does not look back. A text without such a place is one piece.
+    GPT-2 splits text into words before it merges bytes. Its rule looks ahead only within white space, and never looks back.
+    So these are always the end of a word, whatever follows: a character before white space, an ASCII letter before a digit,
+    and a digit before an ASCII letter. A text without such a place stays one piece.
     """
+    # Search the window after each piece for a place; without one, the piece grows by a window.
     places: list[int] = []
     at = start + PIECE_BYTES
     while at < end:
@@ -175,7 +182,7 @@ def _cuts(data: npt.NDArray[np.uint8], start: int, end: int) -> list[int]:
 
 
 def _candidates(window: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Places, by the bytes around them, where a text may be cut."""
+    """Return the places where a text may be cut, judged by the byte before and the byte after."""
     before, after = window[:-1], window[1:]
     white = (after == 0x20) | (after == 0x0A) | (after == 0x0D) | (after == 0x09)
     letter_before, letter_after = _is_letter(before), _is_letter(after)
@@ -193,8 +200,9 @@ def _is_digit(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
 
 
 def _ends_word(data: npt.NDArray[np.uint8], start: int, place: int) -> bool:
-    """Whether the character before a place is no white space; Python's notion of it includes GPT-2's."""
+    """Return whether the character before a place is not white space. Python's definition includes all that is in GPT-2's."""
     if data[place - 1] < 0x80:
         return True
+    # A character has at most 4 bytes; "ignore" drops the rest of the one before.
     tail = data[max(start, place - 4) : place].tobytes().decode("utf-8", "ignore")
     return bool(tail) and not tail[-1].isspace()

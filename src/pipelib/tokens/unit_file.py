@@ -1,11 +1,11 @@
-"""The file of an encoded unit: its tokens, and what is needed to leave documents out of them later.
+"""The file of an encoded unit: its tokens, and what is needed to leave out duplicate documents later.
 
-    tokens       uint16 each; every document is led by the end token
-    lengths      uint32 a document: its tokens, <|endoftext|> included
-    hashes       16 bytes a document: XXH3-128 of its text
-    trailer      the counts, and XXH3-64 of everything else and of what the unit is
+    tokens       uint16 each; every document begins with the end token
+    lengths      uint32 per document: its number of tokens, <|endoftext|> included
+    hashes       16 bytes per document: XXH3-128 of its text
+    trailer      the counts, and XXH3-64 of all of the above and of the unit's identity
 
-A file appears under its name when it is complete. It is not synced, so its checksum is read before each use.
+A file appears under its name when it is complete. It is not synced, so its checksum is verified before each use.
 """
 
 import os
@@ -35,18 +35,18 @@ Hashes = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class UnitCounts:
-    """What a unit holds."""
+    """The counts of a unit."""
 
     tokens: int = 0
     documents: int = 0
     empty_documents: int = 0
-    """Rows without text, which make no document."""
+    """Rows without text. They do not become documents."""
     text_bytes: int = 0
-    """Of the documents, in UTF-8."""
+    """UTF-8 bytes of the documents."""
 
 
 class UnitWriter:
-    """Writes a unit's file; `write_unit` makes it."""
+    """Writes a unit's file. Use `write_unit` to make one."""
 
     def __init__(self, file: IO[bytes], identity: str) -> None:
         self._file, self._checksum = file, xxhash.xxh3_64(identity.encode())
@@ -60,12 +60,12 @@ class UnitWriter:
         self._write(tokens.astype("<u2", copy=False).data)
 
     def add_documents(self, lengths: Lengths, hashes: Sequence[bytes]) -> None:
-        """Note the documents whose tokens were appended."""
+        """Record the documents whose tokens were appended."""
         self._lengths.append(lengths)
         self._hashes += hashes
 
     def finish(self, empty_documents: int, text_bytes: int) -> UnitCounts:
-        """Write what comes after the tokens."""
+        """Write everything that follows the tokens."""
         counts = UnitCounts(self._tokens, len(self._hashes), empty_documents, text_bytes)
         for lengths in self._lengths:
             self._write(lengths.astype("<u4", copy=False).data)
@@ -81,23 +81,24 @@ class UnitWriter:
 
 @contextmanager
 def write_unit(path: Path, identity: str) -> Iterator[UnitWriter]:
-    """A unit's file, which appears when the block ends without an error.
+    """Open a unit's file for writing. It appears when the block ends without an error.
 
     Args:
-        identity: says what it is a unit of; a file of another identity is never taken for it.
+        identity: identifies the text of the unit. It is part of the checksum, so a file of another text never passes.
     """
+    # No sync: it would slow down encoding, and the checksum reveals a file that a power cut damaged.
     with write_atomic(path, durable=False) as file:
         yield UnitWriter(file, identity)
 
 
 def check_unit(path: Path, identity: str) -> UnitCounts | None:
-    """The counts of a unit whose every byte is right; None for any other file, or none."""
+    """Return the counts of a unit if every byte of its file is right; None if not, or if there is no file."""
     counts = _read_counts(path)
     if counts is None:
         return None
     checksum = xxhash.xxh3_64(identity.encode())
     with path.open("rb") as file:
-        left = path.stat().st_size - 8
+        left = path.stat().st_size - 8  # the checksum itself is the last 8 bytes
         while block := file.read(min(_BLOCK, left)):
             checksum.update(block)
             left -= len(block)
@@ -105,28 +106,28 @@ def check_unit(path: Path, identity: str) -> UnitCounts | None:
 
 
 def _read_counts(path: Path) -> UnitCounts | None:
-    """What the trailer says, if the file is as long as that."""
+    """Read the counts in the trailer; None if they do not match the size of the file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - _TRAILER_BYTES))
             (numbers,) = np.frombuffer(file.read(_COUNTS.itemsize), _COUNTS)
-    except (FileNotFoundError, ValueError):  # also where it is shorter than a trailer
+    except (FileNotFoundError, ValueError):  # ValueError: the file is shorter than a trailer
         return None
     magic, *counted = numbers.tolist()
     counts = UnitCounts(*counted)
-    expected = 2 * counts.tokens + 20 * counts.documents + _TRAILER_BYTES
+    expected = 2 * counts.tokens + 20 * counts.documents + _TRAILER_BYTES  # 20 = 4 for the length + 16 for the hash
     return counts if magic == _MAGIC and size == expected else None
 
 
 def read_tokens(path: Path, start: int, end: int) -> Iterator[Tokens]:
-    """Tokens [start, end) of a unit, a few megabytes at a time."""
+    """Yield tokens [start, end) of a unit, a few megabytes at a time."""
     for at in range(start, end, _BLOCK // 2):
         yield np.fromfile(path, "<u2", min(_BLOCK // 2, end - at), offset=2 * at)
 
 
 def read_documents(path: Path, counts: UnitCounts) -> tuple[Lengths, Hashes]:
-    """The length in tokens (documents,) and the hash (documents, 2) of every document of a unit."""
+    """Return the length in tokens (documents,) and the hash (documents, 2) of every document of a unit."""
     lengths = np.fromfile(path, "<u4", counts.documents, offset=2 * counts.tokens)
     hashes = np.fromfile(path, "<u8", 2 * counts.documents, offset=2 * counts.tokens + 4 * counts.documents)
     return lengths, hashes.reshape(-1, 2)

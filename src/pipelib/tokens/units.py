@@ -1,8 +1,7 @@
-"""Units of tokenization: pieces of the corpus that are encoded apart from each other, each into a file of its own.
+"""Units of tokenization: pieces of the corpus that are encoded independently, each into its own file.
 
 A unit is a run of row groups of one parquet file, about 32 MB of text, and depends on that text alone. So any process
-on any machine can encode it, a run that was killed goes on with the units that are missing, and a corpus that grows
-keeps the units it had.
+on any machine can encode it, a killed run resumes with the missing units, and a corpus that grows keeps its units.
 """
 
 from collections.abc import Iterator
@@ -22,11 +21,11 @@ from pipelib.vocabulary.engines import Engine, Offsets, Texts, assert_same_token
 from pipelib.vocabulary.tokenizer import Tokens
 
 UNIT_BYTES = 32 << 20
-"""The most text of one unit, in bytes, unless a single row group has more."""
-LEAST_UNITS = 16
-"""Units that a smaller file is cut into, if it has as many row groups, so that every core has work."""
-PROVED_DOCUMENTS, PROVED_BYTES = 2, 100_000
-"""How many documents of every unit are compared with tiktoken, and how many bytes of each at most, from its start."""
+"""The maximum bytes of text in one unit, unless a single row group has more."""
+MIN_UNITS = 16
+"""A small file is cut into at least this many units, if it has enough row groups, so that every core has work."""
+CHECKED_DOCUMENTS, CHECKED_BYTES = 2, 100_000
+"""The first documents of every unit are compared with tiktoken: this many, and at most this many bytes of each."""
 
 
 @dataclass(frozen=True)
@@ -40,39 +39,39 @@ class Unit:
     end_group: int
     """One after the last row group."""
     rows: int
-    """Rows that count; fewer than the row groups have where the corpus ends in the middle of a file."""
+    """Rows that belong to the corpus: fewer than the row groups have if the corpus ends in the middle of a file."""
     text_bytes: int
-    """Of the row groups, as the file says: less than there are where texts repeat. For progress and for free space."""
+    """Bytes of text as the file states them, for progress and free space. Repeated texts may be counted only once."""
 
     @property
     def identity(self) -> str:
-        """What it is a unit of: equal for equal text."""
+        """Identifies the text of the unit: equal for equal text."""
         return f"{self.sha256} {self.first_group} {self.end_group} {self.rows}"
 
     def file(self, store: Path) -> Path:
-        """Its place in a folder of units; another place for another text."""
+        """Return the unit's file in a folder of units. Another text has another file."""
         return store / self.sha256[:32] / f"{self.first_group:06d}-{self.end_group:06d}-{self.rows}.unit"
 
 
 @dataclass
 class Seconds:
-    """Where the time of encoding went."""
+    """The time that each step of encoding took."""
 
     read: float = 0.0
-    """Parquet to UTF-8, and its validation."""
+    """Reading parquet and validating its UTF-8."""
     encode: float = 0.0
     """The engine alone."""
     join: float = 0.0
-    """End tokens put in, documents hashed, the engine compared with tiktoken."""
+    """Inserting end tokens, hashing documents, and comparing the engine with tiktoken."""
     write: float = 0.0
-    """Checksum and write."""
+    """Computing the checksum and writing."""
 
 
 def plan_units(folder: Path, files: tuple[RawFile, ...]) -> list[Unit]:
-    """Cut the files of a corpus into units, by what each file says of itself.
+    """Cut the files of a corpus into units, by the metadata of each file.
 
     Raises:
-        UserError: a file is missing or damaged, has fewer rows than its manifest says, or its `text` is no text.
+        UserError: a file is missing or damaged, has fewer rows than its manifest says, or its column `text` is not text.
     """
     units: list[Unit] = []
     for file in files:
@@ -90,12 +89,13 @@ def _plan_file(path: Path, file: RawFile) -> Iterator[Unit]:
     available = sum(rows for rows, _ in groups)
     if available < file.rows:
         raise damaged(path, f"{available} rows where the manifest says {file.rows}", REPAIR)
-    most = min(UNIT_BYTES, sum(size for _, size in groups) // LEAST_UNITS)
+    max_bytes = min(UNIT_BYTES, sum(size for _, size in groups) // MIN_UNITS)
+    # Collect row groups until the next one would make the unit too large.
     rows_left, first, size, rows, end = file.rows, 0, 0, 0, 0
     for number, (group_rows, group_bytes) in enumerate(groups):
-        if not rows_left:
+        if not rows_left:  # `download.max_tokens` ends the corpus in the middle of this file
             break
-        if rows and size + group_bytes > most:
+        if rows and size + group_bytes > max_bytes:
             yield Unit(path, file.sha256, first, number, rows, size)
             first, size, rows = number, 0, 0
         taken = min(group_rows, rows_left)
@@ -108,23 +108,23 @@ def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, S
     """Encode a unit into its file.
 
     Raises:
-        UserError: a row that is not text or bytes that cannot be read, with the file and the row; or the engine's tokens
-            are not tiktoken's.
+        UserError: a row is not text or cannot be read (the message names file and row), or the engine's tokens differ from
+            tiktoken's.
     """
     clock = _Clock()
     documents = text_bytes = 0
     with write_unit(target, unit.identity) as writer:
         for batch in read_texts(unit.path, unit.first_group, unit.end_group, unit.rows):
             clock.add("read")
-            if not documents:
+            if not documents:  # once per unit: comparing all documents would be as slow as tiktoken
                 assert_same_tokens(engine, _heads(batch))
-            lengths = np.ones(len(batch), np.uint32)
+            lengths = np.ones(len(batch), np.uint32)  # 1 for the end token
             for chunk in chunks(batch):
                 clock.add("join")
                 tokens, offsets = engine.encode(chunk.texts)
                 clock.add("encode")
                 np.add.at(lengths, chunk.document, np.diff(offsets).astype(np.uint32))
-                joined = _lead_documents(tokens, offsets[:-1][chunk.leads], engine.tokenizer.end_token_id)
+                joined = _insert_end_tokens(tokens, offsets[:-1][chunk.leads], engine.tokenizer.end_token_id)
                 clock.add("join")
                 writer.add_tokens(joined)
                 clock.add("write")
@@ -137,7 +137,7 @@ def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, S
 
 
 class _Clock:
-    """Adds the time since it was last asked to one of the steps."""
+    """Adds the time since its last call to one of the steps."""
 
     def __init__(self) -> None:
         self.seconds, self._last = Seconds(), perf_counter()
@@ -149,15 +149,15 @@ class _Clock:
 
 
 def _heads(texts: Texts) -> Iterator[str]:
-    """The first documents, or of a long one its start."""
-    for start, end in pairwise(texts.offsets[: PROVED_DOCUMENTS + 1].tolist()):
-        yield texts.data[start : min(end, start + PROVED_BYTES)].tobytes().decode("utf-8", "ignore")
+    """Yield the first documents; of a long one, only its start."""
+    for start, end in pairwise(texts.offsets[: CHECKED_DOCUMENTS + 1].tolist()):
+        yield texts.data[start : min(end, start + CHECKED_BYTES)].tobytes().decode("utf-8", "ignore")
 
 
-def _lead_documents(tokens: Tokens, starts: Offsets, end_token_id: int) -> Tokens:
-    """The tokens with the end token put in before each of the given places."""
+def _insert_end_tokens(tokens: Tokens, starts: Offsets, end_token_id: int) -> Tokens:
+    """Return the tokens with the end token inserted before each of the given positions."""
     joined = np.empty(len(tokens) + len(starts), np.uint16)
-    leads = starts + np.arange(len(starts))
+    leads = starts + np.arange(len(starts))  # each end token moves all later positions by one
     is_token = np.ones(len(joined), bool)
     is_token[leads] = False
     joined[is_token] = tokens
@@ -166,6 +166,6 @@ def _lead_documents(tokens: Tokens, starts: Offsets, end_token_id: int) -> Token
 
 
 def hash_texts(texts: Texts) -> list[bytes]:
-    """XXH3-128 of each text, 16 bytes each."""
+    """Return the XXH3-128 of each text, 16 bytes each."""
     data = texts.data.data
     return [xxhash.xxh3_128_digest(data[start:end]) for start, end in pairwise(texts.offsets.tolist())]

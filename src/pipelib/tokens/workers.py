@@ -1,4 +1,4 @@
-"""Worker processes with a tokenizer in each."""
+"""Worker processes, each with its own tokenizer."""
 
 import os
 import time
@@ -18,18 +18,18 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """A pool of processes, `$PIPELIB_WORKERS` or one for every core; `$PIPELIB_TOKENIZER` names their engine."""
+    """A pool of `$PIPELIB_WORKERS` processes (default: one per core). `$PIPELIB_TOKENIZER` selects their engine."""
 
     def __init__(self, tasks: int, tokenizer: Tokenizer) -> None:
         """Args:
-        tasks: how many there will be at most; more workers are not started.
+        tasks: the maximum number of tasks; no more workers than that are started.
         """
         self.count = worker_count(tasks)
         self.engine = os.environ.get("PIPELIB_TOKENIZER", "gigatoken")
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        """What the workers spent on each step, added up over them."""
+        """The seconds that all workers together spent on each step."""
         self.peak_memory = 0
-        """The most memory that one of them held so far, in bytes."""
+        """The peak memory of any worker so far, in bytes."""
         self._pool = Pool(self.count, _start, self.engine, tokenizer)
 
     def __enter__(self) -> Self:
@@ -48,16 +48,17 @@ class Workers:
         *arguments: Any,
         done: Callable[[Item], None] = lambda _: None,
     ) -> list[Result]:
-        """`task(item, *arguments)` for every item, in the order of the items.
+        """Return `task(item, *arguments)` for every item, in the order of the items.
 
         Args:
-            step: what the workers' time is counted as.
-            task: a function of a module, called in a worker.
-            done: called here for each item that is complete.
+            step: the name under which the workers' time is counted.
+            task: a module-level function, called in a worker.
+            done: called in this process for each finished item.
 
         Raises:
             UserError: a worker was killed.
         """
+        # Results arrive in any order, so collect them by the index of their item.
         results: dict[int, Result] = {}
         calls = [(task, item, *arguments) for item in items]
         for number, (result, seconds, peak) in self._pool.run(_timed, calls):
@@ -69,7 +70,7 @@ class Workers:
 
 
 def _timed(task: Callable[..., Result], *arguments: Any) -> tuple[Result, float, int]:
-    """What a task returns, the seconds it took, and the most memory that its worker has held."""
+    """Return a task's result, the seconds it took, and the peak memory of its worker."""
     started = time.perf_counter()
     result = task(*arguments)
     return result, time.perf_counter() - started, peak_memory()
@@ -86,5 +87,5 @@ def _start(name: str, tokenizer: Tokenizer) -> None:
 
 @cache
 def worker_engine() -> Engine:
-    """The tokenizer of the worker that calls this, loaded when it is first needed."""
+    """Return the engine of the worker that calls this. It is loaded on first use."""
     return load_engine(*_engine)

@@ -19,7 +19,7 @@ from pipelib.tracking.record import Record, never_fail, prepare_record, read_eve
 from pipelib.tracking.system_metrics import CPU, Sampler
 from pipelib.workspace.dvc import read_lock
 from pipelib.workspace.git import git_state, run_git, uncommitted_changes
-from pipelib.workspace.places import HERE, MANIFEST, StatePlaces, out_of
+from pipelib.workspace.places import HERE, MANIFEST, StatePlaces, containing_out
 from pipelib.workspace.provenance import code_hashes
 from pipelib.workspace.stages import LAST, STAGES, upstream
 from pipelib.workspace.workdir import finished_files
@@ -157,7 +157,7 @@ class RecordedRun:
                     if path.stat().st_size <= ARTIFACT_BYTES:
                         self._record.append("file", name=name.as_posix(), path=str(path.absolute()), sha256=sha256)
                 else:
-                    outs.setdefault(str(out_of(name)), {})[name.as_posix()] = sha256
+                    outs.setdefault(str(containing_out(name)), {})[name.as_posix()] = sha256
             tags = {}
             for out, files in outs.items():
                 size = sum((final / name).stat().st_size for name in files)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pipelib.schema import Bounds, NaturalFloat, NaturalInt, OneOf, PositiveFloat, PositiveInt
 from pipelib.training import optim
 
-Beta = Annotated[float, Bounds(least=0, most=0.9999999)]
+Beta = Annotated[float, Bounds(minimum=0, maximum=0.9999999)]
 DEFAULT = ("optimizer", "adamw")
 """The choice of before there was one; see `TrainParams.decides`."""
 

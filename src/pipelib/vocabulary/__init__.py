@@ -1,1 +1,1 @@
-"""Text to token ids: what a tokenizer is, GPT-2's, and the engines that encode with it."""
+"""Text to token ids: the tokenizer class, GPT-2's tokenizer, and the engines that encode with it."""

@@ -1,4 +1,4 @@
-"""Which tokenizer: the one that text is encoded with here, and the one that tokens were made with."""
+"""Choose the tokenizer: the one that encodes text here, or the one that made some tokens."""
 
 from collections.abc import Mapping
 
@@ -10,12 +10,12 @@ KNOWN = (GPT2_TOKENIZER,)
 
 
 def chosen_tokenizer() -> Tokenizer:
-    """What tokenize encodes the corpus with, and so what a model that is planned here will read."""
+    """Return the tokenizer that encodes the corpus, and that a newly trained model will use."""
     return GPT2_TOKENIZER
 
 
 def find_tokenizer(encoding: Mapping[str, object]) -> Tokenizer:
-    """The tokenizer that the `encoding` of a manifest names.
+    """Return the tokenizer that the `encoding` of a manifest names.
 
     Raises:
         UserError: there is no such tokenizer.
@@ -26,6 +26,6 @@ def find_tokenizer(encoding: Mapping[str, object]) -> Tokenizer:
     name, fingerprint = encoding.get("name"), str(encoding.get("vocabulary_sha256"))[:16]
     known = ", ".join(f"{tokenizer.name} ({tokenizer.fingerprint[:16]})" for tokenizer in KNOWN)
     raise UserError(
-        f"the tokens were made with the vocabulary {name} ({fingerprint}), and this code has {known}, so nobody could tell what "
-        "text they stand for; run dvc repro to make them again."
+        f"the tokens were made with the vocabulary {name} ({fingerprint}), and this code has {known}, so they cannot be "
+        "decoded; run dvc repro to make them again."
     )

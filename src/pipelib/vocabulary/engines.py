@@ -1,7 +1,7 @@
-"""Text to token ids with two engines: tiktoken, which is the reference, and gigatoken, which is fast.
+"""Text to token ids with two engines: tiktoken, the reference, and gigatoken, the fast one.
 
-Both encode as `encode_ordinary` does: text that spells `<|endoftext|>` is text, so the end token can only mean the start of
-a document. Text comes and goes as arrays, never as a Python object a document or a token.
+Both encode as `encode_ordinary` does: `<|endoftext|>` in a text is ordinary text, so the end token always marks the start
+of a document. Input and output are arrays, never a Python object per document or per token.
 """
 
 from base64 import b64encode
@@ -27,23 +27,24 @@ HARD_STRINGS = (
     "https://example.org/a_b?c=d&e=%20#f", "    def f(self, *args):\n        return [x for x in args]\n", "…—–“”‘’ ½ ² ™",
     "supercalifragilisticexpialidocious" * 20, "ab" * 500, " " * 300 + "end", "\n" * 100 + " x", "ſ K Å ǆ İi",
 )  # fmt: skip
-"""Where byte-pair encoders go wrong: space runs, contractions, marks, controls, other scripts, special-token look-alikes."""
+"""Texts that byte-pair encoders often get wrong: space runs, contractions, marks, controls, other scripts, and the
+spelling of special tokens."""
 
 Offsets = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts one after the other."""
+    """Several texts, concatenated."""
 
     data: npt.NDArray[np.uint8]
     """Their UTF-8 (bytes,)."""
     offsets: Offsets
-    """Where each starts in it, and where the last one ends (texts + 1,)."""
+    """The start of each text in `data`, and the end of the last one (texts + 1,)."""
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> Self:
-        """The texts of Python strings."""
+        """Make texts from Python strings."""
         encoded = [string.encode("utf-8") for string in strings]
         offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
@@ -63,12 +64,12 @@ class Engine(Protocol):
     tokenizer: Tokenizer
 
     def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
-        """All tokens one after the other (N,), and where those of each text start in them (texts + 1,)."""
+        """Return the tokens of all texts, concatenated (N,), and the offset of each text's tokens (texts + 1,)."""
         ...
 
 
 class TiktokenEngine:
-    """The reference."""
+    """The reference engine."""
 
     name = "tiktoken"
 
@@ -77,28 +78,29 @@ class TiktokenEngine:
 
     def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
         """See `Engine.encode`."""
-        # with nothing disallowed and nothing allowed, special tokens are text, as for encode_ordinary; and no list is made
+        # Like encode_ordinary, but returns an array: with no special token disallowed or allowed, all of them are text.
         encoded = [self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16) for text in texts]
         offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         return np.concatenate([np.zeros(0, np.uint16), *encoded]), offsets
 
 
 class GigatokenEngine:
-    """The fast one; compared with tiktoken on `HARD_STRINGS` before it encodes anything.
+    """The fast engine. It is compared with tiktoken on `HARD_STRINGS` before it encodes anything.
 
-    It remembers every word it has seen, without limit: 600 MB of words that never come again made it 5 GB large. So it is
-    loaded again, which takes 40 ms, when the process has grown.
+    It caches every word that it has seen, without limit: 600 MB of words that each occur once made it 5 GB large. So it is
+    reloaded, which takes 40 ms, when the process has grown too much.
     """
 
     name = "gigatoken"
-    MOST_GROWTH, LEAST_TEXT = 96 << 20, 16 << 20
-    """Bytes that the process may grow, Arrow's memory aside, before it is loaded again; and the text that it
-    encodes at least before that, in bytes."""
+    MAX_GROWTH_BYTES, MIN_TEXT_BYTES = 96 << 20, 16 << 20
+    """The engine is reloaded when the process has grown by more than the first (without Arrow's memory), and the engine has
+    encoded more text than the second."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         lines = sorted((rank, token) for token, rank in tokenizer.ranks().items())
         expected = b"".join(b64encode(token) + b" %d\n" % rank for rank, token in lines)
         ranks = StatePlaces.chosen().vocabulary / f"{tokenizer.name}-{tokenizer.fingerprint[:16]}.tiktoken"
+        # gigatoken reads its vocabulary from a file. Compare it, because an old or damaged one would change tokens.
         if not ranks.exists() or ranks.read_bytes() != expected:
             with write_atomic(ranks) as file:
                 file.write(expected)
@@ -109,7 +111,7 @@ class GigatokenEngine:
     def _load(self) -> None:
         import gigatoken
 
-        self._tokenizer: Any = None  # the old one goes first, with its memory
+        self._tokenizer: Any = None  # free the old one's memory first
         self._tokenizer = gigatoken.Tokenizer.from_tiktoken(
             self._ranks, self.tokenizer.pre_tokenizer, special_tokens={}
         )
@@ -123,19 +125,20 @@ class GigatokenEngine:
 
         if not len(texts):
             return np.zeros(0, np.uint16), np.zeros(1, np.int64)
+        # gigatoken takes Awkward arrays, which can wrap our arrays without a copy.
         characters = NumpyArray(texts.data, parameters={"__array__": "char"})
         strings = ListOffsetArray(Index64(texts.offsets), characters, parameters={"__array__": "string"})
         layout = self._tokenizer.encode_batch(Array(strings), parallel=False).layout
         offsets = np.asarray(layout.offsets.data, np.int64)
         tokens = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         self._text += len(texts.data)
-        if self._text > self.LEAST_TEXT and _memory() > self._memory + self.MOST_GROWTH:
+        if self._text > self.MIN_TEXT_BYTES and _memory() > self._memory + self.MAX_GROWTH_BYTES:
             self._load()
         return tokens.astype(np.uint16), offsets - offsets[0]
 
 
 def _memory() -> int:
-    """Memory that this process holds besides Arrow's, in bytes."""
+    """Return the memory of this process without Arrow's, in bytes."""
     import pyarrow as pa
 
     return resident_memory() - int(pa.total_allocated_bytes())
@@ -145,7 +148,7 @@ def assert_same_tokens(engine: Engine, strings: Iterable[str]) -> None:
     """Compare an engine with tiktoken on some texts.
 
     Raises:
-        UserError: with the first text on which they differ.
+        UserError: names the first text on which they differ.
     """
     texts = Texts.of(strings)
     tokens, offsets = engine.encode(texts)
@@ -158,8 +161,12 @@ def assert_same_tokens(engine: Engine, strings: Iterable[str]) -> None:
 
 
 def load_engine(name: str, tokenizer: Tokenizer) -> Engine:
-    """`gigatoken` or `tiktoken`."""
+    """Load the engine `gigatoken` or `tiktoken`.
+
+    Raises:
+        UserError: there is no engine of that name.
+    """
     engines: dict[str, Callable[[Tokenizer], Engine]] = {"gigatoken": GigatokenEngine, "tiktoken": TiktokenEngine}
     if name not in engines:
-        raise UserError(f"PIPELIB_TOKENIZER={name} is not a tokenizer here; use {' or '.join(engines)}.")
+        raise UserError(f"PIPELIB_TOKENIZER={name} is not a known tokenizer; use {' or '.join(engines)}.")
     return engines[name](tokenizer)

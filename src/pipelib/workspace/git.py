@@ -1,4 +1,4 @@
-"""What git knows of a checkout: its commit, and what is in no commit."""
+"""Ask git about a checkout: its commit, and its uncommitted changes."""
 
 import subprocess
 from pathlib import Path
@@ -6,12 +6,15 @@ from pathlib import Path
 from pipelib.errors import UserError
 
 WRITTEN_BY_STAGES = (":(exclude)dvc.lock", ":(exclude)metrics")
-"""What every run changes and git tracks, as git's pathspecs."""
+"""The files that git tracks and every run changes, as git's pathspecs."""
 
 
 def git_state(root: Path) -> dict[str, str]:
-    """`commit` of a checkout, empty where there is none, and `dirty`: "true" where anything but what stages write differs
-    from it, else "false"; empty where git cannot say."""
+    """Return the `commit` of a checkout (empty if there is none) and whether it is `dirty`.
+
+    `dirty` is "true" if anything but the files that stages write differs from the commit, else "false". Both are empty if
+    git cannot tell.
+    """
     try:
         changes = run_git(root, "status", "--porcelain", "--", ".", *WRITTEN_BY_STAGES)
     except GitError:
@@ -20,13 +23,13 @@ def git_state(root: Path) -> dict[str, str]:
 
 
 def uncommitted_changes(root: Path, limit: int) -> str:
-    """The diff of a checkout to its commit, and the names of new files; cut at `limit` bytes.
+    """Return the diff between a checkout and its commit, cut at `limit` bytes, and the names of new files.
 
-    Without what stages write, and without `.dvc`, where remotes and their passwords are set up.
+    Files that stages write are left out, and so is `.dvc`, which may hold the passwords of remotes.
     """
     new = _git(root, "ls-files", "--others", "--exclude-standard", "--", ".", *WRITTEN_BY_STAGES).splitlines()
     diff = _git(root, "diff", "HEAD", "--", ".", *WRITTEN_BY_STAGES, ":(exclude).dvc")
-    if len(diff.encode()) > limit:
+    if len(diff.encode()) > limit:  # `limit` is in bytes, and the cut may be inside a character
         diff = (
             f"{diff.encode()[:limit].decode(errors='ignore')}\n# cut here: {limit:,} bytes of {len(diff.encode()):,}\n"
         )
@@ -34,7 +37,7 @@ def uncommitted_changes(root: Path, limit: int) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """What a git command prints; nothing where it fails."""
+    """Run a git command and return what it prints; empty if it fails."""
     try:
         return run_git(root, *arguments).decode(errors="replace")
     except GitError:
@@ -42,14 +45,14 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 class GitError(UserError):
-    """git is not installed, or it refused; the message has git's own words."""
+    """git is not installed, or a git command failed. The message has git's own words."""
 
 
 def run_git(root: Path, *arguments: str) -> bytes:
-    """What a git command prints.
+    """Run a git command and return what it prints.
 
     Raises:
-        GitError: it fails, for example since this is not a repository or belongs to another user.
+        GitError: it fails, for example because this is not a repository, or belongs to another user.
     """
     try:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False)
@@ -57,11 +60,11 @@ def run_git(root: Path, *arguments: str) -> bytes:
         why = (
             "git is not installed" if isinstance(error, FileNotFoundError) else f"git cannot be run ({error.strerror})"
         )
-        raise GitError(f"{why}, so nothing is known of commits and experiments; install it, or correct PATH.") from None
+        raise GitError(f"{why}, so nothing is known about commits and experiments; install it, or fix PATH.") from None
     if done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split()) or f"status {done.returncode}, without a word"
+        said = " ".join(done.stderr.decode(errors="replace").split()) or f"status {done.returncode}, no message"
         raise GitError(
-            f"git cannot read {root.absolute()} ({said}), so nothing is known of its commits and experiments; correct what git "
-            "names, and run the command again."
+            f"git cannot read {root.absolute()} ({said}), so nothing is known about its commits and experiments; fix what git "
+            "reports, and run the command again."
         )
     return done.stdout

@@ -1,6 +1,7 @@
-"""One lock, `flock`: the system frees it when the process that holds it ends, however it ends.
+"""Locks with `flock`: the system releases a lock when the process that holds it ends, even by SIGKILL.
 
-A lock file has the number of the process that took it last, for people. Whether it is held only the system knows.
+A lock file holds the number of the process that took the lock last, for people to read. Its content does not say whether
+the lock is held; only the system can tell.
 """
 
 import fcntl
@@ -15,7 +16,7 @@ from pipelib.errors import UserError, tell
 from pipelib.files import make_folder
 
 LOCK = "lock"
-"""The name of a folder's lock; others of the same folder are called `lock-...`."""
+"""The name of a folder's lock. Further locks of the same folder are named `lock-...`."""
 
 
 class InUseError(UserError):
@@ -26,16 +27,16 @@ class InUseError(UserError):
 def locked(path: Path, *, wait: bool = False, quiet: bool = False, own: bool = True) -> Iterator[None]:
     """Hold an exclusive lock while the block lasts.
 
-    The lock file and its folder are made if they are not there, and again if `pipelib clean` deletes them at this moment.
+    The lock file and its folder are created if they are missing, or if `pipelib clean` deletes them at this moment.
 
     Args:
         path: the lock file.
-        wait: wait for a process that holds it, instead of refusing.
-        quiet: say nothing while waiting.
-        own: the file is there for locking alone. False for one with content, which must exist and is not written.
+        wait: wait for a process that holds the lock, instead of raising an error.
+        quiet: print nothing while waiting.
+        own: whether the file exists only for locking. False: it has other content, so it must exist and is not written.
 
     Raises:
-        InUseError: another process holds it; the message names the process.
+        InUseError: another process holds the lock; the message names the process.
     """
     descriptor = _acquire(path, wait, quiet, own)
     try:
@@ -45,7 +46,7 @@ def locked(path: Path, *, wait: bool = False, quiet: bool = False, own: bool = T
 
 
 def holder(path: Path) -> str:
-    """The number of the process that took a lock last, for people; `unknown` where the file does not say."""
+    """Return the number of the process that took a lock last, for messages; `unknown` if the file does not say."""
     try:
         return re.sub(r"[^0-9]", "", path.read_text(encoding="ascii", errors="replace")[:32]) or "unknown"
     except OSError:
@@ -53,7 +54,10 @@ def holder(path: Path) -> str:
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process, this one included, holds a lock. Looking leaves no trace, and makes nobody fail who takes it."""
+    """Return whether any process, including this one, holds a lock.
+
+    The check changes nothing, and a process that takes the lock at the same moment does not fail.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -65,12 +69,12 @@ def is_held(path: Path) -> bool:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether some process holds one of a folder's locks."""
+    """Return whether any process holds one of a folder's locks."""
     return any(map(is_held, folder.glob(f"{LOCK}*")))
 
 
 def _acquire(path: Path, wait: bool, quiet: bool, own: bool) -> int:
-    """An open file that is locked."""
+    """Lock a file and return its descriptor."""
     while True:
         if own:
             make_folder(path.parent)
@@ -79,9 +83,10 @@ def _acquire(path: Path, wait: bool, quiet: bool, own: bool) -> int:
         except FileNotFoundError:
             if not own:
                 raise
-            continue  # its folder was deleted in between
+            continue  # the folder was deleted after make_folder
         try:
             _take(descriptor, path, wait, quiet)
+            # While we waited, `pipelib clean` may have deleted the file, and another process may have made a new one.
             if _is_same_file(path, descriptor):
                 if own:
                     os.truncate(descriptor, 0)
@@ -90,18 +95,18 @@ def _acquire(path: Path, wait: bool, quiet: bool, own: bool) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # a lock on a file that has been deleted keeps nobody out
+        os.close(descriptor)  # the file was deleted meanwhile, so this lock would exclude no other process: try again
 
 
 def _take(descriptor: int, path: Path, wait: bool, quiet: bool) -> None:
-    """Take the exclusive lock. A process that only looks (`is_held`) has a shared one, for an instant: try again."""
+    """Take the exclusive lock. Retry while `is_held` of another process briefly holds a shared lock."""
     while not _try(descriptor, fcntl.LOCK_EX):
-        if _try(descriptor, fcntl.LOCK_SH):
+        if _try(descriptor, fcntl.LOCK_SH):  # then only shared locks are held, which `is_held` releases at once
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             time.sleep(0.01)
         elif not wait:
             raise InUseError(
-                f"{path.parent} is in use by process {holder(path)}, and a second run on the same state would spoil both; "
+                f"{path.parent} is in use by process {holder(path)}, and a second run on the same state would damage both; "
                 f"wait for it, or stop it: kill {holder(path)}"
             )
         else:
@@ -112,7 +117,7 @@ def _take(descriptor: int, path: Path, wait: bool, quiet: bool) -> None:
 
 
 def _try(descriptor: int, kind: int) -> bool:
-    """Whether a lock could be had at once."""
+    """Try to take a lock without waiting. Return whether it was taken."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -121,7 +126,7 @@ def _try(descriptor: int, kind: int) -> bool:
 
 
 def _is_same_file(path: Path, descriptor: int) -> bool:
-    """Whether `path` still names the open file."""
+    """Return whether `path` still names the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Where everything is: the files and folders of a checkout, and those of the state beside it.
+"""All paths: the files and folders of a checkout, and those of the state folder.
 
-A stage builds its outs in a folder that mirrors the workspace, so one class serves both: `HERE.tokens` is in the
-workspace, `Places(outs).tokens` where a stage builds it.
+A stage builds its outs in a folder with the same layout as the workspace, so one class describes both: `HERE.tokens` is in
+the workspace, and `Places(outs).tokens` is where the stage builds it.
 """
 
 import os
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-"""What lists the files of a folder with their SHA-256, so that its own hash stands for all of them."""
+"""Lists the files of a folder with their SHA-256, so that the manifest's own hash identifies all of them."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """The files and folders of a checkout, or of a folder that mirrors it."""
+    """The files and folders of a checkout, or of a folder with the same layout."""
 
     root: Path = Path()
 
@@ -25,7 +25,7 @@ class Places:
 
     @property
     def lock(self) -> Path:
-        """What DVC made of what."""
+        """DVC's record of the inputs and outputs of each stage."""
         return self.root / "dvc.lock"
 
     @property
@@ -37,7 +37,7 @@ class Places:
 
     @property
     def data(self) -> Path:
-        """The parent of what download and tokenize make."""
+        """The parent of the outs of download and tokenize."""
         return self.root / "data"
 
     @property
@@ -47,12 +47,12 @@ class Places:
 
     @property
     def benchmarks(self) -> Path:
-        """Evaluation sets, a `.jsonl` each, with a manifest."""
+        """The evaluation sets, one `.jsonl` file each, with a manifest."""
         return self.data / "benchmarks"
 
     @property
     def published_models(self) -> Path:
-        """Published models, a Hugging Face folder each, with a manifest."""
+        """The published models, one Hugging Face folder each, with a manifest."""
         return self.data / "models"
 
     @property
@@ -67,27 +67,27 @@ class Places:
 
     @property
     def curves(self) -> Path:
-        """What training logs of each step, as CSV; the part that is a function of data and parameters."""
+        """The training curves by step, as CSV: the reproducible part, a function of data and parameters."""
         return self.root / "curves"
 
     @property
     def reports(self) -> Path:
-        """The evaluation, for people."""
+        """The evaluation reports, for people to read."""
         return self.root / "reports"
 
     @property
     def evaluation(self) -> Path:
-        """The page with all that was measured."""
+        """The page with all measurements."""
         return self.reports / "evaluation.md"
 
     @property
     def model_card(self) -> Path:
-        """What a stranger must know of the model."""
+        """What a user of the published model must know."""
         return self.reports / "model_card.md"
 
     @property
     def items(self) -> Path:
-        """The score of every item that was evaluated."""
+        """The score of every evaluated item."""
         return self.reports / "items.npz"
 
     @property
@@ -96,17 +96,21 @@ class Places:
         return self.root / "metrics"
 
     def result(self, stage: str) -> Path:
-        """What a stage found out: a function of its inputs."""
+        """Return the file with a stage's reproducible results, a function of its inputs."""
         return self.metrics / f"{stage}.json"
 
     def speed(self, stage: str, kind: str = "json") -> Path:
-        """What differs between runs of the same inputs: durations, throughput, the commit. `csv`: the same by step."""
+        """Return the file with what differs between runs of the same inputs: durations, throughput, the commit.
+
+        Args:
+            kind: `csv` for the values by step.
+        """
         return self.metrics / "speed" / f"{stage}.{kind}"
 
     # ---- Code ----------------------------------------------------------------------------------------------------
 
     def stage(self, name: str) -> Path:
-        """The file that runs a stage."""
+        """Return the file that runs a stage."""
         return self.root / "stages" / f"{name}.py"
 
     @property
@@ -116,50 +120,50 @@ class Places:
 
 
 HERE = Places()
-"""The workspace, for a process that runs in its root, as stages and commands do."""
+"""The workspace. It is the current folder: stages and commands run in the workspace's root."""
 
 
-def out_of(path: Path) -> Path | None:
-    """The folder that DVC knows as an out for a file of a stage, data/raw or models; None for a metric, an out itself.
+def containing_out(path: Path) -> Path | None:
+    """Return the out that contains a file of a stage: a folder such as data/raw or models. None for a metric, itself an out.
 
     Args:
         path: relative to the workspace.
     """
-    if path.parts[0] == "metrics":
+    if path.parts[0] == "metrics":  # git tracks each metrics file, so each is an out of its own
         return None
     return Path(*path.parts[:2]) if path.parts[0] == "data" else Path(path.parts[0])
 
 
 def workspace() -> Path:
-    """The workspace that started DVC; a queued experiment runs in a copy of it. Without DVC, where we are."""
+    """Return the workspace in which DVC was started (a queued experiment runs in a copy of it), else the current folder."""
     return Path(os.environ.get("DVC_ROOT", "."))
 
 
 def state_root() -> Path:
-    """The folder of all stages' state: `$PIPELIB_STATE_DIR`, else `.pipelib` in the workspace that started DVC."""
+    """Return the state folder of all stages: `$PIPELIB_STATE_DIR`, else `.pipelib` in the workspace that started DVC."""
     chosen = os.environ.get("PIPELIB_STATE_DIR")
     return Path(chosen) if chosen else workspace() / ".pipelib"
 
 
 @dataclass(frozen=True)
 class StatePlaces:
-    """The folders of the state. What has a `lock` in it, a stage works in; see `workdir.py` for a stage's own."""
+    """The folders of the state. A stage works in every folder that has a `lock`; `workdir.py` describes a stage's own."""
 
     root: Path
 
     @classmethod
     def chosen(cls) -> "StatePlaces":
-        """Where the environment says."""
+        """Return the places under `state_root`."""
         return cls(state_root())
 
     @property
     def records(self) -> Path:
-        """The runs' own records, RUN/STAGE-FINGERPRINT.jsonl; never deleted."""
+        """The records of all runs, RUN/STAGE-FINGERPRINT.jsonl; never deleted."""
         return self.root / "records"
 
     @property
     def hub(self) -> Path:
-        """Files of the Hugging Face hub, OWNER--NAME/REVISION/, and the lists of them in .lists/ below."""
+        """Files of the Hugging Face hub, in OWNER--NAME/REVISION/, with the lists of them in its .lists/."""
         return self.root / "hub"
 
     @property
@@ -169,20 +173,20 @@ class StatePlaces:
 
     @property
     def baselines(self) -> Path:
-        """What was measured of baselines, by the hash of all that decides it."""
+        """The results of baselines, by the hash of everything that decides them."""
         return self.root / "baselines"
 
     @property
     def vocabulary(self) -> Path:
-        """Vocabularies as the fast engine reads them."""
+        """Vocabularies in the format of the fast engine."""
         return self.root / "vocabulary"
 
     @property
     def mlflow_lock(self) -> Path:
-        """Held while a database, an experiment or a run is made in MLflow."""
+        """The lock held while a database, an experiment or a run is created in MLflow."""
         return self.root / "mlflow.lock"
 
 
 def mlflow_database() -> Path:
-    """MLflow's database, where `$MLFLOW_TRACKING_URI` does not name another place."""
+    """Return MLflow's database file, which is used unless `$MLFLOW_TRACKING_URI` is set."""
     return workspace().absolute() / "mlflow.db"

@@ -1,8 +1,8 @@
-"""Which code made a result: the import closure of a stage, and a hash of it that forgives words.
+"""Which code made a result: the import closure of a stage, and a hash that ignores comments and docstrings.
 
-`dvc.yaml` lists, as dependencies of a stage, the files that this module finds for it (a test compares), so that an edit
-starts the stages whose results it can change and no others. DVC compares bytes; everything else compares `code_hash`, so a
-stage that DVC starts after an edited comment finds its finished outs, and links them.
+The dependencies of a stage in `dvc.yaml` are the files that this module finds for it (a test compares the two). So an edit
+re-runs the stages whose results it can change, and no others. DVC compares bytes, but everything else compares
+`code_hash`: after an edited comment DVC starts the stage, and the stage finds its finished outs and links them.
 """
 
 import ast
@@ -19,7 +19,7 @@ from pipelib.workspace.stages import STAGES
 
 EXEMPT = {
     "stages/__init__.py": "only decides which checkout is imported",
-    "src/pipelib/params.py": "accepts or refuses the whole of params.yaml; each wing's own params.py is a dependency",
+    "src/pipelib/params.py": "accepts or refuses the whole of params.yaml; each package's own params.py is a dependency",
     "src/pipelib/progress.py": "prints; cannot change an out",
     "src/pipelib/corpus/experiment_copy.py": "accepts or refuses; cannot change an out",
     "src/pipelib/tracking/__init__.py": "a docstring",
@@ -27,17 +27,17 @@ EXEMPT = {
     "src/pipelib/workspace/git.py": "names the commit; cannot change an out",
     "src/pipelib/workspace/places.py": "says where things are, not what they are; tests compare it with dvc.yaml",
     "src/pipelib/workspace/provenance.py": "names the code; cannot change an out",
-    "src/pipelib/workspace/stages.py": "says what stages there are; a test compares it with dvc.yaml",
+    "src/pipelib/workspace/stages.py": "lists the stages; a test compares it with dvc.yaml",
 }
-"""Files no stage depends on, with the reason. The closure ends at them: what only they import is exempt too."""
+"""Files that no stage depends on, with the reason. The closure ends at them: files that only they import are exempt too."""
 NAMED = 10
-"""How many changed files a message names."""
+"""The most changed files that a message names."""
 
 
 def import_closure(root: Path, *starts: Path) -> list[Path]:
-    """Every file of this project that importing `starts` can reach, `starts` included, less the exempt ones.
+    """Return every file of this project that the files `starts` import, directly or not, with `starts` and without `EXEMPT`.
 
-    Imports are read from the source with `ast`, those inside functions too; nothing is imported.
+    Imports are read from the source with `ast`, including those inside functions. Nothing is imported.
 
     Args:
         root: the checkout, with `stages/` and `src/` in it.
@@ -53,6 +53,7 @@ def import_closure(root: Path, *starts: Path) -> list[Path]:
         if path in found or path.as_posix() in EXEMPT:
             continue
         found.add(path)
+        # Importing a module also runs the __init__.py of every package above it.
         waiting += [package for folder in path.parents if (root / (package := folder / "__init__.py")).is_file()]
         for module in _parsed(_read(root / path)).imports:
             waiting += _files_of(module, root)
@@ -60,10 +61,10 @@ def import_closure(root: Path, *starts: Path) -> list[Path]:
 
 
 def code_hash(source: str) -> str:
-    """A hash of what a program does: the SHA-256 of its syntax tree.
+    """Hash what a program does: the SHA-256 of its syntax tree.
 
-    Comments, layout, docstrings and other bare strings are not in it. It is the same for Python 3.11 to 3.13, whose trees
-    differ in fields that are empty.
+    Comments, layout, docstrings and other bare strings do not count. The hash is the same for Python 3.11 to 3.13, whose
+    trees differ only in empty fields.
     """
     return _parsed(source).sha256
 
@@ -71,11 +72,11 @@ def code_hash(source: str) -> str:
 @dataclass(frozen=True)
 class _Parsed:
     imports: frozenset[str]
-    """Dotted names in import statements; `from a import b` gives both a and a.b."""
+    """The dotted names in import statements; `from a import b` gives both a and a.b."""
     sha256: str
 
 
-@cache  # the closures of the stages overlap, and parsing is what takes the time
+@cache  # the closures of the stages overlap, and parsing is slow
 def _parsed(source: str) -> _Parsed:
     imports: set[str] = set()
     text: list[str] = []
@@ -84,7 +85,7 @@ def _parsed(source: str) -> _Parsed:
 
 
 def _write(node: object, text: list[str], imports: set[str]) -> None:
-    """Write a syntax tree as text, without the parts that do nothing, and add what it imports to `imports`."""
+    """Append a syntax tree as text to `text`, without the parts that have no effect, and add its imports to `imports`."""
     if isinstance(node, ast.Import):
         imports |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -94,8 +95,8 @@ def _write(node: object, text: list[str], imports: set[str]) -> None:
         for name in node._fields:
             part = getattr(node, name, None)
             if isinstance(part, list):
-                part = [item for item in part if not _does_nothing(item, node)]
-            if part is not None and part != []:  # a newer Python has more fields
+                part = [item for item in part if not _has_no_effect(item, node)]
+            if part is not None and part != []:  # skip empty fields, since newer versions of Python have more of them
                 text.append(f"{name}=")
                 _write(part, text, imports)
         text.append(")")
@@ -109,8 +110,8 @@ def _write(node: object, text: list[str], imports: set[str]) -> None:
         text.append(repr(node))
 
 
-def _does_nothing(node: object, parent: ast.AST) -> bool:
-    """Whether a part of a tree has no effect: a bare string, and the empty piece that Python 3.12.1 adds to some f-strings."""
+def _has_no_effect(node: object, parent: ast.AST) -> bool:
+    """Return whether a part of a tree has no effect: a bare string, or the empty piece that Python 3.12.1 adds to f-strings."""
     if isinstance(parent, ast.JoinedStr):
         return isinstance(node, ast.Constant) and node.value == ""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
@@ -121,7 +122,7 @@ def _read(path: Path) -> str:
 
 
 def _files_of(module: str, root: Path) -> list[Path]:
-    """The file of a module or package, where it is this project's."""
+    """Return the file of a module or package; empty if it is not this project's."""
     base = {"pipelib": Path("src"), "stages": Path()}.get(module.split(".")[0])
     if base is None:
         return []
@@ -130,21 +131,20 @@ def _files_of(module: str, root: Path) -> list[Path]:
 
 
 def chosen_files(stage: str, params: Mapping[str, object]) -> list[Path]:
-    """The files that parameters choose for a stage.
+    """Return the files that the parameters choose for a stage.
 
     Args:
-        params: flat: `download.source`.
+        params: with flat keys, such as `download.source`.
     """
     fill_in = partial(re.sub, r"\$\{([\w.]+)\}", lambda key: str(params[key[1]]))
     return [Path(fill_in(template)) for template in STAGES[stage].chosen]
 
 
 def code_hashes(stage: str, params: Mapping[str, object], root: Path = Path()) -> dict[str, str]:
-    """What code a stage runs: the hash of every file in its import closure, by its path in the checkout, and the versions
-    of its packages.
+    """Identify the code of a stage: the hash of every file in its import closure, by path, and the versions of its packages.
 
     Args:
-        params: flat; some choose code.
+        params: with flat keys; some of them choose code.
     """
     closure = import_closure(root, HERE.stage(stage), *chosen_files(stage, params))
     files = {path.as_posix(): code_hash(_read(root / path)) for path in closure}
@@ -152,13 +152,13 @@ def code_hashes(stage: str, params: Mapping[str, object], root: Path = Path()) -
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """What differs between two `code_hashes`, for a message."""
+    """List what differs between two `code_hashes`, for a message."""
     names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of installed packages, without local suffixes such as +cpu."""
+    """Return the versions of installed packages, without local suffixes such as +cpu."""
     found = {}
     for package in packages:
         try:

@@ -1,6 +1,6 @@
-"""The stages of the pipeline, once: what each is called, reads, and depends on besides its code.
+"""The stages of the pipeline, defined in one place: the name of each, what it reads, and what it depends on besides code.
 
-`dvc.yaml` says the same to DVC; a test compares the two.
+`dvc.yaml` tells DVC the same; a test compares the two.
 """
 
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage."""
+    """A stage of the pipeline."""
 
     name: str
     makes: str
-    """What comes out of it, in a sentence for people."""
+    """What the stage produces, in words for people."""
     reads: tuple[str, ...]
     """The stages whose outs it reads."""
     dataset: str
-    """The out, of a stage before it, whose manifest stands for the data that it works on; empty where there is none."""
+    """The out of an earlier stage whose manifest identifies the data that this stage works on; empty if there is none."""
     sections: tuple[str, ...]
-    """The sections of params.yaml that decide what it makes."""
+    """The sections of params.yaml that decide its outs."""
     packages: tuple[str, ...]
-    """The packages whose version can change what it makes."""
+    """The packages whose version can change its outs."""
     chosen: tuple[str, ...] = ()
-    """The files that parameters choose among, as dvc.yaml has them: `${section.key}` stands for a parameter's value. Only the
-    chosen one is loaded, by its name, and only the chosen one counts."""
+    """Files that a parameter selects, written as in dvc.yaml: `${section.key}` stands for the parameter's value. Only the
+    selected file is imported, by its name, and only that one is a dependency."""
 
 
 _OPTIMIZER = "src/pipelib/training/optim/${train.optimizer}.py"
@@ -44,7 +44,7 @@ STAGES = {
         ),
         Stage(
             "tokenize",
-            makes="Shards of tokens out of the text",
+            makes="The text as shards of tokens",
             reads=("download",),
             dataset="data/raw",
             sections=("tokenize",),
@@ -79,13 +79,13 @@ STAGES = {
         ),
     )
 }
-"""By name, in the order in which they run."""
+"""The stages by name, in the order in which they run."""
 LAST = "evaluate"
 """The stage whose success completes a run of the pipeline."""
 
 
 def upstream(stage: str) -> Iterator[str]:
-    """The stages that a stage depends on, directly or through others, in the order in which they run."""
+    """Yield the stages that a stage depends on, directly or through others, in the order in which they run."""
     needed = set(STAGES[stage].reads)
     while more := {name for known in needed for name in STAGES[known].reads} - needed:
         needed |= more

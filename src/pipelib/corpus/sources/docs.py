@@ -1,7 +1,7 @@
 """The offline corpus: the docstrings of the installed scientific packages, about 20 MB of technical English.
 
-Nothing is imported. Files are found through the import system's finder, read, and parsed with `ast`; each docstring of
-at least 400 characters is a document. The text is pinned by the packages' versions (`constraints.txt`).
+The packages are not imported. Their files are found by Python's import system, read, and parsed with `ast`. Each docstring
+of at least 400 characters is a document. The versions of the packages (`constraints.txt`) pin the text.
 
 Expect 14,600 documents, 21.8 MB, and 13 s of CPU time (AMD EPYC), shared by the workers.
 """
@@ -37,10 +37,10 @@ PACKAGES = {
     "sympy": "sympy",
     "torch": "torch",
 }
-"""Distributions and the top-level packages they install, in the order in which the first of two equal texts wins."""
+"""Distributions and their top-level packages. The order matters: of two equal texts, the first one stays."""
 
 MIN_CHARACTERS = 400
-"""Shorter docstrings are mostly one line and a signature."""
+"""Minimum length of a document: shorter docstrings are mostly one line and a signature."""
 
 _QUOTES = re.compile(rb"\"\"\"|'''")
 _BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
@@ -50,30 +50,30 @@ _File = tuple[Path, str, str]
 
 
 def package_versions() -> dict[str, str]:
-    """The version of every package of the corpus, without local suffixes such as +cpu.
+    """Return the version of every package of the corpus, without local suffixes such as +cpu.
 
     Raises:
-        UserError: one is not installed.
+        UserError: a package is not installed.
     """
     try:
         return {name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES}
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
-            f"{error.name} is not installed, so the offline corpus would be another text; run "
+            f"{error.name} is not installed, so the offline corpus would be different; run "
             "`pip install -c constraints.txt -e .`, or set download.source to local or hub."
         ) from None
 
 
 def source(params: DownloadParams) -> Source:
-    """The source that the parameters choose."""
+    """Return this source, with its parameters."""
     return DocsSource(params.seed, params.max_tokens)
 
 
 @dataclass(frozen=True)
 class DocsSource:
-    """The offline corpus, in the order that `seed` decides.
+    """The offline corpus, in an order that `seed` decides.
 
-    The text depends on the packages' versions and the seed alone: not on Python's version, the number of processes
+    The text depends only on the packages' versions and the seed: not on Python's version, the number of processes
     (`PIPELIB_WORKERS`, default one per core) or the machine.
     """
 
@@ -81,12 +81,12 @@ class DocsSource:
     max_tokens: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        """The versions of the packages, the seed, and where the corpus ends if that is not its end."""
+        """Return the versions of the packages, the seed, and `max_tokens` if it is set."""
         identity = {"kind": "docs", "packages": package_versions(), "seed": self.seed}
         return identity if self.max_tokens is None else {**identity, "max_tokens": self.max_tokens}
 
     def write(self, folder: Path, work: Path) -> Written:  # noqa: ARG002  (quick enough to start again)
-        """Read all packages and write their docstrings, each text once; the first in the order of paths stays.
+        """Read all packages and write their docstrings. Of equal texts, only the first in the order of paths stays.
 
         Raises:
             UserError: a package is not installed.
@@ -94,7 +94,9 @@ class DocsSource:
         from pipelib.corpus.parquet import write_raw
 
         found = [document for documents in _read_all(_source_files()) for document in documents]
-        unique = {document.text: document for document in reversed(found)}  # reversed: the first of equal texts stays
+        unique = {
+            document.text: document for document in reversed(found)
+        }  # reversed, so that the first of equal texts stays
         ordered = sorted(unique.values(), key=lambda document: _shuffle_key(self.seed, document))
         counts: dict[str, int] = {}
         written = write_raw(first_documents(ordered, self.max_tokens, counts), folder)
@@ -102,15 +104,15 @@ class DocsSource:
 
 
 def _shuffle_key(seed: int, document: Document) -> tuple[bytes, str]:
-    """A place in the seeded order; the text settles ids that occur twice, such as a property's getter and setter."""
+    """Return the sort key for the seeded order. The text breaks ties between equal ids, such as a getter's and a setter's."""
     return hashlib.sha256(f"{seed} {document.id}".encode()).digest(), document.text
 
 
 def _source_files() -> list[_File]:
-    """Every Python file to read: where it is, its path inside site-packages, and the package's name and version.
+    """Return every Python file to read: its path, its path inside site-packages, and the package's name and version.
 
-    Tests are left out: they take more than a third of the time and hold 1.4 % of the text. So is numpy.distutils, which numpy has
-    for Python 3.11 and no later one: the text is to be the same for all.
+    Tests are left out: they take more than a third of the time and hold 1.4 % of the text. numpy.distutils is left out too:
+    NumPy has it only for Python 3.11, and the text must be the same for every version.
     """
     files: list[_File] = []
     for name, version in package_versions().items():
@@ -130,13 +132,14 @@ def _left_out(path: Path) -> bool:
 
 
 def _read_all(files: Sequence[_File]) -> Iterator[list[Document]]:
-    """The documents of each file, in the order of the files, read by several processes."""
+    """Yield the documents of each file, in the order of the files. Several processes read them."""
     tasks = [(files[start : start + _FILES_PER_TASK],) for start in range(0, len(files), _FILES_PER_TASK)]
     progress = Progress("docs: reading docstrings", len(files), "files")
     done: dict[int, list[list[Document]]] = {}
     after = 0
-    with Pool(worker_count(most=len(tasks)), _start_worker) as pool:
+    with Pool(worker_count(max_useful=len(tasks)), _start_worker) as pool:
         for number, documents in pool.run(_read_some, tasks):
+            # Results come in any order; pass them on in the order of the files.
             done[number] = documents
             progress.add(len(documents))
             while after in done:
@@ -150,14 +153,14 @@ def _read_some(files: Sequence[_File]) -> list[list[Document]]:
 
 
 def _start_worker() -> None:
-    gc.disable()  # syntax trees hold no cycles, and looking for some takes a sixth of the time
+    gc.disable()  # syntax trees have no cycles, and the search for cycles would take a sixth of the time
 
 
 def read_documents(path: Path, name: str, dump: str) -> list[Document]:
-    """The docstrings of one Python file that are long enough, in the order of the file.
+    """Return the docstrings of one Python file that are long enough, in the order of the file.
 
     Args:
-        name: the file's path inside site-packages; ids are made of it.
+        name: the file's path inside site-packages; ids are made from it.
         dump: the package and its version.
     """
     source = path.read_bytes()
@@ -166,7 +169,7 @@ def read_documents(path: Path, name: str, dump: str) -> list[Document]:
     module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in other people's code
-        warnings.simplefilter("ignore", DeprecationWarning)  # the same, as Python 3.11 says it
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.11's category for the same
         tree = ast.parse(source)
     texts = ((identity, clean(text)) for identity, text in _docstrings(tree, module))
     return [
@@ -177,15 +180,15 @@ def read_documents(path: Path, name: str, dump: str) -> list[Document]:
 
 
 def _may_hold_documents(source: bytes) -> bool:
-    """Whether two triple quotes stand far enough apart; one file in three needs no parsing."""
+    """Return whether two triple quotes are far enough apart. This check saves parsing one file in three."""
     places = [match.start() for match in _QUOTES.finditer(source)]
     return any(end - start >= MIN_CHARACTERS for start, end in pairwise(places))
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """The dotted name and the raw docstring of a node that can have one and of all definitions in it.
+    """Yield the dotted name and the raw docstring of a node and of all definitions in it.
 
-    Only statements are visited: a definition cannot hide in an expression, and expressions are most of a tree.
+    Only statements are visited: an expression cannot contain a definition, and expressions are most of a tree.
     """
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node, clean=False)
@@ -200,14 +203,14 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _statements(block: object) -> Iterable[ast.AST]:
-    """The nodes of a block; the `body` of a lambda or a conditional expression is no list and holds no definition."""
+    """Return the nodes of a block. The `body` of a lambda or a conditional expression is not a list and has no definitions."""
     return block if isinstance(block, list) else ()
 
 
 def clean(docstring: str) -> str:
-    """A docstring without its indentation, trailing spaces and empty edges.
+    """Remove a docstring's indentation, trailing spaces, and empty lines at both ends.
 
-    `inspect.cleandoc` would do, but it treats some white space differently in Python 3.13.
+    `inspect.cleandoc` would do the same, but Python 3.13's version treats some white space differently.
     """
     first, *rest = docstring.expandtabs().split("\n")
     margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip(" ")), default=sys.maxsize)

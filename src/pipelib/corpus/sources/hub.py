@@ -1,12 +1,12 @@
 """FineWeb-Edu, or another dataset of parquet files, from the Hugging Face hub.
 
 The list of files, with sizes and SHA-256, comes from the repository's tree at a pinned commit and is part of the corpus's
-identity. `hub_lists.py` judges and keeps it; `hub_store.py` keeps the verified files, whatever the stage's other parameters;
-`hub_transfer.py` fetches them.
+identity. `hub_lists.py` checks and stores it, `hub_transfer.py` downloads the files, and `hub_store.py` stores the verified
+files for all runs.
 
 `download.max_tokens` takes a prefix of the documents. No file is rewritten for it: the manifest says how many rows of the
-last file belong to the corpus, and the files after it are neither fetched nor listed. How many files that takes shows when
-the first one is here, so they come in waves, each of files that are needed for certain.
+last file belong to the corpus, and later files are neither downloaded nor listed. The number of files that this needs is
+known only after the first one. So files are downloaded in waves, and each wave has only files that are certainly needed.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelib.corpus.hub_lists import HubFile, list_files
 from pipelib.corpus.hub_store import HubStore, open_store
-from pipelib.corpus.hub_transfer import PATIENT, HubRepo, Retry
+from pipelib.corpus.hub_transfer import DEFAULT_RETRY, HubRepo, Retry
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.raw import RawFile, Source, Written
 from pipelib.files import link_or_copy
@@ -26,12 +26,12 @@ from pipelib.files import link_or_copy
 if TYPE_CHECKING:
     import pyarrow as pa
 
-DENSER = 1.05
-"""How many times the tokens per byte that were measured a file may have; a wave counts on it, so as not to fetch too much."""
+DENSITY_MARGIN = 1.05
+"""A file may have this many times the tokens per byte measured so far. A wave assumes so, so as not to download too much."""
 
 
 def source(params: DownloadParams) -> Source:
-    """The source that the parameters choose."""
+    """Return this source, with its parameters."""
     return HubSource(params.repo, params.revision, params.folder, params.max_tokens)
 
 
@@ -43,13 +43,13 @@ class HubSource:
     revision: str
     folder: str
     max_tokens: int | None = None
-    retry: Retry = PATIENT
+    retry: Retry = DEFAULT_RETRY
 
     def identity(self) -> dict[str, Any]:
-        """The repository, the commit, and every file of the folder; the hub is asked once, and its answer is kept.
+        """Return the repository, the commit, and every file of the folder. The hub is asked once; its answer is stored.
 
         Raises:
-            UserError: the hub refuses, has no such revision or folder, or stays unreachable; or no file is parquet.
+            UserError: the hub refuses, is unreachable, or has no such revision or folder; or no file is parquet.
         """
         identity = {
             "kind": "hub",
@@ -60,11 +60,11 @@ class HubSource:
         }
         return identity if self.max_tokens is None else {**identity, "max_tokens": self.max_tokens}
 
-    def write(self, folder: Path, work: Path) -> Written:  # noqa: ARG002  (the store outlives it)
-        """Link every file, fetched or stored and in either case verified, into `folder`, unchanged.
+    def write(self, folder: Path, work: Path) -> Written:  # noqa: ARG002  (unfinished downloads are in the store)
+        """Download the files that the store lacks, and link all of them, verified and unchanged, into `folder`.
 
         Raises:
-            UserError: a file cannot be had or has no column of text, or the disk is too small.
+            UserError: a file cannot be downloaded or has no column of text, or the disk is too small.
         """
         with open_store(self._repo, self.retry) as store:
             self._require_text(store)
@@ -82,13 +82,13 @@ class HubSource:
         return list_files(self._repo, self.folder, ".parquet", self.retry)
 
     def _require_text(self, store: HubStore) -> None:
-        """Refuse a dataset without a column of text before its files come: the end of the first file tells."""
+        """Refuse a dataset without a column of text before its files are downloaded. The end of the first file tells."""
         from pipelib.corpus.parquet import open_parquet, require_text
 
         first = self._files[0]
         footer = store.footer(first)
         schema = None if footer is None else _schema(footer)
-        if schema is None:  # a server that gives no parts of files
+        if schema is None:  # for example, the server cannot send a part of a file: download it whole
             (path,) = store.fetch([first])
             open_parquet(path).close()
             return
@@ -100,12 +100,13 @@ class HubSource:
         )
 
     def _write_prefix(self, store: HubStore, folder: Path, max_tokens: int) -> Written:
-        """Link files until their documents have `max_tokens` tokens, wave by wave."""
+        """Download and link files, wave by wave, until their documents have `max_tokens` tokens."""
         from pipelib.corpus.parquet import first_rows
 
         written: list[RawFile] = []
         tokens = 0
         while tokens < max_tokens and len(written) < len(self._files):
+            # Estimate from the files so far how many more are needed, then count their tokens.
             size = sum(file.bytes for file in written)
             wave = _needed(self._files[len(written) :], max_tokens - tokens, tokens / size if size else 0.0)
             for file, path in zip(wave, store.fetch(wave), strict=True):
@@ -118,7 +119,7 @@ class HubSource:
 
 
 def _schema(footer: bytes) -> "pa.Schema | None":
-    """The columns of a parquet file, by its metadata; None where that cannot be read."""
+    """Return the schema of a parquet file from its metadata; None if that cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -130,7 +131,7 @@ def _schema(footer: bytes) -> "pa.Schema | None":
 
 
 def _link(file: HubFile, path: Path, folder: Path) -> RawFile:
-    """Put a verified file into `folder`, and describe it."""
+    """Link a verified file into `folder`, and return its entry for the manifest."""
     from pipelib.corpus.parquet import describe_file
 
     link_or_copy(path, folder / path.name)
@@ -138,15 +139,15 @@ def _link(file: HubFile, path: Path, folder: Path) -> RawFile:
 
 
 def _needed(files: Sequence[HubFile], tokens: int, density: float) -> Sequence[HubFile]:
-    """The files at the start of `files` without which there are not `tokens` tokens, even if they are dense; at least one.
+    """Return the first files, at least one, that are certainly needed for `tokens` tokens, even if they are dense.
 
     Args:
-        density: tokens per byte that were measured; 0 where nothing was, so that one file shows it.
+        density: the tokens per byte measured so far; 0 if unknown, and then one file is returned to measure it.
     """
     if not density:
         return files[:1]
     count, size = 1, files[0].bytes
-    while count < len(files) and DENSER * density * size < tokens:
+    while count < len(files) and DENSITY_MARGIN * density * size < tokens:
         size += files[count].bytes
         count += 1
     return files[:count]

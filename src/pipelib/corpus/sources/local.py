@@ -1,13 +1,13 @@
 """The user's own text: parquet, jsonl, jsonl.gz, jsonl.zst and txt files of one folder, or one such file.
 
-Files are taken in the order of their paths. What becomes a document:
+Files are read in the order of their paths. These become documents:
 
-- parquet, jsonl: each row, its text in the column `text`; FineWeb-Edu's other columns are kept, unknown ones are not.
-- txt: the whole file; one of more than 100,000 characters is cut at the next empty line after each 100,000.
+- parquet, jsonl: each row, with its text in the column `text`. FineWeb-Edu's other columns are kept, unknown ones are not.
+- txt: the whole file. A file of more than 100,000 characters is cut at the next empty line after each 100,000.
 
 A text that is null or only white space is left out and counted. A text that is missing, not a string or not Unicode is
-an error that names the file and the row: a corpus that silently lost rows would be a different one. A value of an optional
-column that does not fit it becomes null and is counted.
+an error that names the file and the row, because rows must not get lost silently. A value that does not fit its optional
+column becomes null and is counted.
 
 Nothing here makes a request. `make bench-import` times it.
 """
@@ -34,18 +34,18 @@ _SEPARATOR = "<|endoftext|>"
 
 @dataclass
 class _Tally:
-    """What was found that is not in the documents as it was in the files."""
+    """Counts of what differs between the files and the documents made from them."""
 
     empty: int = 0
     """Texts that are null or only white space."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Values of optional columns that do not fit, by column."""
+    """Values that do not fit their optional column, by column."""
     separators: int = 0
-    """How often texts spell `<|endoftext|>`."""
+    """How often `<|endoftext|>` occurs in texts."""
     with_separator: int = 0
-    """In how many texts."""
+    """How many texts contain it."""
     first: dict[str, str] = field(default_factory=dict)
-    """By column, or `<|endoftext|>`: the file and row where it was met first."""
+    """By column, or `<|endoftext|>`: the file and row of the first occurrence."""
 
     def drop(self, column: str, where: str) -> None:
         """Count a value that its column cannot hold."""
@@ -53,13 +53,13 @@ class _Tally:
         self.first.setdefault(column, where)
 
     def separate(self, count: int, where: str) -> None:
-        """Count what a text spells `<|endoftext|>`."""
+        """Count the occurrences of `<|endoftext|>` in a text."""
         self.separators += count
         self.with_separator += 1
         self.first.setdefault(_SEPARATOR, where)
 
     def counts(self) -> dict[str, int]:
-        """For the metrics."""
+        """Return the counts for the metrics."""
         return {
             "empty_dropped": self.empty,
             "values_dropped": self.dropped.total(),
@@ -67,7 +67,7 @@ class _Tally:
         }
 
     def report(self) -> None:
-        """Say what the user should know."""
+        """Print what the user should know."""
         from pipelib.corpus.parquet import SCHEMA
 
         for column, count in self.dropped.items():
@@ -78,19 +78,19 @@ class _Tally:
         if self.separators:
             tell(
                 f"local: texts contain {_SEPARATOR} (occurrences: {self.separators:,}, documents: {self.with_separator:,}, "
-                f"first in {self.first[_SEPARATOR]}). It is taken as text and separates nothing: if it stands between "
-                "documents, split them first (docs/how-to/own-data.md says how)"
+                f"first in {self.first[_SEPARATOR]}). It is treated as ordinary text and separates nothing: if it stands "
+                "between documents, split them first (docs/how-to/own-data.md says how)"
             )
 
 
 def source(params: DownloadParams) -> Source:
-    """The source that the parameters choose."""
+    """Return this source, with its parameters."""
     return LocalSource(Path(params.path), params.pattern, params.max_tokens)
 
 
 @dataclass(frozen=True)
 class LocalSource:
-    """The files under a folder that match a glob and are of a kind that can be read; hidden ones are ignored."""
+    """The files under a folder that match a glob, are of a readable kind and are not hidden."""
 
     path: Path
     """A folder, or a single file."""
@@ -98,10 +98,10 @@ class LocalSource:
     max_tokens: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        """The name (inside the folder), size and SHA-256 of every file, and where the corpus ends if not with them.
+        """Return the name (inside the folder), size and SHA-256 of every file, and `max_tokens` if it is set.
 
         Raises:
-            UserError: there is no folder or no file, or something in it that cannot be read.
+            UserError: there is no folder or no file, or something in the folder cannot be read.
         """
         identity = {"kind": "local", "files": self._described}
         return identity if self.max_tokens is None else {**identity, "max_tokens": self.max_tokens}
@@ -122,7 +122,7 @@ class LocalSource:
         """Read every file and write its documents.
 
         Raises:
-            UserError: a file or a row that cannot be used, by name and number.
+            UserError: a file or row cannot be used; the message names the file and the row.
         """
         from pipelib.corpus.local_formats import read_rows
         from pipelib.corpus.parquet import write_raw
@@ -131,7 +131,7 @@ class LocalSource:
         if files.ignored:
             more = f" and {len(files.ignored) - 5} more" if len(files.ignored) > 5 else ""
             shown = ", ".join(files.ignored[:5])
-            tell(f"local: these files are of a kind that is not read: {shown}{more}")
+            tell(f"local: these files are ignored, because their kind cannot be read: {shown}{more}")
         progress = Progress("local: reading files", None, "documents")
 
         def documents() -> Iterator[Document]:
@@ -142,6 +142,7 @@ class LocalSource:
                         progress.add(1)
                         yield document
 
+        # `documents` is lazy, so only one row group is in memory at a time.
         counts: dict[str, int] = {}
         written = write_raw(first_documents(documents(), self.max_tokens, counts), folder)
         progress.close()
@@ -153,7 +154,7 @@ class LocalSource:
 
 
 def _document(row: "Row", name: str, number: int, tally: _Tally) -> Document | None:
-    """A row as a document; None where its text is null or only white space."""
+    """Make a document from a row; None if its text is null or only white space."""
     where = f"{name}, row {number}"
     if "text" not in row:
         raise UserError(
@@ -166,6 +167,7 @@ def _document(row: "Row", name: str, number: int, tally: _Tally) -> Document | N
         return None
     if _SEPARATOR in text:
         tally.separate(text.count(_SEPARATOR), where)
+    # The file's name and the row are the defaults; the file's own columns replace them.
     values: dict[str, Any] = {"id": f"{name}:{number}", "file_path": name}
     for column, value in row.items():
         if column in _OPTIONAL and value is not None:
@@ -178,10 +180,10 @@ def _document(row: "Row", name: str, number: int, tally: _Tally) -> Document | N
 
 
 def _text(value: object, where: str) -> str:
-    """A row's text; empty where it is null.
+    """Return a row's text; empty if it is null.
 
     Raises:
-        UserError: it cannot be tokenized.
+        UserError: the text cannot be tokenized.
     """
     if value is None:
         return ""
@@ -201,7 +203,7 @@ def _as_text(value: object) -> object:
 
 
 def _as_float(value: object) -> object:
-    """A whole number becomes the nearest float, as JSON's decimal numbers do."""
+    """Convert an int to the nearest float, as JSON's decimal numbers are converted."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -216,7 +218,7 @@ def _as_int(value: object) -> object:
 
 
 def _as_count(value: object) -> object:
-    """As `_as_int`; a negative number of tokens is not known."""
+    """Like `_as_int`, but a negative number of tokens counts as unknown."""
     return _as_int(value) if not isinstance(value, int) or value >= 0 else None
 
 
@@ -231,4 +233,4 @@ _OPTIONAL: dict[str, Callable[[object], object]] = {
     "score": _as_float,
     "int_score": _as_int,
 }
-"""The optional columns, and what each keeps of a value: None where it cannot hold it."""
+"""The optional columns, each with the function that converts a value; it returns None if the value does not fit."""

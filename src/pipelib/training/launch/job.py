@@ -6,10 +6,10 @@ Under torchrun, ranks read their job from `work/job.json` and not from params.ya
 import signal
 import sys
 
-from pipelib.processes import die_of_signals, outlive_terminal, tie_to_parent
+from pipelib.processes import die_on_signals, die_with_parent, outlive_terminal
 
 if __name__ == "__main__":
-    die_of_signals()  # importing torch takes seconds
+    die_on_signals()  # importing torch takes seconds
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,7 +134,7 @@ def _run_of(job: Job, world: World) -> Run:
 
 def _rank_main(work: Path) -> None:
     """A rank under torchrun."""
-    tie_to_parent(signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     outlive_terminal()
     try:
         with join_world() as world:

@@ -12,7 +12,7 @@ from pipelib.files import files_under, read_json, remove, require_free_space, sh
 from pipelib.model.params import InitialisedModelParams
 from pipelib.processes import on_first_signal
 from pipelib.stage import Build
-from pipelib.tokens.shards import read_manifest, require_sound
+from pipelib.tokens.shards import read_manifest, verify_shards
 from pipelib.training.batches import check_plan
 from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
 from pipelib.training.inputs import InitialWeights, require_weights
@@ -49,7 +49,7 @@ def launch(
         tell(f"train: {note}", error=True)
     machines = find_machines()
     check_plan(train, manifest, machines.world_size)
-    require_sound(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
+    verify_shards(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
     needed = checkpoint_bytes(Footprint(model, manifest.tokenizer.size, train), cadence.checkpoint_every)
     have = sum(path.stat().st_size for path in files_under(build.work / CHECKPOINTS))  # of a training that resumes
     require_free_space(build.work, needed - have, "training, with its checkpoints,")

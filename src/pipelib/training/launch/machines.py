@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pipelib.errors import UserError, tell
-from pipelib.processes import natural_setting, positive_setting
+from pipelib.processes import natural_int_from_env, positive_int_from_env
 
 SHOWS_UP_SECONDS = 90
 """How long a file that another machine wrote may take to be seen here, over a network file system that caches."""
@@ -70,14 +70,14 @@ def find_machines() -> Machines:
     Raises:
         UserError: a setting is none, one is missing, or more ranks are asked for than there are GPUs.
     """
-    count, endpoint = positive_setting("PIPELIB_NNODES") or 1, os.environ.get("PIPELIB_RDZV_ENDPOINT", "")
+    count, endpoint = positive_int_from_env("PIPELIB_NNODES") or 1, os.environ.get("PIPELIB_RDZV_ENDPOINT", "")
     host, _, port = endpoint.rpartition(":")
     if count > 1 and not (host and port.isdecimal()):
         raise UserError(
             f"PIPELIB_NNODES={count} machines need a place to meet, and PIPELIB_RDZV_ENDPOINT={endpoint or '(not set)'} is "
             "none; give HOST:PORT of the first machine, the same on all, for example PIPELIB_RDZV_ENDPOINT=node01:29500."
         )
-    return Machines(count, endpoint if count > 1 else "", process_count(), natural_setting("PIPELIB_MAX_RESTARTS"))
+    return Machines(count, endpoint if count > 1 else "", process_count(), natural_int_from_env("PIPELIB_MAX_RESTARTS"))
 
 
 def process_count() -> int:
@@ -87,7 +87,7 @@ def process_count() -> int:
         UserError: `PIPELIB_NPROC` is no number, or asks for more ranks than there are GPUs.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wish = positive_setting("PIPELIB_NPROC")
+    wish = positive_int_from_env("PIPELIB_NPROC")
     if wish is not None and gpus and wish > gpus:
         raise UserError(
             f"PIPELIB_NPROC={wish} is more than the {gpus} GPU(s) here, and ranks cannot share one; lower it, or unset it."

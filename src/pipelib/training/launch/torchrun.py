@@ -16,7 +16,7 @@ from pipelib.errors import UserError
 def start_torchrun(arguments: Sequence[str]) -> Future[int]:
     """Run torchrun with these arguments; the future has 0, or the exit status of a rank that failed, once all have ended.
 
-    The ranks are to be tied to this process (`tie_to_parent`), by which they end with it, however it does.
+    The ranks are to be tied to this process (`die_with_parent`), by which they end with it, however it does.
 
     Raises:
         UserError: through the future: the machines did not find each other.
