@@ -31,7 +31,7 @@ from pipelib.evaluation.evaluate import evaluate
 from pipelib.evaluation.inputs import evaluation_inputs, require_data
 from pipelib.evaluation.items import read_items_file
 from pipelib.evaluation.params import EvaluateParams
-from pipelib.evaluation.published import FIGURES, PARAMETERS, published_beside
+from pipelib.evaluation.published import FIGURES, model_sizes, published_beside
 from pipelib.evaluation.report import Subject, write_report
 from pipelib.files import files_under, sha256_file, write_json
 from pipelib.model.families.gpt2 import GPT2
@@ -154,7 +154,7 @@ def test_a_curve_of_hellaswag_is_drawn(trained: Path, tmp_path: Path) -> None:
 
 def test_published_figures_stand_beside_models_of_their_size_and_text() -> None:
     edu = {"kind": "hub", "repo": "HuggingFaceFW/fineweb-edu"}
-    assert all(figure.source and figure.model in PARAMETERS for figure in FIGURES)
+    assert all(figure.source and figure.model in model_sizes() for figure in FIGURES)
     assert [figure.value for figure in published_beside("val_loss", 124_000_000, edu)] == [3.2924]
     assert published_beside("val_loss", 124_000_000, {"kind": "docs"}) == []
     assert published_beside("completion.acc_norm", 124_000_000, edu) == []

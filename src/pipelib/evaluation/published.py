@@ -62,12 +62,12 @@ def published_beside(measure: str, parameters: int, source: Mapping[str, object]
     if measure == "val_loss" and source.get("repo") != FINEWEB_EDU:
         return []
     figures = [figure for figure in FIGURES if figure.measure == measure]
-    near = [figure for figure in figures if 0.5 <= _parameters()[figure.model] / parameters <= 2]
+    near = [figure for figure in figures if 0.5 <= model_sizes()[figure.model] / parameters <= 2]
     return near or [figure for figure in figures if figure.model == "GPT-2 124M"]
 
 
 @cache
-def _parameters() -> Mapping[str, float]:
+def model_sizes() -> Mapping[str, float]:
     """The number of parameters of each model that has a figure."""
     gpt2 = {
         model.title: published_params(name).parameters(GPT2_TOKENIZER.size) for name, model in PUBLISHED_MODELS.items()
