@@ -290,7 +290,7 @@ def test_another_tokenizer_is_refused_though_it_has_as_many_tokens(model: GPT2, 
     assert same(import_model(tmp_path / "good", GPT2_TOKENIZER), model)
     export_model(model, GPT2_TOKENIZER, tmp_path / "other", {})
     write_tokenizer(tmp_path / "other", name, {"Ġthe": 11, ",": 262})
-    refused(tmp_path / "other", f"{name} is not GPT-2's vocabulary (2 of 50,257 tokens differ, ',' for one)")
+    refused(tmp_path / "other", f"{name} is not GPT-2's vocabulary (2 of 50,257 tokens differ, for example ',')")
 
 
 @pytest.mark.parametrize("where", ["vocab.json", "added_tokens.json", "tokenizer.json"])
@@ -391,7 +391,7 @@ def test_an_index_that_says_nothing_is_refused(folder: Path, content: str) -> No
             "`python docs/how-to/nanogpt_checkpoint.py there/ckpt.pt there-converted` converts it to a folder",
         ),
         (["model-00001-of-00002.safetensors"], "their index is missing: get model.safetensors.index.json"),
-        (["model.fp16.safetensors"], "name model.fp16.safetensors model.safetensors"),
+        (["model.fp16.safetensors"], "rename model.fp16.safetensors to model.safetensors"),
         (["consolidated.00.pth"], "consolidated.00.pth was written by torch.save"),
         (["training_args.bin"], "training_args.bin is not a file that transformers writes"),
         (["gpt2.Q4_K_M.gguf"], "gpt2.Q4_K_M.gguf is llama.cpp's format"),

@@ -886,7 +886,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_is_in_no_checkpoint(
     rows = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[1].rows(12)
     assert str(caught.value).startswith("step 13 has loss nan on rank 0 and gradient norm nan at learning rate 0.008")
     assert f"its batch was rows {', '.join(map(str, rows))} on rank 0. The last checkpoint is " in str(caught.value)
-    assert f"{folder / 'work/checkpoints/step_00000010'}, from before it" in str(caught.value)
+    assert f"{folder / 'work/checkpoints/step_00000010'}, from before this step" in str(caught.value)
     saved = sorted((folder / "work/checkpoints").glob("step_*"))
     assert [path.name for path in saved] == ["step_00000005", "step_00000010"]
     assert next(calls) == 2 * (15 if runs_ahead else 13) + 1  # seen before the next checkpoint, at the latest
@@ -956,7 +956,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"PIPELIB_NNODES": "2"}, r"PIPELIB_NNODES=2 machines need a place to meet, .*=\(not set\) is none"),
+        ({"PIPELIB_NNODES": "2"}, r"PIPELIB_NNODES=2 machines need a place to meet, .*=\(not set\) is not HOST:PORT"),
         (
             {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": "node01"},
             r"ENDPOINT=node01 is not HOST:PORT; give the first machine's",

@@ -80,6 +80,7 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(to_markdown(blocks))
+    # Replace the paths of pictures by their bytes, so that the file can be sent around on its own.
     for picture in (block for block in blocks if isinstance(block, Picture)):
         data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
         body = body.replace(f'src="{html.escape(picture.path.name)}"', f'src="data:image/png;base64,{data}"')

@@ -41,6 +41,7 @@ class Accuracy:
         if value in (0.0, 1.0):
             width = 1.96**2 / (clusters + 1.96**2)
             return cls(value, value * (1 - width), value + (1 - value) * width, len(correct))
+        # Sum the residuals of each document before squaring, so that correlated errors add up.
         residuals: dict[int, float] = {}
         for right, document in zip(correct, documents, strict=True):
             residuals[document] = residuals.get(document, 0.0) + right - value
@@ -94,7 +95,7 @@ def score(
 
 def score_unigram(counts: npt.NDArray[np.int64], items: Sequence[Item]) -> Scores:
     """Score a unigram model, which knows only how often each token occurs in training, with one added to every count."""
-    losses = -np.log((counts + 1) / (counts + 1).sum())
+    losses = -np.log((counts + 1) / (counts + 1).sum())  # one added, so that a token never seen has a finite loss
     sums = np.array([[losses[list(ending)].sum() for ending in item.endings] for item in items])
     lengths = np.array([[len(ending) for ending in item.endings] for item in items])
     return Scores(sums, sums / lengths, items)

@@ -70,6 +70,7 @@ def write_items(path: Path, scores: Mapping[str, ItemScores]) -> None:
         assert {len(array) for array in named.values()} == {len(items.ids)}, f"{prefix}: not one number an item"
         arrays |= {f"{prefix}/{name}": array for name, array in named.items()}
     with write_atomic(path) as file:
+        # Sorted, so that equal results give equal bytes.
         np.savez_compressed(file, allow_pickle=False, **{name: arrays[name] for name in sorted(arrays)})
 
 

@@ -118,6 +118,7 @@ def measure_loss(name: str, model: Decoder, params: EvaluateParams, data: Data) 
         for inputs, targets in validation_batches(shard, length, rows, None):
             whole = np.concatenate([inputs, targets[:, -1:]], axis=1).astype("<u2")
             contents.extend(row.tobytes() for row in whole)
+            # Count the end tokens in reading order: the count at a row's first position is its document's number.
             starts = started + np.cumsum(inputs == end).reshape(inputs.shape)
             documents.extend(starts[:, 0].tolist())
             started = int(starts[-1, -1])

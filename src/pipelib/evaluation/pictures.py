@@ -78,7 +78,7 @@ def _axes(path: Path, y_label: str, x_label: str = "tokens trained on", height: 
     """Axes that are saved as a picture in `path` at the end of the block."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # needs no display
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, height), dpi=120)

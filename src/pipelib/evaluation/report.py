@@ -117,6 +117,7 @@ def rows_of(subject: Subject) -> Iterator[Sequence[str]]:
                 yield _accuracy(measure, "unigram model", subject.result[benchmark]["unigram"][metric])
             yield from _published(measure, measure, subject)
     for task, scores in subject.result.get("lm_eval", {}).items():
+        # Only metrics have a standard error; `version`, `examples` and `limit` do not.
         for metric in (name.removesuffix("_stderr") for name in scores if name.endswith("_stderr")):
             measure = f"lm_eval.{task}.{metric}"
             for model, result in results.items():

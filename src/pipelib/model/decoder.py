@@ -113,6 +113,7 @@ class Decoder(nn.Module, ABC):
         Matrices are normal with standard deviation `initial_std`, biases are zero, and norms are the identity. The loss then
         starts near ln(vocab_size): 10.82 for GPT-2's 50,257 tokens.
         """
+        # Numbers are drawn on the CPU, in the order of the parameters: no device or rank changes them.
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -172,6 +173,7 @@ class Decoder(nn.Module, ABC):
         """Why a derived tensor does not follow from the others, and the remedy; empty if it does."""
         if name != HEAD:
             return ""
+        # A file may hold the tied head as a second tensor. It must equal the embedding, except for padding rows.
         embedding = self.get_parameter(self.embedding_names[0])[: self.vocab_size]
         same = tensor.shape[1:] == embedding.shape[1:] and len(tensor) >= self.vocab_size
         if same and torch.equal(tensor[: self.vocab_size].to(embedding.dtype), embedding):

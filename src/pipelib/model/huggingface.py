@@ -65,7 +65,7 @@ def to_huggingface(model: Decoder) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().to("cpu", torch.float32)
         if name in model.embedding_names:
-            tensor = tensor[: model.vocab_size]
+            tensor = tensor[: model.vocab_size]  # transformers expects exactly vocab_size rows
         elif name.endswith(model.transposed_names):
             tensor = tensor.t()
         renamed[model.name_prefix + name] = tensor.contiguous()

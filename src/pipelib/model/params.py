@@ -100,6 +100,7 @@ class InitialisedModelParams(ModelParams):
 
     def difference(self, found: ModelParams) -> str:
         """How weights with the parameters `found` differ from this section, and what to write; empty if they fit."""
+        # `found` has no `init_from`, so only the parameters of the shape are compared.
         theirs, ours = asdict(found), asdict(self)
         names = [name for name in theirs if theirs[name] != ours.get(name)]
         if not names:

@@ -49,7 +49,7 @@ def require_same_tokens(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
                 f"for example {differing[0]!r}), so the model would mistake the data's tokens for others; use a model with "
                 f"{tokenizer.title}'s tokenizer."
             )
-        named |= {number: token for token, number in vocabulary.items() if type(number) is int}
+        named |= {number: token for token, number in vocabulary.items() if type(number) is int}  # not True, which is 1
     named |= dict(_added(folder))
     extra = sorted((number, token) for number, token in named.items() if tokenizer.size <= number < rows)
     if extra:

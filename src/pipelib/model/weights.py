@@ -53,7 +53,7 @@ class Weights:
             Entry(path, name, tuple(part.get_shape()), str(part.get_dtype()))
             for path, file in files.items()
             for name in file.keys()  # noqa: SIM118 (not a mapping)
-            for part in [file.get_slice(name)]
+            for part in [file.get_slice(name)]  # reads the header only
         )
 
     def read(self, entry: Entry) -> "Tensor":
@@ -126,6 +126,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path} has no weight_map, so the files of the weights are unknown; {restore(folder)}.")
     for file in found.values():
+        # A name with a path could point out of the folder.
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
             raise UserError(
                 f"{path} names {file!r}, which is not a .safetensors file beside it, so it was not read; {restore(folder)}."
@@ -135,6 +136,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _check_index(folder: Path, weights: Weights) -> None:
     """Refuse files whose tensors differ from their index."""
+    # In both directions: a tensor in a file that the index does not name counts too.
     listed = set(_weight_map(folder).items())
     found = {(entry.name, entry.file.name) for entry in weights.entries}
     if differing := sorted(listed ^ found):

@@ -99,7 +99,7 @@ class Guards:
         return (
             f"step {step} has {', '.join(found) or 'a finite loss'} and gradient norm {norm} at learning rate "
             f"{learning_rate:g}, so its update was skipped and training stopped; its batch was {', '.join(rows)}. "
-            f"{f'The last checkpoint, {last}, is from before this step' if last else 'There is no checkpoint yet'}. Lower "
+            f"{f'The last checkpoint is {last}, from before this step' if last else 'There is no checkpoint yet'}. Lower "
             "train.max_lr or train.grad_clip_norm, or look at the text of these rows."
         )
 

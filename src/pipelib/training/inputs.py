@@ -62,7 +62,7 @@ def require_weights(model: InitialisedModelParams, tokenizer: Tokenizer) -> str:
     """
     if model.init_from == "scratch":
         return ""
-    from pipelib.model.huggingface import find_model
+    from pipelib.model.huggingface import find_model  # here, since it imports torch
 
     try:
         found = find_model(_folder_of(model), tokenizer)

@@ -86,6 +86,7 @@ class Footprint:
         """
         if device.type == "cuda":
             return free_memory(device)
+        # Only rank 0 holds the copy, but the ranks share one memory, so all must leave room for it.
         return max(0, free_memory(device) - self.checkpoint) // local_ranks
 
     def rows_that_fit(self, world_size: int, free: int, below: int = 0) -> int:
@@ -114,14 +115,14 @@ class Footprint:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error):  # torch raises RuntimeError for many other reasons
                 raise
             raise UserError(self._what_would_fit(world_size, free, error)) from None
 
     def _what_would_fit(self, world_size: int, free: int, error: MemoryError | RuntimeError) -> str:
         rows = 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_rows(world_size)
         need = format_bytes(self.memory(rows).total)
-        said = (str(error).splitlines() or [""])[0][:200]
+        said = (str(error).splitlines() or [""])[0][:200]  # torch appends advice about its allocator
         fit = self.rows_that_fit(world_size, free, below=rows)
         checkpointing = (
             "" if self.train.activation_checkpointing else "; train.activation_checkpointing: true needs less too"

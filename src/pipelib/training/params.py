@@ -94,7 +94,7 @@ class TrainParams:
 
     def problems(self) -> Iterator[str]:
         """Values that do not fit together."""
-        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size  # `auto` chooses a size that divides
         micro_batch_tokens = self.sequence_length * rows
         if self.global_batch_tokens % micro_batch_tokens:
             fits = max(1, round(self.global_batch_tokens / micro_batch_tokens)) * micro_batch_tokens
@@ -135,7 +135,7 @@ class TrainParams:
     @property
     def max_steps(self) -> int:
         """Optimizer steps in the run."""
-        return self.max_tokens // self.global_batch_tokens
+        return self.max_tokens // self.global_batch_tokens  # rounded down: never more tokens than `max_tokens`
 
     @property
     def max_batches(self) -> int:

@@ -62,6 +62,7 @@ class Throughput:
     def count(self, steps: int) -> None:
         """Count `steps` steps, which the device has finished too."""
         seconds = time.perf_counter() - self._mark
+        # The first steps of the process compile, so they are not part of the whole.
         if self.shown.steps or not self.shown.compiles:
             self.whole.add(steps, seconds, self._wait)
         self.shown.add(steps, seconds, self._wait)
@@ -79,5 +80,5 @@ class Throughput:
 
     def mfu(self, window: Window) -> float:
         """Model FLOP utilization: the share of the devices' peak that the model's operations reach."""
-        self.peak = self.peak or self._measure_peak()
+        self.peak = self.peak or self._measure_peak()  # measured once: the device does not change
         return self.rate(window) * self._flops / self.peak.flops

@@ -36,6 +36,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, layer: int = 0, attend: Attend = causal) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape  # noqa: N806
+        # One product for query, key and value: (B, T, 3C) -> (3, B, n_head, T, head_size).
         qkv: Tensor = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         attended = attend(layer, *qkv.unbind(0))  # (B, n_head, T, head_size)
         out: Tensor = self.c_proj(attended.transpose(1, 2).flatten(2))

@@ -46,6 +46,7 @@ class Machines:
         each = [f"--nproc-per-node={self.local_ranks}", f"--max-restarts={self.restarts}"]
         if self.count == 1:
             return ["--standalone", *each]
+        # Without `is_host`, torchrun guesses from host names which machine serves the rendezvous.
         meeting = [f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={run}", f"--rdzv-conf=is_host={int(first)}"]
         return [f"--nnodes={self.count}", "--rdzv-backend=c10d", *meeting, *each]
 
