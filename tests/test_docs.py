@@ -209,7 +209,7 @@ def test_messages_are_found_however_they_reach_the_user() -> None:
         assert said in text
 
 
-RETURNED = ("user_message", "_other_code", "_what_went_wrong", "advice")
+RETURNED = ("user_message", "_other_code", "_failure", "advice")
 """Functions whose texts others raise or print."""
 
 

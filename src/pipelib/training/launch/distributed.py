@@ -61,9 +61,9 @@ class World:
             warmup_backward(network, rows, sequence_length, precision, self.device)
             network.zero_grad(set_to_none=True)
 
-    def sync_when(self, condition: bool, model: nn.Module) -> AbstractContextManager[object]:
-        """Average gradients over ranks only if `condition`, for forward passes in this block and their backward passes."""
-        return model.no_sync() if isinstance(model, DistributedDataParallel) and not condition else nullcontext()
+    def sync_when(self, wanted: bool, model: nn.Module) -> AbstractContextManager[object]:
+        """Average gradients over ranks only if `wanted`, for forward passes in this block and their backward passes."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not wanted else nullcontext()
 
     def all_gather(self, value: Tensor) -> Tensor:
         """Give every rank the tensors of all ranks, one row each: (...) -> (world_size, ...)."""
