@@ -345,8 +345,8 @@ def test_an_interval_is_about_that_of_a_bootstrap_over_documents() -> None:
     ("low", "value", "high", "words"),
     [
         (0.24, 0.26, 0.28, "includes 0.25: nothing shows"),
-        (0.26, 0.28, 0.30, "lies above 0.25"),
-        (0.20, 0.22, 0.24, "lies below 0.25"),
+        (0.26, 0.28, 0.30, "is above 0.25"),
+        (0.20, 0.22, 0.24, "is below 0.25"),
     ],
 )
 def test_a_verdict_says_what_the_interval_says(low: float, value: float, high: float, words: str) -> None:

@@ -58,7 +58,7 @@ def test_an_item_has_its_own_number() -> None:
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive at all"])
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "items.npz").write_bytes(content)
-    with pytest.raises(UserError, match="is no file of item scores"):
+    with pytest.raises(UserError, match="is not a valid item-scores file"):
         read_scores(tmp_path / "items.npz")
 
 

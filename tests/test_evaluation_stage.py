@@ -245,7 +245,7 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     [
         (
             "gpt2-xl",
-            "gpt2-xl is not in data/models/manifest.json, so there are no weights of it; name it in download.models",
+            "gpt2-xl is not in data/models/manifest.json, so its weights are missing; name it in download.models",
         ),
         ("./nowhere", "evaluate.baselines: nowhere is not a folder with a model, so there are no weights to read"),
     ],
@@ -277,7 +277,7 @@ def test_weights_that_are_lost_are_an_error_and_no_score(trained: Path, tmp_path
         for parameter in model.parameters():
             parameter.fill_(1e30)  # finite, so that it can be loaded; its logits are not
     export_model(model, GPT2_TOKENIZER, folder / "models", {})
-    with pytest.raises(UserError, match="weights are lost"):
+    with pytest.raises(UserError, match="its weights are unusable"):
         run_evaluation(folder, tmp_path / "outs")
     assert files_under(tmp_path / "outs") == []
 

@@ -84,7 +84,7 @@ inputs, targets = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5, 20_000, 7, 30_
 objective = LongWords(model)
 losses = model.token_losses(inputs, targets)
 assert torch.allclose(objective(inputs, targets), losses[0, 1] + losses[0, 3])
-assert objective.weight(targets) == 2
+assert objective.target_count(targets) == 2
 """
     done = project.python("-c", program)
     assert done.returncode == 0, done.stderr

@@ -273,7 +273,7 @@ def test_ranks_are_started_again_after_one_was_killed(project: SmallProject) -> 
     assert training.wait_until(lambda: training.step() >= 12)
     kill(next(pid for pid, role in training.processes().items() if role == "rank"))
     assert training.end() == 0, training.output()
-    assert "training goes on after step " in training.output()
+    assert "training resumes after step " in training.output()
     assert not same(project.outs(), expected)
 
 
@@ -290,7 +290,7 @@ def test_two_machines_of_one_rank_train_as_one_of_two(project: SmallProject) -> 
     assert first.end() == 0, first.output() + second.output()
     assert second.end() == 0, second.output()
     assert "on each of 2 ranks" in first.output() + second.output()
-    assert "the first machine goes on from here" in second.output()
+    assert "this machine is done; the first machine finishes the stage" in second.output()
     assert not same(project.outs(), expected)
 
 
@@ -313,7 +313,7 @@ start_torchrun([*{meeting}, "--rdzv-conf=is_host=1,join_timeout=1", "-m", "nothi
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "UserError: the machines of this training did not find each other (RendezvousTimeoutError)" in done.stderr
-    assert "start those that are missing with python -m stages.train --join" in done.stderr
+    assert "start missing machines with python -m stages.train --join" in done.stderr
 
 
 # ---- Asked to stop ---------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_when_its_terminal_is_closed_it_saves_the_step_it_is_at(project: SmallPr
     assert step >= 12
     resumed = project.start(ranks)
     assert resumed.end() == 0, resumed.output()
-    assert f"training goes on after step {step}:" in resumed.output()
+    assert f"training resumes after step {step}:" in resumed.output()
     assert not same(project.outs(), expected)
 
 

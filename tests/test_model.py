@@ -415,12 +415,12 @@ def test_a_model_that_gives_no_numbers_is_refused(small: GPT2, value: float) -> 
     [
         ([], {}, "prompt is empty"),
         ([1], {"temperature": -1.0}, "is negative"),
-        ([1], {"temperature": math.nan}, "temperature nan is no finite number"),
+        ([1], {"temperature": math.nan}, "temperature nan is not a finite number"),
         ([1], {"top_k": 0}, "no token to draw"),
-        ([1], {"top_p": 0.0}, "top_p 0 is no share"),
-        ([1], {"top_p": 1.5}, "top_p 1.5 is no share"),
-        ([1], {"seed": -1}, "seed -1 does not fit"),
-        ([1], {"seed": 2**63}, "seed 9223372036854775808 does not fit"),
+        ([1], {"top_p": 0.0}, "top_p 0 is not a share"),
+        ([1], {"top_p": 1.5}, "top_p 1.5 is not a share"),
+        ([1], {"seed": -1}, "seed -1 is out of range"),
+        ([1], {"seed": 2**63}, "seed 9223372036854775808 is out of range"),
     ],
 )
 def test_what_means_nothing_is_refused(small: GPT2, prompt: list[int], options: Any, message: str) -> None:

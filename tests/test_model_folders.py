@@ -99,7 +99,7 @@ def test_a_head_is_compared_with_the_embedding(folder: Path, model: GPT2, tied: 
         found[HEAD][GPT2_TOKENIZER.size - 1, 3] += 1
 
     change_tensors(folder, differ_in_one_number)
-    refused(folder, "lm_head.weight is not the token embedding", "a head of its own", "whose head is tied")
+    refused(folder, "lm_head.weight is not the token embedding", "a separate head", "whose head is tied")
 
 
 def test_what_is_untied_and_has_no_head_is_refused(folder: Path) -> None:
@@ -167,7 +167,7 @@ def test_what_compile_and_ddp_put_before_a_name_is_dropped(
 
 def test_a_name_that_comes_twice_is_refused(folder: Path) -> None:
     change_tensors(folder, lambda found: {**found, "_orig_mod." + NORM: found[NORM] + 1})
-    refused(folder, "has transformer.ln_f.bias and _orig_mod.transformer.ln_f.bias", "unclear which of them counts")
+    refused(folder, "has transformer.ln_f.bias and _orig_mod.transformer.ln_f.bias", "unclear which of the two to use")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -210,7 +210,7 @@ def test_doubles_that_fp32_cannot_hold_are_refused(folder: Path) -> None:
                 name: tensor.T.contiguous() if tensor.dim() == 2 and ".h." in name else tensor
                 for name, tensor in found.items()
             },
-            "as nanoGPT has them: convert the checkpoint itself, see docs/how-to/initial-weights.md",
+            "have nanoGPT's layout: convert the checkpoint itself, see docs/how-to/initial-weights.md",
         ),
     ],
 )  # fmt: skip
@@ -290,7 +290,7 @@ def test_another_tokenizer_is_refused_though_it_has_as_many_tokens(model: GPT2, 
     assert same(import_model(tmp_path / "good", GPT2_TOKENIZER), model)
     export_model(model, GPT2_TOKENIZER, tmp_path / "other", {})
     write_tokenizer(tmp_path / "other", name, {"Ġthe": 11, ",": 262})
-    refused(tmp_path / "other", f"{name} is not GPT-2's vocabulary (2 of 50,257 tokens differ, ',' for one)")
+    refused(tmp_path / "other", f"{name} is not GPT-2's vocabulary (2 of 50,257 tokens differ, for example ',')")
 
 
 @pytest.mark.parametrize("where", ["vocab.json", "added_tokens.json", "tokenizer.json"])
@@ -385,11 +385,14 @@ def test_an_index_that_says_nothing_is_refused(folder: Path, content: str) -> No
     [
         (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter: merge it into its base model"),
         (["pytorch_model.bin", "config.json"], "from_pretrained(folder).save_pretrained(folder) for folder in"),
-        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"], "makes them of pytorch_model-*.bin"),
-        (["ckpt.pt"], "`python docs/how-to/nanogpt_checkpoint.py there/ckpt.pt there-converted` makes a folder of it"),
+        (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"], "makes them from pytorch_model-*.bin"),
+        (
+            ["ckpt.pt"],
+            "`python docs/how-to/nanogpt_checkpoint.py there/ckpt.pt there-converted` converts it to a folder",
+        ),
         (["model-00001-of-00002.safetensors"], "their index is missing: get model.safetensors.index.json"),
-        (["model.fp16.safetensors"], "name model.fp16.safetensors model.safetensors"),
-        (["consolidated.00.pth"], "consolidated.00.pth is a file of torch.save"),
+        (["model.fp16.safetensors"], "rename model.fp16.safetensors to model.safetensors"),
+        (["consolidated.00.pth"], "consolidated.00.pth was written by torch.save"),
         (["training_args.bin"], "training_args.bin is not a file that transformers writes"),
         (["gpt2.Q4_K_M.gguf"], "gpt2.Q4_K_M.gguf is llama.cpp's format"),
         (["flax_model.msgpack"], "Flax's format: get the model's PyTorch weights"),
@@ -421,13 +424,13 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (POINTER, "is a git-lfs pointer in place of the file; run `git lfs pull` in its folder"),
+        (POINTER, "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder"),
         (b"", "is empty, so there is nothing to read"),
-        (b"PK\x03\x04rest of a zip", "is a file of torch.save"),
+        (b"PK\x03\x04rest of a zip", "was written by torch.save, not by safetensors"),
         (b"\x80\x02}q\x00.", "is a pickle"),
         (b"GGUF\x03\x00\x00\x00", "is a GGUF file"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(90), "is a file of TensorFlow"),
-        (b"<!DOCTYPE html><html>", "is a web page and not the file itself; download the file again"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(90), "is a TensorFlow file, not a safetensors file"),
+        (b"<!DOCTYPE html><html>", "is a web page, not the file itself; download the file again"),
         (b"\xff" * 100, "is damaged (Error while deserializing header"),
         (b"\x08" + bytes(7) + b"{}      ", "it has 0 blocks"),
     ],
@@ -484,7 +487,7 @@ def test_a_name_that_is_not_a_folder_says_what_may_have_been_meant(
         "nowhere": "name a folder with a model, for example ./gpt2",
         "openai-community/gpt2": "write gpt2 and add it to download.models, or run `hf download openai-community/gpt2",
         "me/my.gpt-2": "run `hf download me/my.gpt-2 --local-dir ./my.gpt-2` and name ./my.gpt-2",
-        "~/gpt2": "~ and $NAME are not filled in here: write /home/me/gpt2",
+        "~/gpt2": "~ and $NAME are not expanded here: write /home/me/gpt2",
         "$WHERE/gpt2": "write /srv/gpt2",
         "./model.safetensors": "it is a file: name its folder, ./",
         "data/models/gpt2": "dvc repro download fetches it where download.models names it: [gpt2]",

@@ -314,13 +314,13 @@ def test_losses_and_norms_depend_neither_on_the_ranks_nor_on_the_micro_batches(f
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(4, 2, marks=pytest.mark.long)])
 def test_another_number_of_ranks_goes_on_and_says_what_is_not_exact(folder: Path, before: int, after: int) -> None:
-    assert "bit for bit" not in train_ranks(folder, before, max_tokens=1280)
+    assert "bit-identical" not in train_ranks(folder, before, max_tokens=1280)
     whole = table(folder)
     shutil.rmtree(folder / "checkpoints/step_00000020")
     said = train_ranks(folder, after, max_tokens=1280)
-    assert f"had {plural(before, 'rank')} and goes on with {after}: each step has the same batch" in said
-    assert "not bit for bit" in said
-    assert "training goes on after step 15" in said
+    assert f"had {plural(before, 'rank')} and resumes with {after}: each step has the same batch" in said
+    assert "not bit-identical" in said
+    assert "training resumes after step 15" in said
     resumed = table(folder)
     assert np.array_equal(resumed[:15], whole[:15])
     assert np.allclose(resumed, whole, rtol=1e-5, atol=0)
@@ -474,7 +474,7 @@ def test_going_on_without_determinism_on_a_gpu_is_said(folder: Path, capsys: pyt
     for step, world, words in ((0, gpu, 0), (5, ALONE, 0), (5, gpu, 1)):
         trainer.state.step, trainer.world = step, world
         trainer._announce()
-        assert capsys.readouterr().out.count("which train.deterministic: true would prevent") == words
+        assert capsys.readouterr().out.count("train.deterministic: true prevents it") == words
 
 
 def test_no_samples_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -660,7 +660,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "meta.json torn": (lambda folder: (folder / "meta.json").write_text('{"version"'), "has an unreadable meta.json"),
     "meta.json a list": (lambda folder: (folder / "meta.json").write_text("[]"), "has an unreadable meta.json"),
     "no hash": (change_meta(sha256=None), "is damaged"),
-    "no step": (change_meta(step="20"), "has a meta.json that does not say its step"),
+    "no step": (change_meta(step="20"), "has a meta.json without a step"),
     "other data's": (change_meta(data="other"), "belongs to another run, with another data"),
     "another model's": (change_meta(model={"n_layer": 9}), "belongs to another run, with another model"),
     "another version": (change_meta(version=99), "has format 99 and this code reads 2"),
@@ -886,7 +886,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_is_in_no_checkpoint(
     rows = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[1].rows(12)
     assert str(caught.value).startswith("step 13 has loss nan on rank 0 and gradient norm nan at learning rate 0.008")
     assert f"its batch was rows {', '.join(map(str, rows))} on rank 0. The last checkpoint is " in str(caught.value)
-    assert f"{folder / 'work/checkpoints/step_00000010'}, from before it" in str(caught.value)
+    assert f"{folder / 'work/checkpoints/step_00000010'}, from before this step" in str(caught.value)
     saved = sorted((folder / "work/checkpoints").glob("step_*"))
     assert [path.name for path in saved] == ["step_00000005", "step_00000010"]
     assert next(calls) == 2 * (15 if runs_ahead else 13) + 1  # seen before the next checkpoint, at the latest
@@ -956,8 +956,11 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"PIPELIB_NNODES": "2"}, r"PIPELIB_NNODES=2 machines need a place to meet, .*=\(not set\) is none"),
-        ({"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": "node01"}, r"ENDPOINT=node01 is none; give HOST:PORT"),
+        ({"PIPELIB_NNODES": "2"}, r"PIPELIB_NNODES=2 machines need a place to meet, .*=\(not set\) is not HOST:PORT"),
+        (
+            {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": "node01"},
+            r"ENDPOINT=node01 is not HOST:PORT; give the first machine's",
+        ),
         ({"PIPELIB_NNODES": "0"}, r"PIPELIB_NNODES=0 is not a whole number of at least 1"),
         ({"PIPELIB_MAX_RESTARTS": "-1"}, r"PIPELIB_MAX_RESTARTS=-1 is not a whole number of at least 0"),
     ],
@@ -972,7 +975,9 @@ def test_settings_of_machines_that_are_none_are_refused(
 
 
 def test_joining_a_training_on_one_machine_is_refused() -> None:
-    with pytest.raises(UserError, match="--join is for a training on several machines, and PIPELIB_NNODES does not"):
+    with pytest.raises(
+        UserError, match="--join is for a training on several machines, but PIPELIB_NNODES is not 2 or more"
+    ):
         join(lambda: pytest.fail("there is nothing to look for"))
 
 

@@ -104,7 +104,7 @@ class EvenTokens(Objective):
         losses = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")
         return (losses * (targets.flatten() % 2 == 0)).sum()
 
-    def weight(self, targets: Tensor) -> int:
+    def target_count(self, targets: Tensor) -> int:
         return int((targets % 2 == 0).sum())
 
 
@@ -167,7 +167,7 @@ def test_an_objective_counts_its_own_targets(rows: tuple[Tensor, Tensor]) -> Non
     model = build(model_params(), GPT2_TOKENIZER.size)
     model.initialise(1)
     objective, params = EvenTokens(model), train_params()
-    counts = [objective.weight(row) for row in targets]
+    counts = [objective.target_count(row) for row in targets]
     assert counts[1] == 0
     assert len(set(counts)) == 4
     losses = model.token_losses(inputs, targets)[targets % 2 == 0]

@@ -76,7 +76,7 @@ def test_the_result_is_that_of_a_training_without_the_batch(
 ) -> None:
     bad_batches(monkeypatch, folder, 8, by=by)
     model = train_small(folder, params(), checkpoint_every=5)
-    assert "leaves out batch 8 (1 of at most 2)" in capsys.readouterr().err
+    assert "skips batch 8 (rollback 1 of at most 2)" in capsys.readouterr().err
     rows = curve(folder)
     assert [row["step"] for row in rows] == [*range(1, 13)]
     assert max(row["loss"] for row in rows) < 11
@@ -163,7 +163,7 @@ def test_the_limit_is_the_mean_and_so_many_deviations() -> None:
 def test_what_it_may_leave_out_counts_as_data(folder: Path) -> None:
     manifest = read_manifest(folder / "tokens")  # 95 batches
     check_plan(params(max_tokens=64 * 93, max_epochs=1.0), manifest, 1)
-    with pytest.raises(UserError, match=r"with 2 batches more that train.spike may leave out, is 1.003 passes"):
+    with pytest.raises(UserError, match=r"with 2 more batches that train.spike may skip, is 1.003 passes"):
         check_plan(params(max_tokens=64 * 94, max_epochs=1.0), manifest, 1)
 
 

@@ -1,1 +1,1 @@
-"""What a trained model is worth: loss, completion benchmarks, the lm-eval harness, the report."""
+"""Evaluating a trained model: loss, completion benchmarks, the lm-eval harness, the report."""

@@ -1,11 +1,11 @@
-"""Baselines: models that ours is compared with, measured by the same code on the same data, once.
+"""Baselines: models that ours is compared with, measured once, by the same code on the same data.
 
-What was measured is kept in `STATE/baselines/KEY/`, where KEY stands for the weights, the data, the parameters and the code
-that measures. So another experiment, and another model of ours, finds it there, without the weights.
+Results are kept in `STATE/baselines/KEY/`, where KEY is a hash of the weights, the data, the parameters and the code that
+measures. So other experiments and other models of ours find them there, even without the baseline's weights.
 
-    lock          held while the baseline is measured here
-    result.json   what was measured, and the SHA-256 of items.npz; written last
-    items.npz     the same item by item
+    lock          held while the baseline is measured
+    result.json   the result, and the SHA-256 of items.npz; written last
+    items.npz     the scores of every item
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,31 +26,34 @@ from pipelib.workspace.places import MANIFEST, StatePlaces
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model to compare with, looked at but not loaded."""
+    """A model to compare with, checked but not loaded."""
 
     name: str
-    """As `evaluate.baselines` has it."""
+    """Its name in `evaluate.baselines`."""
     folder: Path
-    """A Hugging Face folder; of a published model it may be missing where its result is kept."""
+    """A Hugging Face folder. A published model's may be missing if its result is kept."""
     sha256: str
-    """Of its weights."""
+    """The hash of its weights."""
     params: ModelParams
-    """What its config.json says; the tensors do not tell how many heads there are."""
+    """From its config.json, since the tensors do not show the number of heads."""
 
     @property
     def identity(self) -> dict[str, object]:
-        """What decides its scores."""
+        """The part of the model that decides its scores."""
         return {"weights": self.sha256, "shape": self.params.decides()}
 
     def require_weights(self) -> None:
-        """Refuse weights that are not there or not those that were named.
+        """Refuse weights that are missing or have changed.
 
         Raises:
-            UserError: saying how to get them.
+            UserError: with how to get them.
         """
         if is_folder(self.name):
             if weights_sha256(self.folder) != self.sha256:
-                raise UserError(f"evaluate.baselines: {self.name} has changed since this run began; run it again.")
+                raise UserError(
+                    f"evaluate.baselines: {self.name} has changed since this run began, so its scores would belong to other "
+                    "weights; run it again."
+                )
             return
         path = self.folder / WEIGHTS
         if not (is_file(path) and is_file(self.folder / CONFIG)):
@@ -62,13 +65,13 @@ class Baseline:
 
 
 def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]:
-    """The models that `evaluate.baselines` names.
+    """Find the models that `evaluate.baselines` names.
 
     Args:
-        tokenizer: whose tokens they have to have.
+        tokenizer: the one whose tokens the models must have.
 
     Raises:
-        UserError: one is not there, or is not a model of ours.
+        UserError: a model is missing, or cannot be read.
     """
     found = []
     for name in names:
@@ -79,7 +82,7 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
             sha256 = published_sha256(name)
             if sha256 is None:
                 raise UserError(
-                    f"evaluate.baselines: {name} is not in {MODELS / MANIFEST}, so there are no weights of it; name it in "
+                    f"evaluate.baselines: {name} is not in {MODELS / MANIFEST}, so its weights are missing; name it in "
                     "download.models and run dvc repro."
                 )
             found.append(Baseline(name, MODELS / name, sha256, published_params(name)))
@@ -87,10 +90,10 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
 
 
 def require_baseline(name: str, tokenizer: Tokenizer) -> ModelParams:
-    """The parameters of a folder among `evaluate.baselines`.
+    """Check a folder that `evaluate.baselines` names, and return the model's parameters.
 
     Raises:
-        UserError: it is not there, or not a model of ours.
+        UserError: the model is missing, or cannot be read.
     """
     from pipelib.model.huggingface import find_model
 
@@ -101,20 +104,21 @@ def require_baseline(name: str, tokenizer: Tokenizer) -> ModelParams:
 
 
 def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: Callable[[], Measured]) -> Measured:
-    """What was measured of a baseline earlier with the same inputs, else what `measure` finds now, which is kept.
+    """Return the kept result of a baseline for the same inputs, or measure it now and keep the result.
 
     Args:
         decides: everything that decides the result besides the weights: parameters, hashes of data and code.
     """
     inputs: dict[str, Any] = {**baseline.identity, **decides}
     folder = StatePlaces.chosen().baselines / sha256_json(inputs)[:16]
-    with locked(folder / LOCK, wait=True):  # of two experiments at once, the second finds what the first measured
+    with locked(folder / LOCK, wait=True):  # a second experiment waits here, then finds the result of the first
         kept = _read(folder, inputs)
         if kept is not None:
             tell(f"evaluate: {baseline.name} was measured earlier on the same data")
             return kept
         baseline.require_weights()
         measured = measure()
+        # result.json is written last: it holds the hash of items.npz and marks the folder as complete.
         write_items(folder / "items.npz", measured.items)
         sha256 = sha256_file(folder / "items.npz")
         write_json(folder / "result.json", {"inputs": inputs, "items": sha256, "result": measured.result})
@@ -122,7 +126,7 @@ def measure_once(baseline: Baseline, decides: Mapping[str, object], measure: Cal
 
 
 def _read(folder: Path, inputs: Mapping[str, object]) -> Measured | None:
-    """What is kept, where it is whole."""
+    """Read a kept result; None if it is missing, damaged or of other inputs."""
     result, items = folder / "result.json", folder / "items.npz"
     if not (result.is_file() and items.is_file()):
         return None

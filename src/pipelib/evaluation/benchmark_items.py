@@ -1,4 +1,4 @@
-"""The items of a four-way benchmark, as its file in data/benchmarks has them."""
+"""Read the items of a four-way benchmark from its file in data/benchmarks."""
 
 import json
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ class Item:
     context: tuple[int, ...]
     endings: tuple[tuple[int, ...], ...]
     label: int
-    """The right ending's index."""
+    """The index of the right ending."""
     document: int
     """The text it was made from; items of one text are not independent."""
 
 
 def holds_items(path: Path) -> bool:
-    """Whether a benchmark was downloaded: HellaSwag's file is always there, with an empty line where nobody asked for it."""
+    """Whether a benchmark was downloaded. HellaSwag's file always exists; it has one empty line if it was not asked for."""
     return path.is_file() and path.stat().st_size > 1
 
 
 def read_items(path: Path, tokenizer: Tokenizer) -> list[Item]:
-    """The items of a JSON-lines file in HellaSwag's schema.
+    """Read the items of a JSON-lines file in HellaSwag's schema.
 
     Raises:
         UserError: with the line and what is wrong with it.
@@ -42,7 +42,7 @@ def read_items(path: Path, tokenizer: Tokenizer) -> list[Item]:
                 row = json.loads(line)
                 context, endings, label = row["ctx"], row["endings"], int(str(row["label"]))
                 if not isinstance(endings, list):
-                    raise TypeError("endings is no list")
+                    raise TypeError("endings is not a list")
                 document = row.get("document")
                 item = Item(
                     tuple(tokenizer.encode(context)) or (tokenizer.end_token_id,),
@@ -54,10 +54,10 @@ def read_items(path: Path, tokenizer: Tokenizer) -> list[Item]:
                 raise UserError(f"{path}, line {number} is not an item ({error!r}); {REPAIR}.") from None
             if len(endings) != ENDINGS or not all(map(str.strip, endings)) or label not in range(ENDINGS):
                 raise UserError(
-                    f"{path}, line {number} has {len(endings)} endings and the label {label}, where {ENDINGS} endings that are "
-                    f"not empty and a label from 0 to 3 are needed; {REPAIR}."
+                    f"{path}, line {number} has {len(endings)} endings and the label {label}, but an item needs {ENDINGS} "
+                    f"endings that are not empty and a label from 0 to 3; {REPAIR}."
                 )
             items.append(item)
     if not items:
-        raise UserError(f"{path} has no items, so there is no accuracy; {REPAIR}.")
+        raise UserError(f"{path} has no items, so no accuracy can be measured; {REPAIR}.")
     return items

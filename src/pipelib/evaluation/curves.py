@@ -1,14 +1,14 @@
-"""The curves of a training, read: CSV files of a row a step, which train writes into curves/."""
+"""Read the curves of a training: CSV files with one row per step, which train writes into curves/."""
 
 import csv
 from pathlib import Path
 
 OLD_NAMES = {("train.csv", "lr"): "learning_rate", ("validation.csv", "loss"): "val_loss"}
-"""What columns were called before, by file."""
+"""Today's names of columns that earlier versions named otherwise, by file and old name."""
 
 
 def read_curve(path: Path) -> dict[str, list[float]]:
-    """The columns of a curve by their names of today, (rows,) each; a curve in which nothing was written yet has empty ones."""
+    """Read the columns of a curve by their names, (rows,) each. The columns of a curve without rows are empty."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows = list(reader)

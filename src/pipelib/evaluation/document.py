@@ -1,4 +1,4 @@
-"""A document of headings, paragraphs, tables, pictures and texts, as Markdown and as one HTML file without a network."""
+"""A document of headings, paragraphs, tables, pictures and texts, as Markdown or as one self-contained HTML file."""
 
 import base64
 import html
@@ -20,14 +20,14 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A few sentences; `code` and **bold** as in Markdown."""
+    """A few sentences, with `code` and **bold** as in Markdown."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a header; cells as paragraphs."""
+    """A table with a header. Its cells are written like paragraphs."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -35,7 +35,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that lies beside the document."""
+    """A picture in the document's folder."""
 
     path: Path
     caption: str
@@ -43,7 +43,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Text:
-    """A text as it is."""
+    """A text that is shown unchanged."""
 
     text: str
 
@@ -52,7 +52,7 @@ Block = Heading | Paragraph | Table | Picture | Text
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-    """The document as Markdown; pictures are named relative to it."""
+    """Write the document as Markdown. Pictures have relative paths."""
     return "\n\n".join(map(_markdown, blocks)) + "\n"
 
 
@@ -69,15 +69,18 @@ def _markdown(block: Block) -> str:
             return f"![{caption}]({path.name})"
         case Text(text):
             runs = re.findall(r"`+", text)
-            fence = max(FENCE, *(f"{run}`" for run in runs), key=len) if runs else FENCE  # longer than any in the text
+            fence = (
+                max(FENCE, *(f"{run}`" for run in runs), key=len) if runs else FENCE
+            )  # longer than any fence in the text
             return f"{fence}text\n{text}\n{fence}"
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """The Markdown of the document as HTML that holds everything it shows, pictures included."""
+    """Write the document as HTML that contains its pictures."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(to_markdown(blocks))
+    # Replace the paths of pictures by their bytes, so that the file can be sent around on its own.
     for picture in (block for block in blocks if isinstance(block, Picture)):
         data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
         body = body.replace(f'src="{html.escape(picture.path.name)}"', f'src="data:image/png;base64,{data}"')

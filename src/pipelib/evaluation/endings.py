@@ -1,9 +1,9 @@
-"""How likely a model finds what may follow a text: the one way in which every benchmark here is scored.
+"""Score how likely a model finds the possible endings of a text. Every benchmark is scored this way.
 
-A question is a context and one or more endings. Its context is computed once: context and endings lie in one row, where
-each ending looks at the context and at itself alone, and takes the positions that follow the context's. The output layer sees
-what predicts a token of an ending and nothing else. For the first 1,000 items of HellaSwag's validation set that
-is 77 positions an item instead of 153, 53 of them with logits: 2.2 times fewer operations at 124M (docs/log.md has the time).
+A question is a context and one or more endings. Its context is computed once: the context and its endings share one row, where
+each ending attends only to the context and to itself, and takes the positions after the context's. The output layer runs only
+on the positions that predict a token of an ending. For the first 1,000 items of HellaSwag's validation set that is 77
+positions per item instead of 153, 53 of them with logits: 2.2 times fewer operations at 124M (docs/log.md has the time).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,37 +19,37 @@ from pipelib.model.attend import attention
 from pipelib.model.decoder import LOGIT_ROWS, Decoder
 from pipelib.model.device import autocast
 
-Tokens = Sequence[int]
-Question = tuple[Tokens, Sequence[Tokens]]
-"""A context of one token or more, and endings of one token or more."""
+TokenIds = Sequence[int]
+Question = tuple[TokenIds, Sequence[TokenIds]]
+"""A context and its endings, of one token or more each."""
 
 
 @dataclass(frozen=True)
 class EndingScore:
-    """What a model makes of an ending."""
+    """A model's score of an ending."""
 
     losses: npt.NDArray[np.float64]
-    """In nats, of every token."""
+    """The loss of every token in nats."""
     greedy: bool
-    """Whether the model finds no token likelier than each of these; False where nobody asked."""
+    """Whether greedy decoding would give this ending; False unless `with_greedy` is set."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A context and some of its endings, as they go through the network."""
+    """A row of the network's input: a context and some of its endings, or a piece of one ending."""
 
     question: int
     endings: Sequence[int]
-    """Which of the question's endings."""
-    context: Tokens
-    tokens: Sequence[Tokens]
-    """Of each ending."""
+    """The indices of its endings in the question."""
+    context: TokenIds
+    tokens: Sequence[TokenIds]
+    """The tokens of each of its endings."""
     first: int = 0
-    """Where in its ending a piece starts."""
+    """Where a piece starts in its ending."""
 
     @property
     def length(self) -> int:
-        """Positions; an ending's last token is predicted and predicts nothing."""
+        """Positions in the row. An ending's last token is predicted but predicts nothing, so it has none."""
         return len(self.context) + sum(len(tokens) - 1 for tokens in self.tokens)
 
 
@@ -62,21 +62,22 @@ def score_endings(
     *,
     with_greedy: bool = False,
 ) -> list[list[EndingScore]]:
-    """The scores of every ending of every question.
+    """Score every ending of every question.
 
-    A context that is too long for the model loses its start. An ending that is, is scored in pieces, each after the token
-    before it.
+    A context that is too long for the model loses its start. An ending that is too long is scored in pieces, each with only
+    the token before it as its context.
 
     Args:
-        batch_tokens: positions of one forward pass, padding included; what bounds the memory.
-        advance: is told how many more tokens of endings are done.
-        with_greedy: find out which endings are greedy, for a few percent of the time.
+        batch_tokens: positions of one forward pass, padding included; this limits the memory.
+        advance: progress callback, called with the number of ending tokens just scored.
+        with_greedy: also find which endings greedy decoding gives; takes a few percent more time.
 
     Raises:
-        UserError: the model's logits are not numbers.
+        UserError: the model's losses are not finite.
     """
     rows = [row for number, question in enumerate(questions) for row in _rows_of(number, question, model, batch_tokens)]
-    # those alone in their row need no mask, and the longest come first: where memory is too small, it shows at once
+    # Rows with one ending are batched apart, since they need no mask. The longest come first, so that running out of memory
+    # shows at once.
     rows.sort(key=lambda row: (len(row.tokens) > 1, row.length), reverse=True)
     pieces: list[list[dict[int, EndingScore]]] = [[{} for _ in endings] for _, endings in questions]
     for batch in _batches(rows, batch_tokens):
@@ -84,7 +85,7 @@ def score_endings(
             for ending, score in zip(row.endings, scores, strict=True):
                 pieces[row.question][ending][row.first] = score
         advance(sum(len(tokens) for row in batch for tokens in row.tokens))
-    return [[_join([found[first] for first in sorted(found)]) for found in of_endings] for of_endings in pieces]
+    return [[_join([found[first] for first in sorted(found)]) for found in endings] for endings in pieces]
 
 
 def _join(pieces: Sequence[EndingScore]) -> EndingScore:
@@ -94,7 +95,7 @@ def _join(pieces: Sequence[EndingScore]) -> EndingScore:
 
 
 def _rows_of(number: int, question: Question, model: Decoder, batch_tokens: int) -> Iterator[_Row]:
-    """As few rows as hold the endings, none longer than the model's context, and rows of their own for what must be cut."""
+    """Put a question's endings into few rows, none longer than the model's context. A cut ending gets rows of its own."""
     context, endings = question
     limit = model.params.context_length
     shared: _Row | None = None
@@ -115,7 +116,7 @@ def _rows_of(number: int, question: Question, model: Decoder, batch_tokens: int)
 
 
 def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
-    """Runs of rows of one kind, the longest first, that padded to it make at most `batch_tokens` tokens."""
+    """Cut the sorted rows into batches of at most `batch_tokens` positions, padding included, never mixing the two kinds."""
     batch: list[_Row] = []
     for row in rows:
         full = batch and (len(batch) + 1) * batch[0].length > batch_tokens
@@ -129,13 +130,14 @@ def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
 
 @torch.no_grad()
 def _score_rows(model: Decoder, rows: Sequence[_Row], precision: str, with_greedy: bool) -> list[list[EndingScore]]:
-    """The scores of each row's endings, in one forward pass. Padding stands on the right, where nothing that counts sees it."""
+    """Score the endings of all rows in one forward pass. Padding is on the right, where no other position attends to it."""
+    # Lay out each row as context, endings, padding; note the positions that predict each token of each ending.
     device = model.device
     width = max(row.length for row in rows)
     inputs = np.zeros((len(rows), width), np.int64)
     positions = np.zeros((len(rows), width), np.int64)
     parts = np.full((len(rows), width), -1, np.int64)  # 0 is the context, 1 and on are endings, -1 is padding
-    places: list[npt.NDArray[np.int64]] = []  # of what predicts each token of each ending, counted over the whole batch
+    predicting: list[npt.NDArray[np.int64]] = []  # flat indices into the batch
     for line, row in enumerate(rows):
         end = len(row.context)
         inputs[line, :end], positions[line, :end], parts[line, :end] = row.context, np.arange(end), 0
@@ -143,10 +145,9 @@ def _score_rows(model: Decoder, rows: Sequence[_Row], precision: str, with_greed
             start, end = end, end + len(tokens) - 1
             inputs[line, start:end], parts[line, start:end] = tokens[:-1], number
             positions[line, start:end] = len(row.context) + np.arange(end - start)
-            places.append(line * width + np.array([len(row.context) - 1, *range(start, end)]))
-    counted, of_target = np.unique(
-        np.concatenate(places), return_inverse=True
-    )  # endings share the context's last place
+            predicting.append(line * width + np.array([len(row.context) - 1, *range(start, end)]))
+    # Endings share the context's last position, so each position is listed once.
+    unique, of_target = np.unique(np.concatenate(predicting), return_inverse=True)
     targets = np.concatenate([tokens for row in rows for tokens in row.tokens])
     with autocast(device, precision):
         if all(len(row.tokens) == 1 for row in rows):
@@ -154,7 +155,8 @@ def _score_rows(model: Decoder, rows: Sequence[_Row], precision: str, with_greed
         else:
             arrays = (torch.from_numpy(array).to(device) for array in (inputs, positions, parts))
             hidden = _hidden_of_parts(model, *arrays)
-        hidden = hidden.flatten(0, 1)[torch.from_numpy(counted).to(device)]
+        # Logits are expensive: compute them only at the predicting positions.
+        hidden = hidden.flatten(0, 1)[torch.from_numpy(unique).to(device)]
         losses, greedy = _losses(model, hidden, of_target, targets, with_greedy)
     ends = np.cumsum([len(tokens) for row in rows for tokens in row.tokens])[:-1]
     scores = iter(
@@ -167,7 +169,7 @@ def _score_rows(model: Decoder, rows: Sequence[_Row], precision: str, with_greed
 
 
 def _hidden_of_parts(model: Decoder, inputs: Tensor, positions: Tensor, parts: Tensor) -> Tensor:
-    """`Decoder.hidden` where a place sees the context before it and its own part, (B, T) three times -> (B, T, C)."""
+    """`Decoder.hidden` where a position attends only to its context and its own ending: (B, T) three times -> (B, T, C)."""
     before = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool, device=inputs.device).tril()
     seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
     mask = (seen & before)[:, None]  # (B, 1, T, T)
@@ -188,8 +190,8 @@ def _losses(
     """The loss of every target in nats, and whether no token is likelier.
 
     Args:
-        hidden: of every place that predicts something (N, C).
-        of_target: which of them predicts each target (M,).
+        hidden: the hidden state of every predicting position (N, C).
+        of_target: the index of the position that predicts each target (M,).
     """
     device = hidden.device
     losses, greedy = np.zeros(len(targets)), np.zeros(len(targets), np.bool_)
@@ -203,6 +205,6 @@ def _losses(
             greedy[mine] = (logits[rows, wanted] == logits.amax(dim=-1)[rows]).cpu().numpy()
     if not np.isfinite(losses).all():
         raise UserError(
-            "the model gives losses that are not finite, so it has no accuracy; its weights are lost: train anew."
+            "the model's losses are not finite, so it cannot be scored; its weights are unusable: train it again."
         )
     return losses, greedy

@@ -1,4 +1,4 @@
-"""The evaluate stage: everything that is said about a trained model, measured on the exported folder."""
+"""The evaluate stage: measure the exported model and the baselines, and write the reports."""
 
 import platform
 from collections.abc import Mapping
@@ -37,10 +37,10 @@ MEASURE = Path("src/pipelib/evaluation/measure.py")
 
 
 def require_validation(tokens: Path) -> Manifest:
-    """The manifest of a folder of shards whose validation shard is what it says.
+    """Check the validation shard in a folder of shards, and return the folder's manifest.
 
     Raises:
-        UserError: it is not.
+        UserError: the shard does not match the manifest.
     """
     manifest = read_manifest(tokens)
     problems = [
@@ -54,7 +54,8 @@ def require_validation(tokens: Path) -> Manifest:
 def evaluate(
     build: Build, params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path
 ) -> tuple[Mapping[str, object], Mapping[str, object]]:
-    """Evaluate the model in `models` and build `reports/`; the stage's result and speed."""
+    """Evaluate the model in `models`, build `reports/`, and return the stage's result and speed."""
+    # Our model, and a unigram model beside it on the four-way benchmarks.
     device = pick_device()
     manifest = require_validation(tokens)
     tokenizer = manifest.tokenizer
@@ -68,12 +69,14 @@ def evaluate(
     for name in completions_of(result):
         tell(f"evaluate: {verdict(name, result[name]['acc_norm'], result[name]['unigram']['acc_norm'])}")
 
+    # The same measurements of every baseline, or their kept results.
     others = measure_baselines(params, data, build.code, device, build.work / "harness")
     seconds |= {f"{name}_seconds": sum(other.seconds.values()) for name, other in others.items()}
     baselines = {name: other.result for name, other in others.items()}
     if baselines:
         result["baselines"] = baselines
 
+    # Everything in `reports/` is a function of the inputs, so that equal inputs give equal bytes.
     samples = write_samples(model, tokenizer, params.sample_prompts, params.precision, seed=0)
     subject = Subject(
         result, baselines, model.params.parameters(model.vocab_size), model.vocab_size, manifest.source,
@@ -90,10 +93,10 @@ def evaluate(
 def measure_baselines(
     params: EvaluateParams, data: Data, code: Mapping[str, str], device: torch.device, scratch: Path
 ) -> dict[str, Measured]:
-    """What is measured of each baseline, now or earlier, by its name.
+    """Measure each baseline, or read its kept result; by name.
 
     Args:
-        code: what makes the evaluation, see `provenance.code_hashes`; files that measuring does not need do not count.
+        code: the hashes of the stage's code, see `provenance.code_hashes`. Files that measuring does not need do not count.
     """
     names = sorted({*data.completions, *params.tasks})
     decides: dict[str, object] = {
@@ -116,10 +119,10 @@ def measure_baselines(
 
 
 def code_that_measures(baseline: Baseline, code: Mapping[str, str]) -> dict[str, str]:
-    """The hashes of the code that a baseline's scores depend on: its own family's, and not that of the model in training.
+    """The hashes of the code that a baseline's scores depend on. It includes the baseline's own family, not our model's.
 
     Args:
-        code: the evaluation's, see `provenance.code_hashes`.
+        code: the hashes of the stage's code, see `provenance.code_hashes`.
     """
     family = chosen_files("evaluate", {"model.architecture": baseline.params.architecture})
     measuring = {path.as_posix() for path in import_closure(CHECKOUT, MEASURE, *family)}
@@ -128,8 +131,11 @@ def code_that_measures(baseline: Baseline, code: Mapping[str, str]) -> dict[str,
 
 
 def facts(models: Path, model: Decoder, manifest: Manifest, code: Mapping[str, str], curves: Path) -> dict[str, str]:
-    """What the numbers belong to. Nothing that differs between two runs of the same code on one machine: no date, no
-    duration, no commit, since other commits have the same code."""
+    """Facts about the model, the data and the code that the numbers belong to.
+
+    They are equal for two runs of the same code on one machine: no date, no duration, and no commit, since several commits
+    have the same code.
+    """
     seen = tokens_seen(curves / "train.csv")
     flops = model.params.flops_per_token(model.vocab_size, model.params.context_length)
     return {
@@ -137,22 +143,22 @@ def facts(models: Path, model: Decoder, manifest: Manifest, code: Mapping[str, s
         "weights": f"SHA-256 `{weights_sha256(models)}`",
         "tokens trained on": f"{seen:,} of {manifest.tokens('train'):,} in the data",
         "training compute": f"{seen * flops / 1e15:,.3f} PFLOP, by the "
-        "formula of `ModelParams.flops_per_token`; `device_hours` stand in `metrics/speed/train.json`",
+        "formula of `ModelParams.flops_per_token`; `device_hours` are in `metrics/speed/train.json`",
         "data fingerprint": f"`{manifest.fingerprint[:16]}`",
         "data source": describe_source(manifest.source),
-        "code of this stage": f"`{sha256_json(dict(code))[:16]}`; the commit stands in `metrics/speed/evaluate.json`",
+        "code of this stage": f"`{sha256_json(dict(code))[:16]}`; the commit is in `metrics/speed/evaluate.json`",
         **describe_environment(model, code),
     }
 
 
 def describe_model(model: Decoder) -> dict[str, str]:
-    """The size of a model."""
+    """Facts about the model's size."""
     parameters = f"{model.params.parameters(model.vocab_size):,}"
     return {"parameters": parameters, "shape": f"{model.params.title}: {model.params.description}"}
 
 
 def describe_environment(model: Decoder, code: Mapping[str, str]) -> dict[str, str]:
-    """What computed the numbers: the device and the versions."""
+    """Facts about the device and the package versions."""
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     packages = {name.removeprefix("package "): value for name, value in code.items() if name.startswith("package ")}
@@ -161,12 +167,12 @@ def describe_environment(model: Decoder, code: Mapping[str, str]) -> dict[str, s
 
 
 def tokens_seen(curve: Path) -> int:
-    """The tokens that a training had seen at its end; 0 where its curve is empty."""
+    """The tokens that a training had seen at its end; 0 if its curve is empty."""
     return int(max(read_curve(curve)["tokens"], default=0))
 
 
 def describe_source(source: Mapping[str, Any]) -> str:
-    """Where a corpus comes from, for people: `docs: packages numpy 2.4.6, scipy 1.17.1; seed 1337`."""
+    """A corpus's source in words: `docs: packages numpy 2.4.6, scipy 1.17.1; seed 1337`."""
 
     def words(value: Any) -> str:
         if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""The lm-eval harness on our model in memory, without network.
+"""Run the lm-eval harness on our model in memory, without network.
 
 https://github.com/EleutherAI/lm-evaluation-harness. Scores equal those of its own `hf` model on the exported folder; a
-test compares. Two things are ours: the standard errors, since the harness draws bootstrap samples in processes of its own for
-some and has none for others, and that equal contexts are computed once.
+test compares them. Two things differ. The standard errors are ours: for some metrics the harness would bootstrap in processes
+of its own, and for others it has none. And equal contexts are computed once.
 """
 
 import glob
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pipelib.errors import UserError, how_to_repair, tell
-from pipelib.evaluation.endings import Question, Tokens, score_endings
+from pipelib.evaluation.endings import Question, TokenIds, score_endings
 from pipelib.evaluation.items import ItemScores, Numbers, item_ids
 from pipelib.evaluation.params import TASKS, EvaluateParams
 from pipelib.model.decoder import Decoder
@@ -31,12 +31,12 @@ from pipelib.vocabulary.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What the harness found out in one task."""
+    """The result of one task."""
 
     scores: dict[str, float | int | None]
     """Every metric and its `_stderr`; the task's `version`; `examples` scored, of `examples_in_all`, and the `limit` if any."""
     items: ItemScores
-    """Every example's."""
+    """The scores of every example."""
 
 
 def run_tasks(
@@ -45,33 +45,33 @@ def run_tasks(
     """Run `params.tasks`.
 
     Args:
-        benchmarks: the folder of the tasks' data, a file `NAME.jsonl` each.
+        benchmarks: the folder of the tasks' data, one file `NAME.jsonl` each.
         scratch: a folder for the harness's copies of the data.
 
     Raises:
-        UserError: a task's data is not there, or the model's logits are not numbers.
+        UserError: a task's data is missing or damaged, or the model's losses are not finite.
     """
     if not params.tasks:
         return {}
     tell(f"lm-eval: loading {', '.join(params.tasks)}", error=True)
-    # Read at import: no look at the hub, and no copies in the user's home.
+    # Set before the import, which reads them: do not ask the hub, and keep no copies in the user's home.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(scratch))
     import datasets
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
-    shown = sys.stderr
+    stderr = sys.stderr
     try:
         for task in params.tasks:
             check_rows(benchmarks / f"{task}.jsonl")
-        with redirect_stderr(io.StringIO()):  # bars that the harness shows whatever one asks; errors are raised
+        with redirect_stderr(io.StringIO()):  # hides progress bars that cannot be switched off; errors are raised
             manager = TaskManager(include_path=str(TASKS), include_defaults=False)
             loaded = manager.load([_definition(task, benchmarks) for task in params.tasks])
             for task in loaded["tasks"].values():
                 task.set_config(key="num_fewshot", value=0)
             outcome = evaluate(
-                language_model(model, tokenizer, params, lambda: redirect_stderr(shown)),
+                language_model(model, tokenizer, params, lambda: redirect_stderr(stderr)),
                 loaded,
                 limit=params.task_limit,
                 bootstrap_iters=0,
@@ -86,21 +86,21 @@ def run_tasks(
 
 
 def _definition(task: str, benchmarks: Path) -> dict[str, Any]:
-    """A task as its file defines it, with its data in a folder of ours."""
+    """A task as its file defines it, with the paths of its data in our folder."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     definition: dict[str, Any] = load_yaml(TASKS / f"{task}.yaml")
     files = definition["dataset_kwargs"]["data_files"]
     for split, file in files.items():
-        files[split] = glob.escape(str(benchmarks / Path(file).name))  # datasets takes it for a pattern
+        files[split] = glob.escape(str(benchmarks / Path(file).name))  # datasets reads it as a pattern
     return definition
 
 
 def check_rows(path: Path) -> None:
-    """Refuse a task's data with a line that is no JSON, or without choices, before the harness trips over it.
+    """Refuse a task's data if a line is not a JSON object or a choice is empty, before the harness fails on it.
 
     Raises:
-        UserError: with the line, and what to run.
+        UserError: with the line and what to run.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -108,18 +108,18 @@ def check_rows(path: Path) -> None:
                 row = json.loads(line)
                 choices = row.get("choices", row.get("endings"))
                 texts = choices["text"] if isinstance(choices, dict) else choices
-                good = texts is None or (bool(texts) and all(map(str.strip, texts)))
+                valid = texts is None or (bool(texts) and all(map(str.strip, texts)))
             except (AttributeError, KeyError, TypeError, ValueError):
-                good = False
-            if not good:
+                valid = False
+            if not valid:
                 raise UserError(
-                    f"{path}, line {number} is not an example that could be scored: no JSON object, or a choice that is empty or "
-                    f"missing; {how_to_repair(str(path.parent))}."
+                    f"{path}, line {number} is not a valid example, so it cannot be scored: it is not a JSON object, or a choice "
+                    f"is empty or missing; {how_to_repair(str(path.parent))}."
                 )
 
 
 def _result_of(task: str, outcome: Mapping[str, Any], limit: int | None) -> TaskResult:
-    """A task's part of what the harness returns."""
+    """Take one task's result out of what the harness returns, with our standard errors."""
     samples = outcome["samples"][task]
     values: dict[str, Numbers] = {}
     weights: dict[str, Numbers] = {}
@@ -128,11 +128,11 @@ def _result_of(task: str, outcome: Mapping[str, Any], limit: int | None) -> Task
         metric = name.removesuffix(",none")
         if not name.endswith(",none") or not isinstance(value, int | float):  # a note, or "N/A"
             continue
-        values[metric], of_metric = _per_example(metric, [sample[metric] for sample in samples])
-        if of_metric is not None:
-            weights[metric] = of_metric
+        values[metric], metric_weights = _per_example(metric, [sample[metric] for sample in samples])
+        if metric_weights is not None:
+            weights[metric] = metric_weights
         scores[metric] = float(value)
-        scores[f"{metric}_stderr"] = standard_error(metric, values[metric], of_metric)
+        scores[f"{metric}_stderr"] = standard_error(metric, values[metric], metric_weights)
     scores |= {"version": outcome["versions"][task], "examples": outcome["n-samples"][task]["effective"]}
     scores |= {"examples_in_all": outcome["n-samples"][task]["original"]} | ({"limit": limit} if limit else {})
     documents = [sample["doc"].get("document") for sample in samples]
@@ -142,10 +142,10 @@ def _result_of(task: str, outcome: Mapping[str, Any], limit: int | None) -> Task
 
 
 def _per_example(metric: str, found: Sequence[Any]) -> tuple[Numbers, Numbers | None]:
-    """The numbers whose mean a metric is a function of, and their weights where they do not count alike.
+    """The per-example numbers whose mean gives a metric, and their weights if they do not count equally.
 
-    Of a perplexity and of bits per byte they are losses in nats: per word or byte where the harness gives a text's
-    log-likelihood together with how many words or bytes it has.
+    For a perplexity or bits per byte they are losses in nats: per word or byte if the harness gives a text's log-likelihood
+    together with its number of words or bytes.
     """
     if isinstance(found[0], tuple | list):
         log_likelihoods, weights = np.array(found, np.float64).T
@@ -157,10 +157,10 @@ def _per_example(metric: str, found: Sequence[Any]) -> tuple[Numbers, Numbers | 
 
 
 def standard_error(metric: str, values: Numbers, weights: Numbers | None) -> float | None:
-    """The standard error of a metric, from the spread of its examples; None for a single one.
+    """The standard error of a metric, from the spread of its examples; None for a single example.
 
-    Of a mean, that of the mean, as the harness has it. Of a weighted mean, that of a ratio of sums (Cochran, Sampling
-    Techniques, 1977, chapter 6); of a function of either, times the function's slope.
+    For a mean it is the standard error of the mean, as in the harness. For a weighted mean it is that of a ratio of sums
+    (Cochran, Sampling Techniques, 1977, chapter 6). For a function of either it is multiplied by the function's slope.
     """
     if len(values) < 2:
         return None
@@ -174,17 +174,17 @@ def standard_error(metric: str, values: Numbers, weights: Numbers | None) -> flo
 
 
 def language_model(model: Decoder, tokenizer: Tokenizer, params: EvaluateParams, showing: Callable[[], Any]) -> Any:
-    """Our model as the harness sees one; made in a function because the base class is imported only when used.
+    """Wrap our model in the harness's interface. The class is defined here so that its base class is imported only if used.
 
     Args:
-        showing: a context in which progress may be printed.
+        showing: returns a context in which progress may be printed.
     """
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     end, limit = tokenizer.end_token_id, model.params.context_length
 
-    def log_likelihoods(what: str, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
+    def log_likelihoods(what: str, pairs: Sequence[tuple[TokenIds, TokenIds]]) -> list[tuple[float, bool]]:
         with showing():
             progress = Progress(f"lm-eval: {what}", sum(len(continuation) for _, continuation in pairs), "tokens")
             found = score_pairs(model, pairs, params, progress.add)
@@ -211,9 +211,9 @@ def language_model(model: Decoder, tokenizer: Tokenizer, params: EvaluateParams,
                 [make_disjoint_window(pair) for pair in get_rolling_token_windows(tokens, end, limit, 1)]
                 for tokens in (self.tok_encode(request.args[0]) for request in requests)
             ]
-            flat = [window for of_text in windows for window in of_text]
+            flat = [window for text in windows for window in text]
             scores = iter(log_likelihoods("whole texts", flat))
-            return [sum(next(scores)[0] for _ in of_text) for of_text in windows]
+            return [sum(next(scores)[0] for _ in text) for text in windows]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
             prompts = [(self.tok_encode(request.args[0]) or [end], request.args[1]) for request in requests]
@@ -228,23 +228,23 @@ def language_model(model: Decoder, tokenizer: Tokenizer, params: EvaluateParams,
 
 def score_pairs(
     model: Decoder,
-    pairs: Sequence[tuple[Tokens, Tokens]],
+    pairs: Sequence[tuple[TokenIds, TokenIds]],
     params: EvaluateParams,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[float, bool]]:
-    """For each (context, continuation): the continuation's log-likelihood in nats, and whether greedy decoding gives it.
+    """Score each (context, continuation): its log-likelihood in nats, and whether greedy decoding gives it.
 
-    Continuations of one context, such as the answers to a question, are scored together.
+    Continuations of the same context, such as the answers to a question, are scored together.
     """
-    of_context: dict[tuple[int, ...], list[int]] = {}
+    by_context: dict[tuple[int, ...], list[int]] = {}
     for number, (context, _) in enumerate(pairs):
-        of_context.setdefault(tuple(context), []).append(number)
+        by_context.setdefault(tuple(context), []).append(number)
     questions: list[Question] = [
-        (context, [pairs[number][1] for number in numbers]) for context, numbers in of_context.items()
+        (context, [pairs[number][1] for number in numbers]) for context, numbers in by_context.items()
     ]
     found = score_endings(model, questions, params.batch_tokens, params.precision, advance, with_greedy=True)
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    for numbers, scores in zip(of_context.values(), found, strict=True):
+    for numbers, scores in zip(by_context.values(), found, strict=True):
         for number, score in zip(numbers, scores, strict=True):
             results[number] = -float(score.losses.sum()), score.greedy
     return results
@@ -253,10 +253,10 @@ def score_pairs(
 def continue_prompts(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[tuple[Tokens, Mapping[str, Any]]],
+    prompts: Sequence[tuple[TokenIds, Mapping[str, Any]]],
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
-    """The text after each prompt, up to the first of its stop strings; prompts with the same options go together.
+    """Continue each prompt up to the first of its stop strings. Prompts with the same options are generated together.
 
     Args:
         prompts: token ids, and the harness's options: `max_gen_toks` (256), `until`, `do_sample`, `temperature`. A prompt that
@@ -268,14 +268,14 @@ def continue_prompts(
     texts = [""] * len(prompts)
     for numbers in groups.values():
         options = prompts[numbers[0]][1]
-        wanted = int(options.get("max_gen_toks", 256))
+        new_tokens = int(options.get("max_gen_toks", 256))
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-        room = max(1, model.params.context_length - wanted)
+        room = max(1, model.params.context_length - new_tokens)
         numbers.sort(key=lambda number: len(prompts[number][0]))  # texts of about the same length share a batch
         written = generate(
             model,
             [prompts[number][0][-room:] for number in numbers],
-            wanted,
+            new_tokens,
             temperature=temperature,
             stop_token_id=tokenizer.end_token_id,
         )
@@ -286,7 +286,7 @@ def continue_prompts(
 
 
 def _before(text: str, stops: str | Iterable[str]) -> str:
-    """A text up to the first place where any of the stop strings begins."""
+    """The text before the first stop string in it."""
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.split(stop)[0] if stop else text
     return text

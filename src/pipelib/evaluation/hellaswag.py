@@ -2,7 +2,7 @@
 
 An item is a context and four endings (HellaSwag, Zellers et al., 2019). Every ending is scored by the loss of its tokens
 after context + " "; `acc` takes the smallest sum, `acc_norm` the smallest mean per token. The lm-eval harness scores
-HellaSwag otherwise (activity label, cleaned text, per character): its figures carry other names and are never mixed with
+HellaSwag differently (activity label, cleaned text, per character). Its figures have other names and are never mixed with
 these.
 """
 
@@ -20,7 +20,7 @@ from pipelib.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers with its 95 % interval."""
+    """The share of right answers, with its 95 % interval."""
 
     value: float
     low: float
@@ -31,8 +31,8 @@ class Accuracy:
     def of(cls, correct: Sequence[bool], documents: Sequence[int]) -> "Accuracy":
         """The mean, and the normal interval of a mean over clusters (Liang and Zeger, 1986).
 
-        Items of one document err together, so documents, not items, are what varies independently. Where all are right or
-        all wrong, the interval is Wilson's (1927) for as many trials as there are documents; one document tells nothing.
+        Errors in items of one document are correlated, so documents, not items, are the independent units. If all items are
+        right, or all wrong, the interval is Wilson's (1927) with one trial per document. A single document gives 0 to 1.
         """
         value = sum(correct) / len(correct)
         clusters = len(set(documents))
@@ -41,6 +41,7 @@ class Accuracy:
         if value in (0.0, 1.0):
             width = 1.96**2 / (clusters + 1.96**2)
             return cls(value, value * (1 - width), value + (1 - value) * width, len(correct))
+        # Sum the residuals of each document before squaring, so that correlated errors add up.
         residuals: dict[int, float] = {}
         for right, document in zip(correct, documents, strict=True):
             residuals[document] = residuals.get(document, 0.0) + right - value
@@ -49,13 +50,13 @@ class Accuracy:
         return cls(value, max(0.0, value - 1.96 * stderr), min(1.0, value + 1.96 * stderr), len(correct))
 
     def excludes(self, chance: float) -> bool:
-        """Whether the interval lies wholly above or below `chance`."""
+        """Whether the whole interval is above or below `chance`."""
         return not self.low <= chance <= self.high
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Losses of all endings of all items, and what they amount to."""
+    """The losses of all endings of all items, and the accuracies that follow from them."""
 
     sums: npt.NDArray[np.float64]
     """Summed loss of each ending in nats (items, 4)."""
@@ -85,7 +86,7 @@ def score(
     precision: str,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Scores:
-    """The model's loss on every ending; see `score_endings` for the arguments."""
+    """Score every ending of every item; see `score_endings` for the arguments."""
     found = score_endings(model, [(item.context, item.endings) for item in items], batch_tokens, precision, advance)
     sums = np.array([[ending.losses.sum() for ending in endings] for endings in found]).reshape(-1, ENDINGS)
     means = np.array([[ending.losses.mean() for ending in endings] for endings in found]).reshape(-1, ENDINGS)
@@ -93,8 +94,8 @@ def score(
 
 
 def score_unigram(counts: npt.NDArray[np.int64], items: Sequence[Item]) -> Scores:
-    """What a model scores that knows only how often each token occurs in training, with one added to every count."""
-    losses = -np.log((counts + 1) / (counts + 1).sum())
+    """Score a unigram model, which knows only how often each token occurs in training, with one added to every count."""
+    losses = -np.log((counts + 1) / (counts + 1).sum())  # one added, so that a token never seen has a finite loss
     sums = np.array([[losses[list(ending)].sum() for ending in item.endings] for item in items])
     lengths = np.array([[len(ending) for ending in item.endings] for item in items])
     return Scores(sums, sums / lengths, items)

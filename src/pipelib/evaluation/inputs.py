@@ -1,4 +1,4 @@
-"""What decides an evaluation, known without measuring anything."""
+"""The inputs of an evaluation, found without measuring anything."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +16,10 @@ from pipelib.workspace.places import MANIFEST
 def evaluation_inputs(
     params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path
 ) -> dict[str, object]:
-    """Everything that decides an evaluation: the parameters, the hash of every file it reads, and of the baselines' weights.
+    """Everything that decides an evaluation: its parameters, the hash of every file it reads, and the baselines' weights.
 
     Raises:
-        UserError: there is no model, no data, no data of a task, or no such baseline.
+        UserError: the model, the data, a task's data or a baseline is missing.
     """
     require_data(params, benchmarks)
     files = [
@@ -36,15 +36,15 @@ def evaluation_inputs(
 
 
 def task_hashes(params: EvaluateParams) -> dict[str, str]:
-    """The SHA-256 of each task's definition."""
+    """The SHA-256 of each task's definition, by `task NAME`."""
     return {f"task {task}": sha256_file(TASKS / f"{task}.yaml") for task in params.tasks}
 
 
 def require_data(params: EvaluateParams, benchmarks: Path) -> None:
-    """Refuse tasks whose data is not there, before anything is computed.
+    """Refuse tasks whose data is missing, before anything is computed.
 
     Raises:
-        UserError: with all of them, and what to run.
+        UserError: with all these tasks, and what to run.
     """
     missing = [task for task in params.tasks if not holds_items(benchmarks / f"{task}.jsonl")]
     if missing:

@@ -1,15 +1,15 @@
-"""What was measured on every single item, kept so that two models can be compared item by item later.
+"""The scores of every single item, kept so that two models can later be compared item by item.
 
-`reports/items.npz` is a compressed NumPy archive. Names in it start with the data that was scored, its PREFIX:
-`validation`, `completion`, `hellaswag`, or `lm_eval/TASK`.
+`reports/items.npz` is a compressed NumPy archive. Each name in it starts with PREFIX, the data that was scored:
+`validation`, `completion`, `hellaswag` or `lm_eval/TASK`.
 
-    PREFIX/MEASURE            one number an item, in the order of the data (items,): 0 or 1 where an item is right or wrong,
-                              a loss in nats where something is predicted; the measure is the mean of it
-    PREFIX/MEASURE/weights    how much each item counts in that mean (items,), where not all count alike: tokens, words, bytes
-    PREFIX/ids                the item's content as a number (items,), uint64: equal exactly where two models had the same item
-    PREFIX/documents          the text an item belongs to (items,), int64: items of one text are not independent
+    PREFIX/MEASURE            one number per item, in the order of the data (items,): 0 or 1 for a wrong or right answer, or a
+                              loss in nats; the measure is the mean of these numbers
+    PREFIX/MEASURE/weights    the weight of each item in that mean (items,), if they are not equal: tokens, words or bytes
+    PREFIX/ids                a number for the item's content (items,), uint64: equal exactly if two models had the same item
+    PREFIX/documents          the text that an item belongs to (items,), int64: items of one text are not independent
 
-Equal results give equal bytes. Needs NumPy alone.
+Equal results give equal bytes. This module needs only NumPy.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ Numbers = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class ItemScores:
-    """What was measured on each item of one set of data, in its order."""
+    """The scores of each item of one data set, in its order."""
 
     ids: npt.NDArray[np.uint64]
     """See `item_ids` (items,)."""
     documents: npt.NDArray[np.int64]
-    """The text each item belongs to (items,)."""
+    """The text that each item belongs to (items,)."""
     values: Mapping[str, Numbers]
     """By measure (items,): right or wrong, or a loss in nats."""
     weights: Mapping[str, Numbers] = field(default_factory=dict)
@@ -45,24 +45,24 @@ class ItemScores:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model is worth."""
+    """The result of measuring one model."""
 
     result: dict[str, Any]
-    """As it stands in metrics/evaluate.json: losses, accuracies with intervals, the harness's scores."""
+    """As in metrics/evaluate.json: losses, accuracies with intervals, the harness's scores."""
     items: dict[str, ItemScores]
-    """The same item by item, by the data scored; see `ItemScores`."""
+    """The scores of every item, by the data set."""
     seconds: dict[str, float]
-    """What each part took."""
+    """The time that each part took."""
 
 
 def item_ids(contents: Iterable[bytes]) -> npt.NDArray[np.uint64]:
-    """A number for the content of each item: the first 8 bytes of its SHA-256."""
+    """A number for each item's content: the first 8 bytes of its SHA-256."""
     digests = [hashlib.sha256(content).digest()[:8] for content in contents]
     return np.frombuffer(b"".join(digests), "<u8")
 
 
 def write_items(path: Path, scores: Mapping[str, ItemScores]) -> None:
-    """Write the scores of several sets of data, by their prefixes."""
+    """Write the scores of several data sets, by their prefixes."""
     arrays: dict[str, Numbers] = {}
     for prefix, items in scores.items():
         named = {IDS: items.ids, DOCUMENTS: items.documents, **items.values}
@@ -70,11 +70,12 @@ def write_items(path: Path, scores: Mapping[str, ItemScores]) -> None:
         assert {len(array) for array in named.values()} == {len(items.ids)}, f"{prefix}: not one number an item"
         arrays |= {f"{prefix}/{name}": array for name, array in named.items()}
     with write_atomic(path) as file:
+        # Sorted, so that equal results give equal bytes.
         np.savez_compressed(file, allow_pickle=False, **{name: arrays[name] for name in sorted(arrays)})
 
 
 def read_scores(path: Path) -> dict[str, Numbers]:
-    """Every array of the file by its name; see the top of this module.
+    """Read every array of the file by its name; see the top of this module.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -86,12 +87,12 @@ def read_scores(path: Path) -> dict[str, Numbers]:
         raise UserError(f"{path} does not exist, so there are no items to compare; run dvc repro.") from None
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} is no file of item scores ({error}), so it cannot be trusted; {how_to_repair('reports')}."
+            f"{path} is not a valid item-scores file ({error}), so it cannot be trusted; {how_to_repair('reports')}."
         ) from None
 
 
 def read_items_file(path: Path) -> dict[str, ItemScores]:
-    """The scores of every set of data, by its prefix: what `write_items` was given.
+    """Read the scores of every data set by its prefix: what `write_items` was given.
 
     Raises:
         UserError: the file is missing or damaged.

@@ -1,4 +1,4 @@
-"""Validation loss: the mean cross-entropy over tokens the model was not trained on."""
+"""Validation loss: the mean cross-entropy over tokens that the model was not trained on."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from pipelib.tokens.loader import Batch
 
 @dataclass(frozen=True)
 class Loss:
-    """A summed loss, so that shares of it can be added."""
+    """A loss as a sum over tokens, so that the sums of several ranks can be added."""
 
     nats: float
     tokens: int
@@ -27,7 +27,7 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """How many equally likely tokens the model hesitates between; infinite where a float cannot hold it."""
+        """The number of equally likely tokens that gives the same loss; infinite if a float cannot hold it."""
         try:
             return math.exp(self.mean)
         except OverflowError:
@@ -40,7 +40,7 @@ class Loss:
 
 @torch.no_grad()
 def summed_loss(model: Decoder, batches: Iterable[Batch], precision: str) -> Loss:
-    """The loss over all targets of `batches`, each token's loss added in 64 bits."""
+    """The loss over all targets of `batches`, summed in 64 bits."""
     nats, tokens = losses_of_rows(model, batches, precision)
     return Loss(float(nats.sum()), int(tokens.sum()))
 
@@ -49,10 +49,10 @@ def summed_loss(model: Decoder, batches: Iterable[Batch], precision: str) -> Los
 def losses_of_rows(
     model: Decoder, batches: Iterable[Batch], precision: str, advance: Callable[[int], object] = lambda _: None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """The summed loss in nats of every row of `batches`, and its tokens, each (rows,).
+    """The summed loss of every row of `batches` in nats, and its number of tokens, each (rows,).
 
     Args:
-        advance: is told how many more tokens are done.
+        advance: progress callback, called with the number of tokens just scored.
     """
     device = model.device
     nats: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Everything that is measured of one model, with the same code on the same data whether it is ours or a baseline."""
+"""Measure one model, ours or a baseline, with the same code on the same data."""
 
 import importlib.metadata
 import math
@@ -26,38 +26,38 @@ from pipelib.tokens.shards import VALIDATION_SHARD, count_tokens, open_shard
 from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
 
 COMPLETIONS = ("completion", "hellaswag")
-"""Benchmarks of four endings, scored in the completion style."""
+"""Benchmarks with four endings, scored in completion style."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """What models are measured on."""
+    """The data that models are measured on."""
 
     tokens: Path | None
-    """The folder of shards; None where there is none: then there is no validation loss."""
+    """The folder of shards; None if there is none, and then there is no validation loss."""
     benchmarks: Path
-    """The folder of the benchmarks' JSON lines."""
+    """The folder of the benchmarks' JSON-lines files."""
     tokenizer: Tokenizer
-    """What the shards were made with, and the benchmarks' text is encoded with."""
+    """The tokenizer of the shards, which also encodes the benchmarks' text."""
 
     @property
     def completions(self) -> dict[str, Path]:
-        """The four-way benchmarks that are there."""
+        """The files of the four-way benchmarks that were downloaded, by name."""
         paths = {name: self.benchmarks / f"{name}.jsonl" for name in COMPLETIONS}
         return {name: path for name, path in paths.items() if holds_items(path)}
 
 
 def measure(name: str, model: Decoder, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
-    """Measure a model on everything that is there.
+    """Measure a model on all of the data.
 
     Args:
-        name: the model's, for the lines of progress.
-        scratch: a folder for copies of the harness, removed at the end.
+        name: the model's name in progress lines.
+        scratch: a folder for the harness's copies of the data, removed at the end.
 
     Raises:
-        UserError: the model's weights are lost, data is damaged, or a task's data is missing.
+        UserError: the model's losses are not finite, data is damaged, or a task's data is missing.
     """
-    torch.backends.cuda.matmul.allow_tf32 = params.precision == "bf16"  # for what stays in fp32, as in training
+    torch.backends.cuda.matmul.allow_tf32 = params.precision == "bf16"  # for products that stay in fp32, as in training
     result: dict[str, Any] = {}
     items: dict[str, ItemScores] = {}
     seconds: dict[str, float] = {}
@@ -99,24 +99,26 @@ def measure(name: str, model: Decoder, params: EvaluateParams, data: Data, scrat
 
 
 def measure_loss(name: str, model: Decoder, params: EvaluateParams, data: Data) -> tuple[Loss, ItemScores]:
-    """The loss over every token of the validation shard but the first, in rows of the model's context, and that of each row.
+    """The loss over every token of the validation shard but the first, in rows of the model's context, and each row's loss.
 
     Raises:
-        UserError: it is not finite.
+        UserError: the loss is not finite.
     """
     assert data.tokens is not None
     shard, end = data.tokens / VALIDATION_SHARD, data.tokenizer.end_token_id
     length = model.params.context_length
     rows = max(1, params.batch_tokens // length)
     contents: list[bytes] = []
-    documents: list[int] = []  # that each row begins in
-    started = 0
+    documents: list[int] = []  # the document in which each row begins
+    started = 0  # documents up to here; each begins with an end token
 
     def batches() -> Iterator[Batch]:
+        """The validation batches; note each row's content and document on the way."""
         nonlocal started
         for inputs, targets in validation_batches(shard, length, rows, None):
             whole = np.concatenate([inputs, targets[:, -1:]], axis=1).astype("<u2")
             contents.extend(row.tobytes() for row in whole)
+            # Count the end tokens in reading order: the count at a row's first position is its document's number.
             starts = started + np.cumsum(inputs == end).reshape(inputs.shape)
             documents.extend(starts[:, 0].tolist())
             started = int(starts[-1, -1])
@@ -127,7 +129,7 @@ def measure_loss(name: str, model: Decoder, params: EvaluateParams, data: Data) 
     loss = Loss(float(nats.sum()), int(tokens.sum()))
     if not math.isfinite(loss.perplexity):
         raise UserError(
-            f"{name} gives a loss of {loss.mean}: its weights are lost, and nothing about it can be measured; train anew."
+            f"{name} has a loss of {loss.mean}, so nothing about it can be measured; its weights are unusable: train it again."
         )
     progress.close(f"{loss.mean:.4f} on {loss.tokens:,} tokens, perplexity {loss.perplexity:,.1f}")
     return loss, ItemScores(
@@ -136,7 +138,7 @@ def measure_loss(name: str, model: Decoder, params: EvaluateParams, data: Data) 
 
 
 def measure_completion(what: str, model: Decoder, params: EvaluateParams, items: list[Item]) -> Scores:
-    """The scores of a four-way benchmark, with a line of progress."""
+    """Score a model on a four-way benchmark, with a progress line."""
     progress = Progress(what, sum(len(ending) for item in items for ending in item.endings), "tokens of endings")
     scores = score(model, items, params.batch_tokens, params.precision, progress.add)
     progress.close(f"acc {scores.acc.value:.4f}, acc_norm {scores.acc_norm.value:.4f} on {len(items):,} items")
@@ -144,7 +146,7 @@ def measure_completion(what: str, model: Decoder, params: EvaluateParams, items:
 
 
 def completion_items(scores: Scores) -> ItemScores:
-    """Which items a model gets right."""
+    """Per item, whether the model is right, by both measures."""
     labels = np.array([item.label for item in scores.items])
     return ItemScores(
         item_ids(repr((item.context, item.endings, item.label)).encode("ascii") for item in scores.items),
@@ -154,12 +156,12 @@ def completion_items(scores: Scores) -> ItemScores:
 
 
 def contexts_cut(items: list[Item] | Any, context_length: int) -> int:
-    """Items of which some ending does not fit the model's context together with what comes before it."""
+    """The number of items whose context was cut: context and longest ending together do not fit the model's context."""
     return sum(len(item.context) + max(len(ending) for ending in item.endings) - 1 > context_length for item in items)
 
 
 def accuracy_json(accuracy: Accuracy) -> dict[str, float | int]:
-    """An accuracy as it stands in metrics/evaluate.json."""
+    """An accuracy as metrics/evaluate.json has it."""
     return {
         "value": round(accuracy.value, 4),
         "low": round(accuracy.low, 4),
@@ -169,7 +171,7 @@ def accuracy_json(accuracy: Accuracy) -> dict[str, float | int]:
 
 
 def count_text_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
-    """Bytes of the text that tokens stand for; the end token stands for none."""
+    """Bytes of the text that tokens stand for. The end token stands for none."""
     return int(count_tokens([tokens], tokenizer.size) @ tokenizer.byte_lengths())
 
 

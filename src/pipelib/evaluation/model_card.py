@@ -1,7 +1,7 @@
-"""reports/model_card.md: what a stranger must know of the model, as a page that the Hugging Face hub understands.
+"""reports/model_card.md: what a stranger must know about the model, in the format of the Hugging Face hub.
 
-It is a function of what evaluate reads, so that equal inputs give equal bytes: the commit, which changes while the content
-does not, is added by `pipelib publish`.
+It depends only on what evaluate reads, so that equal inputs give equal bytes. The commit may change while the content stays
+the same, so `pipelib publish` adds it.
 """
 
 import json
@@ -17,9 +17,9 @@ from pipelib.model.recipe import read_recipe
 from pipelib.tokens.shards import Manifest
 
 REPRODUCE = "## Reproduce it"
-"""The heading under which `pipelib publish` puts the commit."""
+"""The heading under which `pipelib publish` writes the commit."""
 LOAD_FROM = '"models"'
-"""What the card loads from; `pipelib publish` puts the repository's name there."""
+"""The argument of `from_pretrained` in the card; `pipelib publish` replaces it by the repository's name."""
 LICENCES = {
     "docs": "Docstrings of open-source packages, each under its package's licence: BSD-3-Clause for numpy, scipy, scikit-learn, "
     "pandas, networkx and sympy, a licence in the style of BSD for torch.",
@@ -31,13 +31,13 @@ LICENCES = {
 
 
 def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest, result: Mapping[str, object]) -> None:
-    """Write the card.
+    """Write the model card.
 
     Args:
-        models: the folder of the model, whose README has everything that decided its weights.
+        models: the model's folder, whose recipe has everything that decided its weights.
         curves: the folder of train.csv and validation.csv.
-        manifest: of the data.
-        result: what evaluate measured, as metrics/evaluate.json has it.
+        manifest: the data's manifest.
+        result: the evaluation's result, as in metrics/evaluate.json.
     """
     params = _params(models, manifest)
     recipe = read_recipe(models)
@@ -79,7 +79,7 @@ def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest,
 
 
 def licence(source: Mapping[str, Any]) -> str:
-    """What is known of the licence of a corpus, as its manifest names the source."""
+    """What is known about the licence of a corpus, by the source in its manifest."""
     kind = str(source.get("kind", ""))
     if kind != "hub":
         return LICENCES.get(kind, LICENCES["local"])
@@ -88,7 +88,7 @@ def licence(source: Mapping[str, Any]) -> str:
 
 
 def evaluation_rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(what, value, of what) for every number of metrics/evaluate.json, however deep it lies."""
+    """(what, value, of what) for every number in metrics/evaluate.json, however deeply nested."""
     about = [f"version {result['version']}"] if "version" in result else []
     if "examples" in result:
         count, there = result["examples"], result.get("examples_in_all", result["examples"])
@@ -151,7 +151,7 @@ def _data(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _initial_weights(recipe: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence where the training did not start from random weights."""
+    """A sentence about the initial weights, unless they were random."""
     if {
         "initial_weights_sha256",
         "initial weights, sha256",

@@ -1,4 +1,4 @@
-"""The parameters of the evaluate stage."""
+"""The evaluate stage's parameters."""
 
 import difflib
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ class EvaluateParams:
     precision: Literal["fp32", "bf16"]
     """Arithmetic of matrix products."""
     batch_tokens: PositiveInt
-    """Tokens of one forward pass, padding included: what bounds the memory."""
+    """Tokens of one forward pass, padding included. This limits the memory."""
     tasks: tuple[str, ...]
     """Tasks of the lm-eval harness to run."""
     task_limit: PositiveInt | None
     """Examples of each of these tasks, from its start; null for all."""
     baselines: tuple[str, ...]
-    """Models to measure beside ours: names among `download.models`, or Hugging Face folders, which have a slash in them."""
+    """Models to measure beside ours: names in `download.models`, or Hugging Face folders, which have a slash in them."""
     sample_prompts: tuple[str, ...]
-    """What the report's samples go on from."""
+    """The prompts that the report's samples continue."""
 
     def problems(self) -> Iterator[str]:
-        """Tasks and baselines that nobody knows."""
+        """Unknown or repeated tasks and baselines."""
         for task in self.tasks:
             if task not in known_tasks():
                 hint = suggest(task, known_tasks())
@@ -42,25 +42,25 @@ class EvaluateParams:
                 yield f"baselines: {name!r} is neither a published model nor a folder (./{name}); {hint}"
         for key, names in (("tasks", self.tasks), ("baselines", self.baselines)):
             if len(set(names)) < len(names):
-                yield f"{key}: {list(names)} names one twice; name each once."
+                yield f"{key}: {list(names)} has one name twice; list each name once."
 
 
 def known_tasks() -> list[str]:
-    """The names of the tasks."""
+    """The names that `evaluate.tasks` accepts."""
     return sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 
 def benchmark_of(task: str) -> str:
-    """The set of `download.benchmarks` that a task's data comes with."""
+    """The name in `download.benchmarks` that a task's data comes with."""
     return "completion" if task == "heldout" else task
 
 
 def is_folder(name: str) -> bool:
-    """Whether a baseline is a folder; the others are published models."""
+    """Whether a baseline is a folder. If not, it is a published model."""
     return "/" in name
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """What may have been meant."""
+    """The remedy for an unknown name: the nearest known one, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."

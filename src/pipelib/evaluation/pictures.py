@@ -1,7 +1,7 @@
-"""Pictures of a training's curves, the same bytes for the same curves: for the report, the README and MLflow.
+"""Pictures of a training's curves for the report, the README and MLflow. The same curves give the same bytes.
 
 `dvc plots show` draws the same columns (dvc.yaml, .dvc/plots), for several runs and with values under the pointer.
-Throughput is not among these pictures, since reports/ reproduces and throughput does not; it is in `dvc plots show`.
+Throughput is only in `dvc plots show`: it differs from run to run, and reports/ must be reproducible.
 """
 
 import math
@@ -13,14 +13,14 @@ from typing import Any
 from pipelib.evaluation.curves import read_curve
 
 Line = tuple[str, float]
-"""What a level line says, and where it lies."""
+"""The label of a horizontal line, and its value."""
 
 
 def draw_loss(curves: Path, path: Path, vocab_size: int, levels: Sequence[Line] = ()) -> None:
-    """The training and validation loss over the tokens seen.
+    """Draw the training and validation loss over the tokens seen.
 
     Args:
-        vocab_size: tokens that a uniform guess chooses among.
+        vocab_size: the number of tokens that a uniform guess chooses among.
         levels: losses of other models on the same text.
     """
     train, validation = read_curve(curves / "train.csv"), read_curve(curves / "validation.csv")
@@ -40,7 +40,7 @@ def draw_loss(curves: Path, path: Path, vocab_size: int, levels: Sequence[Line] 
 
 
 def draw_hellaswag(curves: Path, path: Path, levels: Sequence[Line] = ()) -> None:
-    """HellaSwag's acc_norm over the tokens seen, with its 95 % interval."""
+    """Draw HellaSwag's acc_norm over the tokens seen, with its 95 % interval."""
     curve = read_curve(curves / "hellaswag.csv")
     with _axes(path, "HellaSwag acc_norm, completion style") as axes:
         axes.fill_between(curve["tokens"], curve["low"], curve["high"], color="#9ecae1", alpha=0.5, linewidth=0)
@@ -57,14 +57,14 @@ def draw_hellaswag(curves: Path, path: Path, levels: Sequence[Line] = ()) -> Non
 
 
 def draw_column(curves: Path, column: str, path: Path, y_label: str) -> None:
-    """A column of train.csv over the steps."""
+    """Draw a column of train.csv over the steps."""
     train = read_curve(curves / "train.csv")
     with _axes(path, y_label, "step", height=3.0) as axes:
         axes.plot(train["step"], train[column], color="#08519c", linewidth=0.9)
 
 
 def has_rows(curve: Path) -> bool:
-    """Whether a curve is there and anything was measured."""
+    """Whether a curve exists and has rows."""
     return curve.exists() and any(read_curve(curve).values())
 
 
@@ -75,10 +75,10 @@ def _draw_levels(axes: Any, levels: Sequence[Line]) -> None:
 
 @contextmanager
 def _axes(path: Path, y_label: str, x_label: str = "tokens trained on", height: float = 4.5) -> Iterator[Any]:
-    """A pair of axes, which are drawn into `path` at the end."""
+    """Axes that are saved as a picture in `path` at the end of the block."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # needs no display
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, height), dpi=120)

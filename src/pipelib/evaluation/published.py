@@ -1,7 +1,7 @@
-"""Figures that others published, for the table of the report: never measured here, and marked so.
+"""Figures that others published, for the report's table. They are not measured here, and are marked so.
 
-A figure stands beside the measure that it is closest to; how exactly it was computed, only its source knows. For HellaSwag and
-one and the same GPT-2 124M others quote 0.2859, 0.2892, 0.2945, 0.2955 and 0.3114, which differ by scorer: hence the names.
+A figure is shown beside the measure that it is closest to; only its source knows exactly how it was computed. For HellaSwag
+and the same GPT-2 124M, others quote 0.2859, 0.2892, 0.2945, 0.2955 and 0.3114, depending on the scorer: hence the names.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Published:
     """A figure with its source."""
 
     measure: str
-    """The measure it stands beside: `hellaswag.acc_norm`."""
+    """The measure it is shown beside: `hellaswag.acc_norm`."""
     model: str
     value: float
     source: str
@@ -52,10 +52,11 @@ FIGURES = (
 
 
 def published_beside(measure: str, parameters: int, source: Mapping[str, object]) -> list[Published]:
-    """The figures that belong beside a measure of a model of that size: of models half to twice as large, else of the smallest.
+    """The figures to show beside a measure: of models half to twice as large, or else of the smallest.
 
     Args:
-        source: where the corpus comes from; a published loss counts only where it is FineWeb-Edu, since a loss is that of a text.
+        parameters: the size of the measured model.
+        source: the corpus's source. Published losses are shown only for FineWeb-Edu, since a loss depends on the text.
     """
     if measure == "val_loss" and source.get("repo") != FINEWEB_EDU:
         return []
@@ -66,7 +67,7 @@ def published_beside(measure: str, parameters: int, source: Mapping[str, object]
 
 @cache
 def model_sizes() -> Mapping[str, float]:
-    """How large each model is that a figure is of."""
+    """The number of parameters of each model that has a figure."""
     gpt2 = {
         model.title: published_params(name).parameters(model.vocab_size) for name, model in PUBLISHED_MODELS.items()
     }

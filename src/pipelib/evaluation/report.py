@@ -1,4 +1,4 @@
-"""The evaluation as a person reads it: evaluation.md and evaluation.html, a function of the stage's inputs."""
+"""The evaluation for people: evaluation.md and evaluation.html. The same inputs of the stage give the same bytes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ LOSSES = {
     "bits_per_byte": "bits per byte",
 }
 OURS = "**this model**"
-Accuracy = Mapping[str, float]
-"""As `accuracy_json` gives it: value, low, high, items."""
+AccuracyJson = Mapping[str, float]
+"""An accuracy as `accuracy_json` writes it: value, low, high, items."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the report is about."""
+    """The evaluated model and everything that the report says about it."""
 
     result: Mapping[str, Any]
-    """As it stands in metrics/evaluate.json."""
+    """As in metrics/evaluate.json."""
     baselines: Mapping[str, Mapping[str, Any]]
-    """The same of other models, by their names."""
+    """The results of other models, by name."""
     parameters: int
     vocab_size: int
-    """Tokens that it chooses among."""
+    """The number of tokens that the model chooses among."""
     source: Mapping[str, Any]
-    """Where the corpus comes from; empty where nobody knows."""
+    """The corpus's source; empty if unknown."""
     facts: Mapping[str, str]
     """What the numbers belong to: fingerprints, sizes, versions."""
     samples: Sequence[tuple[str, str]]
@@ -42,25 +42,25 @@ class Subject:
     """The folder of the training's curves, if there is one."""
 
 
-def interval(accuracy: Accuracy) -> str:
-    """An accuracy with its interval, for people."""
+def interval(accuracy: AccuracyJson) -> str:
+    """An accuracy and its interval as text."""
     return f"{accuracy['value']:.4f} ({accuracy['low']:.4f} to {accuracy['high']:.4f})"
 
 
-def verdict(name: str, accuracy: Accuracy, unigram: Accuracy | None) -> str:
-    """What an accuracy says, in a sentence."""
+def verdict(name: str, accuracy: AccuracyJson, unigram: AccuracyJson | None) -> str:
+    """A sentence that says whether an accuracy differs from chance."""
     if accuracy["low"] <= CHANCE <= accuracy["high"]:
         words = "its 95 % interval includes 0.25: nothing shows that the model knows more than chance"
     elif accuracy["value"] < CHANCE:
-        words = "its 95 % interval lies below 0.25: the model prefers wrong endings"
+        words = "its 95 % interval is below 0.25: the model prefers wrong endings"
     else:
-        words = "its 95 % interval lies above 0.25, which is chance"
+        words = "its 95 % interval is above 0.25, which is chance"
     beside = f"; a unigram model scores {interval(unigram)}" if unigram else ""
     return f"{name}: acc_norm {interval(accuracy)} on {accuracy['items']:,} items, {words}{beside}."
 
 
 def write_report(folder: Path, subject: Subject) -> None:
-    """Write evaluation.md, evaluation.html, and the pictures that the former shows."""
+    """Write evaluation.md, evaluation.html and their pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     blocks = list(_blocks(folder, subject))
     write_text(folder / "evaluation.md", to_markdown(blocks))
@@ -74,11 +74,11 @@ def _blocks(folder: Path, subject: Subject) -> Iterator[Block]:
         found = subject.result[name]
         yield Paragraph(verdict(name, found["acc_norm"], found.get("unigram", {}).get("acc_norm")))
     yield Paragraph(
-        "In brackets the 95 % interval, after ± one standard error. `completion` and `hellaswag` are in completion style: four "
-        "endings, chance 0.25, `acc` takes the smallest summed loss and `acc_norm` the smallest mean loss per token; intervals "
-        "treat texts as independent, not the items made from one text. `lm_eval` is the lm-eval harness, with its own scorers. "
-        "A validation loss is over every token of the validation shard but the first, in rows of the model's own context. "
-        "Published figures were not measured here. `items.npz` beside this file has every single item and row; "
+        "Brackets hold the 95 % interval; ± is followed by one standard error. `completion` and `hellaswag` are in completion "
+        "style: four endings, chance 0.25, `acc` takes the smallest summed loss and `acc_norm` the smallest mean loss per token; "
+        "intervals treat texts as independent, not the items made from one text. `lm_eval` is the lm-eval harness, with its own "
+        "scorers. A validation loss is over every token of the validation shard but the first, in rows of the model's own "
+        "context. Published figures were not measured here. `items.npz` beside this file has the scores of every item and row; "
         "`pipelib.evaluation.items` reads it."
     )
     yield from _pictures(folder, subject)
@@ -90,15 +90,15 @@ def _blocks(folder: Path, subject: Subject) -> Iterator[Block]:
 
 
 def completions_of(result: Mapping[str, Any]) -> list[str]:
-    """The benchmarks in completion style of a result."""
+    """The names of the completion-style benchmarks in a result."""
     return [name for name, value in result.items() if isinstance(value, Mapping) and "acc_norm" in value]
 
 
 def rows_of(subject: Subject) -> Iterator[Sequence[str]]:
-    """A line for each measure and model: ours, the baselines, a unigram model, then what was published."""
-    everybody = {OURS: subject.result, **subject.baselines}
+    """A row for each measure and model: ours, the baselines, a unigram model, then published figures."""
+    results = {OURS: subject.result, **subject.baselines}
     for measure, name in LOSSES.items():
-        for model, result in everybody.items():
+        for model, result in results.items():
             if measure in result:
                 yield (
                     name,
@@ -111,20 +111,21 @@ def rows_of(subject: Subject) -> Iterator[Sequence[str]]:
     for benchmark in completions_of(subject.result):
         for metric in ("acc", "acc_norm"):
             measure = f"{benchmark}.{metric}"
-            for model, result in everybody.items():
+            for model, result in results.items():
                 yield _accuracy(measure, model, result[benchmark][metric])
             if "unigram" in subject.result[benchmark]:
                 yield _accuracy(measure, "unigram model", subject.result[benchmark]["unigram"][metric])
             yield from _published(measure, measure, subject)
     for task, scores in subject.result.get("lm_eval", {}).items():
+        # Only metrics have a standard error; `version`, `examples` and `limit` do not.
         for metric in (name.removesuffix("_stderr") for name in scores if name.endswith("_stderr")):
             measure = f"lm_eval.{task}.{metric}"
-            for model, result in everybody.items():
+            for model, result in results.items():
                 yield _task_score(measure, model, metric, result["lm_eval"][task], result["lm_eval_version"])
             yield from _published(measure, measure, subject)
 
 
-def _accuracy(measure: str, model: str, accuracy: Accuracy) -> Sequence[str]:
+def _accuracy(measure: str, model: str, accuracy: AccuracyJson) -> Sequence[str]:
     return measure, model, interval(accuracy), f"{accuracy['items']:,} items", "measured here"
 
 
@@ -145,7 +146,7 @@ def _number(measure: str, value: float) -> str:
 
 
 def _pictures(folder: Path, subject: Subject) -> Iterator[Block]:
-    """The curves of the training, where there are any, against the lines of other models."""
+    """Draw the training's curves, if there are any, with horizontal lines for other models."""
     if subject.curves is None:
         return
     yield Heading("Training")
@@ -163,7 +164,7 @@ def _pictures(folder: Path, subject: Subject) -> Iterator[Block]:
 
 
 def _levels(measure: str, subject: Subject) -> list[Line]:
-    """Baselines as they were measured; what was published only where none was."""
+    """The values of the baselines that were measured; if none was, published figures."""
     name, _, metric = measure.partition(".")
     found = {model: result[name] for model, result in subject.baselines.items() if name in result}
     if found:

@@ -1,4 +1,4 @@
-"""What a model writes: the same text for the same model, prompt and seed."""
+"""Samples of a model's text. The same model, prompt and seed give the same text."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,12 @@ SAMPLE_TOKENS = 64
 def write_samples(
     model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], precision: str, seed: int
 ) -> list[tuple[str, str]]:
-    """(prompt, continuation) of every prompt, up to `SAMPLE_TOKENS` tokens or the end of the text.
+    """Continue every prompt by up to `SAMPLE_TOKENS` tokens, or to the end of the text.
 
-    Each has a random stream of its own, so that nothing else that is random changes.
+    Each text has its own random generator, so that sampling changes no other random number.
+
+    Returns:
+        (prompt, continuation) of every prompt.
     """
     if not prompts:
         return []

@@ -1,1 +1,1 @@
-"""Models: what every family promises, the families, their Hugging Face form, and text from them."""
+"""Models: the interface of every family, the families, import and export in Hugging Face's format, and generation."""

@@ -1,7 +1,7 @@
-"""What every family of decoders promises, and what they share: the loss, the output layer, initialisation, Hugging Face's form.
+"""The base class of all model families: output layer, token losses, initialization, Hugging Face's format.
 
-A family is a subclass in `families/NAME.py`. It writes `hidden` and names its tensors; training, generation, scoring, export and
-import work with any of them. See `shapes/` for its parameters and `attend.py` for what `attend` is.
+A family is a subclass in `families/NAME.py`. It implements `hidden` and `head` and names its tensors; then training,
+generation, scoring, export and import work with it. Its parameters are in `shapes/`; `attend.py` explains `attend`.
 """
 
 import importlib
@@ -22,35 +22,35 @@ from pipelib.schema import parse
 
 INIT_STD = 0.02
 LOGIT_ROWS = 8192
-"""Positions whose logits are there at a time where no gradient needs them all: 1.6 GB in fp32, twice that with their softmax."""
+"""Positions whose logits exist at the same time, without gradients: 1.6 GB in fp32, and twice that with their softmax."""
 HEAD = "lm_head.weight"
-"""What Hugging Face calls the output layer."""
+"""Hugging Face's name for the output layer."""
 
 
 def family_of(name: str) -> "type[Decoder]":
-    """The network of a family."""
+    """The network class of a family."""
     found: type[Decoder] = importlib.import_module(f"pipelib.model.families.{name}").DECODER
     return found
 
 
 def build(params: ModelParams, vocab_size: int) -> "Decoder":
-    """A model of these parameters, its weights still to be set."""
+    """Make a model with these parameters. Its weights are not set yet."""
     return family_of(params.architecture)(params, vocab_size)
 
 
 class Decoder(nn.Module, ABC):
-    """A language model: token ids in, the likelihood of the next ones out."""
+    """A language model: token ids in, the likelihood of the next token out."""
 
     architecture: ClassVar[str]
     """The family's name: of its files, in `model.architecture`, and as `model_type` in config.json."""
     embedding_names: ClassVar[tuple[str, ...]]
-    """The tensors with a row for every token, padding included; the first one is the input's."""
+    """The tensors with one row per token, padding included. The first one is the input embedding."""
 
     def __init__(self, params: ModelParams, vocab_size: int) -> None:
         super().__init__()
         self.params, self.vocab_size = params, vocab_size
         self.activation_checkpointing = False
-        """Keep each block's input only and compute the block again in the backward pass."""
+        """Keep only each block's input, and compute the block again in the backward pass."""
 
     # ---- The network -------------------------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ class Decoder(nn.Module, ABC):
 
         Args:
             positions: of each token in its text, (B, T) or (T,); None for 0, 1, 2, ...
-            attend: how positions see each other; nothing else lets them.
+            attend: the only way in which positions see each other.
         """
 
     @property
@@ -69,7 +69,7 @@ class Decoder(nn.Module, ABC):
         """The output layer's weight, (padded vocab_size, C)."""
 
     def run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """What a block makes of its inputs; it has to draw no random numbers. `activation_checkpointing` is heeded here."""
+        """Run a block, with activation checkpointing if it is on. The block must not draw random numbers."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             kept: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             return kept
@@ -78,23 +78,28 @@ class Decoder(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.head.device
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., padded vocab_size), with minus infinity for the padding, which so has probability zero."""
+        """(..., C) -> (..., padded vocab_size). The padding gets minus infinity, so its probability is zero."""
         logits = F.linear(hidden, self.head)
-        logits[..., self.vocab_size :] = -math.inf  # set, not cut off, so that the product keeps its good shape
+        logits[..., self.vocab_size :] = -math.inf  # not sliced off: a padded matrix product is faster on a GPU
         return logits
 
     def exact_logits(self, hidden: Tensor) -> Tensor:
-        """`logits` in fp32 also within autocast: near -100, bf16 has a spacing of 0.5, so the likeliest tokens would tie and
-        losses would be off by about 0.1 nats."""
+        """`logits` in fp32, also under autocast.
+
+        Near -100, bf16 has a spacing of 0.5, so the likeliest tokens would tie and losses would be off by about 0.1 nats.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             return self.logits(hidden.float())
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The cross-entropy in nats of every target, (B, T), by `exact_logits`, `LOGIT_ROWS` positions at a time."""
+        """The cross-entropy of every target in nats: (B, T) twice -> (B, T).
+
+        It uses `exact_logits`, for `LOGIT_ROWS` positions at a time.
+        """
         hidden, wanted = self.hidden(inputs).flatten(0, 1), targets.flatten()
         parts = [slice(start, start + LOGIT_ROWS) for start in range(0, len(wanted), LOGIT_ROWS)]
         losses = [F.cross_entropy(self.exact_logits(hidden[part]), wanted[part], reduction="none") for part in parts]
@@ -103,11 +108,12 @@ class Decoder(nn.Module, ABC):
     # ---- Initial weights ---------------------------------------------------------------------------------------------
 
     def initialise(self, seed: int) -> None:
-        """Fill in initial weights, the same for every device and number of ranks.
+        """Set the initial weights, the same on every device and for any number of ranks.
 
-        Matrices are normal with the standard deviation of `initial_std`; biases are zero and norms the identity. The loss then
+        Matrices are normal with standard deviation `initial_std`, biases are zero, and norms are the identity. The loss then
         starts near ln(vocab_size): 10.82 for GPT-2's 50,257 tokens.
         """
+        # Numbers are drawn on the CPU, in the order of the parameters: no device or rank changes them.
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -118,60 +124,61 @@ class Decoder(nn.Module, ABC):
             for name in self.embedding_names:
                 self.get_parameter(name)[self.vocab_size :] = 0.0
 
-    def initial_std(self, name: str) -> float:  # noqa: ARG002 (families have more to say)
-        """The standard deviation of a matrix's initial weights, by its name."""
+    def initial_std(self, name: str) -> float:  # noqa: ARG002 (families override it)
+        """The standard deviation of the initial weights of the matrix `name`."""
         return INIT_STD
 
     # ---- Hugging Face's form -----------------------------------------------------------------------------------------
 
     name_prefix: ClassVar[str] = ""
-    """What Hugging Face puts before our names of tensors."""
+    """The prefix of Hugging Face's tensor names, before ours."""
     transposed_names: ClassVar[tuple[str, ...]] = ()
-    """How the names of matrices end that Hugging Face keeps as (in, out); ours are (out, in)."""
+    """Name endings of the matrices that Hugging Face stores as (in, out); ours are (out, in)."""
     derived_names: ClassVar[tuple[str, ...]] = ()
-    """How the names of tensors end that some files carry and that follow from the others; see `derived_problem`."""
+    """Name endings of tensors that some files contain although they follow from the others; see `derived_problem`."""
     block_list: ClassVar[tuple[str, str] | None] = None
-    """The name of the list of blocks, and the parameter that is its length."""
+    """The name of the list of blocks, and the parameter that gives its length."""
     config_settings: ClassVar[Mapping[str, tuple[object, ...]]] = {}
-    """What config.json must say where it says it; other values are other architectures under this one's name."""
+    """Allowed values of settings in config.json, the default first. Another value means another architecture."""
 
     @classmethod
     def config(cls, params: ModelParams, vocab_size: int, end_token_id: int) -> dict[str, Any]:
-        """config.json of an exported model."""
+        """The content of config.json for an exported model."""
         shape = {key: value for key, value in asdict(params).items() if key not in ("architecture", "init_from")}
         ends = {"bos_token_id": end_token_id, "eos_token_id": end_token_id}
         return {"model_type": cls.architecture, **shape, **ends, "dtype": "float32", "vocab_size": vocab_size}
 
     @classmethod
     def params_of(cls, config: Mapping[str, Any], problems: list[str]) -> ModelParams | None:
-        """The parameters that config.json says; None, and lines in `problems`, where it does not."""
+        """Read the parameters from config.json. What is wrong is added to `problems`; None if they cannot be read."""
         kind = family_params(cls.architecture)
         values = {entry.name: config.get(entry.name) for entry in fields(kind)}
         return parse(kind, {**values, "architecture": cls.architecture}, "", problems)
 
     @classmethod
     def outer_shapes(cls, params: ModelParams, rows: int) -> dict[str, tuple[int, ...]]:  # noqa: ARG003
-        """Shapes in a file that show whether config.json's sizes are its own, known before a model of them is made.
+        """Shapes that show whether config.json and the file agree, before a model of that size is made.
 
         Args:
-            rows: of the token embedding.
+            rows: the rows of the token embedding.
         """
         return {}
 
     @classmethod
     def other_layout(cls, params: ModelParams, shapes: Mapping[str, tuple[int, ...]]) -> str:  # noqa: ARG003
-        """The remedy where the shapes in a file are those of another program; empty otherwise."""
+        """The remedy if the shapes in a file are another program's layout; empty otherwise."""
         return ""
 
     def derived_problem(self, name: str, tensor: Tensor) -> str:
-        """Why a tensor that should follow from the others does not, and the remedy; empty where it does."""
+        """Why a derived tensor does not follow from the others, and the remedy; empty if it does."""
         if name != HEAD:
             return ""
+        # A file may hold the tied head as a second tensor. It must equal the embedding, except for padding rows.
         embedding = self.get_parameter(self.embedding_names[0])[: self.vocab_size]
         same = tensor.shape[1:] == embedding.shape[1:] and len(tensor) >= self.vocab_size
         if same and torch.equal(tensor[: self.vocab_size].to(embedding.dtype), embedding):
             return ""
         return (
-            f"is not the token embedding, so the model has a head of its own, which {self.params.title} does not have and this "
-            "code would not use; use a model whose head is tied to the embedding."
+            f"is not the token embedding, so the model has a separate head, which {self.params.title} does not have and this "
+            "code would ignore; use a model whose head is tied to the embedding."
         )

@@ -1,4 +1,4 @@
-"""Where a model runs, in which arithmetic, and with how much memory."""
+"""The device that a model runs on, its precision and its memory."""
 
 import os
 from collections.abc import Iterator
@@ -11,16 +11,15 @@ from pipelib.processes import available_cores, control_groups, keep_freed_memory
 
 
 def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """This rank's GPU, or the CPU with this rank's share of the cores as threads.
+    """Choose this rank's GPU, or the CPU with this rank's share of the cores as threads.
 
-    The number of threads is fixed, because sums on a CPU depend on it in their last bits; `$PIPELIB_THREADS` sets it.
+    The number of threads is fixed, because the last bits of sums on a CPU depend on it; `$PIPELIB_THREADS` sets it.
     """
-    # torch.compile would start one for each of the machine's cores, whatever a container's quota allows.
+    # By default torch.compile starts one worker per core of the machine, which may be more than a container's quota.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, available_cores())))
     if torch.cuda.is_available():
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # read once, at the first product; determinism needs it
+        # Deterministic cuBLAS needs it; cuBLAS reads it once, at the first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
@@ -30,12 +29,12 @@ def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """bf16 matrix products where `precision` is "bf16"; nothing for "fp32". Weights stay fp32."""
+    """Compute matrix products in bf16 if `precision` is "bf16"; change nothing for "fp32". Weights stay fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Bytes free on a GPU; on a CPU what the system and the control groups around this process leave.
+    """Free bytes on a GPU; on a CPU, those that the system and this process's control groups allow.
 
     Args:
         root: where /proc and /sys are.
@@ -46,7 +45,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:
-    """The bytes that each control group still allows, where it limits them; cached files give way when it is needed."""
+    """Bytes that each control group with a limit still allows. Cached files count as free, since the kernel drops them."""
     for group in control_groups("memory", root):
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -55,19 +54,19 @@ def _free_in_groups(root: Path) -> Iterator[int]:
             stat = dict(line.split(" ", 1) for line in system_file(group / "memory.stat").splitlines() if " " in line)
             numbers = system_file(group / limit), system_file(group / used), stat.get(cached, "0")
             if all(number.isdecimal() for number in numbers):
-                most, taken, freed = map(int, numbers)
-                yield max(0, most - taken + freed)
+                allowed, taken, droppable = map(int, numbers)
+                yield max(0, allowed - taken + droppable)
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory a device has."""
+    """Total bytes of a device's memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _meminfo(key: str) -> int:
-    """A line of Linux's /proc/meminfo in bytes; half of all memory on another system."""
+    """A line of Linux's /proc/meminfo in bytes; on another system, half of all memory."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines[key].split()[0]) * 1024

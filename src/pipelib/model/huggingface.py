@@ -1,7 +1,7 @@
-"""Models in Hugging Face's form, out and in: transformers' `from_pretrained(folder)` gives the same logits.
+"""Export and import models in Hugging Face's format: transformers' `from_pretrained(folder)` gives the same logits.
 
-`model_type` in config.json names the family, which says what its tensors and settings are called there. What is common to all
-folders, and every way in which one can be wrong, is here.
+`model_type` in config.json names the family, whose class knows the names of its tensors and settings. This module does what is
+common to all families, and checks a folder for everything that can be wrong with it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,10 +39,10 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path, recipe: Mapping[str, object]) -> None:
     """Write config, weights (fp32, without the vocabulary's padding), tokenizer, generation config, recipe and README.
 
-    The bytes are a function of the weights and the recipe alone.
+    The bytes depend only on the model, its tokenizer and the recipe.
 
     Args:
-        recipe: everything that decided the weights, as JSON; see `recipe.py`.
+        recipe: everything that decided the weights, as JSON values; see `recipe.py`.
     """
     from safetensors.torch import save
 
@@ -60,46 +60,47 @@ def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path, recipe: Map
 
 
 def to_huggingface(model: Decoder) -> dict[str, Tensor]:
-    """Our tensors under Hugging Face's names and in its layout, in fp32 on the CPU."""
+    """Convert our tensors to Hugging Face's names and layout, in fp32 on the CPU."""
     renamed = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().to("cpu", torch.float32)
         if name in model.embedding_names:
-            tensor = tensor[: model.vocab_size]
+            tensor = tensor[: model.vocab_size]  # transformers expects exactly vocab_size rows
         elif name.endswith(model.transposed_names):
             tensor = tensor.t()
         renamed[model.name_prefix + name] = tensor.contiguous()
     return renamed
 
 
-# ---- In --------------------------------------------------------------------------------------------------------------
+# ---- Import ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model in a folder, judged by its config.json, its tokenizer, and the names and shapes of its tensors."""
+    """A model in a folder whose config.json, tokenizer, tensor names and shapes have been checked."""
 
     model: Decoder
-    """Its numbers are not set yet; memory that nobody has written to takes no room."""
+    """Its weights are not set yet; memory that is not written to takes no space."""
     entries: Mapping[str, Entry]
-    """The folder's tensors under our names."""
+    """The folder's tensors by our names."""
     note: str
-    """What of the folder is not used; empty where everything is."""
+    """A note about the part of the folder that is not used; empty if all of it is."""
 
 
 def import_model(folder: Path, tokenizer: Tokenizer, *, quiet: bool = False) -> Decoder:
-    """The model of a Hugging Face folder, in fp32 on the CPU.
+    """Read the model in a Hugging Face folder, in fp32 on the CPU.
 
     Args:
-        tokenizer: whose tokens the model has to have.
-        quiet: leave out the line on stderr that says what of the folder is not used.
+        tokenizer: the one whose tokens the model must have.
+        quiet: do not print the note about the part of the folder that is not used.
 
     Raises:
-        UserError: what `find_model` refuses; a head or a mask that the family does not have; numbers that are not finite.
+        UserError: `find_model` refuses the folder, it has a head or a mask that the family does not have, or a number is not
+            finite.
     """
-    described = _describe(folder, tokenizer)  # what a model is counts before what its weights look like
+    described = _describe(folder, tokenizer)  # a wrong kind of model is reported before its weights
     with open_weights(folder) as weights, torch.no_grad():
-        found = _look_at(folder, described, weights, tokenizer)
+        found = _check_tensors(folder, described, weights, tokenizer)
         if found.note and not quiet:
             tell(found.note, error=True)
         model = found.model
@@ -107,6 +108,7 @@ def import_model(folder: Path, tokenizer: Tokenizer, *, quiet: bool = False) -> 
         for name, target in state.items():
             _fill(target, name, weights.read(found.entries[name]), model)
             _require_finite(target, found.entries[name])
+        # What is left are derived tensors: a tied head, masks. They are compared, not loaded.
         for name in found.entries.keys() - state.keys():
             entry = found.entries[name]
             if problem := model.derived_problem(name, weights.read(entry)):
@@ -115,27 +117,27 @@ def import_model(folder: Path, tokenizer: Tokenizer, *, quiet: bool = False) -> 
 
 
 def find_model(folder: Path, tokenizer: Tokenizer) -> Found:
-    """Look at the model in a Hugging Face folder without reading its numbers.
+    """Check the model in a Hugging Face folder without reading its weights.
 
     Raises:
-        UserError: files are missing or damaged, the model is of no family here, or its vocabulary is not the tokenizer's.
+        UserError: files are missing or damaged, the model's family is unknown, or its vocabulary is not the tokenizer's.
     """
     described = _describe(folder, tokenizer)
     with open_weights(folder) as weights:
-        return _look_at(folder, described, weights, tokenizer)
+        return _check_tensors(folder, described, weights, tokenizer)
 
 
 def read_params(folder: Path, tokenizer: Tokenizer) -> ModelParams:
-    """The shape of the model in a Hugging Face folder, as its config.json says.
+    """Read the parameters of the model in a Hugging Face folder from its config.json.
 
     Raises:
-        UserError: it is of no family here, or has another vocabulary.
+        UserError: its family is unknown, or it has another vocabulary.
     """
     return _describe(folder, tokenizer).params
 
 
 class _Described(NamedTuple):
-    """What config.json says of a model."""
+    """A model as config.json describes it."""
 
     family: type[Decoder]
     params: ModelParams
@@ -146,8 +148,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     require_folder(folder)
     path = folder / CONFIG
     if not is_file(path):
-        weight_files(folder)  # what lies there instead says more
-        raise UserError(f"{path} does not exist, so nothing says which model this is; {restore(folder)}.")
+        weight_files(folder)  # raises a better message if the folder has weights in another format
+        raise UserError(f"{path} does not exist, so it is unknown which model this is; {restore(folder)}.")
     if what := by_first_bytes(path):
         raise UserError(f"{path} {what}.")
     return read_json(path, restore(folder))
@@ -157,18 +159,18 @@ def _describe(folder: Path, tokenizer: Tokenizer) -> _Described:
     config, path = _read_config(folder), folder / CONFIG
     for key in ("model_type", "vocab_size"):
         if key not in config:
-            raise UserError(f"{path} has no {key}, so nothing says which model this is; use one as published.")
+            raise UserError(f"{path} has no {key}, so it is unknown which model this is; use a model as published.")
     if config["model_type"] not in known_families():
         raise UserError(
-            f"{path} has model_type = {config['model_type']!r}, and this code has {', '.join(known_families())}, so its logits "
-            "could not be computed; use a model of these."
+            f"{path} has model_type = {config['model_type']!r}, and this code knows {', '.join(known_families())}, so its logits "
+            "could not be computed; use a model of a known type."
         )
     family = family_of(config["model_type"])
     title = family_params(family.architecture).title
     for key, allowed in family.config_settings.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(
-                f"{path} has {key} = {config[key]!r} where {title} has {allowed[0]!r}, so its logits would come out wrong; "
+                f"{path} has {key} = {config[key]!r} where {title} has {allowed[0]!r}, so its logits would be wrong; "
                 f"use a {title} as published."
             )
     if config["vocab_size"] not in _sizes(tokenizer):
@@ -184,16 +186,17 @@ def _describe(folder: Path, tokenizer: Tokenizer) -> _Described:
 
 
 def _sizes(tokenizer: Tokenizer) -> list[int]:
-    """Rows of an embedding, as they are or padded for the hardware: 50,304 in nanoGPT's GPT-2, for one."""
+    """The numbers of rows that an embedding may have: exact, or padded for the hardware, as 50,304 in nanoGPT's GPT-2."""
     return [-(-tokenizer.size // multiple) * multiple for multiple in (1, 8, 16, 32, 64, 128, 256, 512, 1024)]
 
 
-def _look_at(folder: Path, described: _Described, weights: Weights, tokenizer: Tokenizer) -> Found:
+def _check_tensors(folder: Path, described: _Described, weights: Weights, tokenizer: Tokenizer) -> Found:
+    """Check the names and shapes of the tensors, and the tokens, and make the model that they belong to."""
     family, params, config = described
-    entries = _by_own_names(weights, family)
+    entries = _by_our_names(weights, family)
     rows = _embedding_rows(entries.get(family.embedding_names[0]), config["vocab_size"], tokenizer)
-    lines = list(_outer_differences(family, params, entries, rows))
-    if not lines:  # else the file bounds nothing of what would be made here
+    lines = list(_size_differences(family, params, entries, rows))
+    if not lines:  # else config.json could ask for a model of any size
         with _NoInitialisation():
             model = family(params, tokenizer.size)
         lines = list(_differences(family, _shapes_in_files(model, rows), entries))
@@ -209,14 +212,14 @@ def _look_at(folder: Path, described: _Described, weights: Weights, tokenizer: T
     require_same_tokens(folder, rows, tokenizer)
     extra = rows - tokenizer.size
     beyond = f"beyond {tokenizer.title}'s {tokenizer.size:,} tokens"
-    note = f"{folder}: the {extra} rows of its embedding {beyond} are padding, and not used"
+    note = f"{folder}: the {extra} rows of its embedding {beyond} are padding and are not used"
     return Found(model, entries, note if extra else "")
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Leave new weights as the memory is: drawing numbers that are overwritten takes longer than reading those of a file.
+    """Leave new weights uninitialized: drawing random numbers to overwrite them takes longer than reading the file.
 
-    torch's own ways load 800 modules first (the device `meta`: a second), or know single layers alone (`skip_init`).
+    torch's own ways import 800 modules first (the device `meta`, a second), or work for single layers only (`skip_init`).
     """
 
     def __torch_function__(
@@ -228,16 +231,16 @@ class _NoInitialisation(TorchFunctionMode):
 
 
 def _embedding_rows(embedding: Entry | None, vocab_size: int, tokenizer: Tokenizer) -> int:
-    """The rows of the token embedding where they are good, padded or not; else those that config.json asks for."""
+    """The rows of the token embedding if their number is valid, padded or not; else the number in config.json."""
     shape = embedding.shape if embedding else ()
-    good = bool(shape) and shape[0] in _sizes(tokenizer) and vocab_size in (tokenizer.size, shape[0])
-    return shape[0] if good else vocab_size
+    valid = bool(shape) and shape[0] in _sizes(tokenizer) and vocab_size in (tokenizer.size, shape[0])
+    return shape[0] if valid else vocab_size
 
 
-def _outer_differences(
+def _size_differences(
     family: type[Decoder], params: ModelParams, entries: Mapping[str, Entry], rows: int
 ) -> Iterator[str]:
-    """Whether the sizes that config.json gives are those of the files; a model of other sizes could fill the memory."""
+    """Where the sizes in config.json differ from the files. A model of wrong sizes could fill the memory."""
     outer = family.outer_shapes(params, rows)
     yield from _differences(family, outer, {name: entries[name] for name in outer if name in entries})
     if family.block_list:
@@ -248,16 +251,16 @@ def _outer_differences(
 
 
 def _shapes_in_files(model: Decoder, rows: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of our tensors in Hugging Face's layout, with so many rows of embeddings."""
+    """The shapes of our tensors in Hugging Face's layout, with `rows` rows in the embeddings."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    turned = {name: shape[::-1] if name.endswith(model.transposed_names) else shape for name, shape in shapes.items()}
-    return turned | {name: (rows, *shapes[name][1:]) for name in model.embedding_names}
+    theirs = {name: shape[::-1] if name.endswith(model.transposed_names) else shape for name, shape in shapes.items()}
+    return theirs | {name: (rows, *shapes[name][1:]) for name in model.embedding_names}
 
 
 def _differences(
     family: type[Decoder], expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, Entry]
 ) -> Iterator[str]:
-    """Tensors that are missing, of another shape, or unknown, in the order of their names."""
+    """Tensors that are missing, unknown or of another shape, sorted by name."""
     known = {name for name in entries if name in expected or not name.endswith(family.derived_names)}
     for name in sorted(expected.keys() | known):
         if name not in entries:
@@ -268,18 +271,18 @@ def _differences(
             yield f"{name} is {entries[name].shape}, not {expected[name]}"
 
 
-def _by_own_names(weights: Weights, family: type[Decoder]) -> dict[str, Entry]:
-    """The tensors by our names: without what torch.compile, DDP and transformers put before them.
+def _by_our_names(weights: Weights, family: type[Decoder]) -> dict[str, Entry]:
+    """The tensors by our names: without the prefixes of torch.compile, DDP and transformers.
 
     Raises:
-        UserError: two have the same name then, or one holds something other than floating-point numbers.
+        UserError: two tensors then have the same name, or one does not hold floating-point numbers.
     """
     entries: dict[str, Entry] = {}
     for entry in weights.entries:
         name = entry.name.replace("_orig_mod.", "").removeprefix("module.").removeprefix(family.name_prefix)
         if name in entries:
             raise UserError(
-                f"{entry.file} has {entry.name} and {entries[name].name}, so it is unclear which of them counts; use a model "
+                f"{entry.file} has {entry.name} and {entries[name].name}, so it is unclear which of the two to use; use a model "
                 "as transformers saves it."
             )
         if entry.dtype not in _FLOATS and not name.endswith(family.derived_names):
@@ -292,7 +295,7 @@ def _by_own_names(weights: Weights, family: type[Decoder]) -> dict[str, Entry]:
 
 
 def _fill(target: Tensor, name: str, tensor: Tensor, model: Decoder) -> None:
-    """Copy a tensor of a file into ours, in our layout; the padding of the vocabulary is zero."""
+    """Copy a tensor of a file into ours, in our layout. The padding of the vocabulary becomes zero."""
     if name in model.embedding_names:
         target[model.vocab_size :] = 0
         target[: model.vocab_size] = tensor[: model.vocab_size]
@@ -301,7 +304,7 @@ def _fill(target: Tensor, name: str, tensor: Tensor, model: Decoder) -> None:
 
 
 def _require_finite(tensor: Tensor, entry: Entry) -> None:
-    if not torch.stack(tensor.aminmax()).isfinite().all():  # without a copy: what is not a number is least and greatest
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # no copy of the tensor: aminmax returns NaN if there is one
         bad = tensor.numel() - int(tensor.isfinite().sum())
         raise UserError(
             f"{entry.file}: {entry.name} has {bad:,} numbers of {tensor.numel():,} that are infinite or not numbers, so "

@@ -1,8 +1,8 @@
-"""What every family of models says of its parameters, and section `model` of params.yaml.
+"""The parameters that every family of models has, and section `model` of params.yaml.
 
-A family is two files of one name, which is also its `model_type` in config.json: `shapes/NAME.py`, its parameters and what
-follows from them by arithmetic, without torch; and `families/NAME.py`, its network. Both are loaded by that name, so that a new
-family changes nothing for those who use another one.
+A family is two files of the same name, which is also its `model_type` in config.json. `shapes/NAME.py` has its parameters and
+the arithmetic on them, without torch; `families/NAME.py` has its network. Both are imported by that name, so a new family
+changes nothing for the users of another one.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from pipelib.model import shapes
 from pipelib.schema import Choice
 
 DEFAULT = "gpt2"
-"""The family of before there was a choice; see `decides`."""
+"""The only family of versions before `model.architecture` existed; see `ModelParams.decides`."""
 
 
 class ModelParams(ABC):
@@ -26,9 +26,9 @@ class ModelParams(ABC):
     title: ClassVar[str]
     """The family's name for people: `GPT-2`."""
     architecture: str
-    """The family's name: that of its files."""
+    """The family's name, which is that of its files."""
     context_length: int
-    """The most tokens the model can look at."""
+    """The most tokens that the model can attend to."""
 
     @property
     @abstractmethod
@@ -37,31 +37,34 @@ class ModelParams(ABC):
 
     @abstractmethod
     def parameters(self, vocab_size: int) -> int:
-        """Trainable numbers. Memory counts them for a vocabulary with its padding, everything else without."""
+        """Trainable numbers. Memory estimates count the vocabulary's padding, everything else does not."""
 
     @abstractmethod
     def matrix_parameters(self, vocab_size: int) -> int:
-        """Numbers in matrices that tokens are multiplied with, the output layer's included: what bf16 keeps copies of."""
+        """Numbers in matrices that take part in products, the output layer included. Autocast keeps bf16 copies of them."""
 
     @abstractmethod
     def flops_per_token(self, vocab_size: int, sequence_length: int) -> int:
-        """Floating-point operations that training needs for one token, forward and backward."""
+        """Floating-point operations of training per token, forward and backward."""
 
     @abstractmethod
     def activation_bytes(self, bf16: bool, checkpointing: bool) -> int:
-        """Bytes that the layers keep of one token for the backward pass; with checkpointing their inputs, and one layer's all."""
+        """Bytes per token that the layers keep for the backward pass.
+
+        With checkpointing they are the inputs of all layers, and everything that one layer keeps.
+        """
 
     def decides(self) -> dict[str, object]:
-        """The parameters as what decides a result.
+        """The parameters that decide the result.
 
-        The architecture is among them but for GPT-2's: earlier versions did not name it, and its results are theirs.
+        GPT-2's architecture is left out: earlier versions did not name it, so their results stay valid.
         """
         fields = asdict(self)
         return {key: value for key, value in fields.items() if (key, value) != ("architecture", DEFAULT)}
 
 
 def known_families() -> list[str]:
-    """The names that `model.architecture` may have."""
+    """The names that `model.architecture` accepts."""
     return sorted(module.name for module in pkgutil.iter_modules(shapes.__path__))
 
 
@@ -84,11 +87,11 @@ def _section(name: str) -> type:
 
 @dataclass(frozen=True)
 class InitialisedModelParams(ModelParams):
-    """Section `model` of params.yaml: the parameters of the family that `architecture` names, and what training starts from."""
+    """Section `model` of params.yaml: the parameters of the family that `architecture` names, and the initial weights."""
 
     choice: ClassVar[Choice] = Choice("architecture", known_families, _section)
     init_from: str
-    """`scratch` for random weights; a name of `download.models`; or a Hugging Face folder, which has a slash in it."""
+    """`scratch` for random weights, a name in `download.models`, or a Hugging Face folder, which has a slash in it."""
 
     @property
     def init_is_published(self) -> bool:
@@ -96,7 +99,8 @@ class InitialisedModelParams(ModelParams):
         return self.init_from != "scratch" and "/" not in self.init_from
 
     def difference(self, found: ModelParams) -> str:
-        """In what weights with the parameters `found` do not fit this section, and what to write; empty where they do."""
+        """How weights with the parameters `found` differ from this section, and what to write; empty if they fit."""
+        # `found` has no `init_from`, so only the parameters of the shape are compared.
         theirs, ours = asdict(found), asdict(self)
         names = [name for name in theirs if theirs[name] != ours.get(name)]
         if not names:

@@ -1,6 +1,6 @@
-"""What decided a model's weights, kept beside them: `recipe.json` for programs, and README.md, which is written from it.
+"""The recipe: everything that decided a model's weights, kept beside them. `recipe.json` is for programs, README.md for people.
 
-Both are functions of what the training read, without a date or a commit, so that equal inputs give equal bytes.
+Both depend only on what the training read, without a date or a commit, so that equal inputs give equal bytes.
 """
 
 import json
@@ -16,7 +16,7 @@ RECIPE, README = "recipe.json", "README.md"
 
 
 def write_recipe(folder: Path, recipe: Mapping[str, object], title: str, architecture: str) -> None:
-    """Write both files into the folder of a model."""
+    """Write recipe.json and README.md into a model's folder."""
     write_json(folder / RECIPE, recipe)
     rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in flatten(recipe))
     text = (
@@ -33,9 +33,9 @@ def write_recipe(folder: Path, recipe: Mapping[str, object], title: str, archite
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe of a model, flat: `train.max_lr`. Empty where the folder has none.
+    """Read a model's recipe, with flat keys such as `train.max_lr`. Empty if the folder has none.
 
-    Models that were trained before there was a `recipe.json` have the table of their README.
+    Models trained before `recipe.json` existed have the same facts in a table of their README.
     """
     if (folder / RECIPE).is_file():
         return dict(flatten(read_json(folder / RECIPE)))

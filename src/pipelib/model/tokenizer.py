@@ -1,4 +1,4 @@
-"""Whether a model's folder has the tokenizer that our data was made with: with another one its tokens would mean other text."""
+"""Check that a model's folder has the tokenizer of our data: with another one, its tokens would mean other text."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ from pipelib.vocabulary.tokenizer import Tokenizer
 
 
 def resize_command(tokenizer: Tokenizer) -> str:
-    """The command that copies a model without the tokens that were added to a vocabulary; two folders come after it."""
+    """The command that copies a model without the tokens that were added to its vocabulary; two folders come after it."""
     return (
         "python -c 'import sys, transformers; model = transformers.GPT2LMHeadModel.from_pretrained(sys.argv[1]); "
         f"model.resize_token_embeddings({tokenizer.size}); model.save_pretrained(sys.argv[2])'"
@@ -30,13 +30,13 @@ def how_to_cut_off(folder: Path, tokenizer: Tokenizer) -> str:
 
 
 def require_same_tokens(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
-    """Refuse a folder whose tokenizer, where it has one, is not ours.
+    """Refuse a folder that has a tokenizer other than ours. A folder without one is accepted.
 
     Args:
-        rows: of the token embedding; tokens beyond them do not count.
+        rows: the rows of the token embedding; tokens beyond them do not count.
 
     Raises:
-        UserError: naming tokens that differ.
+        UserError: with the tokens that differ.
     """
     ours: dict[str, int] = {}
     named: dict[int, str] = {}
@@ -46,22 +46,22 @@ def require_same_tokens(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
         if differing:
             raise UserError(
                 f"{path} is not {tokenizer.title}'s vocabulary ({len(differing):,} of {tokenizer.size:,} tokens differ, "
-                f"{differing[0]!r} for one), so the model would take the data's tokens for others; use a model with "
+                f"for example {differing[0]!r}), so the model would mistake the data's tokens for others; use a model with "
                 f"{tokenizer.title}'s tokenizer."
             )
-        named |= {number: token for token, number in vocabulary.items() if type(number) is int}
+        named |= {number: token for token, number in vocabulary.items() if type(number) is int}  # not True, which is 1
     named |= dict(_added(folder))
     extra = sorted((number, token) for number, token in named.items() if tokenizer.size <= number < rows)
     if extra:
         tokens = ", ".join(f"{token} = {number}" for number, token in extra[:5])
         raise UserError(
-            f"{folder} has {len(extra)} tokens that {tokenizer.title} does not have ({tokens}), which are in no data of ours and "
-            f"would be left out; {how_to_cut_off(folder, tokenizer)}"
+            f"{folder} has {len(extra)} tokens that {tokenizer.title} does not have ({tokens}), which our data never contains "
+            f"and which would be lost; {how_to_cut_off(folder, tokenizer)}"
         )
 
 
 def _vocabularies(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The number of each token, by the file that says so."""
+    """Each file with a vocabulary, and its token ids by token."""
     if (path := folder / "vocab.json").is_file():
         yield path, read_json(path, restore(folder))
     if (path := folder / "tokenizer.json").is_file():
@@ -71,7 +71,7 @@ def _vocabularies(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _added(folder: Path) -> Iterator[tuple[int, str]]:
-    """Tokens that were added to a vocabulary: (number, text)."""
+    """The tokens that were added to the vocabulary: (id, text)."""
     if (path := folder / "added_tokens.json").is_file():
         for token, number in read_json(path, restore(folder)).items():
             if type(number) is int:

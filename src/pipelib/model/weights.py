@@ -1,7 +1,7 @@
-"""The weights of a Hugging Face folder as they lie there: `model.safetensors`, or several files and their index.
+"""The weight files of a Hugging Face folder: `model.safetensors`, or several files and their index.
 
-Names and shapes come from the files' headers, so that a folder that does not fit is refused before a tensor is read. Where
-there are no such files, the message says what is there instead and which command makes them of it.
+Names and shapes come from the files' headers, so that a folder that does not fit is refused before a tensor is read. If there
+are no such files, the message says what the folder has instead and which command converts it.
 """
 
 import os
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODELS, OWN_MODEL = HERE.published_models, HERE.model
-"""Published models, as download fetched them; and the one that train makes."""
+"""The published models that download fetches, and the model that train makes."""
 GUIDE = "docs/how-to/initial-weights.md"
 CONVERT = (
     "python -c 'import sys, transformers; [transformers.GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder) "
     "for folder in sys.argv[1:]]'"
 )
-"""The command that writes `model.safetensors` beside what else transformers reads; the folder comes after it."""
+"""The command that writes `model.safetensors` beside the other formats that transformers reads; the folder comes after it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file, not read yet."""
+    """A tensor in a file that has not been read yet."""
 
     file: Path
     name: str
-    """In the file."""
+    """Its name in the file."""
     shape: tuple[int, ...]
     dtype: str
-    """In safetensors' words: F32, BF16, ..."""
+    """As safetensors writes it: F32, BF16, ..."""
 
 
 class Weights:
@@ -52,22 +52,22 @@ class Weights:
         self.entries = tuple(
             Entry(path, name, tuple(part.get_shape()), str(part.get_dtype()))
             for path, file in files.items()
-            for name in file.keys()  # noqa: SIM118 (it is no mapping)
-            for part in [file.get_slice(name)]
+            for name in file.keys()  # noqa: SIM118 (not a mapping)
+            for part in [file.get_slice(name)]  # reads the header only
         )
 
     def read(self, entry: Entry) -> "Tensor":
-        """The tensor, as it is in the file, which it stays mapped to."""
+        """Read a tensor unchanged. It is memory-mapped to its file."""
         tensor: Tensor = self._files[entry.file].get_tensor(entry.name)
         return tensor
 
 
 @contextmanager
 def open_weights(folder: Path) -> Iterator[Weights]:
-    """The weights of a folder.
+    """Open the weights of a folder.
 
     Raises:
-        UserError: there are none, a file is damaged, or the index and the files do not agree.
+        UserError: there are none, a file is damaged, or the index does not match the files.
     """
     paths = weight_files(folder)
     with ExitStack() as stack:
@@ -84,7 +84,7 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error}), so there are no weights; make it a file that you may read."
+            f"{path} cannot be read ({error}), so there are no weights; make it a file that you can read."
         ) from None
     except SafetensorError as error:
         what = by_first_bytes(path) or f"is damaged ({error}), so its weights cannot be trusted; {restore(path.parent)}"
@@ -92,8 +92,8 @@ def _open(path: Path) -> Any:
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a file; false also where nobody may look."""
-    return os.path.isfile(path)  # noqa: PTH113 (Path's raises where a name is too long or a folder not to be read)
+    """Whether a path is a file; false also if it cannot be looked at."""
+    return os.path.isfile(path)  # noqa: PTH113 (Path's raises if a name is too long or a folder cannot be read)
 
 
 def _is_folder(path: Path) -> bool:
@@ -101,7 +101,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder's weights, in order; `model.safetensors` wins over an index, as in transformers.
+    """The weight files of a folder, in order. `model.safetensors` wins over an index, as in transformers.
 
     Raises:
         UserError: there are none.
@@ -114,18 +114,19 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [name for name in names if not is_file(folder / name)]:
         raise UserError(
             f"{folder / INDEX} names {missing[0]}, which is missing ({len(missing)} of {len(names)} files are), so some "
-            f"weights are not there; {restore(folder)}."
+            f"weights are missing; {restore(folder)}."
         )
     return [folder / name for name in names]
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The file of each tensor, as the index has it; always one beside the index."""
+    """The file of each tensor according to the index. Every file must be beside the index."""
     path = folder / INDEX
     found = read_json(path, restore(folder)).get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise UserError(f"{path} has no weight_map, so the files of the weights are not known; {restore(folder)}.")
+        raise UserError(f"{path} has no weight_map, so the files of the weights are unknown; {restore(folder)}.")
     for file in found.values():
+        # A name with a path could point out of the folder.
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
             raise UserError(
                 f"{path} names {file!r}, which is not a .safetensors file beside it, so it was not read; {restore(folder)}."
@@ -134,23 +135,24 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _check_index(folder: Path, weights: Weights) -> None:
-    """Refuse files that hold other tensors than their index says."""
+    """Refuse files whose tensors differ from their index."""
+    # In both directions: a tensor in a file that the index does not name counts too.
     listed = set(_weight_map(folder).items())
     found = {(entry.name, entry.file.name) for entry in weights.entries}
     if differing := sorted(listed ^ found):
         name, file = differing[0]
         says, has = ("says", "does not have it") if (name, file) in listed else ("does not say", "has it")
         raise UserError(
-            f"{folder / INDEX} {says} that {name} is in {file}, which {has} ({len(differing)} such tensors), so the files are "
-            f"not of one model; {restore(folder)}."
+            f"{folder / INDEX} {says} that {name} is in {file}, which {has} ({len(differing)} such tensors), so the files do "
+            f"not belong to one model; {restore(folder)}."
         )
 
 
 def weights_sha256(folder: Path) -> str:
-    """The hash of a folder's weights: of its file, or of the names and hashes of its files.
+    """The hash of a folder's weights: that of the file, or one over the names and hashes of several files.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no weights.
     """
     paths = weight_files(folder)
     if paths == [folder / WEIGHTS]:
@@ -159,10 +161,10 @@ def weights_sha256(folder: Path) -> str:
 
 
 def require_published(name: str, sha256: str) -> None:
-    """Refuse weights of a published model that are not those that download verified.
+    """Refuse a published model whose weights are not those that download verified.
 
     Raises:
-        UserError: saying how to get them.
+        UserError: with how to get them.
     """
     if published_sha256(name) != sha256:
         raise UserError(
@@ -172,44 +174,45 @@ def require_published(name: str, sha256: str) -> None:
 
 
 def published_sha256(name: str) -> str | None:
-    """What download noted of a published model; None where it has not fetched it."""
+    """The hash of a published model's weights in download's manifest; None if download has not fetched it."""
     entry = read_json(MODELS / MANIFEST, how_to_repair(str(MODELS))).get(name)
     sha256 = entry.get("sha256") if isinstance(entry, dict) else None
     return sha256 if isinstance(sha256, str) else None
 
 
-# ---- What to do ------------------------------------------------------------------------------------------------------
+# ---- Remedies --------------------------------------------------------------------------------------------------------
 
 
 def restore(folder: Path) -> str:
-    """The remedy for a damaged folder: our own outs are made again, somebody else's is copied again."""
+    """The remedy for a damaged folder: make it again if it is an output of ours, else copy it again."""
     return how_to_repair(str(out)) if (out := _our_out(folder)) else "copy or download it again"
 
 
 def _our_out(folder: Path) -> Path | None:
-    """The out of the pipeline that a folder is, or is in."""
+    """The pipeline's output folder that a folder is, or is in; None for any other."""
     here = Path(os.path.abspath(folder))
     return next((out for out in (OWN_MODEL, MODELS) if here.is_relative_to(os.path.abspath(out))), None)
 
 
 def require_folder(folder: Path) -> None:
-    """Refuse a model that is not a folder.
+    """Refuse a path that is not a folder.
 
     Raises:
-        UserError: with what was perhaps meant.
+        UserError: with what may have been meant.
     """
     if not _is_folder(folder):
         raise UserError(f"{folder} is not a folder with a model, so there are no weights to read; {_meant(folder)}.")
 
 
 def _meant(folder: Path) -> str:
+    """The remedy for a path that is not a folder."""
     name, out = str(folder), _our_out(folder)
     published = folder.name if folder.name in PUBLISHED_MODELS else ""
-    filled_in = os.path.expandvars(os.path.expanduser(name))  # noqa: PTH111 (it leaves ~nobody as it is)
+    expanded = os.path.expandvars(os.path.expanduser(name))  # noqa: PTH111 (it keeps the ~ of an unknown user)
     if is_file(folder):
         return f"it is a file: name its folder, {folder.parent}/"
-    if filled_in != name:
-        return f"~ and $NAME are not filled in here: write {filled_in}"
+    if expanded != name:
+        return f"~ and $NAME are not expanded here: write {expanded}"
     if out == MODELS:
         return f"dvc repro download fetches it where download.models names it: [{published or 'gpt2'}]"
     if out:
@@ -224,20 +227,20 @@ def _meant(folder: Path) -> str:
 
 
 NANOGPT = "python docs/how-to/nanogpt_checkpoint.py"
-"""The command that makes a folder of a checkpoint of nanoGPT; the checkpoint and the folder come after it."""
+"""The command that converts a nanoGPT checkpoint to a folder; the checkpoint and the folder come after it."""
 HUB = "openai-community"
-"""Who publishes OpenAI's models on the hub."""
+"""The owner of OpenAI's models on the hub."""
 
 _OTHER_FORMATS = {
     "adapter_config.json": f"it holds a LoRA adapter: merge it into its base model first, see {GUIDE}",
-    "pytorch_model.bin": "{convert} makes them of pytorch_model.bin",
-    "pytorch_model.bin.index.json": "{convert} makes them of pytorch_model-*.bin",
+    "pytorch_model.bin": "{convert} makes them from pytorch_model.bin",
+    "pytorch_model.bin.index.json": "{convert} makes them from pytorch_model-*.bin",
     "model-*.safetensors": "{found} is one of several files, and their index is missing: get model.safetensors.index.json",
-    "*.safetensors": "name {found} model.safetensors, if that is the model",
-    "*.pt": "if {found} is a checkpoint of nanoGPT or build-nanogpt, {nanogpt} makes a folder of it",
-    "*.pth": f"{{found}} is a file of torch.save: {GUIDE} says how to make a folder of it",
+    "*.safetensors": "rename {found} to model.safetensors, if that is the model",
+    "*.pt": "if {found} is a checkpoint of nanoGPT or build-nanogpt, {nanogpt} converts it to a folder",
+    "*.pth": f"{{found}} was written by torch.save: {GUIDE} says how to convert it to a folder",
     "*.bin": f"{{found}} is not a file that transformers writes: {GUIDE} says what can be read",
-    "*.gguf": "{found} is llama.cpp's format, from which the weights do not come back: get the folder it was made from",
+    "*.gguf": "{found} is llama.cpp's format, which cannot be converted back: get the folder it was made from",
     "flax_model.msgpack": "flax_model.msgpack is Flax's format: get the model's PyTorch weights",
     "tf_model.h5": "tf_model.h5 is TensorFlow's format: get the model's PyTorch weights",
     "*.ckpt.index": "{found} is TensorFlow's format: get the model's PyTorch weights",
@@ -245,11 +248,11 @@ _OTHER_FORMATS = {
     "*/model.safetensors": "name the folder {found}",
     "*/*/model.safetensors": "name the folder {found}",
 }
-"""What a folder without our file may hold, by a pattern of names, and what to do then; the first that is there counts."""
+"""The remedy for each pattern of file names that a folder without safetensors may have. The first match wins."""
 
 
 def _instead(folder: Path) -> str:
-    """What to do about a folder without safetensors, by what lies there."""
+    """The remedy for a folder without safetensors, by the files it has."""
     for pattern, remedy in _OTHER_FORMATS.items():
         found = next(iter(sorted(folder.glob(pattern))), None)
         if found:
@@ -263,17 +266,17 @@ def _instead(folder: Path) -> str:
 
 
 _MAGIC = {
-    b"version https://git-lfs": "is a git-lfs pointer in place of the file; run `git lfs pull` in its folder",
-    b"PK\x03\x04": f"is a file of torch.save and not of safetensors; {GUIDE} says how to make a folder of it",
-    b"\x80\x02": f"is a pickle and not of safetensors; {GUIDE} says how to make a folder of it",
-    b"GGUF": "is a GGUF file and not of safetensors; get the folder it was made from",
-    b"\x89HDF": "is a file of TensorFlow and not of safetensors; get the model's PyTorch weights",
-    b"<": "is a web page and not the file itself; download the file again",
+    b"version https://git-lfs": "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder",
+    b"PK\x03\x04": f"was written by torch.save, not by safetensors; {GUIDE} says how to convert it to a folder",
+    b"\x80\x02": f"is a pickle, not a safetensors file; {GUIDE} says how to convert it to a folder",
+    b"GGUF": "is a GGUF file, not a safetensors file; get the folder it was made from",
+    b"\x89HDF": "is a TensorFlow file, not a safetensors file; get the model's PyTorch weights",
+    b"<": "is a web page, not the file itself; download the file again",
 }
 
 
 def by_first_bytes(path: Path) -> str:
-    """What a file is that is not of safetensors; empty where its first bytes do not tell."""
+    """What a file is that is not a safetensors file, and the remedy; empty if its first bytes do not tell."""
     try:
         with path.open("rb") as file:
             start = file.read(64)

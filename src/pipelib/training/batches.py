@@ -1,4 +1,4 @@
-"""The batches of a training: whether data, parameters and ranks go together, and this rank's share of every step."""
+"""The batches of a training: whether data, parameters and ranks fit together, and this rank's share of every step."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ TensorBatch = tuple[Tensor, Tensor]
 def make_loader(
     params: TrainParams, tokens: Path, manifest: Manifest, world: World
 ) -> tuple[Loader[TensorBatch], BatchPlan]:
-    """This rank's loader, and the plan of the global batches that all ranks share."""
+    """Make this rank's loader, and the plan of the global batches that all ranks share."""
     rows = training_rows(tokens, manifest, params.sequence_length)
     plan = BatchPlan(manifest.fingerprint, params.seed, len(rows), params.rows_per_step)
     size = params.micro_batch_rows(world.world_size)
@@ -27,19 +27,19 @@ def make_loader(
 
 
 def tensors(batch: Batch, device: torch.device) -> TensorBatch:
-    """A batch that `device` can fetch while the host goes on: pinned where it is a GPU. It is the loader's thread that pins."""
+    """Turn a batch into tensors, pinned for a GPU, so that the copy to the device does not block. Runs on the loader's thread."""
     inputs, targets = map(torch.from_numpy, batch)
     if device.type == "cuda":
-        with torch.cuda.device(device):  # else a thread pins, and makes a context, on the first GPU
+        with torch.cuda.device(device):  # else pinning on this thread would create a context on GPU 0
             return inputs.pin_memory(), targets.pin_memory()
     return inputs, targets
 
 
 def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None:
-    """Refuse what cannot be trained, before anything starts.
+    """Refuse data or parameters that cannot be trained, before anything starts.
 
     Raises:
-        UserError: too few tokens for one batch or for `max_tokens`, or a batch that the ranks cannot share equally.
+        UserError: there are too few tokens for one batch or for `max_tokens`, or the ranks cannot share a batch equally.
     """
     check_tokens(params, manifest)
     check_shares(params, world_size)
@@ -49,19 +49,19 @@ def check_tokens(params: TrainParams, manifest: Manifest) -> None:
     """Refuse more steps than the training tokens allow.
 
     Raises:
-        UserError: too few tokens for one batch, or for `max_tokens`.
+        UserError: there are too few tokens for one batch, or for `max_tokens`.
     """
     available = manifest.tokens("train")
     row_count = (available - 1) // params.sequence_length
     if row_count < params.rows_per_step:
         raise UserError(
             f"the training shards have {available:,} tokens, {row_count} rows of {params.sequence_length}, and one step needs "
-            f"{params.rows_per_step}; lower train.global_batch_tokens or add text."
+            f"{params.rows_per_step} rows; lower train.global_batch_tokens or add text."
         )
     epochs = params.max_batches * params.rows_per_step / row_count
     if epochs > params.max_epochs:
-        left_out = params.max_batches - params.max_steps
-        extra = f", with {left_out} batches more that train.spike may leave out," if left_out else ""
+        skipped = params.max_batches - params.max_steps
+        extra = f", with {skipped} more batches that train.spike may skip," if skipped else ""
         raise UserError(
             f"train.max_tokens = {params.max_tokens:,}{extra} is {epochs:.3f} passes over the {available:,} training tokens, so "
             f"rows would repeat; allow it with train.max_epochs: {math.ceil(epochs * 1000) / 1000:g}, lower max_tokens, or "
@@ -73,7 +73,7 @@ def check_shares(params: TrainParams, world_size: int) -> None:
     """Refuse a number of ranks that cannot share a step equally.
 
     Raises:
-        UserError: saying so.
+        UserError: a step has fewer rows than ranks, or its rows do not divide equally.
     """
     rows, auto = params.rows_per_step, params.micro_batch_size == "auto"
     if rows < world_size or rows % (world_size * (1 if auto else params.micro_batch_rows(world_size))):

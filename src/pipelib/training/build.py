@@ -1,4 +1,4 @@
-"""From parameters to a training: every part made, the last checkpoint restored."""
+"""Build a training from its parameters: make every part, then restore the last checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,22 +45,23 @@ def build_trainer(
     benchmarks: Path = Path(),
     objective_of: Callable[[Decoder], Objective] = NextToken,
 ) -> Trainer:
-    """One rank's training on the shards of a folder, as its last checkpoint has it.
+    """Make one rank's training on a folder of shards, at the step of its last checkpoint.
 
     Args:
         tokens: the folder of shards that `manifest` describes.
-        work: where checkpoints go, and are found again.
-        initial: what the model starts from, where no checkpoint is found.
+        work: the folder where checkpoints are written and found.
+        initial: the weights of a fresh run; a checkpoint replaces them.
         benchmarks: the folder with the items that `hellaswag_every` scores.
-        objective_of: what the model is trained for.
+        objective_of: makes the objective from the model.
 
     Raises:
-        UserError: no checkpoint, data or micro-batch fits the parameters.
+        UserError: the weights, data or micro-batch do not fit the parameters.
     """
     state, spikes, hours = TrainState(), Spikes(params.spike), DeviceHours(world.world_size)
     tokenizer = manifest.tokenizer
     footprint = Footprint(model_params, tokenizer.size, params)
     set_determinism(params, world)
+    # Measured before anything is on the device, and the minimum over ranks, so that all choose the same micro-batch.
     free = world.min(footprint.free_per_rank(world.device, world.local_ranks))
     identity = {"model": model_params.decides(), "train": params.decides(), "data": manifest.fingerprint}
     checkpoints = Checkpoints(work / CHECKPOINTS, identity, spikes.rollback_depth)
@@ -73,6 +74,7 @@ def build_trainer(
             "model": model, "optimizer": optimizer, "train": state, "spikes": spikes, "hours": hours, "rng": RandomState(),
         }  # fmt: skip
         checkpoints.load_latest(states, agree=world.from_rank_0)
+        # Compile, then size the micro-batch, then wrap for several ranks: each needs the one before.
         objective = objective_of(model)
         compiled: nn.Module = torch.compile(objective) if params.compile else objective  # type: ignore[assignment]
         params = resolve_micro_batch_size(footprint, compiled, world, free, state.micro_batch_size)
@@ -94,12 +96,12 @@ def build_trainer(
         spikes=spikes,
         hours=hours,
         states=states,
-        earlier_ranks=state.world_size,
+        previous_world_size=state.world_size,
         checkpoints=checkpoints,
         guards=Guards(params, plan, spikes, checkpoints, world),
         validation=validation,
         probes=probes,
         log=log,
-        stop=StopRequest(work if world.world_size > 1 else None),
+        stop_request=StopRequest(work if world.world_size > 1 else None),
         explain_out_of_memory=partial(replace(footprint, train=params).explain_out_of_memory, world.world_size, free),
     )

@@ -1,8 +1,8 @@
 """Checkpoints: whole and verified, or not there.
 
-A checkpoint is a folder `step_00000100/` with `state.pt`, what `torch.save` makes of one mapping, and `meta.json`, which
-is readable and holds the SHA-256 of the other. Both are written under a hidden name, synced, and renamed together, on a
-thread and from a copy in host memory, while the training goes on. What the mapping holds is all that survives a kill.
+A checkpoint is a folder `step_00000100/` with two files: `state.pt`, one mapping saved by `torch.save`, and `meta.json`,
+which is readable and holds the SHA-256 of `state.pt`. Both are written under a hidden name, synced, and renamed together.
+A thread does this from a copy in host memory, while training continues. The mapping is all that survives a kill.
 """
 
 import math
@@ -24,22 +24,23 @@ from pipelib.training.memory import Footprint
 
 VERSION = 2
 KEPT = 2
-"""The newest, and one to fall back on; the one with the least validation loss stays besides."""
+"""Checkpoints that stay: the newest, and one to fall back on. The one with the lowest validation loss stays too."""
 CHECKPOINTS = "checkpoints"
-"""The folder of a training's checkpoints, in its state."""
+"""The name of the checkpoint folder in a training's work folder."""
 
 
 def checkpoint_bytes(footprint: Footprint, checkpoint_every: int) -> int:
-    """The most bytes that a training's checkpoints take on disk at a time."""
+    """The most bytes that a training's checkpoints take on disk at the same time."""
     spike = footprint.train.spike
     return most_checkpoints(spike.batches if spike else 0, checkpoint_every) * footprint.checkpoint
 
 
 def most_checkpoints(reach: int, checkpoint_every: int) -> int:
-    """The most checkpoints that are on disk at a time: those that stay, the best one, and the one being written.
+    """The most checkpoints on disk at the same time: those that stay, the best one, and the one being written.
 
     Args:
-        reach: of `Checkpoints`. Within it and one before it all stay, also one of a step at which the training was stopped.
+        reach: as in `Checkpoints`. All checkpoints within reach stay, and one before it. One may come from a stop, between
+            two multiples of `checkpoint_every`.
     """
     return max(KEPT, -(-reach // checkpoint_every) + 2 if reach else 0) + 2
 
@@ -48,21 +49,22 @@ class Stateful(Protocol):
     """Anything that can be saved and restored: a module, an optimizer, counters."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What to save."""
+        """Return what to save."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> object:
-        """Restore it."""
+        """Restore what was saved."""
         ...
 
 
 class Checkpoints:
-    """The checkpoints of one run; leaving its `with` block waits until they are on disk.
+    """The checkpoints of one run. Leaving its `with` block waits until they are on disk.
 
     Args:
-        folder: where they lie.
-        identity: what they belong to (configuration, fingerprint of the data); one of another is never loaded.
-        reach: the steps that a training may go back from any step to come; one from before them stays.
+        folder: where the checkpoints are.
+        identity: what they belong to (configuration, fingerprint of the data). A checkpoint with another identity is never
+            loaded.
+        reach: how many steps a training may roll back from any later step. One checkpoint from before them always stays.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, object], reach: int = 0) -> None:
@@ -88,59 +90,63 @@ class Checkpoints:
         val_loss: float | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy the states after `step` finished steps, and start to write them once the save before is done.
+        """Copy the states after `step` finished steps, then start to write them. Wait for the previous save first.
 
-        The oldest checkpoints beyond `KEPT` and beyond reach go, but never the best, the one with the least validation loss.
+        Writing removes the oldest checkpoints beyond `KEPT` and beyond reach, but never the one with the lowest validation
+        loss.
 
         Args:
-            val_loss: after this very step, where it was measured.
-            before: comes first on the thread: what has to be on disk before the checkpoint is.
+            val_loss: the loss after exactly this step, if it was measured.
+            before: called first on the thread; it puts on disk whatever the checkpoint relies on.
 
         Raises:
-            OSError: the save before failed.
+            OSError: the previous save failed.
         """
         self.wait()
         saved = {name: _to_host(stateful.state_dict()) for name, stateful in states.items()}
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # the copies are asynchronous
         if val_loss is not None and not math.isfinite(val_loss):
-            val_loss = None
+            val_loss = None  # it is never the best, and JSON cannot hold it
         self._writing = self._thread.submit(self._write, step, saved, {**meta, "val_loss": val_loss}, before)
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk.
+        """Wait until the last save is on disk.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it could not be written.
         """
         if self._writing:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def check(self) -> None:
-        """Raise what `wait` would, without waiting."""
+    def raise_if_failed(self) -> None:
+        """Raise the error of a failed save, without waiting for one that is still running."""
         if self._writing and self._writing.done():
             self.wait()
 
     def _write(self, step: int, saved: dict[str, Any], meta: Mapping[str, object], before: Callable[[], None]) -> None:
         before()
+        # Write both files under a hidden name, the state first: meta.json holds its hash.
         target = self.folder / f"step_{step:08d}"
-        fresh = self.folder / f".step_{step:08d}.tmp"
-        remove(fresh)
-        fresh.mkdir(parents=True)
-        with write_atomic(fresh / "state.pt") as file:
+        temporary = self.folder / f".step_{step:08d}.tmp"
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        with write_atomic(temporary / "state.pt") as file:
             try:
                 torch.save(saved, file)
-            except RuntimeError as error:  # what torch makes of a full disk
+            except RuntimeError as error:  # torch wraps the OSError of a full disk
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         losses = {**self._val_losses(), target: meta["val_loss"]}
         measured = {path: loss for path, loss in losses.items() if isinstance(loss, float)}
         best = min(sorted(measured), key=measured.__getitem__, default=None)
-        about = {"version": VERSION, "step": step, "sha256": sha256_file(fresh / "state.pt")}
-        write_json(fresh / "meta.json", {**about, **self.identity, **meta, "best": best and best.name})
+        about = {"version": VERSION, "step": step, "sha256": sha256_file(temporary / "state.pt")}
+        write_json(temporary / "meta.json", {**about, **self.identity, **meta, "best": best and best.name})
+        # The rename makes the checkpoint visible, whole; the sync of the folder makes it survive a power cut.
         remove(target)
-        fresh.rename(target)
+        temporary.rename(target)
         sync_folder(self.folder)
+        # Only now remove old ones, so that a kill at any moment leaves a checkpoint to resume from.
         for old in self._all(step + 1 - self._reach)[:-1]:
             if old != best and old not in self._all()[-KEPT:]:
                 shutil.rmtree(old)
@@ -149,29 +155,28 @@ class Checkpoints:
         self,
         states: Mapping[str, Stateful],
         at_most: int | None = None,
-        agree: Callable[[Callable[[], str]], str] = lambda look: look(),
+        agree: Callable[[Callable[[], str]], str] = lambda find: find(),
     ) -> int:
-        """Restore the newest checkpoint that is whole and of this run, and return its step; 0 where there is none.
+        """Restore the newest valid checkpoint of this run and return its step; 0 if there is none.
 
         Args:
-            at_most: the last step that is looked at.
-            agree: has one rank look and gives all what it found; each by itself could see another one as the newest.
+            at_most: ignore checkpoints of later steps.
+            agree: lets one rank search and gives its result to all. If each rank searched, two could find different ones.
         """
         self.wait()
-        name = agree(lambda: self._newest_sound(at_most))
+        name = agree(lambda: self._newest_valid(at_most))
         if not name:
             return 0
         path = self.folder / name
         wait_for_file(path / "state.pt")  # another machine may have written it
-        # mapped where every tensor is copied to a GPU anyway, so that the ranks of a machine share the memory
+        # Memory-mapped on a GPU, where every tensor is copied to the device anyway: the ranks of a machine share the pages.
         saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=torch.cuda.is_available())
         for key, stateful in states.items():
             stateful.load_state_dict(saved[key])
         return int(name.removeprefix("step_"))
 
-    def _newest_sound(self, at_most: int | None) -> str:
-        """The name of the newest checkpoint that is whole and of this run; empty where there is none. Says what is wrong
-        with newer ones."""
+    def _newest_valid(self, at_most: int | None) -> str:
+        """The name of the newest valid checkpoint of this run; empty if there is none. Prints what is wrong with newer ones."""
         for path in reversed(self._all(at_most)):
             problem = self._problem(path)
             if not problem:
@@ -184,7 +189,7 @@ class Checkpoints:
         return next(reversed(self._all()), None)
 
     def drop_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: the training took another way from `step` on."""
+        """Remove the checkpoints of later steps, which a rollback to `step` undid."""
         for path in reversed(self._all()[len(self._all(step)) :]):
             shutil.rmtree(path)
 
@@ -194,19 +199,19 @@ class Checkpoints:
         return [path for path in paths if at_most is None or int(path.name.removeprefix("step_")) <= at_most]
 
     def _val_losses(self) -> dict[Path, object]:
-        """What each checkpoint of this run notes of its validation loss."""
+        """The validation loss in each checkpoint's meta.json, for checkpoints of this run."""
         losses = {}
         for path in self._all():
             try:
                 meta = read_json(path / "meta.json")
             except ValueError:
                 continue
-            if not self._foreign(meta):
+            if not self._mismatch(meta):
                 losses[path] = meta.get("val_loss")
         return losses
 
-    def _foreign(self, meta: Mapping[str, object]) -> list[str]:
-        """In what a checkpoint belongs to another run."""
+    def _mismatch(self, meta: Mapping[str, object]) -> list[str]:
+        """The keys in which a checkpoint's identity differs from this run's."""
         return [key for key, value in self.identity.items() if meta.get(key) != value]
 
     def _problem(self, path: Path) -> str | None:
@@ -219,23 +224,23 @@ class Checkpoints:
             return "has an unreadable meta.json"
         if meta.get("version") != VERSION:
             return f"has format {meta.get('version')} and this code reads {VERSION}"
-        if foreign := self._foreign(meta):
-            return f"belongs to another run, with another {' and '.join(foreign)}"
+        if differing := self._mismatch(meta):
+            return f"belongs to another run, with another {' and '.join(differing)}"
         if not isinstance(meta.get("step"), int):
-            return "has a meta.json that does not say its step"
+            return "has a meta.json without a step"
         if sha256_file(path / "state.pt") != meta.get("sha256"):
             return "is damaged: its bytes are not those that were saved"
         return None
 
 
 def _to_host(state: Any) -> Any:
-    """A copy of a state that shares no tensor with it, in host memory, pinned where it comes from a GPU."""
+    """Copy a state to host memory, sharing no tensor with it. Copies from a GPU are pinned and asynchronous."""
     if isinstance(state, Tensor):
         if state.device.type == "cpu":
             return state.clone()
         return torch.empty_like(state, device="cpu", pin_memory=True).copy_(state, non_blocking=True)
     if isinstance(state, dict):
-        copied = copy(state)  # of its kind, with what torch notes beside the entries
+        copied = copy(state)  # keeps the type and attributes such as `_metadata`, which torch reads when loading
         for key, value in state.items():
             copied[key] = _to_host(value)
         return copied
@@ -243,7 +248,7 @@ def _to_host(state: Any) -> Any:
 
 
 class RandomState:
-    """torch's random streams, of the CPU and of this rank's GPU."""
+    """The state of torch's random generators, on the CPU and on this rank's GPU."""
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stateful`."""

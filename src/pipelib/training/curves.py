@@ -10,7 +10,7 @@ from pipelib.files import write_text
 
 
 class Curve:
-    """Rows of numbers in a CSV file; the first column is the step."""
+    """A CSV file of numbers; the first column is the step."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, tuple(columns)
@@ -20,26 +20,27 @@ class Curve:
         self.cut(step or -1)
 
     def cut(self, step: int) -> None:
-        """Keep the rows up to `step` alone."""
+        """Keep only the rows up to `step`."""
         rows = [",".join(self.columns)]
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").split("\n")
+            # After the last newline comes an empty string or a half-written line: both are dropped.
             rows += [line for line in lines[1:-1] if int(line.split(",", 1)[0]) <= step]
         write_text(self.path, "\n".join(rows) + "\n")
 
     def append(self, rows: Sequence[Sequence[float | int | str]]) -> None:
-        """Add rows; they survive this process."""
+        """Add rows. They survive the end of this process, but not a power cut: see `sync`."""
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(rows)
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(text.getvalue())
 
     def sync(self) -> None:
-        """Have the rows survive a power cut too."""
+        """Make the rows survive a power cut too."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
 
     def last(self) -> dict[str, float]:
-        """The last row, by column; empty where there is none."""
+        """The last row by column; empty if there is none."""
         lines = self.path.read_text(encoding="utf-8").splitlines()
         return dict(zip(self.columns, map(float, lines[-1].split(",")), strict=True)) if len(lines) > 1 else {}

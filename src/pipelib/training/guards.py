@@ -1,4 +1,4 @@
-"""What all ranks look at together, and so after the same step: values that are not finite, spikes, a request to stop."""
+"""What all ranks check together, so that all act after the same step: non-finite values, spikes, a request to stop."""
 
 import math
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ class Continue:
 
 
 @dataclass(frozen=True)
-class GoBack:
-    """A step is to be undone, and its batches left out."""
+class RollBack:
+    """A step must be undone, and the batches that caused its spike skipped."""
 
     spike: Spike
 
@@ -40,7 +40,7 @@ class Stop:
     signal: int
 
 
-Verdict = Continue | GoBack | Stop
+Verdict = Continue | RollBack | Stop
 
 
 class Guards:
@@ -59,14 +59,14 @@ class Guards:
         self._waiting.append((step, learning_rate, values))
 
     def check(self, *, wait: bool) -> Verdict:
-        """Judge the noted steps.
+        """Check the noted steps.
 
         Args:
-            wait: for the device. Where the host runs ahead of it, nothing is judged before somebody waits for it anyway.
+            wait: wait for the device. If the host runs ahead of the device, nothing is checked until `wait` is true.
 
         Raises:
-            UserError: a loss or gradient norm is not finite, and no rule undoes the step; `take_step` has left the weights
-                as they were.
+            UserError: a loss or gradient norm is not finite, and no spike rule undoes the step. `take_step` has left the
+                weights unchanged.
         """
         if self._world.runs_ahead and not wait:
             return Continue()
@@ -80,10 +80,11 @@ class Guards:
             if not (finite or spike):
                 raise UserError(self._not_finite(step, learning_rate, losses, norm))
         self._waiting.clear()
-        return GoBack(spike) if spike else Stop(int(stop)) if stop else Continue()
+        # A spike comes first: a checkpoint saved for a stop would hold the step that must be undone.
+        return RollBack(spike) if spike else Stop(int(stop)) if stop else Continue()
 
     def _not_finite(self, step: int, learning_rate: float, losses: Sequence[float], norm: float) -> str:
-        """What to say about the finished step `step`."""
+        """The message about the finished step `step`."""
         batch = self._spikes.batch_of(step - 1)
         size = self._params.micro_batch_rows(self._world.world_size)
         guilty = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -93,12 +94,12 @@ class Guards:
             for rank in guilty or range(self._world.world_size)
         ]
         self._checkpoints.wait()
-        self._world.barrier()  # what the main rank was writing is there for all
+        self._world.barrier()  # rank 0 has written its checkpoint before any rank names the last one
         last = self._checkpoints.newest()
         return (
             f"step {step} has {', '.join(found) or 'a finite loss'} and gradient norm {norm} at learning rate "
-            f"{learning_rate:g}, so its update was left out and the training stopped; its batch was {', '.join(rows)}. "
-            f"{f'The last checkpoint is {last}, from before it' if last else 'There is no checkpoint yet'}. Lower "
+            f"{learning_rate:g}, so its update was skipped and training stopped; its batch was {', '.join(rows)}. "
+            f"{f'The last checkpoint is {last}, from before this step' if last else 'There is no checkpoint yet'}. Lower "
             "train.max_lr or train.grad_clip_norm, or look at the text of these rows."
         )
 

@@ -1,4 +1,4 @@
-"""The hardware: the peak that model FLOP utilisation is measured against, and the memory that was taken."""
+"""The hardware: the peak speed that model FLOP utilization refers to, and the peak memory."""
 
 import re
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 _PEAK_BF16 = {
-    # Dense bf16 TFLOP/s from the makers' data sheets; the first whose words the device's name contains counts.
+    # Dense bf16 TFLOP/s from the makers' data sheets. The first match in the device's name wins.
     "H200 NVL": 835.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0,
     "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "A10G": 70.0,
     "A10": 125.0, "RTX A6000": 154.8, "RTX 6000 Ada": 364.2, "RTX 4090": 165.2, "RTX 3090": 71.0,
@@ -16,32 +16,32 @@ _PEAK_BF16 = {
 
 @dataclass(frozen=True)
 class Peak:
-    """The most floating-point operations a second that devices can do."""
+    """The most floating-point operations per second that devices can do."""
 
     flops: float
     source: str
-    """How it is known."""
+    """Where the number comes from."""
 
     def times(self, devices: int) -> "Peak":
-        """The peak of so many devices of the kind."""
+        """The peak of several such devices together."""
         return Peak(self.flops * devices, self.source if devices == 1 else f"{devices} times: {self.source}")
 
 
 def peak_of(device: torch.device, precision: str) -> Peak:
-    """The peak of a device: its maker's figure for bf16 on a known GPU, else what a large matrix product reaches."""
+    """The peak of a device: the data sheet's figure for bf16 on a known GPU, else the measured speed of a large product."""
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for part, teraflops in _PEAK_BF16.items():
             if re.search(rf"\b{part}\b(?! Laptop)", name):
                 return Peak(teraflops * 1e12, f"data sheet of {part}, dense bf16")
-    size = 8192 if device.type == "cuda" else 1024  # large enough that starting a kernel does not count
+    size = 8192 if device.type == "cuda" else 1024  # large enough that the launch of a kernel does not matter
     return Peak(
         _measured_matmul(device, precision, size), f"measured: the best of 40 products of {size} x {size} matrices"
     )
 
 
 def peak_gpu_memory() -> int:
-    """The most bytes that this process's tensors have taken on its GPU; 0 without one."""
+    """The most bytes that this process's tensors have taken on its GPU; 0 without a GPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 

@@ -1,4 +1,4 @@
-"""The model that a training starts from: random weights, OpenAI's as download fetched them, or those of a Hugging Face folder."""
+"""The model that a training starts from: random weights, or those of a published model or another Hugging Face folder."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from pipelib.vocabulary.tokenizer import Tokenizer
 
 
 def initial_model(params: ModelParams, tokenizer: Tokenizer, seed: int, weights: InitialWeights) -> Decoder:
-    """The model before its first step, in fp32 on the CPU; the same for every rank."""
+    """Make the model as it is before its first step, in fp32 on the CPU, the same on every rank."""
     if weights.folder:
         return import_model(Path(weights.folder), tokenizer, quiet=True).train()
     model = build(params, tokenizer.size)

@@ -1,4 +1,4 @@
-"""What decides a training, known without a model: where its weights start, and the items that it is scored on."""
+"""The inputs of a training that can be found without a model: its initial weights, and the items that it is scored on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,27 +13,27 @@ from pipelib.vocabulary.choice import chosen_tokenizer
 from pipelib.vocabulary.tokenizer import Tokenizer
 
 HELLASWAG = "hellaswag.jsonl"
-"""The items' file in the folder of benchmarks."""
+"""The file of HellaSwag's items in the folder of benchmarks."""
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights as all ranks find them."""
+    """The weights that all ranks start from."""
 
     folder: str
     """A Hugging Face folder; empty for random weights, which follow from `train.seed`."""
     sha256: str
-    """Of its weights, which decide the result; empty for random weights."""
+    """The hash of the weights, which decide the result; empty for random weights."""
 
 
 RANDOM_WEIGHTS = InitialWeights("", "")
 
 
 def find_initial_weights(model: InitialisedModelParams) -> InitialWeights:
-    """The weights that `model.init_from` names, by their hash alone; `require_weights` looks whether they fit.
+    """Find the weights that `model.init_from` names and hash them. `require_weights` checks whether they fit.
 
     Raises:
-        UserError: they are not there, or are not those that download verified.
+        UserError: they are missing, or are not those that download verified.
     """
     if model.init_from == "scratch":
         return RANDOM_WEIGHTS
@@ -41,7 +41,7 @@ def find_initial_weights(model: InitialisedModelParams) -> InitialWeights:
     try:
         found = weights_sha256(folder)
     except UserError:
-        require_weights(model, chosen_tokenizer())  # says more of what is there instead
+        require_weights(model, chosen_tokenizer())  # its message says more about what is in the folder
         raise
     if model.init_is_published:
         require_published(model.init_from, found)
@@ -49,20 +49,20 @@ def find_initial_weights(model: InitialisedModelParams) -> InitialWeights:
 
 
 def require_weights(model: InitialisedModelParams, tokenizer: Tokenizer) -> str:
-    """Refuse weights that are not there or do not have the shape of section `model`; random ones always fit.
+    """Refuse weights that are missing or do not have the shape of section `model`. Random weights always fit.
 
     Args:
-        tokenizer: whose tokens they have to have.
+        tokenizer: the one whose tokens the model must have.
 
     Returns:
-        What of the folder is not used; empty where everything is.
+        A note about the part of the folder that is not used; empty if all of it is.
 
     Raises:
-        UserError: saying what to write there instead.
+        UserError: with what to write in section `model` instead.
     """
     if model.init_from == "scratch":
         return ""
-    from pipelib.model.huggingface import find_model
+    from pipelib.model.huggingface import find_model  # here, since it imports torch
 
     try:
         found = find_model(_folder_of(model), tokenizer)
@@ -78,17 +78,17 @@ def _folder_of(model: InitialisedModelParams) -> Path:
 
 
 def require_hellaswag(params: TrainParams, benchmarks: Path) -> dict[str, object]:
-    """What `hellaswag_every` adds to what decides a training: the hash of the items; nothing where it is null.
+    """Find the input that `hellaswag_every` adds: the hash of the items; empty if it is null.
 
     Raises:
-        UserError: there are no items.
+        UserError: the items are missing.
     """
     if params.hellaswag_every is None:
         return {}
     items = benchmarks / HELLASWAG
     if not holds_items(items):
         raise UserError(
-            f"train.hellaswag_every: {params.hellaswag_every} needs the items of {items}, and there are none; name "
+            f"train.hellaswag_every: {params.hellaswag_every} needs the items in {items}, and there are none; name "
             "hellaswag in download.benchmarks and run dvc repro, or set it to null."
         )
     return {"hellaswag": sha256_file(items)}

@@ -6,10 +6,10 @@ from pipelib.training.params import TrainParams
 
 
 def learning_rate_at(step: int, params: TrainParams) -> float:
-    """The rate of step `step`, counted from 0: linear warmup, then a cosine from `max_lr` towards `min_lr`.
+    """The learning rate of step `step`, counted from 0: linear warmup, then a cosine from `max_lr` towards `min_lr`.
 
-    GPT-3's schedule in build-nanogpt's form: the first step has max_lr / warmup_steps, the step after warmup has max_lr,
-    and min_lr would be reached at step max_steps, one after the last.
+    GPT-3's schedule in build-nanogpt's form. The first step has max_lr / warmup_steps, the step after warmup has max_lr,
+    and min_lr would be reached at step max_steps, one step after the last.
     """
     if step < params.warmup_steps:
         return params.max_lr * (step + 1) / params.warmup_steps

@@ -1,7 +1,7 @@
 """The training page: from the first step, or from the last checkpoint, to the last step.
 
-What survives a kill is in `states`, and nothing else does. The batch of a step follows from the step and from the batches
-that were left out, so a loader has no state. `build.py` makes the parts.
+All that survives a kill is in `states`. The batch of a step follows from the step number and from the batches that are
+skipped, so the loader has no state. `build.py` makes the parts.
 """
 
 import signal
@@ -19,7 +19,7 @@ from pipelib.tokens.loader import BatchPlan, Loader
 from pipelib.training.batches import TensorBatch
 from pipelib.training.checkpoint import Checkpoints, Stateful
 from pipelib.training.determinism import gc_at_pauses_only
-from pipelib.training.guards import GoBack, Guards, Stop
+from pipelib.training.guards import Guards, RollBack, Stop
 from pipelib.training.launch.distributed import World
 from pipelib.training.launch.stopping import StopRequest
 from pipelib.training.learning_rate import learning_rate_at
@@ -36,18 +36,18 @@ from pipelib.training.training_log import TrainingLog
 
 @dataclass
 class Trainer:
-    """One rank's training: its parts, and what it does with them."""
+    """One rank's training: its parts, and the loop that uses them."""
 
     params: TrainParams
-    """With a number for `micro_batch_size: auto`."""
+    """`micro_batch_size` is a number here, never `auto`."""
     schedule: Schedule
     world: World
 
     model: Decoder
     objective: Objective
-    """The model, and what it is trained for."""
+    """The loss that the model minimizes."""
     network: nn.Module
-    """The objective as this rank runs it: compiled, and wrapped where there are several ranks."""
+    """The objective as this rank runs it: compiled if `train.compile` is set, and wrapped if there are several ranks."""
     optimizer: Optimizer
     loader: Loader[TensorBatch]
     plan: BatchPlan
@@ -57,78 +57,96 @@ class Trainer:
     hours: DeviceHours
     states: Mapping[str, Stateful]
     """All that survives a kill."""
-    earlier_ranks: int
-    """That took the steps so far; 0 where there are none."""
+    previous_world_size: int
+    """Ranks that took the steps up to the checkpoint; 0 in a fresh run."""
 
     checkpoints: Checkpoints
     guards: Guards
     validation: Validation
     probes: Sequence[Probe]
-    """The validation, and what else is measured."""
+    """The validation, and whatever else is measured."""
     log: TrainingLog
-    stop: StopRequest
+    stop_request: StopRequest
     explain_out_of_memory: Callable[[], AbstractContextManager[None]]
 
     def run(self) -> Decoder:
-        """Take the steps that are left, and return the model, on this rank's device.
+        """Take the remaining steps and return the model, on this rank's device.
 
         Raises:
-            UserError: a value is infinite or not a number; memory ran out; the run was stopped by a signal, after a checkpoint.
+            UserError: a loss or gradient norm is not finite; memory ran out; a signal stopped the run, which saved a checkpoint.
         """
-        with self._running():
+        with self._session():
             while self.state.step < self.params.max_steps:
                 self._take_step()
                 due = self.schedule.due(self.state.step)
-                verdict = self.guards.check(wait=bool(due))
-                if isinstance(verdict, GoBack):
-                    self._go_back(verdict.spike)
+                verdict = self.guards.check(wait=bool(due))  # what is due waits for the device anyway
+                if isinstance(verdict, RollBack):
+                    self._roll_back(verdict.spike)
                     continue
                 if LOG in due:
                     self.log.flush()
-                    self.checkpoints.check()
+                    self.checkpoints.raise_if_failed()
                 for probe in self.probes:
-                    if probe.due in due:
+                    if probe.event in due:
                         probe.run(self.model, self.state, self.log)
                 if SAVE in due or isinstance(verdict, Stop):
-                    self._save()
+                    self._save_checkpoint()
                 if isinstance(verdict, Stop) and self.state.step < self.params.max_steps:
-                    self._end(verdict)
+                    self._stop_early(verdict)
         return self.model
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _session(self) -> Iterator[None]:
+        """Prepare the first step. While steps run: note signals, explain out-of-memory errors, write checkpoints."""
         self.log.begin(self.state.step, self.spikes)
         self._announce()
-        with self.explain_out_of_memory(), on_first_signal(self.stop.note), gc_at_pauses_only(), self.checkpoints:
+        with (
+            self.explain_out_of_memory(),
+            on_first_signal(self.stop_request.note),
+            gc_at_pauses_only(),
+            self.checkpoints,
+        ):
             rows = self.params.micro_batch_rows(self.world.world_size)
             self.world.warm_up(self.network, rows, self.params.sequence_length, self.params.precision)
             if not self.state.step:
+                # The loss before any training: near ln(vocab_size) for random weights.
                 self.validation.run(self.model, self.state, self.log)
                 if self.params.spike:
-                    self._save()  # what a spike among the first steps goes back to
+                    self._save_checkpoint()  # a spike among the first steps rolls back to this one
             yield
 
     def _take_step(self) -> None:
+        """Take one optimizer step and note its result, without waiting for the device."""
         params, state, step = self.params, self.state, self.state.step
+        # The batch number is the step number, plus the batches that spikes have skipped.
         batch = self.spikes.batch_of(step)
         if step and self.spikes.batch_of(step - 1) < self.plan.first_step(epoch=1) <= batch:
             self.log.say(
                 f"step {step + 1:,}: epoch 2 of {self.plan.epochs(params.max_steps):.2f} begins, so rows repeat from here "
                 f"on; train.max_epochs = {params.max_epochs:g} allows it"
             )
-        rate = learning_rate_at(step, params)
-        batches = self.loader.micro_batches(batch)
-        tokens = self.world.world_size * sum(targets.numel() for _, targets in batches)
+        learning_rate = learning_rate_at(step, params)
+        micro_batches = self.loader.micro_batches(batch)
+        # All ranks have equal shares, so this rank's share gives the global batch.
+        tokens = self.world.world_size * sum(targets.numel() for _, targets in micro_batches)
         assert tokens == params.global_batch_tokens, f"step {step + 1} has {tokens} tokens"
         result = take_step(
-            self.network, self.objective, self.optimizer, batches, rate, params, self.world, self.stop.signal()
+            self.network,
+            self.objective,
+            self.optimizer,
+            micro_batches,
+            learning_rate,
+            params,
+            self.world,
+            self.stop_request.signal(),
         )
         state.step, state.tokens = step + 1, state.tokens + tokens
         assert state.tokens == state.step * params.global_batch_tokens
-        self.log.step(state, result, rate, self.loader.wait)
-        self.guards.note(state.step, rate, result)
+        self.log.step(state, result, learning_rate, self.loader.wait)
+        self.guards.note(state.step, learning_rate, result)
 
-    def _save(self) -> None:
+    def _save_checkpoint(self) -> None:
+        """Start to save a checkpoint on rank 0; a thread writes it while training continues."""
         with self.log.pause():
             if self.world.is_main:
                 self.state.world_size = self.world.world_size
@@ -138,49 +156,50 @@ class Trainer:
                     self.state.step, self.states, {"tokens": self.state.tokens}, val_loss, self.log.sync
                 )
 
-    def _go_back(self, spike: Spike) -> None:
-        """Resume from a checkpoint before a spike, without the batches that led to it."""
-        found = [*self.spikes.found, spike]
+    def _roll_back(self, spike: Spike) -> None:
+        """Load a checkpoint from before a spike, and skip the batches that caused it from now on."""
+        found = [*self.spikes.found, spike]  # kept here, since loading restores an older list
         self.checkpoints.wait()
-        self.world.barrier()  # what the main rank was writing is there for all
+        self.world.barrier()  # rank 0 has written its checkpoint before any rank looks for one
         before = max(0, spike.step - self.spikes.rollback_depth)
         self.checkpoints.load_latest(self.states, before, self.world.from_rank_0)
         if self.state.step >= spike.step:
             raise UserError(
-                f"step {spike.step} has loss {spike.loss}, where train.spike allows {spike.limit:.4f}, and there is no sound "
-                "checkpoint from before it to go back to, so the training stopped; start again with PIPELIB_RESUME=fresh."
+                f"step {spike.step} has loss {spike.loss}, where train.spike allows {spike.limit:.4f}, and there is no usable "
+                "checkpoint from before it, so training stopped; start again with PIPELIB_RESUME=fresh."
             )
         self.spikes.found = found
-        self.world.barrier()
+        self.world.barrier()  # every rank has loaded before rank 0 removes later checkpoints
         if self.world.is_main:
             self.checkpoints.drop_after(self.state.step)
-        self.log.went_back(self.state.step, self.spikes)
+        self.log.rolled_back(self.state.step, self.spikes)
 
-    def _end(self, stop: Stop) -> None:
+    def _stop_early(self, stop: Stop) -> None:
+        """Raise, once the checkpoint is on disk."""
         self.checkpoints.wait()
-        self.world.barrier()  # the first rank that ends has torchrun end the others
+        self.world.barrier()  # when one rank exits, torchrun kills the others, which may still be busy
         raise UserError(
             f"stopped by {signal.Signals(stop.signal).name} after step {self.state.step:,}, which is saved; run dvc repro to "
             "resume from there."
         )
 
     def _announce(self) -> None:
-        """Say what is about to happen, and what it is not where the number of ranks has changed."""
+        """Print what is about to run, and a warning if a resumed run will not be bit-identical."""
         params, world = self.params, self.world
         if not world.is_main:
             return
-        if self.earlier_ranks not in (0, world.world_size):
+        if self.previous_world_size not in (0, world.world_size):
             tell(
-                f"the training had {plural(self.earlier_ranks, 'rank')} and goes on with {world.world_size}: each step has the "
-                "same batch, and its sums round otherwise, so from here on losses, gradient norms and weights equal those of "
-                "an uninterrupted run nearly, and not bit for bit"
+                f"the training had {plural(self.previous_world_size, 'rank')} and resumes with {world.world_size}: each step has "
+                "the same batch, but its sums round differently, so from here on losses, gradient norms and weights are close "
+                "to those of an uninterrupted run, not bit-identical"
             )
         if self.state.step and world.device.type == "cuda" and not params.deterministic:
             tell(
-                "weights, moments, random streams and batches are exactly those of the checkpoint; the steps from here on round "
-                "as the GPU's fastest kernels happen to, which train.deterministic: true would prevent"
+                "weights, moments, random streams and batches are exactly those of the checkpoint; the next steps may round "
+                "differently, because the GPU's fastest kernels are not deterministic; train.deterministic: true prevents it"
             )
-        begin = f"goes on after step {self.state.step:,}" if self.state.step else "starts"
+        begin = f"resumes after step {self.state.step:,}" if self.state.step else "starts"
         tell(
             f"training {begin}: {params.max_steps:,} steps of {params.global_batch_tokens:,} tokens, "
             f"{self.plan.epochs(params.max_steps):.2f} epochs, "

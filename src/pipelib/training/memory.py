@@ -1,4 +1,4 @@
-"""The memory of a training by arithmetic, and the micro-batch that fits into what is there."""
+"""Estimate a training's memory, and find the largest micro-batch that fits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,21 +14,21 @@ from pipelib.training.params import TrainParams
 from pipelib.vocabulary.tokenizer import padded_size
 
 CHECKPOINT_BYTES = 12
-"""Of one parameter: itself and Adam's two moments, in fp32."""
+"""For one parameter: the weight and Adam's two moments, in fp32."""
 USABLE = 0.9
-"""The share of free memory that an estimate may fill: the allocator and the kernels want the rest."""
+"""The share of free memory that an estimate may fill; the allocator and the kernels need the rest."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one rank needs, in a GPU or, without one, in main memory."""
+    """Bytes that one rank needs on its GPU, or in main memory if it has none."""
 
     weights: int
     gradients: int
     moments: int
     """AdamW's two."""
     copies: int
-    """bf16 copies of the matrices, kept by autocast until the backward pass is through."""
+    """bf16 copies of the matrices, which autocast keeps until the backward pass is done."""
     activations: int
     """What the layers save for the backward pass."""
     logits: int
@@ -36,13 +36,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it; the allocator and kernels want some 10 % on top."""
+        """The sum. The allocator and the kernels need about 10 % more."""
         return self.weights + self.gradients + self.moments + self.copies + self.activations + self.logits
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a training takes of memory, known before it begins."""
+    """A training's memory, known before it starts."""
 
     model: ModelParams
     vocab_size: int
@@ -50,23 +50,24 @@ class Footprint:
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers in memory and checkpoints: with the vocabulary's padding."""
+        """Trainable numbers in memory and in checkpoints, the vocabulary's padding included."""
         return self.model.parameters(padded_size(self.vocab_size))
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint: on disk, and in the main memory of the first rank while it is written."""
+        """Bytes of a checkpoint: on disk, and in rank 0's main memory while it is written."""
         return CHECKPOINT_BYTES * self.parameters
 
     def memory(self, rows: int, length: int = 0) -> Memory:
-        """What `rows` rows of `length` tokens need at a time, without torch.compile, which saves less.
+        """Memory for a micro-batch of `rows` rows of `length` tokens, without torch.compile, which needs less.
 
-        Weights and gradients take 4 bytes a parameter, moments 8. What the layers keep for the backward pass is the family's to
-        say (`ModelParams.activation_bytes`). The output layer peaks in the backward pass, with the log-probabilities, their
-        gradient and the logits' gradient alive at once: 3 fp32 numbers for each logit of a token, the padding's included.
+        Weights and gradients take 4 bytes per parameter each, moments 8. The family says what its layers keep for the
+        backward pass (`ModelParams.activation_bytes`). The output layer peaks in the backward pass, where the
+        log-probabilities, their gradient and the logits' gradient exist at once: 3 fp32 numbers for each logit of a token,
+        padding included.
 
         Args:
-            length: 0 for `train.sequence_length`.
+            length: tokens in a row; 0 for `train.sequence_length`.
         """
         tokens, bf16 = rows * (length or self.train.sequence_length), self.train.precision == "bf16"
         return Memory(
@@ -79,19 +80,21 @@ class Footprint:
         )
 
     def free_per_rank(self, device: torch.device, local_ranks: int) -> int:
-        """Bytes that one of so many ranks on this machine has, before it holds anything: on a CPU an equal share of what the
-        copy for checkpoints leaves.
+        """Bytes that are free for one rank before it allocates anything.
+
+        The ranks of a CPU machine share its memory equally, after the copy that checkpoints need.
         """
         if device.type == "cuda":
             return free_memory(device)
+        # Only rank 0 holds the copy, but the ranks share one memory, so all must leave room for it.
         return max(0, free_memory(device) - self.checkpoint) // local_ranks
 
     def rows_that_fit(self, world_size: int, free: int, below: int = 0) -> int:
-        """The most rows of a micro-batch, a divisor of a rank's share of a step, that `free` bytes hold; 0 where none do.
+        """The largest micro-batch, in rows, that fits into `free` bytes and divides a rank's share of a step; 0 if none fits.
 
         Args:
-            free: what is there for everything that `memory` counts.
-            below: look at smaller ones only.
+            free: bytes for everything that `memory` counts.
+            below: consider only micro-batches smaller than this.
         """
         share = self.train.rows_per_step // world_size
         candidates = divisors(share, below or share + 1)
@@ -99,27 +102,27 @@ class Footprint:
 
     @contextmanager
     def explain_out_of_memory(self, world_size: int, free: int) -> Iterator[None]:
-        """Have running out of memory in this block say which micro-batch would fit.
+        """Turn an out-of-memory error in this block into a message that names a micro-batch that would fit.
 
-        As long as `micro_batch_size` is `auto`, not even one row's worth is known to fit.
+        While `micro_batch_size` is still `auto`, one row is assumed.
 
         Args:
-            free: bytes that were there for the training before it began.
+            free: bytes that were free for the training before it began.
 
         Raises:
-            UserError: in the place of torch's or Python's own error.
+            UserError: instead of torch's or Python's own error.
         """
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error):  # torch raises RuntimeError for many other reasons
                 raise
             raise UserError(self._what_would_fit(world_size, free, error)) from None
 
     def _what_would_fit(self, world_size: int, free: int, error: MemoryError | RuntimeError) -> str:
         rows = 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_rows(world_size)
         need = format_bytes(self.memory(rows).total)
-        said = (str(error).splitlines() or [""])[0][:200]
+        said = (str(error).splitlines() or [""])[0][:200]  # torch appends advice about its allocator
         fit = self.rows_that_fit(world_size, free, below=rows)
         checkpointing = (
             "" if self.train.activation_checkpointing else "; train.activation_checkpointing: true needs less too"
@@ -133,17 +136,17 @@ class Footprint:
             )
         return (
             f"out of memory ({said}): a micro-batch of {rows} rows of {self.train.sequence_length:,} tokens needs about {need} "
-            f"and {format_bytes(free)} were free, so the training stopped; {remedy}"
+            f"and {format_bytes(free)} were free, so training stopped; {remedy}"
         )
 
 
 def divisors(share: int, below: int) -> list[int]:
-    """Every divisor of `share` that is less than `below`, the greatest first."""
+    """The divisors of `share` that are less than `below`, the largest first."""
     return [rows for rows in range(min(share, below - 1), 0, -1) if share % rows == 0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of a GPU or of the machine."""
+    """Whether an error means that memory ran out, on a GPU or on the machine."""
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or "can't allocate memory" in str(error)  # torch's allocator on a CPU

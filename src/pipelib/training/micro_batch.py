@@ -1,4 +1,4 @@
-"""`train.micro_batch_size: auto`: as many rows at a time as the memory of every rank holds."""
+"""`train.micro_batch_size: auto`: the largest micro-batch that fits into the memory of every rank."""
 
 from dataclasses import replace
 
@@ -11,28 +11,29 @@ from pipelib.training.params import TrainParams
 
 
 def resolve_micro_batch_size(
-    footprint: Footprint, network: nn.Module, world: World, free: int, earlier: int
+    footprint: Footprint, network: nn.Module, world: World, free: int, restored: int
 ) -> TrainParams:
-    """The parameters with a number for `micro_batch_size: auto`, the same on every rank; as they are where it is a number.
+    """Replace `micro_batch_size: auto` by a number, the same on every rank. A number that is set stays.
 
-    The arithmetic of `Footprint` decides. A GPU then tries it, and takes the next smaller one as long as it does not fit.
+    `Footprint` estimates the number. A GPU then tries it, and tries the next smaller one until one fits.
 
     Args:
         network: not yet wrapped for several ranks.
-        free: bytes of each rank, before it held anything.
-        earlier: the number of the checkpoint that was restored, which stays, since other rows round otherwise; 0 without one.
+        free: bytes that each rank had before it allocated anything.
+        restored: the number in the checkpoint that was loaded, 0 without one. It is kept, since another number of rows
+            rounds differently.
     """
     params = footprint.train
     if params.micro_batch_size != "auto":
         return params
     share = params.rows_per_step // world.world_size
-    if earlier:
-        return replace(params, micro_batch_size=divisors(share, earlier + 1)[0])
+    if restored:
+        return replace(params, micro_batch_size=divisors(share, restored + 1)[0])
     rows = footprint.rows_that_fit(world.world_size, free) or 1
     while world.runs_ahead and rows > 1 and not world.min(_fits(footprint, network, world, rows)):
         rows = divisors(share, rows)[0]
-        _forget_compiled(params)  # else the next size is compiled for any size
-    _forget_compiled(params)  # it was compiled without what DDP adds
+        _forget_compiled(params)  # else torch.compile sees the size change and compiles with dynamic shapes
+    _forget_compiled(params)  # it was compiled without DDP
     return replace(params, micro_batch_size=rows)
 
 
@@ -42,7 +43,7 @@ def _forget_compiled(params: TrainParams) -> None:
 
 
 def _fits(footprint: Footprint, network: nn.Module, world: World, rows: int) -> bool:
-    """Whether a forward and a backward pass run, with the memory taken that AdamW's moments will need."""
+    """Whether a forward and a backward pass fit beside the memory that AdamW's moments will need."""
     params = footprint.train
     try:
         _moments = torch.empty(footprint.memory(rows).moments, dtype=torch.uint8, device=world.device)

@@ -1,7 +1,7 @@
-"""What a training minimises: nats summed over targets, divided by how many targets count.
+"""What a training minimizes: the nats of all targets that count, divided by their number.
 
-So micro-batches and ranks add up exactly, also where rows have different numbers of targets. The training page, the
-checkpoints and the guards are the same for every objective.
+Sums and counts are kept apart, so that micro-batches and ranks add up exactly, even if rows have different numbers of
+targets. The training loop, the checkpoints and the guards are the same for every objective.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from pipelib.training.launch.distributed import World
 
 
 class Objective(nn.Module, ABC):
-    """A loss of a model. This is the module that is compiled and shared among ranks."""
+    """A model's loss as a module: the one that is compiled, and wrapped for several ranks."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
@@ -24,30 +24,35 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The summed nats of the targets that count, a scalar, from `inputs` and `targets`, (B, T) each."""
+        """The summed nats of the targets that count, a scalar. `inputs` and `targets` are (B, T)."""
 
     @abstractmethod
-    def weight(self, targets: Tensor) -> int:
-        """How many targets of a micro-batch count; `targets` are on the host."""
+    def target_count(self, targets: Tensor) -> int:
+        """How many targets of a micro-batch count. `targets` are on the host."""
 
-    def total(self, weights: Sequence[int], world: World) -> Tensor | float:
-        """What the micro-batches of a step weigh on an average rank, from those of this rank; on the device, so that nothing
-        waits for it. All ranks call it."""
-        return world.sum(torch.tensor(float(sum(weights)), device=world.device)) / world.world_size
+    def targets_per_rank(self, counts: Sequence[int], world: World) -> Tensor | float:
+        """How many targets of a step count, averaged over ranks. All ranks call it.
+
+        The result stays on the device, so that the host does not wait.
+
+        Args:
+            counts: of this rank's micro-batches.
+        """
+        return world.sum(torch.tensor(float(sum(counts)), device=world.device)) / world.world_size
 
 
 class NextToken(Objective):
-    """Predict every token from those before it."""
+    """Predict every token from the tokens before it."""
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """See `Objective.forward`."""
         logits = self.model.logits(self.model.hidden(inputs).flatten(0, 1))  # (B·T, padded vocabulary)
         return F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")
 
-    def weight(self, targets: Tensor) -> int:
+    def target_count(self, targets: Tensor) -> int:
         """All of them."""
         return targets.numel()
 
-    def total(self, weights: Sequence[int], world: World) -> float:  # noqa: ARG002
-        """The same on every rank, which need not tell each other."""
-        return sum(weights)
+    def targets_per_rank(self, counts: Sequence[int], world: World) -> float:  # noqa: ARG002
+        """The sum of this rank: all ranks have the same, so they need not communicate."""
+        return sum(counts)

@@ -1,4 +1,4 @@
-"""What the training page asks of every optimizer; `optim/` has one file for each."""
+"""What the training loop needs from every optimizer. `optim/` has one file for each."""
 
 import importlib
 from typing import Any, Protocol
@@ -9,14 +9,14 @@ from pipelib.training.params import TrainParams
 
 
 class Optimizer(Protocol):
-    """Changes the weights by their gradients."""
+    """Updates the weights from their gradients."""
 
     def step(self, learning_rate: float, finite: Tensor) -> None:
-        """Take one step; where it is not finite, change neither a weight nor anything that is remembered.
+        """Take one step. If `finite` is false, change neither the weights nor the optimizer's state.
 
         Args:
-            learning_rate: of the main group of parameters, as the schedule has it; others have a fixed ratio to it.
-            finite: whether losses and gradients are, a boolean scalar on the device, so that nobody waits for it.
+            learning_rate: the schedule's rate, for the main parameter group; other groups have a fixed ratio to it.
+            finite: whether losses and gradients are finite: a boolean scalar on the device, so that the host does not wait.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -29,7 +29,7 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(model: nn.Module, params: TrainParams) -> Optimizer:
-    """The optimizer that `train.optimizer` names."""
+    """Make the optimizer that `train.optimizer` names."""
     optimizer: Optimizer = importlib.import_module(f"pipelib.training.optim.{params.optimizer}").OPTIMIZER(
         model, params
     )

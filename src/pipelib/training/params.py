@@ -1,4 +1,4 @@
-"""The parameters of the train stage, and the numbers that follow from them."""
+"""The train stage's parameters, and the numbers that follow from them."""
 
 import pkgutil
 from collections.abc import Iterator
@@ -10,29 +10,29 @@ from pipelib.training import optim
 
 Beta = Annotated[float, Bounds(minimum=0, maximum=0.9999999)]
 DEFAULT = ("optimizer", "adamw")
-"""The choice of before there was one; see `TrainParams.decides`."""
+"""The only optimizer of versions before `train.optimizer` existed; see `TrainParams.decides`."""
 
 
 def known_optimizers() -> list[str]:
-    """The names that `train.optimizer` may have."""
+    """The names that `train.optimizer` accepts."""
     return sorted(module.name for module in pkgutil.iter_modules(optim.__path__))
 
 
 @dataclass(frozen=True)
 class SpikeParams:
-    """Section `train.spike` of params.yaml: when a step is undone, and what is left out then."""
+    """Section `train.spike` of params.yaml: when a step is undone, and which batches are then skipped."""
 
     window: PositiveInt
-    """Losses that a loss is compared with: those of so many steps before it; there is no spike before so many steps."""
+    """How many preceding losses form the baseline. Before that many steps, only a non-finite loss is a spike."""
     deviations: PositiveFloat
-    """Their standard deviations by which a loss that is a spike exceeds their mean."""
+    """A loss this many standard deviations above the baseline's mean is a spike."""
     batches: PositiveInt
-    """Batches that are left out: the spike's own and those before it."""
+    """How many batches are skipped: the spike's own and those before it."""
     rollbacks: PositiveInt
-    """The most spikes that are undone."""
+    """The most spikes that one run undoes."""
 
     def problems(self) -> Iterator[str]:
-        """What does not go together."""
+        """Values that do not fit together."""
         if self.window < 2:
             yield f"window: {self.window} loss has no standard deviation, so every rise would be a spike; 100 is a good start."
 
@@ -42,19 +42,19 @@ class TrainParams:
     """Section `train` of params.yaml."""
 
     seed: NaturalInt
-    """Decides the initial weights, the order of the sequences and the samples."""
+    """Decides the initial weights, the order of the sequences, and the samples."""
     max_tokens: PositiveInt
     """Tokens to train on; the number of steps follows from it."""
     max_epochs: PositiveFloat
-    """The most passes over the training tokens that `max_tokens` may amount to."""
+    """The most passes over the training tokens that `max_tokens` may need."""
     global_batch_tokens: PositiveInt
     """Tokens of one optimizer step, over all micro-steps and ranks."""
     sequence_length: PositiveInt
     """Tokens in one row of a batch."""
     micro_batch_size: PositiveInt | Literal["auto"]
-    """Rows that one rank runs at a time; fewer where its share of a step is smaller. `auto`: as many as its memory holds."""
+    """Rows that one rank runs at a time, but no more than its share of a step. `auto`: as many as fit into its memory."""
     optimizer: Annotated[str, OneOf(known_optimizers)]
-    """What changes the weights: one of the files of `training/optim`."""
+    """The optimizer: the name of a file in `training/optim`."""
     max_lr: PositiveFloat
     """Peak learning rate, reached after warmup."""
     min_lr: NaturalFloat
@@ -70,31 +70,31 @@ class TrainParams:
     eps: PositiveFloat
     """Added to Adam's denominator."""
     grad_clip_norm: PositiveFloat
-    """The norm of all gradients is clipped to this."""
+    """The gradients are scaled down so that their total norm is at most this."""
     precision: Literal["fp32", "bf16"]
     """Arithmetic of matrix products; weights and optimizer state are always fp32."""
     compile: bool
     """Compile the model with torch.compile."""
     spike: SpikeParams | None
-    """Undo a step whose loss jumps or is not finite, and leave its batch out; null: never."""
+    """Undo a step whose loss jumps or is not finite, and skip its batches; null: never."""
     activation_checkpointing: bool
-    """Keep each block's input only and compute the block again in the backward pass: the same result with less memory."""
+    """Keep only each block's input, and compute the block again in the backward pass: the same result with less memory."""
     deterministic: bool
-    """On a GPU, use deterministic kernels only, so that a resumed run equals an uninterrupted one bit for bit."""
+    """On a GPU, use only deterministic kernels, so that a resumed run is bit-identical to an uninterrupted one."""
     validate_every: PositiveInt
     """Steps between validation losses; the last step always has one."""
     validate_tokens: PositiveInt
-    """Tokens of the validation shard that each of them uses; the evaluate stage uses all."""
+    """Tokens of the validation shard that each validation uses; the evaluate stage uses all."""
     hellaswag_every: PositiveInt | None
-    """Steps between scores on HellaSwag; the last step always has one; null: none at all."""
+    """Steps between scores on HellaSwag; the last step always has one; null: never."""
     sample_every: PositiveInt
     """Steps between samples of the model's text; the last step always has them."""
     sample_prompts: tuple[str, ...]
-    """What the samples go on from."""
+    """The prompts that the samples continue."""
 
     def problems(self) -> Iterator[str]:
-        """What does not go together."""
-        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+        """Values that do not fit together."""
+        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size  # `auto` chooses a size that divides
         micro_batch_tokens = self.sequence_length * rows
         if self.global_batch_tokens % micro_batch_tokens:
             fits = max(1, round(self.global_batch_tokens / micro_batch_tokens)) * micro_batch_tokens
@@ -110,8 +110,8 @@ class TrainParams:
             )
         if self.min_lr > self.max_lr:
             yield (
-                f"min_lr: {self.min_lr:g} is greater than max_lr = {self.max_lr:g}, so the rate would rise after warmup; "
-                f"a tenth of max_lr ({self.max_lr / 10:g}) is usual."
+                f"min_lr: {self.min_lr:g} is greater than max_lr = {self.max_lr:g}, so the learning rate would rise after "
+                f"warmup; a tenth of max_lr ({self.max_lr / 10:g}) is usual."
             )
         if self.max_tokens < self.global_batch_tokens:
             yield (
@@ -125,9 +125,9 @@ class TrainParams:
             )
 
     def decides(self) -> dict[str, object]:
-        """The parameters as what decides a result, as JSON has them.
+        """The parameters that decide the result, as JSON values.
 
-        The optimizer is among them but for AdamW: earlier versions did not name it, and its results are theirs.
+        AdamW is left out: earlier versions had no `optimizer` and always used AdamW, so their results stay valid.
         """
         fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {key: value for key, value in fields.items() if (key, value) != DEFAULT}
@@ -135,11 +135,11 @@ class TrainParams:
     @property
     def max_steps(self) -> int:
         """Optimizer steps in the run."""
-        return self.max_tokens // self.global_batch_tokens
+        return self.max_tokens // self.global_batch_tokens  # rounded down: never more tokens than `max_tokens`
 
     @property
     def max_batches(self) -> int:
-        """The most batches that a run may look at: one a step, and those that `spike` may leave out."""
+        """The most batches that a run may read: one per step, and those that `spike` may skip."""
         return self.max_steps + (self.spike.batches * self.spike.rollbacks if self.spike else 0)
 
     @property
@@ -148,13 +148,13 @@ class TrainParams:
         return self.global_batch_tokens // self.sequence_length
 
     def micro_batch_rows(self, world_size: int) -> int:
-        """Rows that one of so many ranks runs at a time: `micro_batch_size`, but no more than its share of a step.
+        """Rows that each of `world_size` ranks runs at a time: `micro_batch_size`, but no more than its share of a step.
 
-        `auto` has to be a number by then (`settle_micro_batch`).
+        `auto` must have become a number before (`resolve_micro_batch_size`).
         """
         assert self.micro_batch_size != "auto"
         return min(self.micro_batch_size, self.rows_per_step // world_size)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-steps of one rank in one optimizer step."""
+        """Micro-steps that one rank takes per optimizer step."""
         return self.rows_per_step // (self.micro_batch_rows(world_size) * world_size)

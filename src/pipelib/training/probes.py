@@ -1,4 +1,4 @@
-"""What is measured while a training runs: validation loss, HellaSwag, samples; each knows its ranks."""
+"""What is measured while a training runs: validation loss, HellaSwag, samples. Each probe shares its work among the ranks."""
 
 import gc
 from functools import cached_property
@@ -25,10 +25,10 @@ from pipelib.vocabulary.tokenizer import Tokenizer
 
 
 class Probe(Protocol):
-    """Measures the model after some steps, and logs what it found; it changes nothing."""
+    """Measures the model after some steps and logs the result. It does not change the model."""
 
-    due: str
-    """When: see `Schedule`."""
+    event: str
+    """When it runs: an event of `Schedule`."""
 
     def run(self, model: Decoder, state: TrainState, log: TrainingLog) -> None:
         """Measure now. All ranks call it."""
@@ -37,21 +37,21 @@ class Probe(Protocol):
 class Validation:
     """The loss on the first `validate_tokens` tokens of the validation shard, shared among the ranks."""
 
-    due = VALIDATE
+    event = VALIDATE
 
     def __init__(self, params: TrainParams, tokens: Path, world: World) -> None:
         self._params, self._shard, self._world = params, tokens / VALIDATION_SHARD, world
         self._last: tuple[int, float] = (-1, 0.0)
 
     def loss_at(self, step: int) -> float | None:
-        """The loss after that very step; None where it was not measured."""
+        """The loss after exactly this step; None if it was not measured then."""
         measured, loss = self._last
         return loss if measured == step else None
 
     def run(self, model: Decoder, state: TrainState, log: TrainingLog) -> None:
         """See `Probe`."""
         with log.pause():
-            gc.collect()
+            gc.collect()  # automatic collection is off, see `gc_at_pauses_only`
             loss = self.measure(model)
             log.validated(state, loss)
         self._last = (state.step, loss.mean)
@@ -63,14 +63,16 @@ class Validation:
         batches = validation_batches(self._shard, params.sequence_length, rows, params.validate_tokens)
         mine = (batch for number, batch in enumerate(batches) if number % world.world_size == world.rank)
         share = summed_loss(model, mine, params.precision)
-        whole = world.sum(torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=world.device)).tolist()
-        return Loss(whole[0], int(whole[1]))
+        nats, count = world.sum(
+            torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=world.device)
+        ).tolist()
+        return Loss(nats, int(count))
 
 
 class HellaSwag:
-    """Accuracy on the items of a folder of benchmarks, which are read when they are first needed."""
+    """Accuracy on HellaSwag's items, which are read from the folder of benchmarks at the first use."""
 
-    due = SCORE
+    event = SCORE
 
     def __init__(self, params: TrainParams, benchmarks: Path, tokenizer: Tokenizer, world: World) -> None:
         self._params, self._benchmarks, self._tokenizer, self._world = params, benchmarks, tokenizer, world
@@ -88,19 +90,20 @@ class HellaSwag:
         """The model's losses on all items, shared among the ranks; the same on every rank."""
         params, world = self._params, self._world
         mine = slice(world.rank, None, world.world_size)
+        # Each rank fills in its own items and leaves zeros for the rest, so that the sum over ranks has all of them.
         losses = np.zeros((2, len(self._items), len(self._items[0].endings)))
         if share := self._items[mine]:
             batch_tokens = params.micro_batch_rows(world.world_size) * params.sequence_length
             scores = score(model, share, max(batch_tokens, model.params.context_length), params.precision)
             losses[:, mine] = scores.sums, scores.means
-        whole = world.sum(torch.from_numpy(losses).to(world.device)).cpu().numpy()
-        return Scores(whole[0], whole[1], self._items)
+        sums, means = world.sum(torch.from_numpy(losses).to(world.device)).cpu().numpy()
+        return Scores(sums, means, self._items)
 
 
 class Samples:
-    """What the model writes after the prompts; the first rank alone."""
+    """What the model writes after the prompts. Only rank 0 generates."""
 
-    due = SAMPLE
+    event = SAMPLE
 
     def __init__(self, params: TrainParams, tokenizer: Tokenizer, world: World) -> None:
         self._params, self._tokenizer, self._world = params, tokenizer, world

@@ -1,4 +1,4 @@
-"""What is due after which step."""
+"""Which events are due after a step: logging, validation, scoring, samples, checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ LOG, VALIDATE, SCORE, SAMPLE, SAVE = "log", "validate", "score", "sample", "save
 
 @dataclass(frozen=True)
 class Cadence:
-    """Steps between lines of progress and between checkpoints: what may change without changing any result."""
+    """Steps between progress lines and between checkpoints. Changing them changes no result."""
 
     log_every: int
     checkpoint_every: int
@@ -18,15 +18,15 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Everything that happens every so many steps, and after the last one."""
+    """Events that happen every N steps, and after the last one."""
 
     every: Mapping[str, int | None]
-    """Steps between two of a kind; None: never."""
+    """Steps between two events, by their name; None: never."""
     last: int
 
     @classmethod
     def of(cls, params: TrainParams, cadence: Cadence) -> "Schedule":
-        """What the parameters say."""
+        """The schedule that the parameters describe."""
         every = {
             LOG: cadence.log_every,
             VALIDATE: params.validate_every,
@@ -37,5 +37,5 @@ class Schedule:
         return cls(every, params.max_steps)
 
     def due(self, step: int) -> set[str]:
-        """What is due after `step` finished steps."""
+        """The events that are due after `step` finished steps."""
         return {name for name, every in self.every.items() if every and (step == self.last or step % every == 0)}

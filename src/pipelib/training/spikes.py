@@ -1,8 +1,8 @@
 """Loss spikes: roll back to an earlier checkpoint, and skip the batches that caused the spike (PaLM, section 5.1).
 
-The result does not depend on which checkpoint it goes back to: the steps from there on are the same as before, up to the
-first of the batches left out. Which those are, and the losses that the next one is compared with, are part of every
-checkpoint, so a run that is killed and goes on leaves the same ones out.
+The result does not depend on which checkpoint is loaded: the steps after it are the same as before, up to the first skipped
+batch. Every checkpoint holds the skipped batches and the losses that the next loss is compared with, so a run that is
+killed and resumed skips the same batches.
 """
 
 import math
@@ -15,44 +15,44 @@ from pipelib.training.params import SpikeParams
 
 @dataclass(frozen=True)
 class Spike:
-    """A finished step that is to be undone."""
+    """A finished step that must be undone."""
 
     step: int
-    """Finished steps, it included."""
+    """Finished steps, this one included."""
     loss: float
     limit: float
-    """What the loss would have had to stay under; infinite where it is not finite itself and too few were before it."""
+    """The highest loss that is not a spike; infinite if too few losses came before, so only a non-finite loss is a spike."""
     batches: tuple[int, ...]
-    """The numbers of the batches that are left out from now on."""
+    """The numbers of the batches that are skipped from now on."""
 
 
 class Spikes:
-    """The rule `train.spike`, and what it has left out so far; with None as rule nothing ever is."""
+    """The rule `train.spike` and the spikes found so far; without a rule (None), nothing is a spike."""
 
     def __init__(self, params: SpikeParams | None) -> None:
         self._params = params
         self.found: list[Spike] = []
-        """Those that were undone, in order."""
+        """The spikes that were undone, in order."""
         self._recent: list[float] = []
 
     @property
     def rollback_depth(self) -> int:
-        """The number of steps that a spike undoes, at least."""
+        """The least number of steps that a spike undoes."""
         return self._params.batches if self._params else 0
 
     def batch_of(self, step: int) -> int:
-        """The number of the batch that step `step` takes, both from 0: of those not left out the one at this place."""
+        """The number of the batch that step `step` takes, both counted from 0; skipped batches do not count."""
         batch = step
-        for left_out in sorted(number for spike in self.found for number in spike.batches):
-            batch += left_out <= batch
+        for skipped in sorted(number for spike in self.found for number in spike.batches):
+            batch += skipped <= batch
         return batch
 
     def detect(self, step: int, loss: float, finite: bool) -> Spike | None:
-        """The spike, if the finished step `step` is one; if not, None, and later losses are compared with its loss.
+        """Return the spike if the finished step `step` is one. If not, return None and add its loss to the baseline.
 
         Args:
             loss: the mean over the global batch.
-            finite: whether losses and gradient norm are.
+            finite: whether the losses and the gradient norm are finite.
         """
         if self._params is None:
             return None

@@ -1,11 +1,11 @@
-"""What is left of a training when it is killed, besides its model, optimizer and random streams: all of it is here."""
+"""The rest of a training's state, beside its model, optimizer, random streams and spikes: all that survives a kill."""
 
 import time
 from typing import Any
 
 
 class TrainState:
-    """How far the training is, and what later processes must know of earlier ones."""
+    """How far the training is, and what a resumed run must know about the earlier processes."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -13,9 +13,9 @@ class TrainState:
         self.tokens = 0
         """Tokens trained on."""
         self.world_size = 0
-        """Ranks that took the last steps; 0 before the first."""
+        """Ranks that took the last steps; 0 before the first step."""
         self.micro_batch_size = 0
-        """Rows that each rank ran at a time then: `auto` keeps to it, since other rows round otherwise."""
+        """Rows that each rank ran at a time. `auto` keeps this number, since another one would round differently."""
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stateful`."""
@@ -27,8 +27,10 @@ class TrainState:
 
 
 class DeviceHours:
-    """Hours of GPUs, or of processes on a CPU, that the training took: all of it, compiling and evaluating included, also
-    before it was stopped, but without the steps that a kill undid."""
+    """Hours of GPUs, or of CPU processes, that the training took.
+
+    They include compiling, evaluating and the time before a stop, but not the steps that a kill undid.
+    """
 
     def __init__(self, world_size: int) -> None:
         self._world_size, self._began = world_size, time.monotonic()
@@ -36,7 +38,7 @@ class DeviceHours:
 
     @property
     def total(self) -> float:
-        """Until now."""
+        """The hours until now."""
         return (self._earlier or 0.0) + (time.monotonic() - self._began) * self._world_size / 3600
 
     def state_dict(self) -> dict[str, float]:
@@ -44,6 +46,6 @@ class DeviceHours:
         return {"hours": self.total}
 
     def load_state_dict(self, state: dict[str, float], /) -> None:
-        """See `Stateful`. A training that goes back within this process has used its hours all the same."""
+        """See `Stateful`. Only the first load counts: a rollback within this process does not give hours back."""
         if self._earlier is None:
             self._earlier = state["hours"]

@@ -15,47 +15,48 @@ from pipelib.training.params import TrainParams
 
 
 class StepResult(NamedTuple):
-    """What a step came to: on the device, so that nothing waits for it."""
+    """The result of a step. Its tensors stay on the device, so that the host does not wait."""
 
     loss: Tensor
-    """The mean of the global batch, a scalar."""
+    """The mean over the global batch, a scalar."""
     grad_norm: Tensor
-    """Of its gradient before clipping, a scalar."""
+    """The gradient's norm before clipping, a scalar."""
     rank_losses: Tensor
-    """The mean of every rank's share, (world_size,)."""
+    """The mean over each rank's share, (world_size,)."""
     stop: Tensor
-    """The signal that asks a rank to stop, a scalar; 0 where none is asked."""
+    """The signal that asked any rank to stop, a scalar; 0 if none did."""
 
 
 def take_step(
     network: nn.Module,
     objective: Objective,
     optimizer: Optimizer,
-    batches: Sequence[TensorBatch],
+    micro_batches: Sequence[TensorBatch],
     learning_rate: float,
     params: TrainParams,
     world: World,
     stop: int = 0,
 ) -> StepResult:
-    """One optimizer step on this rank's micro-batches; none where a loss or the gradient norm is not finite.
+    """Take one optimizer step on this rank's micro-batches. It is skipped if a loss or the gradient norm is not finite.
 
     Args:
-        network: the objective as this rank runs it: compiled, and wrapped where there are several ranks.
-        stop: the signal that asks this rank to stop, for all ranks to know of.
+        network: the objective as this rank runs it: compiled or not, and wrapped if there are several ranks.
+        stop: the signal that asked this rank to stop, 0 for none; all ranks learn of it.
     """
-    weights = [objective.weight(targets) for _, targets in batches]
-    total = objective.total(weights, world)
+    counts = [objective.target_count(targets) for _, targets in micro_batches]
+    targets_per_rank = objective.targets_per_rank(counts, world)
     losses = []
-    for micro_step, ((inputs, targets), weight) in enumerate(zip(batches, weights, strict=True), start=1):
-        # Gradients of several ranks are averaged in the backward pass of the last micro-step only.
-        with world.sync_when(micro_step == len(batches), network), autocast(world.device, params.precision):
-            # Divided twice: so equal micro-batches give the very bits of a mean of their means.
-            counted = weight or 1  # where no target counts, the loss is 0
-            loss = network(world.to_device(inputs), world.to_device(targets)) / counted / (total / counted)
+    for micro_step, ((inputs, targets), count) in enumerate(zip(micro_batches, counts, strict=True), start=1):
+        # Gradients are averaged over ranks only in the backward pass of the last micro-step.
+        with world.sync_when(micro_step == len(micro_batches), network), autocast(world.device, params.precision):
+            # Divide twice: equal micro-batches then give exactly the bits of a mean of their means.
+            divisor = count or 1  # the loss is 0 if no target counts
+            loss = network(world.to_device(inputs), world.to_device(targets)) / divisor / (targets_per_rank / divisor)
         loss.backward()
         losses.append(loss.detach())
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), params.grad_clip_norm)
     loss = torch.stack(losses).sum()
+    # One all-gather for both: every rank then judges the same losses and learns of a stop at the same step.
     rank_losses, stops = world.all_gather(torch.stack((loss, torch.full_like(loss, stop)))).unbind(1)
     optimizer.step(learning_rate, (rank_losses.sum() + grad_norm).isfinite())
     network.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
-"""What rank 0 keeps and shows of a training: curves, samples, the line of progress; other ranks keep nothing.
+"""What rank 0 records and shows of a training: curves, samples, progress lines. Other ranks record nothing.
 
-The curves hold every step, whatever the cadence of logging: losses stay on the device and are fetched together when a
+The curves hold every step, however rarely a line is printed. Losses stay on the device and are fetched together when a
 line is due, so the host waits for the device only then. A resumed run first cuts the curves back to its checkpoint, so
-that no step is in them twice and they end up equal to an uninterrupted run's, byte for byte.
+that no step appears twice and the curves end up byte-identical to those of an uninterrupted run.
 """
 
 import json
@@ -29,46 +29,46 @@ from pipelib.training.throughput import Throughput
 
 
 class TrainingLog(Protocol):
-    """What a training tells about itself."""
+    """The events of a training, as methods that record or show them."""
 
     def begin(self, step: int, spikes: Spikes) -> None:
-        """Training starts, or resumes after `step` finished steps.
+        """Start, or resume after `step` finished steps.
 
         Args:
-            spikes: what was left out until now.
+            spikes: those found so far.
         """
 
     def step(self, state: TrainState, result: StepResult, learning_rate: float, data_wait: float) -> None:
-        """Note a finished step, and the seconds it waited for its batch, without waiting for the device."""
+        """Note a finished step and the seconds it waited for its batch, without waiting for the device."""
 
     def flush(self) -> None:
-        """Write the noted steps; show the last one, and the speed since this was called last."""
+        """Write the noted steps; show the last one, and the speed since the previous flush."""
 
     def pause(self) -> AbstractContextManager[None]:
-        """Do something else than train in this block: its time is not training time."""
+        """Do not count the time in this block as training time."""
         ...
 
     def sync(self) -> None:
-        """Have everything noted so far survive a power cut; comes before a checkpoint that relies on it."""
+        """Make everything written so far survive a power cut. Called before a checkpoint that relies on it."""
 
     def say(self, text: str) -> None:
         """Show a line."""
 
-    def went_back(self, step: int, spikes: Spikes) -> None:
-        """Forget what came after `step` finished steps: the last of `spikes` undid it."""
+    def rolled_back(self, step: int, spikes: Spikes) -> None:
+        """Drop everything after `step` finished steps, which the last of `spikes` undid."""
 
     def validated(self, state: TrainState, loss: Loss) -> None:
-        """Note a validation loss."""
+        """Record a validation loss."""
 
     def scored(self, state: TrainState, scores: Scores) -> None:
-        """Note scores on HellaSwag."""
+        """Record scores on HellaSwag."""
 
     def sampled(self, state: TrainState, texts: Sequence[tuple[str, str]]) -> None:
-        """Note samples, as (prompt, continuation)."""
+        """Record samples, as (prompt, continuation)."""
 
 
 class NullLog:
-    """What every rank but the first has."""
+    """The log of every rank but rank 0: it does nothing."""
 
     def begin(self, step: int, spikes: Spikes) -> None:
         """See `TrainingLog`."""
@@ -89,7 +89,7 @@ class NullLog:
     def say(self, text: str) -> None:
         """See `TrainingLog`."""
 
-    def went_back(self, step: int, spikes: Spikes) -> None:
+    def rolled_back(self, step: int, spikes: Spikes) -> None:
         """See `TrainingLog`."""
 
     def validated(self, state: TrainState, loss: Loss) -> None:
@@ -103,12 +103,12 @@ class NullLog:
 
 
 class MainLog:
-    """Rank 0's: curves in a folder, a line on the terminal, numbers to the record of the run."""
+    """The log of rank 0: curves in a folder, a line on the terminal, numbers in the run's record."""
 
     def __init__(
         self, folder: Path, run: Run, params: TrainParams, flops_per_token: int, measure_peak: Callable[[], Peak]
     ) -> None:
-        """See `Throughput` for the last two."""
+        """See `Throughput` for the last two arguments."""
         self._run, self._params = run, params
         self.throughput = Throughput(params, flops_per_token, measure_peak)
         self.train = Curve(folder / "train.csv", ("step", "tokens", "loss", "learning_rate", "grad_norm"))
@@ -119,19 +119,20 @@ class MainLog:
         )
         self.spikes = Curve(folder / "spikes.csv", ("step", "loss", "limit", "batches"))
         self.speed = Curve(folder / "speed.csv", ("step", "tokens_per_second", "mfu", "data_wait_ms"))
-        self._waiting: list[tuple[int, int, float, Tensor, Tensor]] = []
+        self._noted: list[tuple[int, int, float, Tensor, Tensor]] = []
+        """step, tokens, learning rate, loss and gradient norm; the last two are still on the device."""
         self._last = (0, 0, 0.0, 0.0, 0.0)
         """step, tokens, loss, learning rate and gradient norm of the last step that was written."""
         self._line = StatusLine()
 
     @property
     def curves(self) -> list[Curve]:
-        """The reproducible curves. hellaswag.csv exists also where it is unused, because dvc.yaml plots it."""
+        """The reproducible curves. hellaswag.csv exists even if it is unused, because dvc.yaml plots it."""
         every = [self.train, self.validation, self.samples, self.hellaswag]
         return every if self._params.spike is None else [*every, self.spikes]
 
     def export(self, curves: Path, speed: Path) -> None:
-        """Copy the curves into a folder, and the speed of each logged run of steps to a file."""
+        """Copy the curves into a folder, and the speeds to a file."""
         for curve in self.curves:
             write_text(curves / curve.path.name, curve.path.read_text(encoding="utf-8"))
         write_text(speed, self.speed.path.read_text(encoding="utf-8"))
@@ -144,27 +145,27 @@ class MainLog:
         """See `TrainingLog`."""
         for curve in self._cut_with_steps:
             curve.resume(step)
-        self._list(spikes)
+        self._write_spikes(spikes)
         self.throughput.start()
 
-    def went_back(self, step: int, spikes: Spikes) -> None:
+    def rolled_back(self, step: int, spikes: Spikes) -> None:
         """See `TrainingLog`."""
-        self._waiting.clear()
+        self._noted.clear()
         for curve in self._cut_with_steps:
             curve.cut(step)
-        self._list(spikes)
+        self._write_spikes(spikes)
         self.throughput.forget()
         spike = spikes.found[-1]
         text = (
-            f"step {spike.step:,} has loss {spike.loss:.4f}, where train.spike allows {spike.limit:.4f}: the training goes "
-            f"back to step {step:,} and leaves out batch {', '.join(map(str, spike.batches))} ({len(spikes.found)} of at "
+            f"step {spike.step:,} has loss {spike.loss:.4f}, where train.spike allows {spike.limit:.4f}: the training rolls "
+            f"back to step {step:,} and skips batch {', '.join(map(str, spike.batches))} (rollback {len(spikes.found)} of at "
             f"most {self._params.spike and self._params.spike.rollbacks})"
         )
         self._run.log_text(f"spikes/step_{spike.step:08d}.txt", text)
         self.say(text)
 
-    def _list(self, spikes: Spikes) -> None:
-        """Write all that was left out: not appended, since it is not cut back with the steps."""
+    def _write_spikes(self, spikes: Spikes) -> None:
+        """Write all spikes again: appending would not do, since this curve is not cut back with the steps."""
         if self._params.spike is None:
             return
         self.spikes.cut(-1)
@@ -175,32 +176,32 @@ class MainLog:
     def step(self, state: TrainState, result: StepResult, learning_rate: float, data_wait: float) -> None:
         """See `TrainingLog`."""
         self.throughput.waited(data_wait)
-        self._waiting.append((state.step, state.tokens, learning_rate, result.loss, result.grad_norm))
+        self._noted.append((state.step, state.tokens, learning_rate, result.loss, result.grad_norm))
 
     def flush(self) -> None:
         """See `TrainingLog`."""
-        self._fetch()
+        self._write_noted()
         if self.throughput.shown.steps:
             self._show(*self._last)
 
-    def _fetch(self) -> None:
-        """Fetch and write the noted steps."""
-        if not self._waiting:
+    def _write_noted(self) -> None:
+        """Fetch the noted steps from the device and write them."""
+        if not self._noted:
             return
-        values = torch.stack([torch.stack((loss, norm)).float() for *_, loss, norm in self._waiting]).tolist()
-        self.throughput.count(len(values))  # the line above waited for the device
+        values = torch.stack([torch.stack((loss, norm)).float() for *_, loss, norm in self._noted]).tolist()
+        self.throughput.count(len(values))  # after the fetch, which waits until the device has finished these steps
         rows = [
             (step, tokens, loss, learning_rate, norm)
-            for (step, tokens, learning_rate, _, _), (loss, norm) in zip(self._waiting, values, strict=True)
+            for (step, tokens, learning_rate, _, _), (loss, norm) in zip(self._noted, values, strict=True)
         ]
-        self._waiting.clear()
+        self._noted.clear()
         self.train.append(rows)
         self._last = rows[-1]
 
     def _show(self, step: int, tokens: int, loss: float, learning_rate: float, norm: float) -> None:
         window = self.throughput.take()
         rate, mfu = self.throughput.rate(window), self.throughput.mfu(window)
-        if not window.compiles:
+        if not window.compiles:  # compiling would look like a slow step
             self.speed.append([(step, round(rate), round(mfu, 4), round(window.wait_ms, 3))])
         left, memory = (self._params.max_tokens - tokens) / rate, peak_gpu_memory()
         self._line.show(
@@ -225,7 +226,7 @@ class MainLog:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """See `TrainingLog`."""
-        self._fetch()
+        self._write_noted()  # the noted steps are training time
         yield
         self.throughput.start()
 
@@ -254,7 +255,7 @@ class MainLog:
 
     def sampled(self, state: TrainState, texts: Sequence[tuple[str, str]]) -> None:
         """See `TrainingLog`."""
-        # JSON keeps a text on one line, so that a line is a row
+        # JSON keeps a text on one line, so that each line of the file is one row.
         self.samples.append([(state.step, json.dumps(prompt), json.dumps(text)) for prompt, text in texts])
         self._run.log_text(f"samples/step_{state.step:08d}.txt", "\n\n".join(prompt + text for prompt, text in texts))
         if texts:

@@ -1,11 +1,11 @@
 """GPT-2 as published: pre-LayerNorm blocks, tanh-GELU, learned positions, output tied to the token embedding.
 
 Radford et al., Language Models are Unsupervised Multitask Learners, 2019; https://github.com/openai/gpt-2. The only
-addition is the padding of the vocabulary, from 50,257 to 50,304 rows, for the sake of the hardware; the padding always has
+addition is the padding of the vocabulary from 50,257 to 50,304 rows, which is faster on the hardware. The padding always has
 probability zero.
 
-Hugging Face keeps OpenAI's Conv1D layout, (in, out), where ours is torch's Linear, (out, in), so four matrices of every block
-are transposed. For the square ones nothing but a wrong result would show a mistake, hence the test against transformers.
+Hugging Face keeps OpenAI's Conv1D layout, (in, out), while ours is torch's Linear, (out, in), so four matrices of every
+block are transposed. For the square ones a mistake would show only in wrong results, so a test compares with transformers.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from pipelib.vocabulary.tokenizer import padded_size
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position looks at itself and at what came before it."""
+    """Every position attends to itself and to the positions before it."""
 
     def __init__(self, params: GPT2Params) -> None:
         super().__init__()
@@ -36,6 +36,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, layer: int = 0, attend: Attend = causal) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape  # noqa: N806
+        # One product for query, key and value: (B, T, 3C) -> (3, B, n_head, T, head_size).
         qkv: Tensor = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         attended = attend(layer, *qkv.unbind(0))  # (B, n_head, T, head_size)
         out: Tensor = self.c_proj(attended.transpose(1, 2).flatten(2))
@@ -43,7 +44,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Four times as wide inside."""
+    """A feed-forward layer, four times as wide inside."""
 
     def __init__(self, params: GPT2Params) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class Block(nn.Module):
 
 
 class GPT2(Decoder):
-    """The network. Parameters carry the names that GPT-2 and Hugging Face give them."""
+    """The network. Its tensors have the names that GPT-2 and Hugging Face give them."""
 
     architecture = "gpt2"
     embedding_names = ("wte.weight",)
@@ -103,7 +104,7 @@ class GPT2(Decoder):
         return self.wte.weight
 
     def initial_std(self, name: str) -> float:
-        """0.02; projections into the residual stream are scaled by (2·n_layer)^-0.5, since that many of them add up."""
+        """0.02. Projections into the residual stream are scaled by (2·n_layer)^-0.5, since 2·n_layer of them add up."""
         return INIT_STD * (2 * self.params.n_layer) ** -0.5 if name.endswith("c_proj.weight") else INIT_STD
 
     # ---- Hugging Face's form -----------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class GPT2(Decoder):
 
     @classmethod
     def config(cls, params: ModelParams, vocab_size: int, end_token_id: int) -> dict[str, Any]:
-        """In the order of OpenAI's."""
+        """See `Decoder.config`. The keys are in the order of OpenAI's file."""
         assert isinstance(params, GPT2Params)
         return {
             "architectures": ["GPT2LMHeadModel"],
@@ -167,23 +168,23 @@ class GPT2(Decoder):
     def other_layout(cls, params: ModelParams, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """nanoGPT keeps matrices as torch's Linear does, (out, in)."""
         assert isinstance(params, GPT2Params)
-        turned = shapes.get("h.0.attn.c_attn.weight") == (3 * params.n_embd, params.n_embd)
-        return f"its matrices are as nanoGPT has them: convert the checkpoint itself, see {GUIDE}" if turned else ""
+        transposed = shapes.get("h.0.attn.c_attn.weight") == (3 * params.n_embd, params.n_embd)
+        return f"its matrices have nanoGPT's layout: convert the checkpoint itself, see {GUIDE}" if transposed else ""
 
     def derived_problem(self, name: str, tensor: Tensor) -> str:
-        """The masks have to be causal."""
+        """See `Decoder.derived_problem`. Masks must be causal."""
         if name == HEAD:
             return super().derived_problem(name, tensor)
         if _is_causal(tensor) if name.endswith(".attn.bias") else _is_minus_infinity(tensor):
             return ""
-        return "is not the causal mask of GPT-2, so its attention would look elsewhere than ours; use a GPT-2 as published."
+        return "is not the causal mask of GPT-2, so its attention differs from ours; use a GPT-2 as published."
 
 
 DECODER = GPT2
 
 
 def _is_causal(mask: Tensor) -> bool:
-    """Whether a mask (..., T, T) is one up to each position and zero beyond it."""
+    """Whether a mask (..., T, T) is 1 up to each position and 0 after it."""
     size = mask.shape[-1] if mask.dim() > 1 else 0
     return mask.numel() == size * size > 0 and torch.equal(
         mask.reshape(-1, size).to(torch.float32), torch.ones(mask.numel() // size, size).tril()
@@ -191,5 +192,5 @@ def _is_causal(mask: Tensor) -> bool:
 
 
 def _is_minus_infinity(bias: Tensor) -> bool:
-    """Whether a position with this number added to its score has no weight: -10,000 in OpenAI's files."""
+    """Whether this number, added to an attention score, leaves it no weight: -10,000 in OpenAI's files."""
     return bias.numel() == 1 and bias.item() <= -1e4

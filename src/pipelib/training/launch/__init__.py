@@ -1,1 +1,1 @@
-"""Starting a training: the ranks, on one machine or several, what they are told and what they agree on."""
+"""Starting a training: its ranks, on one machine or several, their job, and how they communicate."""

@@ -1,4 +1,4 @@
-"""The ranks of a training: who this one is, and what all of them agree on."""
+"""The ranks of a training: which one this process is, and what they exchange."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -34,39 +34,39 @@ class World:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the host goes on while the device works, so that looking at a value would wait for it."""
+        """Whether the host runs ahead of the device, so that reading a value would wait for it."""
         return self.device.type == "cuda"
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as every rank trains it: with averaged gradients where there are several."""
+        """Wrap the model for training: with several ranks, DDP averages their gradients."""
         if self.world_size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A tensor in host memory as one on this rank's device; the host does not wait where it is pinned."""
+        """Copy a tensor from host memory to this rank's device. The host does not wait if the tensor is pinned."""
         return tensor.to(self.device, non_blocking=True)
 
     def warm_up(self, network: nn.Module, rows: int, sequence_length: int, precision: str) -> None:
-        """Run one backward pass on nothing, so that gradients are summed in the same groups from the first step on.
+        """Run one backward pass on dummy tokens, so that DDP sums gradients in the same buckets from the first step on.
 
-        DDP groups them anew after its first backward pass, and what three ranks or more sum depends, in its last bits,
-        on the groups: a resumed run would take one step with those that an uninterrupted one has long left.
+        DDP rebuilds its buckets after the first backward pass. With three ranks or more, the last bits of a sum depend on the
+        buckets, so the first step of a resumed run would differ from that step in an uninterrupted run.
 
         Args:
-            rows: of a micro-batch: torch.compile would compile once more for another shape.
+            rows: in a micro-batch; for another shape torch.compile would compile again.
         """
         if self.world_size > 1:
             warmup_backward(network, rows, sequence_length, precision, self.device)
             network.zero_grad(set_to_none=True)
 
     def sync_when(self, wanted: bool, model: nn.Module) -> AbstractContextManager[object]:
-        """Average gradients in the backward pass of what runs forward in this block only when `wanted`."""
+        """Average gradients over ranks only if `wanted`, for forward passes in this block and their backward passes."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) and not wanted else nullcontext()
 
     def all_gather(self, value: Tensor) -> Tensor:
-        """Every rank's tensor, on every rank: one row each."""
+        """Give every rank the tensors of all ranks, one row each: (...) -> (world_size, ...)."""
         if self.world_size == 1:
             return value[None]
         rows = value.new_empty(self.world_size, *value.shape)
@@ -74,20 +74,20 @@ class World:
         return rows
 
     def min(self, value: int) -> int:
-        """The smallest of all ranks' numbers, on every rank."""
+        """Give every rank the smallest of all ranks' numbers."""
         return int(self.all_gather(torch.tensor(value, device=self.device)).min())
 
     def broadcast(self, value: T) -> T:
-        """The first rank's value, on every rank."""
+        """Give every rank the value of rank 0."""
         if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def from_rank_0(self, look: Callable[[], T]) -> T:
-        """What the first rank finds, on every rank; no other looks."""
-        return self.broadcast(look() if self.is_main else None)  # type: ignore[return-value]
+    def from_rank_0(self, find: Callable[[], T]) -> T:
+        """Call `find` on rank 0 only, and give every rank its result."""
+        return self.broadcast(find() if self.is_main else None)  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -95,7 +95,7 @@ class World:
             dist.barrier()
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks."""
+        """Give every rank the sum of a tensor over all ranks."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -103,18 +103,18 @@ class World:
 
 
 def warmup_backward(network: nn.Module, rows: int, sequence_length: int, precision: str, device: torch.device) -> None:
-    """A forward and a backward pass on `rows` rows of one token; they leave gradients, and change no weight."""
+    """Run a forward and a backward pass on `rows` rows of dummy tokens. It leaves gradients but changes no weight."""
     tokens = torch.zeros(rows, sequence_length, dtype=torch.long, device=device)
     with autocast(device, precision):
-        loss = network(tokens, tokens.clone())  # the same tensor twice would be compiled as that
+        loss = network(tokens, tokens.clone())  # torch.compile would specialize on the same tensor passed twice
     loss.backward()
 
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Take this process's place: alone, or as the rank that torchrun's environment says; a stage has removed that of others.
+    """Join the ranks: alone, or as the rank in torchrun's environment variables. The stage has removed another job's.
 
-    One rank a GPU over NCCL where there are GPUs, else ranks on the CPU over gloo, which share its cores equally.
+    With GPUs, each rank has one and they communicate over NCCL. Without, the ranks share the CPU's cores equally, over gloo.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -124,4 +124,4 @@ def join_world() -> Iterator[World]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield World(rank, world_size, device, local_ranks)
-    dist.destroy_process_group()  # not after an error of this rank alone: NCCL would wait for the others
+    dist.destroy_process_group()  # not in a `finally`: after an error on this rank alone, NCCL would wait for the others

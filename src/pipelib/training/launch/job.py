@@ -1,4 +1,4 @@
-"""One rank's part of a training: what to do, doing it, and what rank 0 leaves behind.
+"""One rank's part of a training: its job, running it, and the files that rank 0 writes at the end.
 
 Under torchrun, ranks read their job from `work/job.json` and not from params.yaml, which the user may be editing.
 """
@@ -9,7 +9,7 @@ import sys
 from pipelib.processes import die_on_signals, die_with_parent, outlive_terminal
 
 if __name__ == "__main__":
-    die_on_signals()  # importing torch takes seconds
+    die_on_signals()  # before the imports below, which take seconds: a signal then ends the process without a traceback
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,21 +46,21 @@ class Job:
     benchmarks: str
     """The folder of the benchmarks."""
     record: str
-    """The file of the run's record; empty where there is none."""
+    """The file of the run's record; empty if there is none."""
     code: str
     """The hash of the code files and package versions."""
     resumed_with_other_code: bool
-    """The user chose to go on with unfinished work of other code."""
+    """Whether the user chose to resume unfinished work of other code."""
     initial: InitialWeights
-    """What the model starts from."""
+    """The weights that the model starts from."""
 
     def write(self, work: Path) -> None:
-        """Leave the job for the ranks to read."""
+        """Write the job for the ranks to read."""
         write_json(work / JOB, asdict(self))
 
     @classmethod
     def read(cls, work: Path) -> "Job":
-        """The job that the launcher left."""
+        """Read the job that the launcher wrote."""
         problems: list[str] = []
         job = parse(cls, read_json(work / JOB), "", problems)
         assert job is not None, problems
@@ -68,7 +68,7 @@ class Job:
 
 
 def run_job(job: Job, work: Path, world: World, run: Run) -> None:
-    """Train; rank 0 then exports the model and the curves into work/outs, and writes work/result.json."""
+    """Train. Then rank 0 exports the model and the curves to work/outs and writes work/result.json."""
     tokens, manifest = Path(job.tokens), read_manifest(Path(job.tokens))
     size, recipe = manifest.tokenizer.size, _recipe(job, manifest)
     flops = job.model.flops_per_token(size, job.train.sequence_length)
@@ -128,19 +128,19 @@ def _speed(trainer: Trainer, log: MainLog) -> dict[str, object]:
 
 
 def _run_of(job: Job, world: World) -> Run:
-    """The launcher's run for rank 0; no other rank records anything."""
+    """The launcher's run on rank 0. No other rank records anything."""
     return attach_run("train", Path(job.record)) if world.is_main and job.record else NullRun()
 
 
 def _rank_main(work: Path) -> None:
-    """A rank under torchrun."""
+    """Run one rank under torchrun."""
     die_with_parent(signal.SIGKILL)
     outlive_terminal()
     try:
         with join_world() as world:
-            # The first rank reads for all: another machine may still see what lay there before.
+            # Rank 0 reads for all: another machine may still see the old file.
             job = world.broadcast(Job.read(work) if world.is_main and not (work / ERROR).exists() else None)
-            if job is None:  # torchrun has started the ranks again, and trying again does not help
+            if job is None:  # torchrun restarted the ranks after an error that a restart does not fix
                 return
             with _run_of(job, world) as run:
                 try:
@@ -149,7 +149,9 @@ def _rank_main(work: Path) -> None:
                     message = user_message(error)
                     if message is None:
                         raise
-                    write_text(work / ERROR, message)  # before leaving the group, which may wait for the other ranks
+                    write_text(
+                        work / ERROR, message
+                    )  # before leaving the process group, which may wait for other ranks
                     raise SystemExit(1) from None
     except UserError as error:
         write_text(work / ERROR, str(error))

@@ -1,4 +1,4 @@
-"""Start a training: in this process, or as one rank a GPU under torchrun, on this machine or on several."""
+"""Start a training: in this process, or under torchrun with one rank per GPU, on one machine or several."""
 
 import os
 import signal
@@ -36,22 +36,23 @@ def launch(
     benchmarks: Path,
     initial: InitialWeights,
 ) -> tuple[Any, Any]:
-    """Train on the shards in `tokens` and build `models/` and `curves/`; the stage's result and speed.
+    """Train on the shards in `tokens`, build `models/` and `curves/`, and return the stage's result and speed.
 
     Args:
         benchmarks: the folder of the items that `train.hellaswag_every` scores.
 
     Raises:
-        UserError: the data and parameters do not go together, or the training said what went wrong.
+        UserError: the data and the parameters do not fit together, or the training failed.
     """
     manifest = read_manifest(tokens)
     if note := require_weights(model, manifest.tokenizer):
         tell(f"train: {note}", error=True)
+    # Check everything that can be checked before the ranks start.
     machines = find_machines()
     check_plan(train, manifest, machines.world_size)
-    verify_shards(tokens, manifest)  # 20 GB take seconds, and a token that is none spoils a model without a word
+    verify_shards(tokens, manifest)  # takes seconds for 20 GB; an out-of-range token would silently corrupt training
     needed = checkpoint_bytes(Footprint(model, manifest.tokenizer.size, train), cadence.checkpoint_every)
-    have = sum(path.stat().st_size for path in files_under(build.work / CHECKPOINTS))  # of a training that resumes
+    have = sum(path.stat().st_size for path in files_under(build.work / CHECKPOINTS))  # if the training resumes
     require_free_space(build.work, needed - have, "training, with its checkpoints,")
     job = Job(
         model,
@@ -64,6 +65,7 @@ def launch(
         build.resumed_with_other_code,
         initial,
     )
+    # An earlier attempt may have left these; the ranks would take them for their own.
     for leftover in (RESULT, ERROR, STOP):
         remove(build.work / leftover)
     if machines.world_size == 1 and not machines.restarts:
@@ -77,30 +79,31 @@ def launch(
 
 
 def join(find_state: Callable[[], WorkDir]) -> None:
-    """Run this machine's ranks of a training, once the first machine has started it, and wait for its end.
+    """Wait until the first machine has started a training, run this machine's ranks of it, and wait for the end.
 
     Args:
-        find_state: the training's state, which is known when its data are there; the first machine holds its lock.
+        find_state: returns the training's state, which is known only once its data exist. The first machine holds its lock.
 
     Raises:
-        UserError: this machine is none of several, sees another state or code than the first one, or the training failed.
+        UserError: this is not a training on several machines, this machine sees another state or other code than the first
+            one, or the training failed.
     """
     machines = find_machines()
     if machines.count == 1:
         raise UserError(
-            "--join is for a training on several machines, and PIPELIB_NNODES does not say that there are; set it, and "
-            "PIPELIB_RDZV_ENDPOINT, as on the first machine."
+            "--join is for a training on several machines, but PIPELIB_NNODES is not 2 or more; set it and "
+            "PIPELIB_RDZV_ENDPOINT as on the first machine."
         )
     machines.wait_for_first()
     state = find_state()
     state.require_same_code()
     _run_ranks(state.work, machines, first=False)
-    tell("train: the first machine goes on from here")
+    tell("train: this machine is done; the first machine finishes the stage")
 
 
 def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
-    """Run the job of `work` under torchrun and wait for it; a request to stop reaches the ranks."""
-    if machines.restarts:  # else ranks that start again find the addresses of those that died (torch 2.13)
+    """Run the job of `work` under torchrun and wait for it, passing a signal on to the ranks."""
+    if machines.restarts:  # else restarted ranks find the addresses of the ranks that died (torch 2.13)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     about_ranks = machines.arguments(work.parent.name, first=first)
     asked: list[int] = []
@@ -111,29 +114,29 @@ def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
 
     with on_first_signal(stop):
         status = _wait(start_torchrun([*about_ranks, "-m", "pipelib.training.launch.job", str(work)]))
-    if status or (work / ERROR).exists():  # ranks that were started again leave it at what was said before
-        raise UserError(_what_went_wrong(work / ERROR, status, asked))
+    if status or (work / ERROR).exists():  # restarted ranks exit with 0 if the file is there, see `_rank_main`
+        raise UserError(_failure(work / ERROR, status, asked))
     if first and machines.count > 1:
         wait_for_file(work / RESULT)
 
 
 def _wait(status: Future[int]) -> int:
-    """The result. Never one long wait: a signal that comes in the instant before it would be seen after it."""
+    """Wait for torchrun's exit status, in short waits: a signal that arrives just before a wait is handled only after it."""
     while not status.done():
         wait([status], timeout=1.0)
     return status.result()
 
 
-def _what_went_wrong(said: Path, status: int, asked: Sequence[int]) -> str:
-    """What a rank left to say, else what its status tells, unless it died of a signal that asked all of them to stop."""
-    if said.exists():
-        return said.read_text(encoding="utf-8")
+def _failure(error_file: Path, status: int, asked: Sequence[int]) -> str:
+    """The message of a failed training: the rank's own if it wrote one, else that of the signal, else the exit status."""
+    if error_file.exists():
+        return error_file.read_text(encoding="utf-8")
     if asked:
         return (
             f"stopped by {signal.Signals(asked[0]).name} before the ranks could save a step; run dvc repro to resume from the "
             "last checkpoint."
         )
     return (
-        f"a rank ended with status {status} before the training was done; what it printed is above. The last checkpoint is "
-        "kept; run dvc repro to resume from there."
+        f"a rank ended with status {status} before the training was done; its output is above. The last checkpoint is kept; "
+        "run dvc repro to resume from it."
     )

@@ -1,7 +1,7 @@
-"""torchrun on a thread of the launcher: it starts the ranks, each a process, and watches them.
+"""torchrun on a thread of the launcher: it starts each rank as a process and watches them.
 
-In a process of its own it would import torch once more, for two seconds in which no rank starts. On a thread, because it may
-wait long for other machines, and Python acts on a signal in the main thread only, between two waits.
+A separate process would have to import torch again, and the ranks would start two seconds later. It runs on a thread because
+it may wait long for other machines, and Python handles signals only on the main thread, between two waits.
 """
 
 import logging
@@ -14,16 +14,18 @@ from pipelib.errors import UserError
 
 
 def start_torchrun(arguments: Sequence[str]) -> Future[int]:
-    """Run torchrun with these arguments; the future has 0, or the exit status of a rank that failed, once all have ended.
+    """Run torchrun with these arguments. When all ranks have ended, the future holds 0 or the exit status of a failed rank.
 
-    The ranks are to be tied to this process (`die_with_parent`), by which they end with it, however it does.
+    Ranks must call `die_with_parent`, so that they die with this process.
 
     Raises:
         UserError: through the future: the machines did not find each other.
     """
-    os.environ["PIPELIB_PARENT"] = str(os.getpid())  # ranks import torch for seconds before they are tied
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks set their own number; this only keeps torchrun quiet
-    # What goes wrong in a rank is said by the rank, once; torchrun's own account of it is only longer.
+    os.environ["PIPELIB_PARENT"] = str(
+        os.getpid()
+    )  # this process may die while ranks still import torch, before the tie
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks set their own number; this only keeps torchrun from warning
+    # A rank that fails prints why, once. torchrun would only add a longer report.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     status: Future[int] = Future()
     Thread(target=_run, args=(list(arguments), status), name="torchrun", daemon=True).start()
@@ -50,6 +52,6 @@ def _torchrun(arguments: list[str]) -> int:
         reason = str(error) or type(error).__name__
         raise UserError(
             f"the machines of this training did not find each other ({reason}), so it stopped; compare PIPELIB_NNODES and "
-            "PIPELIB_RDZV_ENDPOINT on all of them, and start those that are missing with python -m stages.train --join."
+            "PIPELIB_RDZV_ENDPOINT on all of them, and start missing machines with python -m stages.train --join."
         ) from error
     return 0

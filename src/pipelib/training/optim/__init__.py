@@ -1,5 +1,5 @@
-"""The optimizers, one file for each value of `train.optimizer`; the chosen one alone is loaded.
+"""The optimizers, one file for each value of `train.optimizer`. Only the chosen one is imported.
 
-Each file has `OPTIMIZER`, a class that is made of a model and the parameters of section `train`, and does what
-`pipelib.training.optimizer.Optimizer` says.
+Each file has `OPTIMIZER`, a class whose constructor takes a model and the parameters of section `train`, and which follows
+the protocol `pipelib.training.optimizer.Optimizer`.
 """

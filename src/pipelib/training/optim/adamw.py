@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, 2019), fused, with decay on matrices only."""
+"""AdamW (Loshchilov and Hutter, 2019), fused, with weight decay on matrices only."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ class AdamW:
         """See `Optimizer.step`."""
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
-        # The fused kernel leaves weights and moments as they are where this is 1, as it does for a gradient scaler.
+        # The fused kernel changes neither weights nor moments if this is 1; gradient scalers use it the same way.
         self._adamw.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
         self._adamw.step()
 
