@@ -22,7 +22,6 @@ from small_corpus import write_shards
 
 import pipelib
 from pipelib.files import files_under
-from pipelib.model.decoder import Decoder
 from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.schema import read_yaml
@@ -109,7 +108,7 @@ def small_trainer(
     checkpoint_every: int = 10**6,
     log_every: int = 10**6,
     initial: InitialWeights = RANDOM_WEIGHTS,
-    objective_of: Callable[[Decoder], Objective] = NextToken,
+    objective_of: type[Objective] = NextToken,
 ) -> Trainer:
     """A training in this process, on `folder/tokens` and in `folder/work`; curves and checkpoints are in the latter."""
     manifest = read_manifest(folder / "tokens")

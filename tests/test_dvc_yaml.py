@@ -73,13 +73,13 @@ def choices_of(name: str) -> list[Path]:
 def test_dependencies_are_the_import_closure(name: str) -> None:
     choices = choices_of(name)
     code = [path.as_posix() for path in import_closure(ROOT, HERE.stage(name), *choices) if path not in choices]
-    expected = {*code, *TABLE[name].chosen, *DATA_DEPS[name], *BESIDE_CODE.get(name, [])}
+    expected = {*code, *TABLE[name].chosen, *DATA_DEPS.get(name, []), *BESIDE_CODE.get(name, [])}
     listed = stage_of(name)["deps"]
     assert len(set(listed)) == len(listed), "a dependency is listed twice"
     paste = "".join(f"      - {path}\n" for path in code)
     missing, extra = sorted(expected - set(listed)), sorted(set(listed) - expected)
     assert not missing and not extra, (  # noqa: PT018  (one message for both)
-        f"dvc.yaml, stage {name}: missing {missing}, too much {extra}; the code it needs is\n{paste}"
+        f"dvc.yaml, stage {name}: missing {missing}, too much {extra} (data belongs in DATA_DEPS); the code it needs is\n{paste}"
     )
 
 
@@ -122,14 +122,16 @@ def test_parameters_of_each_stage(name: str) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_the_table_says_what_each_stage_reads(name: str) -> None:
     made_by = {out: stage for stage in STAGES for out in stage_of(stage)["outs"]}
-    data = [Path(dep) for dep in DATA_DEPS[name]]
+    data = [Path(dep) for dep in DATA_DEPS.get(name, [])]
     read = {made_by[folder] for dep in data for folder in map(str, (dep, *dep.parents)) if folder in made_by}
     assert set(TABLE[name].reads) == read
     assert TABLE[name].dataset == "" or made_by[TABLE[name].dataset] in read
 
 
-def test_the_last_stage_is_the_one_that_no_other_reads() -> None:
-    assert [name for name in STAGES if not any(name in stage.reads for stage in TABLE.values())] == [LAST]
+def test_no_other_stage_reads_the_last_one() -> None:
+    """Side branches may end elsewhere."""
+    assert LAST in STAGES
+    assert not any(LAST in stage.reads for stage in TABLE.values())
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -91,7 +91,7 @@ def test_published_weights_are_those_that_download_verified(here: Path) -> None:
     [
         ({"model__init_from": "gpt2-medum"}, "'gpt2-medum' is neither scratch nor one of gpt2, gpt2-medium"),
         ({"model__init_from": "gpt2-medum"}, "did you mean gpt2-medium?"),
-        ({"model__init_from": "mine"}, "write ./mine if it is one"),
+        ({"model__init_from": "mine"}, "write ./mine if it is a folder"),
         ({"model__init_from": "gpt2"}, "download.models = [] does not name it; add it there"),
         (
             {"model__init_from": "gpt2", "download__models": ["gpt2"]},

@@ -24,7 +24,7 @@ class PublishedModel:
     architecture: str
     """The model family, as in `model.architecture`."""
     shape: Mapping[str, int]
-    """The parameters of the family, such as `n_layer`."""
+    """The parameters of the family."""
 
 
 _LIST = Path(__file__).with_suffix(".yaml")

@@ -1,6 +1,5 @@
 """Build a training from its parameters: make every part, then restore the last checkpoint."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipelib.model.decoder import Decoder
 from pipelib.model.params import ModelParams
 from pipelib.tokens.shards import Manifest
 from pipelib.training.batches import make_loader
@@ -43,7 +41,7 @@ def build_trainer(
     log: TrainingLog,
     initial: InitialWeights = RANDOM_WEIGHTS,
     benchmarks: Path = Path(),
-    objective_of: Callable[[Decoder], Objective] = NextToken,
+    objective_of: type[Objective] = NextToken,
 ) -> Trainer:
     """Make one rank's training on a folder of shards, at the step of its last checkpoint.
 
@@ -63,7 +61,12 @@ def build_trainer(
     set_determinism(params, world)
     # Measured before anything is on the device, and the minimum over ranks, so that all choose the same micro-batch.
     free = world.min(footprint.free_per_rank(world.device, world.local_ranks))
-    identity = {"model": model_params.decides(), "train": params.decides(), "data": manifest.fingerprint}
+    identity = {
+        "model": model_params.decides(),
+        "train": params.decides(),
+        "data": manifest.fingerprint,
+        "objective": objective_of.__qualname__,
+    }
     checkpoints = Checkpoints(work / CHECKPOINTS, identity, spikes.rollback_depth)
     with footprint.explain_out_of_memory(world.world_size, free):
         model = initial_model(model_params, tokenizer, params.seed, initial)
