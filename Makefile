@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= 200
 REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-tracking remote ui setup clean help
+.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-spikes bench-tracking remote ui setup clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 17
@@ -64,6 +64,9 @@ bench-gpu: setup ## on a GPU: check that training is correct, then time it
 remote: setup    ## push all outs to REMOTE (../pipelib-remote), for other clones and machines
 	$(BIN)/dvc remote add --local --default --force store $(REMOTE)
 	$(BIN)/dvc push --run-cache
+
+bench-spikes: setup ## what train.spike saves of planted bad batches; ARGS: --help
+	$(BIN)/python bench/spikes.py $(ARGS)
 
 bench-tracking: setup  ## time what MLflow costs a stage: dead, silent, broken, slow or healthy server
 	$(BIN)/python bench/tracking.py $(ARGS)
