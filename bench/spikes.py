@@ -1,13 +1,13 @@
-"""How much `train.spike` helps: small trainings with bad batches in them, without the rule and with it.
+"""What `train.spike` is worth: small trainings with bad batches in them, without the rule and with it.
 
-    make bench-spikes                                    the model of params.yaml, 220 steps of 512 tokens, 3 seeds
-    make bench-spikes ARGS="--damage bytes --rate 1e-2 --seeds 1"
+    make bench-spikes                                    the model of params.yaml, 220 steps of 512 tokens, one seed
+    make bench-spikes ARGS="--damage bytes --rate 1e-2 --seeds 3"
 
 Needs torch, numpy, PyYAML and the tokens of a finished run. The loader gives a few batches other tokens than the shards
-have. `uniform`: drawn from the whole vocabulary; `repeated`: in each row one token over and over; `bytes`: drawn from the
-first 256, as if a binary file had been taken for text. The trainings of a seed start from the same weights, with the same
-order of rows. If the rule would undo no step of a training, it would not change a bit of it, so that training is not run
-a second time.
+have: `uniform`: any of the vocabulary, all as likely; `repeated`: in every row one of them over and over; `bytes`: of the
+first 256 alone, as of a binary file that was taken for text. The trainings of a seed begin with the same weights and have
+the same order of rows. Where the rule would undo no step of a training, it would change no bit of it, and the training is
+not run again with it.
 """
 
 import argparse
@@ -52,7 +52,7 @@ PLANTED: dict[str, dict[int, int]] = {
     f"{RUN} in a row": {SOUND + number: ROWS for number in range(RUN)},
     "as many rows, one a batch": {SOUND + number: 1 for number in range(RUN * ROWS)},
 }
-"""By name: the numbers of the bad batches, and how many of their rows are bad."""
+"""The numbers of the bad batches, and how many of their rows are bad."""
 
 
 class BadLoader(Loader[TensorBatch]):
@@ -79,14 +79,14 @@ class BadLoader(Loader[TensorBatch]):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one training."""
+    """What one training came to."""
 
     final: float
     """Validation loss after the last step."""
     back: int
     """Steps from the last one before the first bad batch until the validation loss is less than it was then."""
     worst: float
-    """The highest loss from there on, steps that were undone left out."""
+    """Greatest loss of the steps from there on that were not undone."""
     undone: int
     left_out: int
     seconds: float
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--damage", choices=("uniform", "repeated", "bytes"), default="uniform")
     parser.add_argument("--rate", type=float, help="peak learning rate; default: train.max_lr")
     parser.add_argument("--clip", type=float, help="most norm of a gradient; default: train.grad_clip_norm")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     params = load_params(arguments.params)
     train = replace(
