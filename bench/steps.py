@@ -10,10 +10,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelib.model.attend import Attend, causal
 from pipelib.model.device import autocast
-from pipelib.model.families.gpt2 import GPT2, CausalSelfAttention
+from pipelib.model.families.gpt2 import GPT2
 from pipelib.params import Params
 from pipelib.processes import available_cores
 from pipelib.tokens.shards import read_manifest
@@ -44,15 +46,24 @@ def rung(params: Params, rows: int, length: int, name: str) -> Step:
     return loop_step(params, rows, length, set(LADDER[: LADDER.index(name) + 1]))
 
 
-class NaiveAttention(CausalSelfAttention):
-    """Attention that computes the matrix of scores."""
+def naive(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001
+    """Attend as `causal` does, by the whole matrix of scores: (B, n_head, T, head_size) each -> the same."""
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, n_head, T, T)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(dim=-1) @ value
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        query, key, value = self.split_heads(x)
-        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (B, n_head, T, T)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        return self.merge_heads(scores.masked_fill(future, -math.inf).softmax(dim=-1) @ value)
+
+class MeanLoss(nn.Module):
+    """What a plain loop minimises: the mean loss of a batch."""
+
+    def __init__(self, model: GPT2, attend: Attend) -> None:
+        super().__init__()
+        self.model, self.attend = model, attend
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) twice -> a scalar."""
+        logits = self.model.logits(self.model.hidden(inputs, attend=self.attend).flatten(0, 1))
+        return F.cross_entropy(logits.float(), targets.flatten())
 
 
 def loop_step(params: Params, rows: int, length: int, on: set[str]) -> Step:
@@ -63,14 +74,12 @@ def loop_step(params: Params, rows: int, length: int, on: set[str]) -> Step:
     model = GPT2(params.model, GPT2_TOKENIZER.size)
     model.initialise(0)
     model.activation_checkpointing = params.train.activation_checkpointing
-    if "flash attention" not in on:
-        for block in model.h:
-            block.attn.__class__ = NaiveAttention
     if "padded vocabulary" not in on:
         model.wte = nn.Embedding(GPT2_TOKENIZER.size, params.model.n_embd)
         nn.init.normal_(model.wte.weight, std=0.02)
     model.to(device)
-    network = torch.compile(model) if "compile" in on else model
+    loss_of = MeanLoss(model, causal if "flash attention" in on else naive)
+    network = torch.compile(loss_of) if "compile" in on else loss_of
     fused = True if "fused AdamW" in on else None  # torch's default
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
     tokens = torch.randint(GPT2_TOKENIZER.size, (rows, length + 1), generator=torch.Generator().manual_seed(0)).to(

@@ -179,7 +179,7 @@ def test_a_training_that_resumes_ends_with_the_same_weights(family: str, tmp_pat
         (tmp_path / name).mkdir()
         write_tokens(tmp_path / name / "tokens")
         runs.append(train_small(tmp_path / name, params, shape=params_of(family), checkpoint_every=7))
-    folder = tmp_path / "resumed/work/checkpoints"
+    folder = tmp_path / "resumed" / "work" / "checkpoints"
     last = max(path for path in folder.iterdir() if path.is_dir())
     shutil.rmtree(last)
     again = train_small(tmp_path / "resumed", params, shape=params_of(family), checkpoint_every=7)

@@ -49,7 +49,7 @@ def test_a_training_with_any_optimizer_resumes_to_the_bit(tmp_path: Path, name: 
         (tmp_path / run).mkdir()
         write_tokens(tmp_path / run / "tokens")
         models.append(train_small(tmp_path / run, params, checkpoint_every=7))
-    checkpoints = tmp_path / "resumed/work/checkpoints"
+    checkpoints = tmp_path / "resumed" / "work" / "checkpoints"
     shutil.rmtree(max(path for path in checkpoints.iterdir() if path.is_dir()))
     models.append(train_small(tmp_path / "resumed", params, checkpoint_every=7))
     for tensors in zip(*(model.state_dict().values() for model in models), strict=True):
