@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= 200
 REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-spikes bench-tracking remote ui setup clean help
+.PHONY: repro test test-fast test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-spikes bench-tracking remote ui setup clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 17
@@ -27,6 +27,9 @@ repro: setup     ## run the stages of the pipeline that are not up to date
 
 test: setup      ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2
+
+test-fast: setup ## run the tests that take a minute in all, for the loop while coding
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
 
 test-long: setup ## run the long tests, and the tests that kill at random RUNS times (200)
 	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest -m "long or random" -s

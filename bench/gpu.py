@@ -1,246 +1,111 @@
-"""Check on a GPU that training is correct, then measure how fast it is.
+"""The first day on a GPU: check that training is correct, then measure, the most valuable minutes first.
 
-    make bench-gpu                     checks, then figures for docs/log.md and the README
-    make bench-gpu ARGS=--checks       checks only, a minute or two
-    python bench/gpu.py --rehearse     on a CPU: the checks that make sense there
+    make bench-gpu                                         everything, about an hour
+    python bench/gpu.py --minutes 9                        what fits into nine minutes, in this order
+    python bench/gpu.py --only ab ddp                      some parts
+    python bench/gpu.py --rehearse                         on a CPU with a small model: does every part run?
 
-Needs torch, numpy and PyYAML only. Exit status 1 if a check failed.
+Every figure is printed as it is measured, one line of JSON each, so a run that is cut short has lost nothing. Each variant runs
+in its own process, since the settings of the allocator and of the compiler are per process. docs/how-to/first-day-on-a-gpu.md
+says what each part decides. Needs torch, numpy and PyYAML only. Exit status 1 if something failed.
 """
 
 import argparse
-import shutil
-import statistics
+import json
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from steps import Ours
-from train_step import write_tokens
-
-from pipelib.errors import UserError
-from pipelib.model.device import autocast, pick_device
-from pipelib.model.families.gpt2 import GPT2
-from pipelib.model.shapes.gpt2 import GPT2Params
-from pipelib.params import Params, load_params
-from pipelib.tokens.shards import read_manifest
-from pipelib.tracking.run import NullRun
-from pipelib.training.build import build_trainer
-from pipelib.training.checkpoint import Checkpoints
-from pipelib.training.hardware import Peak
-from pipelib.training.launch.distributed import World, join_world
-from pipelib.training.objectives import NextToken
-from pipelib.training.optimizer import make_optimizer
-from pipelib.training.params import TrainParams
-from pipelib.training.schedule import Cadence
-from pipelib.training.training_log import MainLog
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from gpu_part import AB, CAPPED, DDP
 
 ROOT = Path(__file__).resolve().parents[1]
-PRESET = ROOT / "presets/gpt2-124m.yaml"
-BENCHES = (
-    ["--params", "presets/gpt2-124m.yaml", "--ladder", "--rounds", "1"],
-    ["--params", "presets/gpt2-124m.yaml"],
-    ["--params", "presets/gpt3-125m.yaml"],
-    ["--params", "presets/gpt2-350m.yaml"],
-    ["--params", "presets/gpt2-774m.yaml"],
-    ["--params", "presets/gpt2-1558m.yaml"],
-)
-SHAPE = GPT2Params(n_layer=4, n_head=2, n_embd=128, context_length=128)
+
+
+Command = tuple[str, ...]
+"""A program of `bench/` and its arguments."""
+LARGER = {"gpt3-125m": 6, "gpt2-350m": 8, "gpt2-774m": 9, "gpt2-1558m": 9}
+"""The other presets, and the minutes that each takes at most."""
+
+
+def parts(rehearse: bool) -> dict[str, list[tuple[float, Command]]]:
+    """What each part runs, and the minutes that it takes at most. The most valuable part comes first."""
+    small = ("--rehearse",) if rehearse else ()
+
+    def steps(preset: str, *options: str) -> Command:
+        return ("train_step.py", "--params", f"presets/{preset}.yaml", "--rounds", "1", "--json", *options, *small)
+
+    def part(name: str, *variant: str) -> Command:
+        return ("gpu_part.py", name, *variant, *small)
+
+    return {
+        "checks": [(6, ("gpu_checks.py", *small))],
+        "speed": [(6, steps("gpt2-124m", "--steps", "6"))],
+        "profile": [(3, part("profile"))],
+        "ab": [(4 if name == "max_autotune" else 1.3, part("ab", name)) for name in AB],
+        "ddp": [(1.5, part("ddp", name)) for name in DDP],
+        "run": [(9, part("run"))],
+        "memory": [(2, part("memory", name)) for name in CAPPED],
+        "ladder": [(8, steps("gpt2-124m", "--ladder", "--rows", "16"))],
+        **{name: [(minutes, steps(name, "--steps", "4", "--variants", "ours"))] for name, minutes in LARGER.items()},
+    }
 
 
 def main() -> None:
-    """Check, measure, and say what failed."""
+    """Run the parts that were asked for and that the time allows."""
+    every = list(parts(rehearse=False))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checks", action="store_true", help="run the checks, measure nothing")
     parser.add_argument(
-        "--rehearse", action="store_true", help="run the checks that make sense on a CPU, measure nothing"
+        "--minutes", type=float, default=float("inf"), help="begin nothing that may take longer; default: all"
     )
-    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--only", nargs="+", choices=every, default=every, metavar="PART", help=f"of {', '.join(every)}; default: all"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="a small model, on a CPU too")
     arguments = parser.parse_args()
-    if arguments.train:
-        train_in(arguments.train, training())
-        return
     if not torch.cuda.is_available() and not arguments.rehearse:
         sys.exit(
-            "there is no GPU here, so nothing was checked or measured; --rehearse runs the checks that make sense on a CPU."
+            "there is no GPU here, so nothing was checked or measured; --rehearse runs every part with a small model."
         )
-    checks = [resume_is_exact, not_finite_changes_nothing, too_large_a_micro_batch_is_named]
-    if not arguments.rehearse:
-        checks += [attention_is_fused, steps_do_not_wait, a_micro_batch_is_found, checkpoints_stay_out_of_the_way]
-    failed = [check.__name__ for check in checks if not passes(check)]
-    if not (arguments.checks or arguments.rehearse):
-        for options in BENCHES:
-            command = " ".join(["bench/train_step.py", *options])
-            print(f"\n$ python {command}", flush=True)
-            if subprocess.run([sys.executable, "bench/train_step.py", *options], cwd=ROOT, check=False).returncode:
-                failed.append(command)
+    end, failed = time.monotonic() + 60 * arguments.minutes, []
+    for name, commands in parts(arguments.rehearse).items():
+        for minutes, command in commands if name in arguments.only else ():
+            if time.monotonic() + 60 * minutes > end:
+                say(part=name, command=" ".join(command), skipped=f"may take {minutes:g} minutes, and fewer are left")
+            elif not run(name, command, 60 * minutes):
+                failed.append(" ".join(command))
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
-def passes(check: Callable[[Path], str]) -> bool:
-    """Run a check in a folder with tokens, and print the result."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokens(Path(folder) / "tokens", 200_000)
-        try:
-            said = check(Path(folder))
-        except Exception:
-            traceback.print_exc()
-            print(f"FAILED  {check.__name__}", flush=True)
-            return False
-    print(f"ok      {check.__name__.replace('_', ' ')}: {said}", flush=True)
-    return True
+def run(part: str, command: tuple[str, ...], seconds: float) -> bool:
+    """Run a command, print its figures as they come, and whether it ended well."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "bench" / command[0]), *command[1:]],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    too_long = threading.Timer(seconds, process.kill)
+    too_long.start()
+    for line in process.stdout:
+        print(line if line.startswith("{") else f"# {line}", end="", flush=True)
+    status = process.wait()
+    too_long.cancel()
+    say(part=part, command=" ".join(command), status=status, seconds=round(time.monotonic() - started, 1))
+    return status == 0
 
 
-def training(**changes: object) -> TrainParams:
-    """The preset's training made small: twenty steps, deterministic, compiled if there is a GPU."""
-    small = {
-        "max_tokens": 20 * 1024, "global_batch_tokens": 1024, "sequence_length": 128, "micro_batch_size": 4,
-        "warmup_steps": 4, "max_epochs": 10.0, "deterministic": True, "validate_every": 10, "validate_tokens": 1024,
-        "hellaswag_every": None, "sample_prompts": (), "compile": torch.cuda.is_available(),
-    }  # fmt: skip
-    return replace(load_params(PRESET).train, **{**small, **changes})  # type: ignore[arg-type]
-
-
-def train_in(folder: Path, params: TrainParams) -> GPT2:
-    """Train on `folder/tokens`, with a checkpoint every ten steps."""
-    with join_world() as world:
-        log = MainLog(folder, NullRun(), params, 1, lambda: Peak(1e12, ""))
-        tokens = folder / "tokens"
-        return build_trainer(SHAPE, params, Cadence(5, 10), tokens, read_manifest(tokens), folder, world, log).run()
-
-
-def resume_is_exact(folder: Path) -> str:
-    """A run of twenty steps, and a new process that resumes at step 10, end with the same bits."""
-    last, states = folder / "checkpoints/step_00000020", []
-    for _ in range(2):
-        done = subprocess.run([sys.executable, __file__, "--train", str(folder)], capture_output=True, text=True)
-        assert not done.returncode, done.stderr
-        states.append(torch.load(last / "state.pt", weights_only=True)["model"])
-        shutil.rmtree(last)
-    differing = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
-    assert not differing, f"different bits in {differing}"
-    return f"{len(states[0])} tensors after 10 steps, compile: {training().compile}"
-
-
-def not_finite_changes_nothing(folder: Path) -> str:
-    """A step with a NaN loss leaves weights and moments unchanged."""
-    ours = ours_in(folder)
-    ours.step()
-    before = [tensor.clone() for tensor in weights_and_moments(ours)]
-    poisoned = ours.loader.micro_batches(9)
-    forward = NextToken.forward
-    NextToken.forward = lambda self, *batch: forward(self, *batch) * float("nan")  # type: ignore[method-assign]
-    try:
-        torch._dynamo.reset()
-        result = ours.step_on(poisoned, 1e-2)
-    finally:
-        NextToken.forward = forward  # type: ignore[method-assign]
-        torch._dynamo.reset()
-    assert not result.loss.isfinite(), "the step was not poisoned"
-    after = weights_and_moments(ours)
-    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
-    return f"{len(before)} tensors"
-
-
-def weights_and_moments(ours: Ours) -> list[torch.Tensor]:
-    """All tensors that a step changes."""
-    moments = [entry for state in ours.optimizer.state_dict()["state"].values() for entry in state.values()]
-    return [*ours.network.state_dict().values(), *moments]
-
-
-def too_large_a_micro_batch_is_named(folder: Path) -> str:
-    """The message for running out of memory names a micro-batch that would fit."""
-    hidden = GPT2.hidden
-
-    def too_much(self: GPT2, inputs: torch.Tensor, *others: Any) -> torch.Tensor:
-        torch.empty(2**50, device=inputs.device)
-        return hidden(self, inputs, *others)
-
-    GPT2.hidden = too_much  # type: ignore[method-assign]
-    said = "no error"
-    try:
-        train_in(folder, training(compile=False))
-    except UserError as error:
-        said = str(error)
-    finally:
-        GPT2.hidden = hidden  # type: ignore[method-assign]
-    assert "train.micro_batch_size: 2 would fit" in said, said
-    return said
-
-
-def attention_is_fused(_: Path) -> str:
-    """Attention runs in a fused kernel, which does not store the matrix of scores."""
-    torch.use_deterministic_algorithms(False)  # as the presets train
-    device = pick_device()
-    model, tokens = GPT2(SHAPE, GPT2_TOKENIZER.size).to(device), torch.zeros(8, 128, dtype=torch.long, device=device)
-    with torch.profiler.profile() as profile, autocast(device, "bf16"):
-        NextToken(model)(tokens, tokens).backward()
-    used = {event.key for event in profile.key_averages() if event.key.startswith("aten::_scaled_dot_product")}
-    assert any("flash" in name or "cudnn" in name for name in used), used
-    return ", ".join(sorted(used))
-
-
-def steps_do_not_wait(folder: Path) -> str:
-    """A step never waits for the device, with deterministic kernels or without; torch raises if it does."""
-    for deterministic in (True, False):
-        steps_of(ours_in(folder, deterministic=deterministic))
-    return "5 steps, with deterministic kernels and without"
-
-
-def steps_of(ours: Ours) -> None:
-    """Take five steps; torch raises if one waits for the device."""
-    for _ in range(3):
-        ours.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for number in range(3, 8):
-            batches = ours.loader.micro_batches(number)
-            result = ours.step_on(batches)
-            torch.cat((result.rank_losses, torch.stack((result.grad_norm, result.stop))))  # the same as Guards.note
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def a_micro_batch_is_found(folder: Path) -> str:
-    """`micro_batch_size: auto` finds a size and trains."""
-    train_in(folder, training(micro_batch_size="auto"))
-    return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB taken"
-
-
-def checkpoints_stay_out_of_the_way(folder: Path) -> str:
-    """The time that a checkpoint of the 124M model stops training, once its host memory is allocated."""
-    model = GPT2(load_params(PRESET).model, GPT2_TOKENIZER.size).to(pick_device())
-    optimizer = make_optimizer(model, training())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step(1e-4, torch.tensor(True, device=next(model.parameters()).device))
-    seconds = []
-    with Checkpoints(folder / "stall", {}) as checkpoints:
-        for step in range(1, 5):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            checkpoints.save(step, {"model": model, "optimizer": optimizer}, {})
-            seconds.append(time.perf_counter() - started)
-            checkpoints.wait()
-    return f"{seconds[0] * 1e3:.0f} ms the first time, then {statistics.median(seconds[1:]) * 1e3:.0f} ms (goal: 50)"
-
-
-def ours_in(folder: Path, **changes: object) -> Ours:
-    """The trainer's step on the small model."""
-    params: Params = load_params(PRESET)
-    params = replace(params, model=replace(params.model, **vars(SHAPE)), train=training(**changes))
-    return Ours(params, 4, 128, folder / "tokens", World(0, 1, pick_device()))
+def say(**values: object) -> None:
+    """Print one line of JSON."""
+    print(json.dumps(values), flush=True)
 
 
 if __name__ == "__main__":

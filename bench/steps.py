@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from pipelib.model.attend import Attend, causal
 from pipelib.model.device import autocast
 from pipelib.model.families.gpt2 import GPT2
+from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.params import Params
 from pipelib.processes import available_cores
-from pipelib.tokens.shards import read_manifest
+from pipelib.tokens.shards import Manifest, read_manifest, write_shard
 from pipelib.training.batches import TensorBatch, make_loader
+from pipelib.training.build import compiled, set_arithmetic
 from pipelib.training.determinism import set_determinism
 from pipelib.training.launch.distributed import World
 from pipelib.training.objectives import NextToken
@@ -30,9 +33,30 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 Step = Callable[[], float]
 """Runs one optimizer step. It returns a number computed from the loss, so it waits for the device."""
 
+PRESETS = Path(__file__).resolve().parents[1] / "presets"
+SMALL = GPT2Params(n_layer=4, n_head=2, n_embd=128, context_length=128)
+"""The model of checks and rehearsals."""
+ON_A_CPU = {} if torch.cuda.is_available() else {"compile": False, "precision": "fp32"}
+"""What a rehearsal changes where there is no GPU: compiling takes long, and many CPUs emulate bf16, slowly."""
 LADDER = ("fp32", "TF32", "bf16", "compile", "flash attention", "padded vocabulary", "fused AdamW")
 """build-nanogpt's optimizations; each rung includes all before it."""
 NEEDS_CUDA = {"TF32": "a format of NVIDIA's GPUs", "deterministic": "on a CPU the trainer is always deterministic"}
+
+
+def write_tokens(folder: Path, count: int) -> None:
+    """Shards of random tokens for the loader."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    shards = [
+        write_shard(
+            folder / f"{split}_00000{number}.bin",
+            count,
+            [rng.integers(0, GPT2_TOKENIZER.size, count, np.uint16)],
+            GPT2_TOKENIZER,
+        )[0]
+        for number, split in enumerate(("val", "train"))
+    ]
+    Manifest(GPT2_TOKENIZER.encoding, {"kind": "random"}, tuple(shards)).write(folder)
 
 
 def plain(params: Params, rows: int, length: int) -> Step:
@@ -164,8 +188,10 @@ class Timed(nn.Module):
 class Ours:
     """The trainer's step with its loader, on this rank."""
 
-    def __init__(self, params: Params, rows: int, length: int, tokens: Path, world: World) -> None:
-        step_tokens = rows * length * world.world_size
+    def __init__(
+        self, params: Params, rows: int, length: int, tokens: Path, world: World, micro_steps: int = 1
+    ) -> None:
+        step_tokens = micro_steps * rows * length * world.world_size
         self.params = replace(
             params.train, micro_batch_size=rows, sequence_length=length, global_batch_tokens=step_tokens
         )
@@ -173,11 +199,10 @@ class Ours:
         set_determinism(self.params, world)
         model = GPT2(params.model, GPT2_TOKENIZER.size)
         model.initialise(0)
-        model.activation_checkpointing = params.train.activation_checkpointing
+        set_arithmetic(model, self.params)
         model.to(world.device)
         self.objective = NextToken(model)
-        compiled = torch.compile(self.objective) if params.train.compile else self.objective
-        self.network = world.wrap(compiled)  # type: ignore[arg-type]
+        self.network = world.wrap(compiled(self.objective, self.params))
         self.optimizer = make_optimizer(model, self.params)
         self.loader, _ = make_loader(self.params, tokens, read_manifest(tokens), world)
         self.number = -1

@@ -20,16 +20,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from steps import LADDER, NEEDS_CUDA, Ours, Step, plain, rung
+from steps import LADDER, NEEDS_CUDA, ON_A_CPU, SMALL, Ours, Step, plain, rung, write_tokens
 
 from pipelib.model.device import pick_device
 from pipelib.params import Params, load_params
-from pipelib.tokens.shards import Manifest, write_shard
 from pipelib.training.hardware import peak_of
 from pipelib.training.launch.distributed import join_world
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
@@ -45,6 +43,10 @@ def main() -> None:
     arguments = parse_arguments()
     params = load_params(arguments.params)
     params = replace(params, train=replace(params.train, precision=arguments.precision or params.train.precision))
+    if arguments.rehearse:
+        arguments.rows, arguments.length, arguments.steps = 4, 128, 2
+        params = replace(params, model=replace(params.model, **vars(SMALL)))  # type: ignore[type-var]
+        params = replace(params, train=replace(params.train, **ON_A_CPU))
     automatic = params.train.micro_batch_size == "auto"
     rows = arguments.rows or (8 if automatic else params.train.micro_batch_rows(1))
     length = arguments.length or params.train.sequence_length
@@ -54,6 +56,7 @@ def main() -> None:
     names = [*LADDER, "ours"] if arguments.ladder else ["ours"] if arguments.ranks > 1 else ["plain", "ours"]
     if not arguments.ladder and params.train.deterministic is False:
         names.append("deterministic")
+    names = [name for name in names if name in (arguments.variants or names)]
     skipped = {name: NEEDS_CUDA[name] for name in names if name in NEEDS_CUDA and not torch.cuda.is_available()}
     results: dict[str, list[Result]] = {name: [] for name in names if name not in skipped}
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +64,10 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for name, rounds in results.items():
                 rounds.append(run_alone(name, Path(folder), arguments.ranks))
-    report(params, rows, length, arguments.ranks, results)
+                if arguments.json:  # at once: a run that is cut short has lost nothing
+                    print(json.dumps(figures(name, rounds[-1], params, arguments.ranks * rows * length)), flush=True)
+    if not arguments.json:
+        report(params, rows, length, arguments.ranks, results)
     for name, reason in skipped.items():
         print(f"{name:<18} skipped: {reason}")
     if any("failed" in one for rounds in results.values() for one in rounds):
@@ -83,25 +89,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ladder", action="store_true", help="fp32, TF32, ..., each with everything before it, then ours"
     )
+    parser.add_argument(
+        "--variants", nargs="+", help="only these of plain, ours, deterministic and the ladder; default: all"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a line of JSON for each variant as soon as it is measured"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="a small model and few steps: does it run?")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def write_tokens(folder: Path, count: int) -> None:
-    """Shards of random tokens for the loader."""
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    shards = [
-        write_shard(
-            folder / f"{split}_00000{number}.bin",
-            count,
-            [rng.integers(0, GPT2_TOKENIZER.size, count, np.uint16)],
-            GPT2_TOKENIZER,
-        )[0]
-        for number, split in enumerate(("val", "train"))
-    ]
-    Manifest(GPT2_TOKENIZER.encoding, {"kind": "random"}, tuple(shards)).write(folder)
 
 
 def run_alone(name: str, tokens: Path, ranks: int) -> Result:
@@ -146,6 +143,22 @@ def timed(step: Step, count: int) -> Result:
     if torch.cuda.is_available():
         return {"seconds": seconds, "memory": [torch.cuda.max_memory_allocated() / 1e9]}
     return {"seconds": seconds, "memory": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]}
+
+
+def figures(name: str, result: Result, params: Params, tokens: int) -> dict[str, object]:
+    """One variant's figures, for a line of JSON."""
+    if not result["seconds"]:
+        return {"variant": name, "problem": "failed" if "failed" in result else "out of memory"}
+    median = statistics.median(result["seconds"])
+    flops = params.model.flops_per_token(GPT2_TOKENIZER.size, params.train.sequence_length)
+    return {
+        "variant": name,
+        "ms": round(median * 1e3, 2),
+        "tokens_per_second": round(tokens / median),
+        "teraflops": round(tokens / median * flops / 1e12, 2),
+        "memory_gb": round(max(result["memory"]), 3),
+        "parts_ms": {part: round(result[part][0] * 1e3, 2) for part in PARTS if part in result},
+    }
 
 
 def report(params: Params, rows: int, length: int, ranks: int, results: dict[str, list[Result]]) -> None:

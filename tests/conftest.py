@@ -1,10 +1,13 @@
 """What all tests share: an environment that nobody set up, and folders to work in."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from small_run import write_tokens
 
 pytest_plugins = ("small_tracking",)
 
@@ -16,7 +19,26 @@ def plain_environment() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith(("PIPELIB_", "DVC_", "MLFLOW_")) and not name.startswith("PIPELIB_TEST_"):
                 patch.delenv(name)
+        patch.setenv(
+            "CUDA_VISIBLE_DEVICES", ""
+        )  # what is compared here are the bits of a CPU; bench/gpu.py is for GPUs
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Sums on a CPU depend on the number of threads, and with two pytest workers more of them are slower.
+
+    For every test, since commands set the number that is right for them.
+    """
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_count() -> None:
+    """Trainings ignore SIGHUP and Ctrl-C where their parent does, under nohup or in the background; here they must not."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
@@ -26,19 +48,74 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a small training finds its tokens."""
+    write_tokens(tmp_path / "tokens")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def vocabulary_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state folder for tests that tokenize, so that the vocabulary is laid out once."""
     return tmp_path_factory.mktemp("state")
 
 
-LONGEST = ("test_training.py", "test_kill.py", "test_dvc.py", "test_tokens_encode_corpus.py", "test_tokens_units.py")
+LONGEST = ("test_dvc.py", "test_kill.py", "test_tokens_encode_corpus.py", "test_tokens_units.py")
 """A file stays on one worker, so the longest ones start first: else the last one would keep one core waiting."""
+
+
+SLOW = {
+    f"test_{name}.py"
+    for name in [
+        "bench",
+        "cli_compare",
+        "cli_plan",
+        "cli_publish",
+        "cli_verify",
+        "corpus_hub",
+        "corpus_hub_answers",
+        "corpus_hub_stage",
+        "corpus_local",
+        "dvc",
+        "dvc_yaml",
+        "evaluation_harness",
+        "evaluation_stage",
+        "extending",
+        "initial_weights_guide",
+        "kill",
+        "model",
+        "model_families",
+        "signals",
+        "stages",
+        "tokens_encode_corpus",
+        "tokens_loader",
+        "tokens_units",
+        "tracking",
+        "tracking_failures",
+        "tracking_replay",
+        "training_checkpoints",
+        "training_doors",
+        "training_experiments",
+        "training_initial_weights",
+        "training_memory",
+        "training_plan",
+        "training_precision",
+        "training_ranks",
+        "training_resume",
+        "training_spikes",
+        "training_step",
+    ]
+}
+"""Files that `make test-fast` leaves out: they start processes, train, or try many inputs, and take 6 s and more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker("slow")
     if "PIPELIB_TEST_RUNS" not in os.environ:
         skip = pytest.mark.skip(reason="takes long; `make test-long` runs it")
         for item in items:

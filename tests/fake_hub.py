@@ -1,5 +1,6 @@
-"""A hub on 127.0.0.1 that speaks what we need of the hub's HTTP, and misbehaves on demand."""
+"""A hub on 127.0.0.1 that speaks what we need of the hub's HTTP, gives files and takes models, and misbehaves on demand."""
 
+import base64
 import hashlib
 import json
 import ssl
@@ -29,11 +30,14 @@ class Answer:
 
 @dataclass(repr=False)
 class FakeHub:
-    """One repository with one commit. Use it in a `with` block; `url` is its HF_ENDPOINT."""
+    """One repository with one commit to download, and any number to upload to.
 
-    repo: str
-    revision: str
-    files: dict[str, bytes]
+    Use it in a `with` block; `url` is its HF_ENDPOINT.
+    """
+
+    repo: str = ""
+    revision: str = "a" * 40
+    files: dict[str, bytes] = field(default_factory=dict)
     """Content by path, as the list says it."""
     kind: str = "dataset"
     served: dict[str, bytes] = field(default_factory=dict)
@@ -73,6 +77,16 @@ class FakeHub:
     """Bytes of files so far, without `peeked`."""
     peeked: list[int] = field(default_factory=list)
     """Bytes that each request for the end of a file asked for."""
+    uploaded: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """What was committed: content by path, by repository."""
+    private: dict[str, bool] = field(default_factory=dict)
+    """Whether each repository that was made is private."""
+    commit_status: int = 0
+    """The status that a commit gets instead of an answer, if any."""
+    page_for_uploads: bytes | None = None
+    """A page of HTML that every request of an upload gets instead of an answer, with status 200."""
+    large: dict[str, bytes] = field(default_factory=dict)
+    """What came by LFS, by its SHA-256."""
 
     def __repr__(self) -> str:
         return f"<a hub with {sorted(self.files)}>"
@@ -151,6 +165,59 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Lists, refs and files."""
         self._route(body=True)
+
+    def do_PUT(self) -> None:
+        """A large file; its address is its permission."""
+        self.hub.large[self.path.rsplit("/", 1)[1]] = self._body()
+        self._send_json({}, {})
+
+    def do_POST(self) -> None:
+        """Make a repository, ask how files come, commit them."""
+        body, path = self._body(), self.path.partition("?")[0]
+        if self.hub.page_for_uploads is not None:
+            self._send_answer(Answer(self.hub.page_for_uploads, "text/html"))
+        elif self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            self._send_error("Invalid username or password.", 401)
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []}, {})
+        elif "/preupload/" in path:
+            modes = {False: "regular", True: "lfs"}
+            names = [file["path"] for file in json.loads(body)["files"]]
+            files = [
+                {"path": name, "uploadMode": modes[name.endswith(".safetensors")], "shouldIgnore": False}
+                for name in names
+            ]
+            self._send_json({"files": files}, {})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**entry, "actions": {"upload": {"href": f"{self.hub.url}/large/{entry['oid']}"}}}
+                for entry in json.loads(body)["objects"]
+            ]
+            self._send_json({"transfer": "basic", "objects": objects}, {})
+        elif self.hub.commit_status:
+            self._send_error(f"no write access, {self.hub.token}", self.hub.commit_status)
+        else:
+            self._commit("/".join(path.split("/")[3:5]), body)
+
+    def _create(self, asked: dict[str, str]) -> None:
+        name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+        self.hub.private.setdefault(name, asked.get("visibility") == "private")
+        self.hub.uploaded.setdefault(name, {})
+        self._send_json({"url": f"{self.hub.url}/{name}"}, {})
+
+    def _commit(self, repo: str, body: bytes) -> None:
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.hub.uploaded[repo][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.hub.uploaded[repo][value["path"]] = self.hub.large[value["oid"]]
+        self._send_json({"commitUrl": f"{self.hub.url}/{repo}/commit/{'a' * 40}", "commitOid": "a" * 40}, {})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", "0")))
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -270,6 +337,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.retry_after:
             self.send_header("Retry-After", self.hub.retry_after)
         self.end_headers()
+
+    def _send_error(self, message: str, status: int) -> None:
+        self._send_answer(Answer(json.dumps({"error": message}).encode(), status=status))
 
     def _send_json(self, value: object, headers: dict[str, str]) -> None:
         self._send_answer(Answer(json.dumps(value).encode(), headers=headers))

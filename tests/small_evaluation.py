@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_run import model_params, random_model
+from small_params import evaluate_params, model_params
+from small_run import random_model
 
 from pipelib.evaluation.benchmark_items import Item
-from pipelib.evaluation.params import EvaluateParams
 from pipelib.model.families.gpt2 import GPT2
 
 WORDS = ["the", "a", "model", "of", "data", "returns", "array", "index", "is", "not", "and", "each", "café", "日本"]
-PARAMS = EvaluateParams(
-    precision="fp32", batch_tokens=128, tasks=(), task_limit=None, baselines=(), sample_prompts=("The", "x =")
-)
+PARAMS = evaluate_params(batch_tokens=128, sample_prompts=["The", "x ="])
 
 
 def small_model() -> GPT2:

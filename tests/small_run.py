@@ -1,4 +1,4 @@
-"""Trainings small enough for a test: a model of 1.6 million numbers, nearly all of them its vocabulary."""
+"""Trainings small enough for a test: in this process, and as the real command in processes of their own."""
 
 import csv
 import os
@@ -9,22 +9,20 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-import yaml
 from small_corpus import write_shards
+from small_params import model_params, write_params
+from small_project import CHECKOUT
 
-import pipelib
 from pipelib.files import files_under
 from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.shapes.gpt2 import GPT2Params
-from pipelib.schema import read_yaml
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest
 from pipelib.tracking.run import NullRun
 from pipelib.training.build import build_trainer
@@ -38,33 +36,7 @@ from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
-CHECKOUT = Path(pipelib.__file__).absolute().parents[2]
-MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16}
-TRAIN = {
-    "seed": 7, "max_tokens": 2560, "max_epochs": 1e6, "global_batch_tokens": 64, "sequence_length": 16,
-    "micro_batch_size": 2, "optimizer": "adamw",
-    "max_lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "weight_decay": 0.1, "beta1": 0.9,
-    "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False, "deterministic": True,
-    "activation_checkpointing": False, "spike": None, "hellaswag_every": None,
-    "validate_every": 10, "validate_tokens": 64, "sample_every": 20, "sample_prompts": ["The"],
-}  # fmt: skip
-"""40 steps of 4 rows of 16 tokens, in 2 micro-steps."""
-LOGGING = {"log_every": 1, "checkpoint_every": 5, "mlflow": False}
-EVALUATE = {"precision": "fp32", "batch_tokens": 256, "tasks": [], "task_limit": None, "baselines": [],
-            "sample_prompts": ["The"]}  # fmt: skip
-
 ROLES = {"stages.train": "launcher", "pipelib.training.launch.job": "rank"}
-
-
-def model_params(**changes: int) -> GPT2Params:
-    """The shape of the small model."""
-    return GPT2Params(**{**MODEL, **changes})
-
-
-def train_params(**changes: Any) -> TrainParams:
-    """The small training."""
-    values = {**TRAIN, **changes}
-    return TrainParams(**{**values, "sample_prompts": tuple(values["sample_prompts"])})
 
 
 def write_tokens(folder: Path, count: int = 8192, vocabulary: int = 500) -> Manifest:
@@ -88,13 +60,7 @@ def random_model(params: GPT2Params, seed: int = 1) -> GPT2:
     return model.eval()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums on a CPU depend on the number of threads, and more of them only get in each other's way here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+CURVES = ("train.csv", "validation.csv", "samples.csv")
 
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -131,6 +97,18 @@ def curve(folder: Path, name: str = "train") -> list[dict[str, float]]:
     """A curve of a training in this process, a row a step."""
     with (folder / "work" / f"{name}.csv").open(newline="") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def new_model(seed: int = 7, **shape: int) -> GPT2:
+    model = GPT2(model_params(**shape), GPT2_TOKENIZER.size)
+    model.initialise(seed)
+    return model
+
+
+def differing(first: torch.nn.Module, second: torch.nn.Module) -> list[str]:
+    """Tensors that are not equal bit for bit."""
+    other = second.state_dict()
+    return [name for name, tensor in first.state_dict().items() if not torch.equal(tensor, other[name])]
 
 
 @dataclass
@@ -191,27 +169,14 @@ class SmallProject:
     references: dict[int, dict[str, bytes]] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, folder: Path, **train: Any) -> "SmallProject":
-        """Copy the code of this checkout and write shards beside it."""
+    def make(cls, folder: Path, **changes: object) -> "SmallProject":
+        """Copy the code of this checkout and write shards beside it, and params.yaml with `section__key=value` changed."""
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(CHECKOUT / "stages", folder / "stages", ignore=ignore)
         shutil.copytree(CHECKOUT / "src/pipelib", folder / "src/pipelib", ignore=ignore)
         write_tokens(folder / "data/tokens")
-        project = cls(folder, folder / "state")
-        project.write_params(**train)
-        return project
-
-    def write_params(self, **train: Any) -> None:
-        """params.yaml of the small training, with changes in its section `train` or `logging`."""
-        preset = read_yaml(CHECKOUT / "presets/gpt2-124m.yaml")
-        logging = {name: train.pop(name, value) for name, value in LOGGING.items()}
-        sections = {
-            "model": {"architecture": "gpt2", **MODEL, "init_from": "scratch"},
-            "train": {**TRAIN, **train},
-            "evaluate": EVALUATE,
-            "logging": logging,
-        }
-        (self.folder / "params.yaml").write_text(yaml.safe_dump({**preset, **sections}))
+        write_params(folder, **changes)
+        return cls(folder, folder / "state")
 
     def begin_anew(self) -> None:
         """Forget everything that was trained."""
@@ -280,6 +245,3 @@ def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> bool:
 def same(outs: Mapping[str, bytes], expected: Mapping[str, bytes]) -> list[str]:
     """The files in which two results differ, or that one of them lacks; short to read where bytes are not."""
     return sorted(name for name in outs.keys() | expected.keys() if outs.get(name) != expected.get(name))
-
-
-assert {entry.name for entry in fields(TrainParams)} == TRAIN.keys(), "TRAIN has to name every parameter of train"

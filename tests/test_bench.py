@@ -1,14 +1,14 @@
 """The benchmarks start, and time what they say they time."""
 
 import math
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_project import CHECKOUT, write_params
-from small_run import model_params, one_thread  # noqa: F401 (a fixture)
+from small_params import model_params, write_params
+from small_project import CHECKOUT
+from warm_python import run_python
 
 from pipelib.model.attend import causal
 from pipelib.model.families.gpt2 import GPT2
@@ -21,11 +21,20 @@ SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if "__main__" in path.
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_starts(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, BENCH / name, "--help"], cwd=CHECKOUT, capture_output=True, text=True, check=False
-    )
+    done = run_python(BENCH / name, "--help", cwd=CHECKOUT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
+
+
+def test_the_memory_arithmetic_is_near_what_a_compiled_step_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import memory
+
+    preset = load_params(CHECKOUT / "presets/gpt2-124m.yaml")
+    params = replace(preset, model=replace(preset.model, n_layer=2))  # type: ignore[type-var]
+    kept = memory.kept_bytes(params, 64)
+    assert memory.estimated_bytes(params, 64) == pytest.approx(sum(kept.values()), rel=0.1)
+    assert max(kept, key=lambda name: kept[name]).startswith("mm"), "the product is kept, not the masked copy"
 
 
 def test_the_rungs_of_the_ladder_compute_one_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ ENDED = [
     ("sample --prompt a --num_samples 2", 2, ""),
     ("sample --prompt", 2, ""),
     ("evaluate models", 2, ""),
-    ("evaluate --model m --precision fp16", 2, ""),
+    ("evaluate --model m --precision fp8", 2, ""),
     ("plan params.yaml", 2, ""),
     ("plan --check=true", 2, ""),
     ("--foo plan", 2, ""),

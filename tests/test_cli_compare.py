@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from small_project import PARAMS
+from small_params import PARAMS
 
 from pipelib.cli.main import main
 from pipelib.errors import UserError
@@ -134,7 +134,7 @@ def test_a_table_says_what_differs_and_how_sure_that_is(here: Path, capsys: pyte
     assert main(["compare", "one", "two", "--md"]) == 0
     said = capsys.readouterr().out
     assert said.splitlines()[:2] == ["|  | one | two |", "| --- | --- | --- |"]
-    assert row_of(said, "train.max_lr") == ["0.003", "6e-05"]
+    assert row_of(said, "train.max_lr") == ["0.01", "6e-05"]
     assert "| train.min_lr |" not in said, "it is the same in both"
     first, second = row_of(said, "evaluate val_loss")
     found = paired_difference(make_scores(0.0, 1), make_scores(0.02, 2), "validation/loss")

@@ -9,13 +9,8 @@ from typing import Any
 import pytest
 import torch
 from small_evaluation import completion_rows, write_lines
-from small_project import write_params
-from small_run import (
-    model_params,
-    one_thread,  # noqa: F401 (a fixture)
-    random_model,
-    write_tokens,
-)
+from small_params import model_params, write_params
+from small_run import random_model, write_tokens
 
 from pipelib.cli.main import main
 from pipelib.evaluation.items import read_items_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_model_hub import FakeModelHub
+from fake_hub import FakeHub
 
 from pipelib.cli.main import main
 from pipelib.evaluation.model_card import evaluation_rows, licence, write_model_card
@@ -132,10 +132,10 @@ def git(*arguments: str) -> str:
 def test_the_hub_gets_the_model_the_card_and_the_commit(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with FakeModelHub(TOKEN) as hub:
+    with FakeHub(token=TOKEN) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         assert main(["publish", "--repo", REPO, "--private", "--licence", "mit"]) == 0
-        files = hub.repos[REPO]
+        files = hub.uploaded[REPO]
         assert hub.private == {REPO: True}
         assert set(files) == {"README.md", "config.json", "model.safetensors", "recipe.json", "loss.png"}
         assert files["model.safetensors"] == b"weights"
@@ -145,7 +145,7 @@ def test_the_hub_gets_the_model_the_card_and_the_commit(
         assert git("rev-parse", "HEAD") in card
         assert f'from_pretrained("{REPO}")' in card
         assert '"models"' not in card
-        hub.refuses = 403
+        hub.commit_status = 403
         assert main(["publish", "--repo", REPO]) == 1
     said = capfd.readouterr()
     assert f"{REPO} is at {hub.url}/{REPO}" in said.out
@@ -162,7 +162,7 @@ def test_the_hub_gets_the_model_the_card_and_the_commit(
 def test_an_answer_that_is_not_the_hubs_is_said(
     page: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with FakeModelHub(TOKEN, page=page) as hub:
+    with FakeHub(token=TOKEN, page_for_uploads=page) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         assert main(["publish", "--repo", REPO]) == 1
     assert "does not answer as the hub does" in capfd.readouterr().err

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_project import PARAMS, Project
+from small_params import PARAMS
+from small_project import Project
 
 from pipelib.corpus import experiment_copy
 from pipelib.corpus.experiment_copy import QUEUED, existed_when_queued, missing_files, queued_at, require_corpus

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
-from small_project import Project, write_params
+from small_params import write_params
+from small_project import Project
 from test_corpus_hub import parquet_bytes
 from test_dvc import Clone
 

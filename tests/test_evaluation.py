@@ -17,12 +17,8 @@ from small_evaluation import (
     state,  # noqa: F401 (a fixture)
     write_lines,
 )
-from small_run import (
-    model_params,
-    one_thread,  # noqa: F401 (a fixture)
-    random_model,
-    write_tokens,
-)
+from small_params import model_params
+from small_run import random_model, write_tokens
 
 from pipelib.errors import UserError
 from pipelib.evaluation.benchmark_items import Item, read_items

@@ -24,11 +24,8 @@ from small_evaluation import (
     words,
     write_lines,
 )
-from small_run import (
-    model_params,
-    one_thread,  # noqa: F401 (a fixture)
-    random_model,
-)
+from small_params import model_params
+from small_run import random_model
 
 from pipelib.errors import UserError
 from pipelib.evaluation.harness import TaskResult, continue_prompts, language_model, run_tasks, standard_error

@@ -16,14 +16,8 @@ from small_evaluation import (
     state,  # noqa: F401 (a fixture)
     write_lines,
 )
-from small_run import (
-    model_params,
-    one_thread,  # noqa: F401 (a fixture)
-    random_model,
-    train_params,
-    train_small,
-    write_tokens,
-)
+from small_params import model_params, train_params
+from small_run import random_model, train_small, write_tokens
 
 from pipelib.errors import UserError
 from pipelib.evaluation import baselines

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 from small_corpus import make_texts, write_jsonl
-from small_project import CHECKOUT, Project, write_params
+from small_params import write_params
+from small_project import CHECKOUT, Project
 
 from pipelib.files import read_json
 

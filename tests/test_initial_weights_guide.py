@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_run import CHECKOUT, random_model
+from small_project import CHECKOUT
+from small_run import random_model
 from torch import Tensor
 
 from pipelib.errors import UserError

@@ -34,20 +34,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> SmallProject:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> SmallProject:
     """The same training, compiled."""
-    return SmallProject.make(tmp_path_factory.mktemp("compiled"), compile=True)
+    return SmallProject.make(tmp_path_factory.mktemp("compiled"), train__compile=True)
 
 
 @pytest.fixture
 def endless(tmp_path: Path) -> SmallProject:
     """A training of a million steps, with a checkpoint only when it is stopped."""
-    return SmallProject.make(tmp_path, max_tokens=ENDLESS, checkpoint_every=10**6)
+    return SmallProject.make(
+        tmp_path, train__max_tokens=ENDLESS, train__max_epochs=1e6, logging__checkpoint_every=10**6
+    )
 
 
 # ---- At random -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.random
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(project: SmallProject, ranks: int) -> None:
     kill_and_go_on(project, ranks, RUNS // 2)
 
@@ -332,7 +334,7 @@ def ask(training: Training, whom: str, number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     ("ranks", "whom", "number"),
     [
-        (1, "group", signal.SIGTERM),
+        pytest.param(1, "group", signal.SIGTERM, marks=pytest.mark.long),  # with DVC around it: the next test
         pytest.param(1, "group", signal.SIGINT, marks=pytest.mark.long),
         pytest.param(2, "launcher", signal.SIGINT, marks=pytest.mark.long),
         pytest.param(2, "launcher", signal.SIGTERM, marks=pytest.mark.long),

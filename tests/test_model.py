@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import CHECKOUT, model_params, one_thread, random_model  # noqa: F401 (one_thread is a fixture)
+from small_params import model_params
+from small_project import CHECKOUT
+from small_run import random_model
 from torch import Tensor
 
 from pipelib.errors import UserError

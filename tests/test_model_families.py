@@ -12,8 +12,9 @@ import torch
 from small_corpus import make_texts, write_jsonl
 from small_evaluation import PARAMS as EVALUATE
 from small_evaluation import completion_rows, plain_losses, write_lines
-from small_project import CHECKOUT, PARAMS, Project, write_params
-from small_run import TRAIN, curve, one_thread, train_params, train_small, write_tokens  # noqa: F401 (a fixture)
+from small_params import PARAMS, train_params, write_params
+from small_project import CHECKOUT, Project
+from small_run import curve, train_small, write_tokens
 
 from pipelib.errors import UserError
 from pipelib.evaluation.benchmark_items import read_items

@@ -128,7 +128,7 @@ def test_what_does_not_go_together_is_refused(
 
 
 def test_all_problems_of_all_sections_come_in_one_message(tmp_path: Path) -> None:
-    changes = [("train.max_step", 5), ("model.n_layer", 0), ("logging.mlflow", "on"), ("evaluate.precision", "fp16")]
+    changes = [("train.max_step", 5), ("model.n_layer", 0), ("logging.mlflow", "on"), ("evaluate.precision", "fp8")]
     with pytest.raises(ParamsError) as caught:
         load_changed(tmp_path, *changes)
     message = str(caught.value)

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_corpus import make_texts, write_raw_files
-from small_project import Project, write_params
+from small_params import write_params
+from small_project import Project
 
 import pipelib
 from pipelib import processes

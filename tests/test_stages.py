@@ -10,7 +10,8 @@ from typing import NoReturn
 
 import pytest
 from small_corpus import make_texts, write_jsonl, write_raw_files
-from small_project import PARAMS, Project, write_params
+from small_params import PARAMS, write_params
+from small_project import Project
 
 from pipelib.errors import UserError
 from pipelib.files import read_json, sha256_file
@@ -51,7 +52,7 @@ def bare(tmp_path: Path) -> Project:
 @pytest.mark.parametrize("name", STAGES)
 def test_a_misspelt_parameter(bare: Project, name: str) -> None:
     path = bare.root / "params.yaml"
-    path.write_text(path.read_text().replace("max_lr: 0.003", "max_rl: 0.003").replace("n_layer: 1", "n_layer: 0"))
+    path.write_text(path.read_text().replace("max_lr: 0.01", "max_rl: 0.01").replace("n_layer: 2", "n_layer: 0"))
     message = bare.refuses(
         name,
         "params.yaml has 3 problems; nothing was run.",
@@ -71,7 +72,7 @@ def test_no_parameters(bare: Project) -> None:
 
 def test_a_micro_batch_that_does_not_divide(project: Project) -> None:
     write_params(project.root, train__micro_batch_size=3)
-    project.refuses("train", "train.micro_batch_size: 3 rows of 32 tokens do not divide global_batch_tokens = 256")
+    project.refuses("train", "train.micro_batch_size: 3 rows of 16 tokens do not divide global_batch_tokens = 64")
 
 
 # ---- How a stage is started ------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def test_a_share_that_is_none(project: Project, share: str) -> None:
 def test_a_corpus_shorter_than_one_batch(project: Project) -> None:
     write_params(project.root, train__global_batch_tokens=2**20, train__max_tokens=2**22, train__warmup_steps=1)
     project.refuses(
-        "train", "the training shards have ", "one step needs 32768 rows; lower train.global_batch_tokens or add"
+        "train", "the training shards have ", "one step needs 65536 rows; lower train.global_batch_tokens or add"
     )
 
 
@@ -195,7 +196,7 @@ def test_more_passes_over_the_corpus_than_allowed(project: Project) -> None:
 
 
 def test_ranks_that_cannot_share_a_step(project: Project) -> None:
-    project.refuses("train", "3 ranks with train.micro_batch_size = 4 cannot share the 8 rows", PIPELIB_NPROC="3")
+    project.refuses("train", "3 ranks with train.micro_batch_size = 2 cannot share the 4 rows", PIPELIB_NPROC="3")
     project.refuses("train", "PIPELIB_NPROC=all is not a whole number of at least 1", PIPELIB_NPROC="all")
 
 

@@ -1,9 +1,12 @@
 """The batch of a step is a function of the data, the seed and the step, and of nothing else."""
 
 import hashlib
+import os
 import struct
+import sys
 import threading
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import write_shards
 
-from pipelib.tokens.loader import BatchPlan, Loader, Rows, TokenStream, permute, training_rows, validation_batches
+from pipelib.errors import UserError
+from pipelib.tokens.loader import (
+    MAX_OPEN_SHARDS,
+    BatchPlan,
+    Loader,
+    Rows,
+    TokenStream,
+    permute,
+    training_rows,
+    validation_batches,
+)
 from pipelib.tokens.shards import Manifest
 
 FINGERPRINT = "0123456789abcdef" * 4
@@ -89,10 +102,60 @@ def test_reading_across_shards(
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
     manifest = write_tokens(folder, count, shard_tokens)
-    stream = TokenStream([folder / shard.name for shard in manifest.shards])
+    stream = TokenStream({folder / shard.name: shard.tokens for shard in manifest.shards})
     start = data.draw(st.integers(0, count - 1))
     length = data.draw(st.integers(1, count - start))
     assert stream.read(start, length).tolist() == list(range(start, start + length))
+
+
+def open_files(folder: Path) -> list[str]:
+    """Files below a folder that this process has open, or mapped."""
+    found = [link.readlink().as_posix() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return [path for path in found if path.startswith(f"{folder}/")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_thousand_shards_are_opened_when_they_are_read_and_few_stay_open(tmp_path: Path) -> None:
+    manifest = write_tokens(tmp_path, 20_000, 20)
+    rows = training_rows(tmp_path, manifest, T)
+    assert len(manifest.split("train")) == 999
+    assert open_files(tmp_path) == []
+    inputs, _ = rows.batch(np.arange(len(rows)))
+    assert inputs.reshape(-1).tolist() == list(range(20, 20 + len(rows) * T))
+    assert len(open_files(tmp_path)) == MAX_OPEN_SHARDS
+    del rows
+    assert open_files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "train_000001.bin is missing; run dvc repro"),
+        (
+            lambda path: os.truncate(path, 1024 + 2 * 30),
+            "train_000001.bin has 1084 bytes where its header's 40 tokens need",
+        ),
+        (lambda path: path.write_bytes(b"x" * 2000), "train_000001.bin does not begin with a shard's header"),
+    ],
+)
+def test_a_shard_that_is_spoilt_before_it_is_opened_is_named(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    rows = training_rows(tmp_path, write_tokens(tmp_path, 200, 40), T)
+    spoil(tmp_path / "train_000001.bin")
+    rows.batch(np.array([len(rows) - 1]))  # from another shard
+    with pytest.raises(UserError, match=message):
+        rows.batch(np.array([0]))
+
+
+def test_a_shard_that_is_cut_short_while_it_is_open_is_named(tmp_path: Path) -> None:
+    rows = training_rows(tmp_path, write_tokens(tmp_path, 200, 40), T)
+    rows.batch(np.array([0]))
+    os.truncate(tmp_path / "train_000001.bin", 1024 + 2 * 8)
+    with pytest.raises(
+        UserError, match=r"train_000001\.bin ends before token 9, so it was cut short after it was checked"
+    ):
+        rows.batch(np.array([0]))
 
 
 def test_rows_are_consecutive_tokens_with_targets_one_further(tmp_path: Path) -> None:
@@ -195,7 +258,7 @@ def test_the_loader_reads_shards_that_another_program_wrote(tmp_path: Path) -> N
     for name, part in (("a.bin", tokens[:101]), ("b.bin", tokens[101:])):
         header = struct.pack("<256i", 20240520, 1, len(part), *[0] * 253)
         (tmp_path / name).write_bytes(header + struct.pack(f"<{len(part)}H", *part))
-    rows = Rows(TokenStream([tmp_path / "a.bin", tmp_path / "b.bin"]), T)
+    rows = Rows(TokenStream({tmp_path / "a.bin": 101, tmp_path / "b.bin": 199}), T)
     plan = BatchPlan(FINGERPRINT, 1, len(rows), len(rows))
     ((inputs, targets),) = Loader(rows, plan, len(rows), 0, 1, tuple).micro_batches(0)
     order = np.argsort(inputs[:, 0])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_project import write_params
-from small_run import ALONE, curve, model_params, one_thread, train_params, train_small, write_tokens  # noqa: F401
+from small_params import model_params, train_params, write_params
+from small_run import ALONE, curve, train_small, write_tokens
 from torch import Tensor, nn
 
 from pipelib.model.decoder import build
@@ -22,7 +22,7 @@ from pipelib.training.batches import TensorBatch
 from pipelib.training.launch.distributed import World
 from pipelib.training.objectives import NextToken, Objective
 from pipelib.training.optimizer import make_optimizer
-from pipelib.training.params import TrainParams, known_optimizers
+from pipelib.training.params import DEFAULTS, TrainParams, known_optimizers
 from pipelib.training.step import take_step
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -63,7 +63,7 @@ def test_adamw_goes_without_saying() -> None:
     """A training of before there was a choice is one with AdamW: its fingerprint stays."""
     assert "optimizer" not in train_params().decides()
     assert train_params(optimizer="sgd").decides() == {**train_params().decides(), "optimizer": "sgd"}
-    assert train_params().decides().keys() == asdict(train_params()).keys() - {"optimizer"}
+    assert train_params().decides().keys() == asdict(train_params()).keys() - DEFAULTS.keys()
 
 
 def test_an_unknown_optimizer_is_refused(tmp_path: Path) -> None:

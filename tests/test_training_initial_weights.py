@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from small_corpus import make_texts, write_jsonl
-from small_project import PARAMS, Project, write_params
-from small_run import model_params, one_thread, random_model, train_params, train_small, write_tokens  # noqa: F401
+from small_params import PARAMS, model_params, train_params, write_params
+from small_project import Project
+from small_run import random_model, train_small, write_tokens
 
 from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.errors import UserError
@@ -95,7 +96,7 @@ def test_published_weights_are_those_that_download_verified(here: Path) -> None:
         ({"model__init_from": "gpt2"}, "download.models = [] does not name it; add it there"),
         (
             {"model__init_from": "gpt2", "download__models": ["gpt2"]},
-            "has n_layer = 12, not 1, n_head = 12, not 2, n_embd = 768, not 16, context_length = 1024, not 32, so its",
+            "has n_layer = 12, not 2, n_head = 12, not 2, n_embd = 768, not 16, context_length = 1024, not 16, so its",
         ),
         ({"model__init_from": "./models"}, "./models is the output of train"),
     ],
@@ -126,7 +127,8 @@ def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> 
     """The recipe of docs/how-it-works/training.md: source local, init_from a folder, a lower max_lr."""
     project = Project.make(tmp_path)
     write_jsonl(tmp_path / "texts/a.jsonl", make_texts(70))
-    write_params(tmp_path, train__max_lr=3e-2, train__max_tokens=12_288, train__max_epochs=100)
+    larger = {"train__global_batch_tokens": 256, "train__micro_batch_size": 16}
+    write_params(tmp_path, train__max_lr=3e-2, train__max_tokens=12_288, train__max_epochs=100, **larger)
     for name in ("download", "tokenize", "train"):
         project.runs(name, PIPELIB_THREADS="1")
     first = validation(project)
@@ -137,7 +139,7 @@ def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> 
     project.runs("train", PIPELIB_THREADS="1")
     alone = validation(project)
     assert alone[0] == pytest.approx(first[-1], abs=1e-5)
-    assert len(alone) == 3  # before the first of 8 steps, after 4 and after 8
+    assert len(alone) == 5  # before the first of 40 steps, and after each 10
     assert alone[-1] < alone[0]
     readme = (tmp_path / "models/README.md").read_text(encoding="utf-8")
     assert f'| initial_weights_sha256 | "{sha256_file(tmp_path / "base" / WEIGHTS)}" |' in readme

@@ -1,19 +1,14 @@
 """`micro_batch_size: auto`, and what is said where memory runs out."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_run import (
-    curve,
-    model_params,
-    one_thread,  # noqa: F401 (a fixture)
-    train_params,
-    train_small,
-    write_tokens,
-)
+from small_params import model_params, train_params
+from small_run import ALONE, curve, train_small
 from torch import Tensor
 
 from pipelib.errors import UserError
@@ -23,18 +18,13 @@ from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
 from pipelib.training.batches import check_plan
 from pipelib.training.inputs import RANDOM_WEIGHTS
+from pipelib.training.launch.distributed import World
 from pipelib.training.launch.job import Job
-from pipelib.training.memory import USABLE, Footprint
+from pipelib.training.memory import USABLE, Footprint, Memory
+from pipelib.training.micro_batch import resolve_micro_batch_size
 from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.schedule import Cadence
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where a small training finds its tokens."""
-    write_tokens(tmp_path / "tokens")
-    return tmp_path
 
 
 def params(**changes: Any) -> TrainParams:
@@ -49,9 +39,63 @@ def room_for(rows: int) -> int:
 @pytest.mark.parametrize(("rows", "chosen"), [(1, 1), (2, 2), (3, 3), (5, 4), (11, 6), (12, 12), (99, 12)])
 def test_the_largest_divisor_that_fits(rows: int, chosen: int) -> None:
     footprint = Footprint(model_params(), GPT2_TOKENIZER.size, params(global_batch_tokens=12 * 16))
-    assert footprint.rows_that_fit(1, room_for(rows)) == chosen
-    assert footprint.rows_that_fit(2, room_for(rows)) == min(chosen, {4: 3, 5: 3}.get(chosen, chosen), 6)
-    assert footprint.rows_that_fit(1, room_for(1) // 2) == 0
+    room = int(footprint.memory(rows).total / USABLE) + 1
+    assert footprint.rows_that_fit(room) == chosen
+    assert footprint.rows_that_fit(footprint.memory(1).total // 2) == 0
+    two = replace(footprint, world_size=2)
+    share = [rows for rows in (1, 2, 3, 6) if two.memory(rows).total <= USABLE * room]
+    assert two.rows_that_fit(room) == max(share, default=0)
+
+
+def test_what_a_parameter_and_a_logit_take() -> None:
+    def memory(rows: int = 2, world_size: int = 1, **changes: Any) -> Memory:
+        return Footprint(model_params(), GPT2_TOKENIZER.size, params(**changes), world_size).memory(rows)
+
+    parameters = memory().weights // 4
+    assert memory().gradients == 4 * parameters
+    assert memory(compile=True).gradients == 8 * parameters, "a compiled backward pass adds to the gradients so far"
+    assert memory(rows=4, compile=True).gradients == 4 * parameters, "one micro-step adds to nothing"
+    assert memory(rows=1, world_size=2).gradients == 8 * parameters, "DDP's buckets"
+    assert memory(rows=2, world_size=2).gradients == 4 * parameters
+    logits = 2 * 16 * 50304
+    assert memory().logits == memory(precision="bf16").logits == 12 * logits
+    assert memory(compile=True).logits == 8 * logits
+    assert memory(compile=True, precision="bf16").logits == memory(compile=True, precision="fp16").logits == 4 * logits
+    assert memory(precision="fp16").copies == memory(precision="bf16").copies > memory().copies == 0
+
+
+def try_on_gpu(monkeypatch: pytest.MonkeyPatch, room: int, *, global_rows: int = 4) -> tuple[int | str, list[int]]:
+    """The micro-batch that a GPU settles on that can hold this many rows, and the rows of every backward pass."""
+    tried: list[int] = []
+
+    def backward(_: object, rows: int, *__: object) -> None:
+        tried.append(rows)
+        if rows > room:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
+    monkeypatch.setattr("pipelib.training.micro_batch.warmup_backward", backward)
+    monkeypatch.setattr(World, "runs_ahead", True)
+    footprint = Footprint(model_params(), GPT2_TOKENIZER.size, params(global_batch_tokens=16 * global_rows))
+    settled = resolve_micro_batch_size(footprint, torch.nn.Linear(1, 1), ALONE, 10**12, restored=0)
+    return settled.micro_batch_size, tried
+
+
+@pytest.mark.parametrize(("room", "rows", "tried"), [(4, 4, [4]), (3, 2, [4, 2, 2]), (2, 2, [4, 2, 2]), (1, 1, [4, 2])])
+def test_a_gpu_tries_two_micro_steps_where_there_are_two(
+    monkeypatch: pytest.MonkeyPatch, room: int, rows: int, tried: list[int]
+) -> None:
+    assert try_on_gpu(monkeypatch, room) == (rows, tried)
+
+
+def test_other_errors_of_a_trial_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("pipelib.training.micro_batch.warmup_backward", broken)
+    monkeypatch.setattr(World, "runs_ahead", True)
+    footprint = Footprint(model_params(), GPT2_TOKENIZER.size, params())
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        resolve_micro_batch_size(footprint, torch.nn.Linear(1, 1), ALONE, 10**12, restored=0)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:

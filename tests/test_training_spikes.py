@@ -8,14 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import (
-    ALONE,
-    curve,
-    one_thread,  # noqa: F401 (a fixture)
-    train_params,
-    train_small,
-    write_tokens,
-)
+from small_params import train_params
+from small_run import ALONE, curve, train_small
 from torch import Tensor
 
 from pipelib.errors import UserError
@@ -29,13 +23,6 @@ from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.spikes import Spikes
 
 RULE = SpikeParams(window=4, deviations=8.0, batches=1, rollbacks=2)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where a small training finds its tokens."""
-    write_tokens(tmp_path / "tokens")
-    return tmp_path
 
 
 def params(**changes: Any) -> TrainParams:

@@ -37,7 +37,7 @@ class Evaluate(Command):
     baselines: tuple[str, ...] = option(
         "models to compare with: gpt2, ..., or folders; default: none", default=(), nargs="*", metavar="NAME"
     )
-    precision: Literal["fp32", "bf16"] | None = option("precision of matrix products", default=None)
+    precision: Literal["fp32", "bf16", "fp16"] | None = option("precision of matrix products", default=None)
     out: Path | None = option("write evaluation.md, .html, .json and items.npz to DIR", default=None, metavar="DIR")
 
     def run(self) -> int:

@@ -104,8 +104,10 @@ def _device(name: str | None) -> "torch.device":
     """
     import torch
 
+    from pipelib.model.device import device_type
+
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or device_type())
         torch.zeros(1, device=device)
     except (
         RuntimeError,

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipelib.errors import UserError
 from pipelib.model.attend import attention
 from pipelib.model.decoder import LOGIT_ROWS, Decoder
-from pipelib.model.device import autocast
+from pipelib.model.device import inference
 
 TokenIds = Sequence[int]
 Question = tuple[TokenIds, Sequence[TokenIds]]
@@ -128,7 +128,6 @@ def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
         yield batch
 
 
-@torch.no_grad()
 def _score_rows(model: Decoder, rows: Sequence[_Row], precision: str, with_greedy: bool) -> list[list[EndingScore]]:
     """Score the endings of all rows in one forward pass. Padding is on the right, where no other position attends to it."""
     # Lay out each row as context, endings, padding; note the positions that predict each token of each ending.
@@ -149,7 +148,7 @@ def _score_rows(model: Decoder, rows: Sequence[_Row], precision: str, with_greed
     # Endings share the context's last position, so each position is listed once.
     unique, of_target = np.unique(np.concatenate(predicting), return_inverse=True)
     targets = np.concatenate([tokens for row in rows for tokens in row.tokens])
-    with autocast(device, precision):
+    with inference(device, precision):
         if all(len(row.tokens) == 1 for row in rows):
             hidden = model.hidden(torch.from_numpy(inputs).to(device))
         else:
@@ -200,7 +199,7 @@ def _losses(
         mine = np.flatnonzero((of_target >= start) & (of_target < start + LOGIT_ROWS))
         rows = torch.from_numpy(of_target[mine] - start).to(device)
         wanted = torch.from_numpy(targets[mine]).to(device)
-        losses[mine] = -logits.log_softmax(dim=-1)[rows, wanted].double().cpu().numpy()
+        losses[mine] = -logits.log_softmax(dim=-1)[rows, wanted].cpu().double().numpy()
         if with_greedy:
             greedy[mine] = (logits[rows, wanted] == logits.amax(dim=-1)[rows]).cpu().numpy()
     if not np.isfinite(losses).all():

@@ -9,8 +9,11 @@ import numpy.typing as npt
 import torch
 
 from pipelib.model.decoder import Decoder
-from pipelib.model.device import autocast
+from pipelib.model.device import exactly, inference
 from pipelib.tokens.loader import Batch
+
+TokenLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Inputs and targets, each (B, T) -> the loss of every target, (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -38,29 +41,34 @@ class Loss:
         return self.nats / math.log(2) / text_bytes
 
 
-@torch.no_grad()
-def summed_loss(model: Decoder, batches: Iterable[Batch], precision: str) -> Loss:
-    """The loss over all targets of `batches`, summed in 64 bits."""
-    nats, tokens = losses_of_rows(model, batches, precision)
+def summed_loss(
+    model: Decoder, batches: Iterable[Batch], precision: str, token_losses: TokenLosses | None = None
+) -> Loss:
+    """The loss over all targets of `batches`, summed in 64 bits; see `losses_of_rows`."""
+    nats, tokens = losses_of_rows(model, batches, precision, token_losses=token_losses)
     return Loss(float(nats.sum()), int(tokens.sum()))
 
 
-@torch.no_grad()
 def losses_of_rows(
-    model: Decoder, batches: Iterable[Batch], precision: str, advance: Callable[[int], object] = lambda _: None
+    model: Decoder,
+    batches: Iterable[Batch],
+    precision: str,
+    advance: Callable[[int], object] = lambda _: None,
+    token_losses: TokenLosses | None = None,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """The summed loss of every row of `batches` in nats, and its number of tokens, each (rows,).
 
     Args:
         advance: progress callback, called with the number of tokens just scored.
+        token_losses: computes the losses of a batch; None for the model's own, without a compiler.
     """
-    device = model.device
+    device, token_losses = model.device, token_losses or model.token_losses
     nats: list[torch.Tensor] = []
     tokens: list[int] = []
     for inputs, targets in batches:
-        with autocast(device, precision):
-            losses = model.token_losses(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
-        nats.append(losses.double().sum(dim=1))
+        with inference(device, precision):
+            losses = token_losses(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+        nats.append(exactly(losses).sum(dim=1))
         tokens += [targets.shape[1]] * len(targets)
         advance(targets.size)
     return torch.cat(nats or [torch.zeros(0, dtype=torch.float64)]).cpu().numpy(), np.array(tokens, np.int64)

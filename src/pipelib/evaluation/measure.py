@@ -20,6 +20,7 @@ from pipelib.evaluation.loss import Loss, losses_of_rows
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.files import remove
 from pipelib.model.decoder import Decoder
+from pipelib.model.device import require_support
 from pipelib.progress import Progress
 from pipelib.tokens.loader import Batch, validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, count_tokens, open_shard
@@ -57,7 +58,8 @@ def measure(name: str, model: Decoder, params: EvaluateParams, data: Data, scrat
     Raises:
         UserError: the model's losses are not finite, data is damaged, or a task's data is missing.
     """
-    torch.backends.cuda.matmul.allow_tf32 = params.precision == "bf16"  # for products that stay in fp32, as in training
+    require_support(model.device, params.precision)
+    torch.backends.cuda.matmul.allow_tf32 = params.precision != "fp32"  # for products that stay in fp32, as in training
     result: dict[str, Any] = {}
     items: dict[str, ItemScores] = {}
     seconds: dict[str, float] = {}

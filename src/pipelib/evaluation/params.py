@@ -17,7 +17,7 @@ TASKS = Path(__file__).parent / "tasks"
 class EvaluateParams:
     """Section `evaluate` of params.yaml."""
 
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     """Arithmetic of matrix products."""
     batch_tokens: PositiveInt
     """Tokens of one forward pass, padding included. This limits the memory."""

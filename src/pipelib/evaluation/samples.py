@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pipelib.model.decoder import Decoder
-from pipelib.model.device import autocast
+from pipelib.model.device import inference
 from pipelib.model.generate import generate
 from pipelib.vocabulary.tokenizer import Tokenizer
 
@@ -23,6 +23,6 @@ def write_samples(
     if not prompts:
         return []
     token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    with autocast(model.device, precision):
+    with inference(model.device, precision):
         texts = generate(model, token_ids, SAMPLE_TOKENS, seed=seed, stop_token_id=tokenizer.end_token_id)
     return [(prompt, tokenizer.decode(new)) for prompt, new in zip(prompts, texts, strict=True)]

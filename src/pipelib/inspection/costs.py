@@ -35,14 +35,14 @@ def with_micro_batch(params: Params, machines: Machines) -> Params:
     if params.train.micro_batch_size != "auto":
         return params
     check_shares(params.train, machines.world_size)
-    footprint, local_ranks = _footprint(params), machines.local_ranks
+    footprint, local_ranks = _footprint(params, machines), machines.local_ranks
     free = footprint.free_per_rank(pick_device(local_world_size=local_ranks), local_ranks)
-    rows = footprint.rows_that_fit(machines.world_size, free) or 1
+    rows = footprint.rows_that_fit(free) or 1
     return replace(params, train=replace(params.train, micro_batch_size=rows))
 
 
-def _footprint(params: Params) -> Footprint:
-    return Footprint(params.model, chosen_tokenizer().size, params.train)
+def _footprint(params: Params, machines: Machines) -> Footprint:
+    return Footprint(params.model, chosen_tokenizer().size, params.train, machines.world_size)
 
 
 def _model_and_steps(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
@@ -94,7 +94,7 @@ def _disk(params: Params, corpus: Corpus | None) -> Iterator[tuple[str, str]]:
 
 
 def _memory(params: Params, machines: Machines) -> Iterator[tuple[str, str]]:
-    train, ranks, footprint = params.train, machines.local_ranks, _footprint(params)
+    train, ranks, footprint = params.train, machines.local_ranks, _footprint(params, machines)
     device = pick_device(local_world_size=ranks)
     rows = train.micro_batch_rows(machines.world_size)
     need = footprint.memory(rows)

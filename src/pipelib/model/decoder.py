@@ -34,8 +34,14 @@ def family_of(name: str) -> "type[Decoder]":
 
 
 def build(params: ModelParams, vocab_size: int) -> "Decoder":
-    """Make a model with these parameters. Its weights are not set yet."""
-    return family_of(params.architecture)(params, vocab_size)
+    """Make a model with these parameters. Its weights are not set yet.
+
+    torch's layers would draw initial weights of their own, which takes a minute for a large model and which nothing uses.
+    """
+    with torch.device("meta"):
+        model = family_of(params.architecture)(params, vocab_size)
+    assert not list(model.buffers()), "a buffer computed in a constructor would be lost"
+    return model.to_empty(device="cpu")
 
 
 class Decoder(nn.Module, ABC):
@@ -51,6 +57,10 @@ class Decoder(nn.Module, ABC):
         self.params, self.vocab_size = params, vocab_size
         self.activation_checkpointing = False
         """Keep only each block's input, and compute the block again in the backward pass."""
+        self.bf16_residual = False
+        """Keep the residual stream in bf16 (`train.experiments`)."""
+        self.separate_qkv = False
+        """Compute query, key and value by three products (`train.experiments`)."""
 
     # ---- The network -------------------------------------------------------------------------------------------------
 
@@ -83,8 +93,11 @@ class Decoder(nn.Module, ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., padded vocab_size). The padding gets minus infinity, so its probability is zero."""
-        logits = F.linear(hidden, self.head)
-        logits[..., self.vocab_size :] = -math.inf  # not sliced off: a padded matrix product is faster on a GPU
+        logits = F.linear(hidden, self.head)  # padding is not sliced off: a padded matrix product is faster on a GPU
+        if torch.is_grad_enabled():
+            # Out of place: the backward pass then keeps the product, which is in memory anyway, and not the masked copy.
+            return logits.masked_fill(torch.arange(len(self.head), device=logits.device) >= self.vocab_size, -math.inf)
+        logits[..., self.vocab_size :] = -math.inf
         return logits
 
     def exact_logits(self, hidden: Tensor) -> Tensor:

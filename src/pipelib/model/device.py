@@ -1,13 +1,48 @@
-"""The device that a model runs on, its precision and its memory."""
+"""The device that a model runs on: which one, what it supports, its precision and its memory."""
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipelib.errors import UserError
 from pipelib.processes import available_cores, control_groups, keep_freed_memory, positive_int_from_env, system_file
+
+DEVICE = "PIPELIB_DEVICE"
+"""The environment variable that chooses the kind of device: cuda, mps or cpu."""
+
+
+def choose_device(requested: str, *, cuda: bool, mps: bool) -> str:
+    """Choose the kind of device: the requested one, else an NVIDIA GPU if torch can use one, else the CPU.
+
+    Apple's GPU (mps) is used on request only, because its results have not been compared with a CPU's.
+
+    Args:
+        requested: `$PIPELIB_DEVICE`, maybe empty.
+
+    Raises:
+        UserError: the requested kind is unknown, or torch cannot use it here.
+    """
+    usable = {"cuda": cuda, "mps": mps, "cpu": True}
+    if requested and requested not in usable:
+        raise UserError(
+            f"{DEVICE}={requested} is not cuda, mps or cpu, so no device can be chosen; set one of them, or unset it."
+        )
+    if requested and not usable[requested]:
+        raise UserError(
+            f"{DEVICE}={requested}, but torch {torch.__version__} cannot use such a device here, so nothing was run; unset it, "
+            "or run pipelib doctor, which says what is missing."
+        )
+    return requested or ("cuda" if cuda else "cpu")
+
+
+def device_type() -> str:
+    """The kind of device that models run on here: see `choose_device`."""
+    mps = torch.backends.mps.is_available()
+    return choose_device(os.environ.get(DEVICE, ""), cuda=torch.cuda.is_available(), mps=mps)
 
 
 def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -15,22 +50,108 @@ def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
 
     The number of threads is fixed, because the last bits of sums on a CPU depend on it; `$PIPELIB_THREADS` sets it.
     """
-    # By default torch.compile starts one worker per core of the machine, which may be more than a container's quota.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, available_cores())))
-    if torch.cuda.is_available():
-        # Deterministic cuBLAS needs it; cuBLAS reads it once, at the first product.
+    cores = max(1, available_cores() // local_world_size)
+    # By default each rank's torch.compile starts one worker per core of the machine, more than a container's quota.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores)))
+    torch.set_num_threads(positive_int_from_env("PIPELIB_THREADS") or cores)
+    kind = device_type()
+    if kind == "cuda":
+        # Both are read once, when CUDA starts. Deterministic cuBLAS needs the first.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Training, validation and scoring allocate blocks of other sizes in turn, which would fragment the memory.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
-    keep_freed_memory()
-    torch.set_num_threads(positive_int_from_env("PIPELIB_THREADS") or max(1, available_cores() // local_world_size))
-    return torch.device("cpu")
+    if kind == "cpu":
+        keep_freed_memory()
+    return torch.device(kind)
+
+
+def require_support(device: torch.device, precision: str) -> None:
+    """Refuse a device on which the first product would fail, or a precision that it only emulates.
+
+    Raises:
+        UserError: torch has no code for this GPU, or the GPU has no bf16.
+    """
+    if device.type == "mps" and precision != "fp32":
+        raise UserError(
+            f"precision {precision} has not been tried on Apple's GPU, so its results may be wrong; set precision: fp32, or "
+            f"{DEVICE}=cpu."
+        )
+    if device.type != "cuda":
+        return
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if not has_code_for(capability, torch.cuda.get_arch_list()):
+        raise UserError(
+            f"torch {torch.__version__} has no code for {name} (sm_{capability[0]}{capability[1]}), so its first kernel would "
+            f"fail; install a torch that was built for it, or set {DEVICE}=cpu."
+        )
+    if precision == "bf16" and capability < (8, 0):
+        raise UserError(
+            f"{name} has no bf16 and would emulate it, slowly and without torch.compile; set precision: fp16, or fp32."
+        )
+
+
+def has_code_for(capability: tuple[int, int], built: Sequence[str]) -> bool:
+    """Whether a GPU of this compute capability can run code that was built for these architectures.
+
+    Args:
+        built: torch's list: `sm_80` is machine code, for 8.0 and later 8.x; `compute_90` is compiled at run time, for 9.0 and
+            everything later.
+    """
+    for name in built:
+        kind, _, number = name.partition("_")
+        digits = number.rstrip("af")  # sm_90a: with features of 9.0 alone
+        version = int(digits[:-1]), int(digits[-1])
+        same_major = version[0] == capability[0] and version <= capability
+        if same_major or (kind == "compute" and version <= capability):
+            return True
+    return False
+
+
+def unused_gpu(root: Path = Path("/")) -> bool:
+    """Whether this machine has an NVIDIA GPU that torch cannot use although the user has not chosen the CPU.
+
+    Args:
+        root: the folder that holds /dev.
+    """
+    on_purpose = os.environ.get(DEVICE) == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not on_purpose and not torch.cuda.is_available() and (root / "dev/nvidia0").exists()
+
+
+def device_title(device: torch.device) -> str:
+    """The name of a device, for messages."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The precisions in which matrix products are computed by autocast."""
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Compute matrix products in bf16 if `precision` is "bf16"; change nothing for "fp32". Weights stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    """Compute matrix products in bf16 or fp16 if `precision` says so; change nothing for "fp32". Weights stay fp32."""
+    return torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+
+
+@contextmanager
+def inference(device: torch.device, precision: str) -> Iterator[None]:
+    """`autocast` without gradients, for evaluation and generation, where shapes change from batch to batch.
+
+    On a GPU cuDNN's attention, which builds a plan for every new shape, is left to training, which has one shape. Apple's
+    allocator keeps a block for every shape; they are released at the end.
+    """
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    kernels = sdpa_kernel(backends, set_priority=True) if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), autocast(device, precision), kernels:
+        yield
+    if device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def exactly(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in 64 bits; on the CPU if its device has no such numbers, as Apple's GPUs."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:

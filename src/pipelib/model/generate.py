@@ -142,7 +142,7 @@ def _next_logits(model: Decoder, texts: dict[int, list[int]], cache: KVCache) ->
     if long:
         windows = torch.tensor(list(long.values()), device=model.device)
         hidden.append(model.hidden(windows)[:, -1])
-    return dict(zip([*short, *long], model.logits(torch.cat(hidden)).float().cpu(), strict=True))
+    return dict(zip([*short, *long], model.exact_logits(torch.cat(hidden)).cpu(), strict=True))
 
 
 def _draw(

@@ -7,8 +7,9 @@ computes from the index alone. So the loader has no state, and step 4,711 costs 
 
 import bisect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -16,7 +17,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipelib.tokens.shards import Manifest, open_shard
+from pipelib.tokens.shards import Manifest, ShardFile, shard_tokens
 from pipelib.vocabulary.tokenizer import Tokens
 
 T = TypeVar("T")
@@ -25,24 +26,41 @@ Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """`inputs` and `targets`, each (rows, T)."""
 
 
-class TokenStream:
-    """Several shards, concatenated, as one array of tokens on disk."""
+MAX_OPEN_SHARDS = 64
+"""Files that a stream keeps open: far below the usual limit of 1,024 per process."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self._shards: list[Tokens] = [open_shard(path) for path in paths]
-        self._ends = list(accumulate(len(shard) for shard in self._shards))  # where each shard ends in the stream
+
+class TokenStream:
+    """Several shards, concatenated, as one array of tokens on disk.
+
+    A shard is opened when its first token is needed, so thousands of shards cost nothing at the start. Tokens are read by
+    position, not through a memory map: if the corpus does not fit into memory, each row of 2 KB would fault in 128 KB and
+    more (docs/log.md has the figures).
+
+    Args:
+        shards: the number of tokens of each file.
+    """
+
+    def __init__(self, shards: Mapping[Path, int]) -> None:
+        self._paths, self._sizes = list(shards), list(shards.values())
+        self._ends = list(accumulate(self._sizes))  # where each shard ends in the stream
+        self._open = lru_cache(MAX_OPEN_SHARDS)(ShardFile)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def read(self, start: int, count: int) -> Tokens:
-        """Return tokens [start, start + count). They are copied into one array if they span several shards."""
+        """Return tokens [start, start + count).
+
+        Raises:
+            UserError: a shard is missing, is not a shard, or is shorter than it was said to be.
+        """
         assert 0 <= start <= start + count <= len(self)
         pieces = []
         index = bisect.bisect_right(self._ends, start)
         while count:
-            begin = start - (self._ends[index] - len(self._shards[index]))
-            piece = self._shards[index][begin : begin + count]
+            begin = start - (self._ends[index] - self._sizes[index])
+            piece = self._open(self._paths[index]).read(begin, min(count, self._sizes[index] - begin))
             pieces.append(piece)
             start, count, index = start + len(piece), count - len(piece), index + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -180,7 +198,7 @@ class Loader(Generic[T]):
 
 def training_rows(folder: Path, manifest: Manifest, sequence_length: int) -> Rows:
     """Return the rows of all training shards of a folder."""
-    return Rows(TokenStream([folder / shard.name for shard in manifest.split("train")]), sequence_length)
+    return Rows(TokenStream({folder / shard.name: shard.tokens for shard in manifest.split("train")}), sequence_length)
 
 
 def validation_batches(path: Path, sequence_length: int, rows_per_batch: int, tokens: int | None) -> Iterator[Batch]:
@@ -190,7 +208,7 @@ def validation_batches(path: Path, sequence_length: int, rows_per_batch: int, to
         tokens: use this many tokens, rounded down to whole rows. None uses every token: a last, shorter row holds the
             rest, so that each token but the very first is a target exactly once.
     """
-    stream = TokenStream([path])
+    stream = TokenStream({path: shard_tokens(path)})
     rows = Rows(stream, sequence_length)
     count = len(rows) if tokens is None else min(len(rows), tokens // sequence_length)
     for start in range(0, count, rows_per_batch):

@@ -6,6 +6,7 @@ shards, and ours reads theirs. The first shard is always the validation split, h
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -151,7 +152,46 @@ def header(tokens: int) -> bytes:
 
 
 def open_shard(path: Path) -> Tokens:
-    """Memory-map a shard's tokens (N,), read-only.
+    """Memory-map a shard's tokens (N,), read-only, for reading all of them in order.
+
+    Raises:
+        UserError: see `shard_tokens`.
+    """
+    shard_tokens(path)
+    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
+
+
+class ShardFile:
+    """An open shard, for reading a few tokens at a time. The file is closed with the object.
+
+    Raises:
+        UserError: see `shard_tokens`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        shard_tokens(path)
+        self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, start: int, count: int) -> Tokens:
+        """Return tokens [start, start + count). Threads may call it at the same time.
+
+        Raises:
+            UserError: the file ends before them.
+        """
+        data = os.pread(self._descriptor, 2 * count, HEADER_BYTES + 2 * start)
+        if len(data) != 2 * count:
+            raise UserError(
+                f"{self._path} ends before token {start + count}, so it was cut short after it was checked; {_REPAIR}"
+            )
+        return np.frombuffer(data, "<u2")
+
+
+def shard_tokens(path: Path) -> int:
+    """Return the number of tokens in a shard, from its header.
 
     Raises:
         UserError: the file is missing, its header is not a shard's, or its length does not match the header.
@@ -173,7 +213,7 @@ def open_shard(path: Path) -> Tokens:
         )
     if not numbers[2]:
         raise UserError(f"{path} holds no tokens, so there is nothing to read; {_REPAIR}")
-    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
+    return int(numbers[2])
 
 
 _REPAIR = how_to_repair(str(HERE.tokens)) + "."

@@ -7,17 +7,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipelib.model.decoder import Decoder
+from pipelib.model.device import require_support
 from pipelib.model.params import ModelParams
 from pipelib.tokens.shards import Manifest
 from pipelib.training.batches import make_loader
 from pipelib.training.checkpoint import CHECKPOINTS, Checkpoints, RandomState, Stateful
 from pipelib.training.determinism import set_determinism
 from pipelib.training.guards import Guards
+from pipelib.training.hardware import reset_peak_gpu_memory
 from pipelib.training.initial_weights import initial_model
 from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights
 from pipelib.training.launch.distributed import World
 from pipelib.training.launch.stopping import StopRequest
 from pipelib.training.loop import Trainer
+from pipelib.training.loss_scale import LossScale, loss_scale
 from pipelib.training.memory import Footprint
 from pipelib.training.micro_batch import resolve_micro_batch_size
 from pipelib.training.objectives import NextToken, Objective
@@ -57,7 +61,8 @@ def build_trainer(
     """
     state, spikes, hours = TrainState(), Spikes(params.spike), DeviceHours(world.world_size)
     tokenizer = manifest.tokenizer
-    footprint = Footprint(model_params, tokenizer.size, params)
+    footprint = Footprint(model_params, tokenizer.size, params, world.world_size)
+    require_support(world.device, params.precision)
     set_determinism(params, world)
     # Measured before anything is on the device, and the minimum over ranks, so that all choose the same micro-batch.
     free = world.min(footprint.free_per_rank(world.device, world.local_ranks))
@@ -68,20 +73,24 @@ def build_trainer(
         "objective": objective_of.__qualname__,
     }
     checkpoints = Checkpoints(work / CHECKPOINTS, identity, spikes.rollback_depth)
-    with footprint.explain_out_of_memory(world.world_size, free):
-        model = initial_model(model_params, tokenizer, params.seed, initial)
-        model.activation_checkpointing = params.activation_checkpointing
+    with footprint.explain_out_of_memory(free):
+        model = initial_model(model_params, tokenizer, params.seed, initial, draw=world.is_main)
+        set_arithmetic(model, params)
         model.to(world.device)
         optimizer = make_optimizer(model, params)
         states: dict[str, Stateful] = {
             "model": model, "optimizer": optimizer, "train": state, "spikes": spikes, "hours": hours, "rng": RandomState(),
         }  # fmt: skip
+        scale = loss_scale(params.precision, world.device)
+        if isinstance(scale, LossScale):
+            states["loss_scale"] = scale
         checkpoints.load_latest(states, agree=world.from_rank_0)
         # Compile, then size the micro-batch, then wrap for several ranks: each needs the one before.
         objective = objective_of(model)
-        compiled: nn.Module = torch.compile(objective) if params.compile else objective  # type: ignore[assignment]
-        params = resolve_micro_batch_size(footprint, compiled, world, free, state.micro_batch_size)
-        network = world.wrap(compiled)
+        trained = compiled(objective, params)
+        params = resolve_micro_batch_size(footprint, trained, world, free, state.micro_batch_size)
+        network = world.wrap(trained)
+        reset_peak_gpu_memory()
     loader, plan = make_loader(params, tokens, manifest, world)
     validation = Validation(params, tokens, world)
     probes = (validation, HellaSwag(params, benchmarks, tokenizer, world), Samples(params, tokenizer, world))
@@ -93,6 +102,7 @@ def build_trainer(
         objective=objective,
         network=network,
         optimizer=optimizer,
+        loss_scale=scale,
         loader=loader,
         plan=plan,
         state=state,
@@ -101,10 +111,24 @@ def build_trainer(
         states=states,
         previous_world_size=state.world_size,
         checkpoints=checkpoints,
-        guards=Guards(params, plan, spikes, checkpoints, world),
+        guards=Guards(params, plan, spikes, scale, checkpoints, world),
         validation=validation,
         probes=probes,
         log=log,
         stop_request=StopRequest(work if world.world_size > 1 else None),
-        explain_out_of_memory=partial(replace(footprint, train=params).explain_out_of_memory, world.world_size, free),
+        explain_out_of_memory=partial(replace(footprint, train=params).explain_out_of_memory, free),
     )
+
+
+def set_arithmetic(model: Decoder, params: TrainParams) -> None:
+    """Set how the model computes, as the parameters say."""
+    model.activation_checkpointing = params.activation_checkpointing
+    model.bf16_residual, model.separate_qkv = params.tried.bf16_residual, params.tried.separate_qkv
+
+
+def compiled(objective: Objective, params: TrainParams) -> nn.Module:
+    """The objective as the parameters want it: compiled or not."""
+    if not params.compile:
+        return objective
+    mode = "max-autotune-no-cudagraphs" if params.tried.max_autotune else None
+    return torch.compile(objective, mode=mode)  # type: ignore[return-value]

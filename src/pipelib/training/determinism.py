@@ -19,12 +19,13 @@ def set_determinism(params: TrainParams, world: World) -> None:
     # Filling new memory costs time, and nothing here reads memory before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if on_gpu:
-        torch.backends.cuda.matmul.allow_tf32 = params.precision == "bf16"
+        torch.backends.cuda.matmul.allow_tf32 = params.precision != "fp32"
         torch.backends.cudnn.benchmark = False
-        if params.compile and params.deterministic:
+        if params.compile:
             import torch._inductor.config as inductor
 
-            inductor.deterministic = True  # do not choose kernels by measured time, which varies from run to run
+            # Kernels chosen by measured time vary from run to run.
+            inductor.deterministic = params.deterministic
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pipelib.errors import UserError
 from pipelib.tokens.loader import BatchPlan
 from pipelib.training.checkpoint import Checkpoints
 from pipelib.training.launch.distributed import World
+from pipelib.training.loss_scale import NoLossScale
 from pipelib.training.params import TrainParams
 from pipelib.training.spikes import Spike, Spikes
 from pipelib.training.step import StepResult
@@ -47,9 +48,15 @@ class Guards:
     """The values of the steps since the last check, on the device until then."""
 
     def __init__(
-        self, params: TrainParams, plan: BatchPlan, spikes: Spikes, checkpoints: Checkpoints, world: World
+        self,
+        params: TrainParams,
+        plan: BatchPlan,
+        spikes: Spikes,
+        scale: NoLossScale,
+        checkpoints: Checkpoints,
+        world: World,
     ) -> None:
-        self._params, self._plan, self._spikes = params, plan, spikes
+        self._params, self._plan, self._spikes, self._scale = params, plan, spikes, scale
         self._checkpoints, self._world = checkpoints, world
         self._waiting: list[tuple[int, float, Tensor]] = []
 
@@ -75,7 +82,9 @@ class Guards:
             self._waiting, torch.stack([values for *_, values in self._waiting]).tolist(), strict=True
         ):
             stop = max(stop, signal)
-            finite = all(map(math.isfinite, (*losses, norm)))
+            losses_finite, norm_finite = all(map(math.isfinite, losses)), math.isfinite(norm)
+            # A gradient that overflows in fp16 is expected: the step was skipped, and the scale is smaller now.
+            finite = losses_finite and (norm_finite or self._scale.may_overflow())
             spike = spike or self._spikes.detect(step, sum(losses) / len(losses), finite)
             if not (finite or spike):
                 raise UserError(self._not_finite(step, learning_rate, losses, norm))

@@ -6,12 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
+from pipelib.model.device import AUTOCAST
+
 _PEAK_BF16 = {
     # Dense bf16 TFLOP/s from the makers' data sheets. The first match in the device's name wins.
-    "H200 NVL": 835.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0,
-    "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "A10G": 70.0,
-    "A10": 125.0, "RTX A6000": 154.8, "RTX 6000 Ada": 364.2, "RTX 4090": 165.2, "RTX 3090": 71.0,
+    "H200 NVL": 835.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H800": 989.0, "H20": 148.0,
+    "GH200": 989.0, "GB200": 2500.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0,
+    "L40S": 362.0, "L40": 181.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "RTX A6000": 154.8, "RTX A5000": 111.1,
+    "RTX 6000 Ada": 364.2, "RTX 5090": 209.5, "RTX 4090 D": 147.0, "RTX 4090": 165.2, "RTX 3090 Ti": 80.0, "RTX 3090": 71.0,
 }  # fmt: skip
+MEASURE_SECONDS = 2.0
+"""How long the peak of an unknown device is measured."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +37,35 @@ def peak_of(device: torch.device, precision: str) -> Peak:
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for part, teraflops in _PEAK_BF16.items():
-            if re.search(rf"\b{part}\b(?! Laptop)", name):
+            if re.search(rf"\b{part}\b(?! Laptop)", name) and " MIG " not in name:  # a MIG slice is a part of a GPU
                 return Peak(teraflops * 1e12, f"data sheet of {part}, dense bf16")
     size = 8192 if device.type == "cuda" else 1024  # large enough that the launch of a kernel does not matter
     return Peak(
-        _measured_matmul(device, precision, size), f"measured: the best of 40 products of {size} x {size} matrices"
+        _measured_matmul(device, precision, size),
+        f"measured: the best of up to 40 products of {size} x {size} matrices",
     )
 
 
 def peak_gpu_memory() -> int:
-    """The most bytes that this process's tensors have taken on its GPU; 0 without a GPU."""
+    """The most bytes that this process's tensors have taken on its GPU since `reset_peak_gpu_memory`; 0 without a GPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
+def reset_peak_gpu_memory() -> None:
+    """Forget the peak so far, which may be that of a micro-batch that was only tried."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def _measured_matmul(device: torch.device, precision: str, size: int) -> float:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(40):
+    # Random numbers: a GPU is up to 13 % faster on constant ones, which switch fewer bits.
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, AUTOCAST.get(precision))
+    best, end = float("inf"), time.perf_counter() + MEASURE_SECONDS
+    for number in range(40):
+        if number > 1 and time.perf_counter() > end:  # emulated bf16 would take a minute
+            break
         started = time.perf_counter()
         product = matrix @ matrix
-        product[0, 0].item()  # waits for the device
+        product[0, 0].item()  # wait for the device
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from pipelib.model.decoder import Decoder, build
 from pipelib.model.huggingface import import_model
 from pipelib.model.params import ModelParams
@@ -9,10 +11,21 @@ from pipelib.training.inputs import InitialWeights
 from pipelib.vocabulary.tokenizer import Tokenizer
 
 
-def initial_model(params: ModelParams, tokenizer: Tokenizer, seed: int, weights: InitialWeights) -> Decoder:
-    """Make the model as it is before its first step, in fp32 on the CPU, the same on every rank."""
+def initial_model(
+    params: ModelParams, tokenizer: Tokenizer, seed: int, weights: InitialWeights, *, draw: bool = True
+) -> Decoder:
+    """Make the model as it is before its first step, in fp32 on the CPU.
+
+    Args:
+        draw: draw the random weights. Otherwise they are zero: the other ranks get rank 0's when they are wrapped.
+    """
     if weights.folder:
         return import_model(Path(weights.folder), tokenizer, quiet=True).train()
     model = build(params, tokenizer.size)
-    model.initialise(seed)
+    if draw:
+        model.initialise(seed)
+    else:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
     return model

@@ -14,6 +14,7 @@ from torch import nn
 from pipelib.errors import UserError, tell
 from pipelib.files import plural
 from pipelib.model.decoder import Decoder
+from pipelib.model.device import device_title
 from pipelib.processes import on_first_signal
 from pipelib.tokens.loader import BatchPlan, Loader
 from pipelib.training.batches import TensorBatch
@@ -23,6 +24,7 @@ from pipelib.training.guards import Guards, RollBack, Stop
 from pipelib.training.launch.distributed import World
 from pipelib.training.launch.stopping import StopRequest
 from pipelib.training.learning_rate import learning_rate_at
+from pipelib.training.loss_scale import NoLossScale
 from pipelib.training.objectives import Objective
 from pipelib.training.optimizer import Optimizer
 from pipelib.training.params import TrainParams
@@ -49,6 +51,7 @@ class Trainer:
     network: nn.Module
     """The objective as this rank runs it: compiled if `train.compile` is set, and wrapped if there are several ranks."""
     optimizer: Optimizer
+    loss_scale: NoLossScale
     loader: Loader[TensorBatch]
     plan: BatchPlan
 
@@ -139,6 +142,7 @@ class Trainer:
             params,
             self.world,
             self.stop_request.signal(),
+            self.loss_scale,
         )
         state.step, state.tokens = step + 1, state.tokens + tokens
         assert state.tokens == state.step * params.global_batch_tokens
@@ -205,5 +209,5 @@ class Trainer:
             f"{self.plan.epochs(params.max_steps):.2f} epochs, "
             f"{plural(params.gradient_accumulation_steps(world.world_size), 'micro-step')} of "
             f"{plural(params.micro_batch_rows(world.world_size), 'row')} on each of {plural(world.world_size, 'rank')}, "
-            f"{world.device.type}, {params.precision}"
+            f"{device_title(world.device)}, {params.precision}"
         )

@@ -15,6 +15,8 @@ from pipelib.vocabulary.tokenizer import padded_size
 
 CHECKPOINT_BYTES = 12
 """For one parameter: the weight and Adam's two moments, in fp32."""
+NCCL_BYTES = 10**9
+"""What the connections between GPUs take on each, about."""
 USABLE = 0.9
 """The share of free memory that an estimate may fill; the allocator and the kernels need the rest."""
 
@@ -28,7 +30,7 @@ class Memory:
     moments: int
     """AdamW's two."""
     copies: int
-    """bf16 copies of the matrices, which autocast keeps until the backward pass is done."""
+    """bf16 or fp16 copies of the matrices, which autocast keeps until the backward pass is done."""
     activations: int
     """What the layers save for the backward pass."""
     logits: int
@@ -47,6 +49,8 @@ class Footprint:
     model: ModelParams
     vocab_size: int
     train: TrainParams
+    world_size: int = 1
+    """Ranks in the training."""
 
     @property
     def parameters(self) -> int:
@@ -59,24 +63,31 @@ class Footprint:
         return CHECKPOINT_BYTES * self.parameters
 
     def memory(self, rows: int, length: int = 0) -> Memory:
-        """Memory for a micro-batch of `rows` rows of `length` tokens, without torch.compile, which needs less.
+        """Memory for a micro-batch of `rows` rows of `length` tokens.
 
-        Weights and gradients take 4 bytes per parameter each, moments 8. The family says what its layers keep for the
-        backward pass (`ModelParams.activation_bytes`). The output layer peaks in the backward pass, where the
-        log-probabilities, their gradient and the logits' gradient exist at once: 3 fp32 numbers for each logit of a token,
-        padding included.
+        Weights and gradients take 4 bytes per parameter each, moments 8. If gradients accumulate over micro-steps, there are
+        two of each: a compiled backward pass returns all of them at once, and DDP keeps those of its buckets. The family says
+        what its layers keep for the backward pass (`ModelParams.activation_bytes`).
+
+        The output layer peaks in the backward pass, padding included. There the log-probabilities, their gradient and the
+        logits' gradient exist at once: 3 fp32 numbers for each logit of a token. torch.compile keeps only the logits and their
+        gradient, in the precision of the product: `bench/memory.py` compares with what it really keeps.
 
         Args:
             length: tokens in a row; 0 for `train.sequence_length`.
         """
-        tokens, bf16 = rows * (length or self.train.sequence_length), self.train.precision == "bf16"
+        train = self.train
+        tokens, half = rows * (length or train.sequence_length), train.precision != "fp32"
+        accumulates = train.rows_per_step // self.world_size > rows
+        twice = accumulates and (train.compile or self.world_size > 1)
+        logit_bytes = (4 if half else 8) if train.compile else 12
         return Memory(
             weights=4 * self.parameters,
-            gradients=4 * self.parameters,
+            gradients=(8 if twice else 4) * self.parameters,
             moments=8 * self.parameters,
-            copies=2 * self.model.matrix_parameters(self.vocab_size) if bf16 else 0,
-            activations=tokens * self.model.activation_bytes(bf16, self.train.activation_checkpointing),
-            logits=tokens * padded_size(self.vocab_size) * 12,
+            copies=2 * self.model.matrix_parameters(self.vocab_size) if half else 0,
+            activations=tokens * self.model.activation_bytes(half, train.activation_checkpointing),
+            logits=tokens * padded_size(self.vocab_size) * logit_bytes,
         )
 
     def free_per_rank(self, device: torch.device, local_ranks: int) -> int:
@@ -89,19 +100,19 @@ class Footprint:
         # Only rank 0 holds the copy, but the ranks share one memory, so all must leave room for it.
         return max(0, free_memory(device) - self.checkpoint) // local_ranks
 
-    def rows_that_fit(self, world_size: int, free: int, below: int = 0) -> int:
+    def rows_that_fit(self, free: int, below: int = 0) -> int:
         """The largest micro-batch, in rows, that fits into `free` bytes and divides a rank's share of a step; 0 if none fits.
 
         Args:
             free: bytes for everything that `memory` counts.
             below: consider only micro-batches smaller than this.
         """
-        share = self.train.rows_per_step // world_size
+        share = self.train.rows_per_step // self.world_size
         candidates = divisors(share, below or share + 1)
         return next((rows for rows in candidates if self.memory(rows).total <= USABLE * free), 0)
 
     @contextmanager
-    def explain_out_of_memory(self, world_size: int, free: int) -> Iterator[None]:
+    def explain_out_of_memory(self, free: int) -> Iterator[None]:
         """Turn an out-of-memory error in this block into a message that names a micro-batch that would fit.
 
         While `micro_batch_size` is still `auto`, one row is assumed.
@@ -117,13 +128,13 @@ class Footprint:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):  # torch raises RuntimeError for many other reasons
                 raise
-            raise UserError(self._what_would_fit(world_size, free, error)) from None
+            raise UserError(self._what_would_fit(free, error)) from None
 
-    def _what_would_fit(self, world_size: int, free: int, error: MemoryError | RuntimeError) -> str:
-        rows = 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_rows(world_size)
+    def _what_would_fit(self, free: int, error: MemoryError | RuntimeError) -> str:
+        rows = 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_rows(self.world_size)
         need = format_bytes(self.memory(rows).total)
         said = (str(error).splitlines() or [""])[0][:200]  # torch appends advice about its allocator
-        fit = self.rows_that_fit(world_size, free, below=rows)
+        fit = self.rows_that_fit(free, below=rows)
         checkpointing = (
             "" if self.train.activation_checkpointing else "; train.activation_checkpointing: true needs less too"
         )
@@ -150,4 +161,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or "can't allocate memory" in str(error)  # torch's allocator on a CPU
+        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)  # cuBLAS, on a GPU that is full
     )

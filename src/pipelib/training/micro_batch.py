@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pipelib.training.launch.distributed import World, warmup_backward
-from pipelib.training.memory import Footprint, divisors
+from pipelib.training.memory import NCCL_BYTES, Footprint, divisors, is_out_of_memory
 from pipelib.training.params import TrainParams
 
 
@@ -29,7 +29,7 @@ def resolve_micro_batch_size(
     share = params.rows_per_step // world.world_size
     if restored:
         return replace(params, micro_batch_size=divisors(share, restored + 1)[0])
-    rows = footprint.rows_that_fit(world.world_size, free) or 1
+    rows = footprint.rows_that_fit(free) or 1
     while world.runs_ahead and rows > 1 and not world.min(_fits(footprint, network, world, rows)):
         rows = divisors(share, rows)[0]
         _forget_compiled(params)  # else torch.compile sees the size change and compiles with dynamic shapes
@@ -43,12 +43,20 @@ def _forget_compiled(params: TrainParams) -> None:
 
 
 def _fits(footprint: Footprint, network: nn.Module, world: World, rows: int) -> bool:
-    """Whether a forward and a backward pass fit beside the memory that AdamW's moments will need."""
+    """Whether two micro-steps fit beside the memory that AdamW's moments, and the exchange between ranks, will need.
+
+    The second one adds to the gradients of the first, so both exist. DDP's buckets come on top.
+    """
     params = footprint.train
+    parameters, several = 4 * footprint.parameters, world.world_size > 1
     try:
         _moments = torch.empty(footprint.memory(rows).moments, dtype=torch.uint8, device=world.device)
-        warmup_backward(network, rows, params.sequence_length, params.precision, world.device)
-    except torch.OutOfMemoryError:
+        _exchange = torch.empty((parameters + NCCL_BYTES) * several, dtype=torch.uint8, device=world.device)
+        for _ in range(min(2, params.rows_per_step // world.world_size // rows)):
+            warmup_backward(network, rows, params.sequence_length, params.precision, world.device)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
         network.zero_grad(set_to_none=True)

@@ -9,8 +9,8 @@ from pipelib.schema import Bounds, NaturalFloat, NaturalInt, OneOf, PositiveFloa
 from pipelib.training import optim
 
 Beta = Annotated[float, Bounds(minimum=0, maximum=0.9999999)]
-DEFAULT = ("optimizer", "adamw")
-"""The only optimizer of versions before `train.optimizer` existed; see `TrainParams.decides`."""
+DEFAULTS = {"optimizer": "adamw", "experiments": None}
+"""What versions did before these parameters existed; see `TrainParams.decides`."""
 
 
 def known_optimizers() -> list[str]:
@@ -35,6 +35,21 @@ class SpikeParams:
         """Values that do not fit together."""
         if self.window < 2:
             yield f"window: {self.window} loss has no standard deviation, so every rise would be a spike; 100 is a good start."
+
+
+@dataclass(frozen=True)
+class ExperimentParams:
+    """Section `train.experiments` of params.yaml: arithmetic that may be faster on a GPU and has not been measured yet.
+
+    `bench/gpu.py --only ab` measures each of them.
+    """
+
+    bf16_residual: bool
+    """Keep the residual stream in bf16, which halves its traffic and rounds it."""
+    separate_qkv: bool
+    """Compute query, key and value by three products, so that the backward pass need not copy their gradients together."""
+    max_autotune: bool
+    """Let torch.compile time more kernels for every product and choose the fastest, which takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,8 @@ class TrainParams:
     """Added to Adam's denominator."""
     grad_clip_norm: PositiveFloat
     """The gradients are scaled down so that their total norm is at most this."""
-    precision: Literal["fp32", "bf16"]
-    """Arithmetic of matrix products; weights and optimizer state are always fp32."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    """Arithmetic of matrix products; weights and optimizer state are always fp32. fp16 is for GPUs without bf16."""
     compile: bool
     """Compile the model with torch.compile."""
     spike: SpikeParams | None
@@ -91,9 +106,16 @@ class TrainParams:
     """Steps between samples of the model's text; the last step always has them."""
     sample_prompts: tuple[str, ...]
     """The prompts that the samples continue."""
+    experiments: ExperimentParams | None
+    """Arithmetic that may be faster on a GPU and has not been measured; null: none."""
 
     def problems(self) -> Iterator[str]:
         """Values that do not fit together."""
+        if self.tried.bf16_residual and self.precision != "bf16":
+            yield (
+                f"experiments.bf16_residual: true needs precision: bf16, not {self.precision}, so its products would fail; "
+                "set it to false."
+            )
         rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size  # `auto` chooses a size that divides
         micro_batch_tokens = self.sequence_length * rows
         if self.global_batch_tokens % micro_batch_tokens:
@@ -127,10 +149,15 @@ class TrainParams:
     def decides(self) -> dict[str, object]:
         """The parameters that decide the result, as JSON values.
 
-        AdamW is left out: earlier versions had no `optimizer` and always used AdamW, so their results stay valid.
+        `DEFAULTS` are left out, so that the results of versions without these parameters stay valid.
         """
         fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {key: value for key, value in fields.items() if (key, value) != DEFAULT}
+        return {key: value for key, value in fields.items() if key not in DEFAULTS or value != DEFAULTS[key]}
+
+    @property
+    def tried(self) -> ExperimentParams:
+        """The experiments, all off unless `experiments` is set."""
+        return self.experiments or ExperimentParams(bf16_residual=False, separate_qkv=False, max_autotune=False)
 
     @property
     def max_steps(self) -> int:

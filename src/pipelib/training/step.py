@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from pipelib.model.device import autocast
 from pipelib.training.batches import TensorBatch
 from pipelib.training.launch.distributed import World
+from pipelib.training.loss_scale import NoLossScale
 from pipelib.training.objectives import Objective
 from pipelib.training.optimizer import Optimizer
 from pipelib.training.params import TrainParams
+
+NO_LOSS_SCALE = NoLossScale()
 
 
 class StepResult(NamedTuple):
@@ -36,12 +39,14 @@ def take_step(
     params: TrainParams,
     world: World,
     stop: int = 0,
+    scale: NoLossScale = NO_LOSS_SCALE,
 ) -> StepResult:
     """Take one optimizer step on this rank's micro-batches. It is skipped if a loss or the gradient norm is not finite.
 
     Args:
         network: the objective as this rank runs it: compiled or not, and wrapped if there are several ranks.
         stop: the signal that asked this rank to stop, 0 for none; all ranks learn of it.
+        scale: keeps small gradients from becoming zero in fp16.
     """
     counts = [objective.target_count(targets) for _, targets in micro_batches]
     targets_per_rank = objective.targets_per_rank(counts, world)
@@ -52,12 +57,15 @@ def take_step(
             # Divide twice: equal micro-batches then give exactly the bits of a mean of their means.
             divisor = count or 1  # the loss is 0 if no target counts
             loss = network(world.to_device(inputs), world.to_device(targets)) / divisor / (targets_per_rank / divisor)
-        loss.backward()
+        scale.scaled(loss).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
+    scale.unscale(network.parameters())
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), params.grad_clip_norm)
     loss = torch.stack(losses).sum()
     # One all-gather for both: every rank then judges the same losses and learns of a stop at the same step.
     rank_losses, stops = world.all_gather(torch.stack((loss, torch.full_like(loss, stop)))).unbind(1)
-    optimizer.step(learning_rate, (rank_losses.sum() + grad_norm).isfinite())
+    finite = (rank_losses.sum() + grad_norm).isfinite()
+    optimizer.step(learning_rate, finite)
+    scale.update(finite)
     network.zero_grad(set_to_none=True)
     return StepResult(rank_losses.mean(), grad_norm, rank_losses, stops.max())

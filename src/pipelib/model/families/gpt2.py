@@ -33,12 +33,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(params.n_embd, 3 * params.n_embd)
         self.c_proj = nn.Linear(params.n_embd, params.n_embd)
 
-    def forward(self, x: Tensor, layer: int = 0, attend: Attend = causal) -> Tensor:
+    def forward(self, x: Tensor, layer: int = 0, attend: Attend = causal, separate: bool = False) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape  # noqa: N806
-        # One product for query, key and value: (B, T, 3C) -> (3, B, n_head, T, head_size).
-        qkv: Tensor = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        attended = attend(layer, *qkv.unbind(0))  # (B, n_head, T, head_size)
+        if separate:
+            parts = zip(self.c_attn.weight.chunk(3), self.c_attn.bias.chunk(3), strict=True)
+            heads = [F.linear(x, *part).view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in parts]
+        else:
+            # One product for query, key and value: (B, T, 3C) -> (3, B, n_head, T, head_size).
+            qkv: Tensor = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+            heads = list(qkv.unbind(0))
+        attended = attend(layer, *heads)  # (B, n_head, T, head_size)
         out: Tensor = self.c_proj(attended.transpose(1, 2).flatten(2))
         return out
 
@@ -67,9 +72,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(params.n_embd)
         self.mlp = MLP(params)
 
-    def forward(self, x: Tensor, layer: int = 0, attend: Attend = causal) -> Tensor:
+    def forward(self, x: Tensor, layer: int = 0, attend: Attend = causal, separate: bool = False) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), layer, attend)
+        x = x + self.attn(self.ln_1(x), layer, attend, separate)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
 
@@ -93,8 +98,10 @@ class GPT2(Decoder):
         if positions is None:
             positions = torch.arange(inputs.shape[1], device=inputs.device)
         x = self.wte(inputs) + self.wpe(positions)
+        if self.bf16_residual:
+            x = x.bfloat16()
         for layer, block in enumerate(self.h):
-            x = self.run(block, x, layer, attend)
+            x = self.run(block, x, layer, attend, self.separate_qkv)
         out: Tensor = self.ln_f(x)
         return out
 

@@ -4,16 +4,26 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelib.model.device import autocast, pick_device
+from pipelib.processes import positive_int_from_env
+from pipelib.workspace.places import state_root
 
 T = TypeVar("T")
+TIMEOUT_MINUTES = 30
+"""How long ranks wait for each other before the training fails, unless `$PIPELIB_TIMEOUT` says otherwise.
+
+NCCL's own 10 minutes would end a healthy training whose first rank hashes large checkpoints on a slow network disk.
+"""
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
 
 
@@ -94,6 +104,13 @@ class World:
         if self.world_size > 1:
             dist.barrier()
 
+    def sum_exactly(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Give every rank the sum of an array of 64-bit numbers over all ranks."""
+        if self.world_size == 1:
+            return values
+        summed: npt.NDArray[np.float64] = self.sum(torch.from_numpy(values).to(self.device)).cpu().numpy()
+        return summed
+
     def sum(self, value: Tensor) -> Tensor:
         """Give every rank the sum of a tensor over all ranks."""
         if self.world_size > 1:
@@ -119,9 +136,16 @@ def join_world() -> Iterator[World]:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = pick_device(int(os.environ.get("LOCAL_RANK", "0")), local_ranks)
+    if device.type == "cuda":
+        # torch's own choice is the temporary folder, which new machines and new containers do not keep.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(state_root() / "inductor"))
     if world_size == 1:
         yield World(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = device.type == "cuda"
+    # With `device_id` NCCL connects now, so a broken network shows before the model is built.
+    backend, bound_to = ("nccl", device) if on_gpu else ("gloo", None)
+    timeout = timedelta(minutes=positive_int_from_env("PIPELIB_TIMEOUT") or TIMEOUT_MINUTES)
+    dist.init_process_group(backend, timeout=timeout, device_id=bound_to)
     yield World(rank, world_size, device, local_ranks)
     dist.destroy_process_group()  # not in a `finally`: after an error on this rank alone, NCCL would wait for the others

@@ -18,7 +18,7 @@ from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
 from pipelib.training.inputs import InitialWeights, require_weights
 from pipelib.training.launch.distributed import join_world
 from pipelib.training.launch.job import ERROR, RESULT, Job, run_job
-from pipelib.training.launch.machines import Machines, find_machines, wait_for_file
+from pipelib.training.launch.machines import Machines, find_machines, require_gpu, wait_for_file
 from pipelib.training.launch.stopping import STOP, ask_to_stop
 from pipelib.training.launch.torchrun import start_torchrun
 from pipelib.training.memory import Footprint
@@ -49,6 +49,7 @@ def launch(
         tell(f"train: {note}", error=True)
     # Check everything that can be checked before the ranks start.
     machines = find_machines()
+    require_gpu(train.precision)
     check_plan(train, manifest, machines.world_size)
     verify_shards(tokens, manifest)  # takes seconds for 20 GB; an out-of-range token would silently corrupt training
     needed = checkpoint_bytes(Footprint(model, manifest.tokenizer.size, train), cadence.checkpoint_every)

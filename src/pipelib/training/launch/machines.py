@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pipelib.errors import UserError, tell
+from pipelib.model.device import DEVICE, device_type, unused_gpu
 from pipelib.processes import natural_int_from_env, positive_int_from_env
 
 FILE_WAIT_SECONDS = 90
@@ -87,13 +88,28 @@ def process_count() -> int:
     Raises:
         UserError: `PIPELIB_NPROC` is not a number, or asks for more ranks than there are GPUs.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if device_type() == "cuda" else 0
     requested = positive_int_from_env("PIPELIB_NPROC")
     if requested is not None and gpus and requested > gpus:
         raise UserError(
             f"PIPELIB_NPROC={requested} is more than the {gpus} GPU(s) here, and ranks cannot share one; lower it, or unset it."
         )
     return requested or max(1, gpus)
+
+
+def require_gpu(precision: str) -> None:
+    """Refuse to train for a GPU on the CPU, where torch cannot use the GPU that is here, for example with an old driver.
+
+    Raises:
+        UserError: `precision` is one for GPUs; with fp32 only a warning is printed.
+    """
+    if not unused_gpu():
+        return
+    problem = f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it"
+    remedy = f"run pipelib doctor, which says why; {DEVICE}=cpu trains on the CPU on purpose"
+    if precision != "fp32":
+        raise UserError(f"{problem}, so training with precision {precision} would take months on the CPU; {remedy}.")
+    tell(f"warning: {problem}, so the model trains on the CPU; {remedy}", error=True)
 
 
 def wait_for_file(path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Parameters small enough for a test: a model of 1.6 million numbers, nearly all of them its vocabulary."""
+
+import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelib.evaluation.params import EvaluateParams
+from pipelib.model.shapes.gpt2 import GPT2Params
+from pipelib.training.params import TrainParams
+
+PARAMS: dict[str, dict[str, Any]] = {
+    "download": {
+        "source": "local", "path": "texts", "pattern": "**/*", "repo": "a/b", "revision": "a" * 40, "folder": "c",
+        "max_tokens": None, "benchmarks": ["completion"], "benchmark_documents": 8, "models": [], "seed": 1,
+    },
+    "tokenize": {"shard_tokens": 4096, "dedup": "none"},
+    "model": {"architecture": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16, "init_from": "scratch"},
+    "train": {
+        "seed": 7, "max_tokens": 2560, "max_epochs": 1.0, "global_batch_tokens": 64, "sequence_length": 16,
+        "micro_batch_size": 2, "optimizer": "adamw",
+        "max_lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "weight_decay": 0.1, "beta1": 0.9,
+        "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False, "deterministic": True,
+        "activation_checkpointing": False, "spike": None, "experiments": None, "hellaswag_every": None,
+        "validate_every": 10, "validate_tokens": 64, "sample_every": 20, "sample_prompts": ["The"],
+    },
+    "evaluate": {
+        "precision": "fp32", "batch_tokens": 512, "tasks": [], "task_limit": None, "baselines": [],
+        "sample_prompts": ["The"],
+    },
+    "logging": {"log_every": 1, "checkpoint_every": 5, "mlflow": False},
+}  # fmt: skip
+"""params.yaml: 40 steps of 4 rows of 16 tokens, in 2 micro-steps; a second or two."""
+
+assert {entry.name for entry in fields(TrainParams)} == PARAMS["train"].keys(), (
+    "PARAMS has to name every parameter of train"
+)
+
+
+def write_params(folder: Path, **changes: object) -> None:
+    """params.yaml, with `section__key=value` changed."""
+    values = copy.deepcopy(PARAMS)
+    for path, value in changes.items():
+        section, key = path.split("__")
+        assert key in values[section], f"{section}.{key} is not a parameter"
+        values[section][key] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def model_params(**changes: int) -> GPT2Params:
+    """The section `model`: the shape alone."""
+    shape = {name: value for name, value in PARAMS["model"].items() if name not in ("architecture", "init_from")}
+    return GPT2Params(**{**shape, **changes})
+
+
+def train_params(**changes: Any) -> TrainParams:
+    """The section `train`."""
+    values = {**PARAMS["train"], **changes}
+    return TrainParams(**{**values, "sample_prompts": tuple(values["sample_prompts"])})
+
+
+def evaluate_params(**changes: Any) -> EvaluateParams:
+    """The section `evaluate`."""
+    values = {**PARAMS["evaluate"], **changes}
+    return EvaluateParams(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )

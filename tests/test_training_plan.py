@@ -1,0 +1,92 @@
+"""What cannot be trained is refused before it starts: data too short, ranks that do not divide, settings of machines."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_params import train_params
+from small_run import ALONE, train_small
+
+from pipelib.errors import UserError
+from pipelib.tokens.shards import read_manifest
+from pipelib.training.batches import check_plan, make_loader
+from pipelib.training.launch.launch import join
+from pipelib.training.launch.machines import find_machines, process_count
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({"max_tokens": 16384, "global_batch_tokens": 16384}, 1, r"have 6,144 tokens, 383 rows of 16, .* needs 1024"),
+        ({"max_tokens": 64 * 192, "max_epochs": 2.0}, 1, r"is 2.005 passes .* allow it with train.max_epochs: 2.006"),
+        ({}, 3, r"3 ranks with train.micro_batch_size = 2 cannot share the 4 rows"),
+        ({"micro_batch_size": 1}, 8, r"8 ranks with train.micro_batch_size = 1 cannot share the 4 rows"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_data_is_refused(
+    folder: Path, changes: dict[str, Any], ranks: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_plan(train_params(**changes), read_manifest(folder / "tokens"), ranks)
+
+
+def test_the_epochs_that_the_message_names_are_enough(folder: Path) -> None:
+    manifest = read_manifest(folder / "tokens")
+    check_plan(train_params(max_tokens=64 * 192, max_epochs=2.006), manifest, 1)
+
+
+def test_a_second_epoch_is_announced_when_it_begins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_small(folder, train_params(max_tokens=64 * 100, max_epochs=2.0))
+    said = [line for line in capsys.readouterr().err.splitlines() if "epoch 2" in line]
+    # 383 rows, 4 a step
+    assert said == ["step 96: epoch 2 of 1.04 begins, so rows repeat from here on; train.max_epochs = 2 allows it"]
+    _, plan = make_loader(train_params(), folder / "tokens", read_manifest(folder / "tokens"), ALONE)
+    seen = np.concatenate([plan.rows(step) for step in range(95)])
+    assert len(set(seen)) == len(seen)
+    assert set(plan.rows(95)) & set(seen)
+
+
+@pytest.mark.parametrize("wish", ["two", "0", "-1", "1.5"])
+def test_a_number_of_ranks_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    monkeypatch.setenv("PIPELIB_NPROC", wish)
+    with pytest.raises(UserError, match=f"PIPELIB_NPROC={wish} is not a"):
+        process_count()
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert process_count() == 2
+    monkeypatch.setenv("PIPELIB_NPROC", "3")
+    with pytest.raises(UserError, match=r"PIPELIB_NPROC=3 is more than the 2 GPU\(s\) here"):
+        process_count()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"PIPELIB_NNODES": "2"}, r"PIPELIB_NNODES=2 machines need a place to meet, .*=\(not set\) is not HOST:PORT"),
+        (
+            {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": "node01"},
+            r"ENDPOINT=node01 is not HOST:PORT; give the first machine's",
+        ),
+        ({"PIPELIB_NNODES": "0"}, r"PIPELIB_NNODES=0 is not a whole number of at least 1"),
+        ({"PIPELIB_MAX_RESTARTS": "-1"}, r"PIPELIB_MAX_RESTARTS=-1 is not a whole number of at least 0"),
+    ],
+)
+def test_settings_of_machines_that_are_none_are_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], message: str
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        find_machines()
+
+
+def test_joining_a_training_on_one_machine_is_refused() -> None:
+    with pytest.raises(
+        UserError, match="--join is for a training on several machines, but PIPELIB_NNODES is not 2 or more"
+    ):
+        join(lambda: pytest.fail("there is nothing to look for"))

@@ -1,0 +1,174 @@
+"""Python with torch already imported: a fork of a server, one for each pytest worker, in place of a new interpreter.
+
+For tests whose subject is neither how a process starts nor how it is killed; those start `sys.executable`. The server
+imports packages of others, runs nothing of them, and knows nothing of pipelib: the fork imports that, from wherever its
+folder and its environment say, so a copy of the checkout runs its own code.
+"""
+
+import atexit
+import functools
+import importlib
+import json
+import os
+import runpy
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+IMPORTED = (
+    "torch", "torch._dynamo", "numpy", "yaml", "orjson", "tiktoken", "pyarrow.parquet", "awkward", "matplotlib.pyplot",
+    "dvc.cli.parser",
+)  # fmt: skip
+"""What a stage, or dvc, takes seconds to import."""
+
+
+def run_python(
+    *arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None, check: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run([sys.executable, *arguments])` that captures text: `-m MODULE ...`, `-c PROGRAM ...` or a file."""
+    words = [str(argument) for argument in arguments]
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        files = [stdout.fileno(), stderr.fileno()]
+        status = _ask(_server()[0], words, str(cwd or Path.cwd()), os.environ if env is None else env, files)
+        said = [file.seek(0) or file.read() for file in (stdout, stderr)]  # type: ignore[func-returns-value]
+    done = subprocess.CompletedProcess(words, status, *said)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def write_python(path: Path) -> None:
+    """Make a program that other programs can run as `python`: it prints what it is given, and has its exit status."""
+    path.write_text(
+        f"#!{sys.executable} -IS\nimport runpy\n"
+        f"raise SystemExit(runpy.run_path({__file__!r})['ask_for'](__import__('sys').argv[1:], {_server()[0]!r}))\n"
+    )
+    path.chmod(0o755)
+
+
+def ask_for(words: list[str], address: str) -> int:
+    """Run Python with these arguments, and everything else as this process has it; the exit status, as a shell's."""
+    status = _ask(address, words, str(Path.cwd()), os.environ, [1, 2])
+    return status if status >= 0 else 128 - status
+
+
+def _ask(address: str, words: list[str], cwd: str, environment: Mapping[str, str], files: list[int]) -> int:
+    """Have the server run a program, with these files as its output; its exit status, negative if a signal ended it."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(address)
+        socket.send_fds(server, [b"."], files)
+        server.sendall(json.dumps({"words": words, "cwd": cwd, "env": dict(environment)}).encode())
+        server.shutdown(socket.SHUT_WR)
+        return int(server.makefile().read())
+
+
+@functools.cache
+def _server() -> tuple[str, "subprocess.Popen[bytes]"]:
+    """Start the server of this process; its address, and the process, which ends when this one does."""
+    address = str(Path(tempfile.mkdtemp(prefix="warm")) / "socket")
+    ends_with_us, ours = os.pipe()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    server = subprocess.Popen(
+        [sys.executable, __file__, address, str(ends_with_us)],
+        pass_fds=[ends_with_us], cwd="/", env=environment, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(ends_with_us)
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+
+    def end() -> None:  # so that its time counts as this process's
+        os.close(ours)
+        server.wait(30)
+
+    atexit.register(end)
+    return address, server
+
+
+# ---- The server ------------------------------------------------------------------------------------------------------
+
+
+def serve(address: str, ends_with_client: int) -> None:
+    """Import, and fork for each connection, until the client has ended."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        print("ready", flush=True)
+        children: set[int] = set()
+        while ends_with_client not in (ready := select.select([listener, ends_with_client], [], [], 1)[0]):
+            if ready:
+                connection = listener.accept()[0]
+                if not (child := os.fork()):
+                    listener.close()
+                    os.close(ends_with_client)
+                    answer(connection)
+                children.add(child)
+                connection.close()
+            children -= {pid for pid in children if os.waitpid(pid, os.WNOHANG)[0]}
+    shutil.rmtree(Path(address).parent)
+
+
+def answer(connection: socket.socket) -> None:
+    """Run what a client asks for in a fork of this process, tell the client its exit status, and end."""
+    _, files, *_ = socket.recv_fds(connection, 1, 2)
+    request = json.loads(connection.makefile().read())
+    child = os.fork()
+    if not child:
+        connection.close()
+        for target, file in enumerate(files, 1):
+            os.dup2(file, target)
+            os.close(file)
+        os._exit(run(request["words"], request["cwd"], request["env"]))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with suppress(OSError):  # the client may have gone
+        connection.sendall(str(status).encode())
+    os._exit(0)
+
+
+def run(words: list[str], cwd: str, environment: dict[str, str]) -> int:
+    """As a new interpreter would with these arguments, in this folder and environment; the exit status."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    searched = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    kind, arguments = words[0], words[1:]
+    first = {"-m": cwd, "-c": ""}.get(kind, str(Path(kind).absolute().parent))
+    sys.path[0:1] = [first, *searched]
+    try:
+        if kind == "-m":
+            sys.argv = arguments
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            sys.argv = ["-c", *arguments[1:]]
+            exec(compile(arguments[0], "<string>", "exec"), main.__dict__)
+        else:
+            sys.argv = words
+            runpy.run_path(kind, run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if status == 1 and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))
