@@ -12,6 +12,8 @@ says what each part decides. Needs torch, numpy and PyYAML only. Exit status 1 i
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -25,8 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from gpu_part import AB, CAPPED, DDP
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 Command = tuple[str, ...]
 """A program of `bench/` and its arguments."""
 LARGER = {"gpt3-125m": 6, "gpt2-350m": 8, "gpt2-774m": 9, "gpt2-1558m": 9}
@@ -83,7 +83,7 @@ def main() -> None:
         sys.exit(f"failed: {'; '.join(failed)}")
 
 
-def run(part: str, command: tuple[str, ...], seconds: float) -> bool:
+def run(part: str, command: Command, seconds: float) -> bool:
     """Run a command, print its figures as they come, and whether it ended well."""
     started = time.monotonic()
     process = subprocess.Popen(
@@ -91,9 +91,11 @@ def run(part: str, command: tuple[str, ...], seconds: float) -> bool:
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stdout is not None
-    too_long = threading.Timer(seconds, process.kill)
+    # The whole group: a training that was left behind would disturb what is measured next.
+    too_long = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
     too_long.start()
     for line in process.stdout:
         print(line if line.startswith("{") else f"# {line}", end="", flush=True)

@@ -19,9 +19,8 @@ def plain_environment() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith(("PIPELIB_", "DVC_", "MLFLOW_")) and not name.startswith("PIPELIB_TEST_"):
                 patch.delenv(name)
-        patch.setenv(
-            "CUDA_VISIBLE_DEVICES", ""
-        )  # what is compared here are the bits of a CPU; bench/gpu.py is for GPUs
+        # Tests compare the bits of a CPU; bench/gpu.py is for GPUs.
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
 
 
@@ -63,58 +62,23 @@ def vocabulary_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LONGEST = ("test_dvc.py", "test_kill.py", "test_tokens_encode_corpus.py", "test_tokens_units.py")
 """A file stays on one worker, so the longest ones start first: else the last one would keep one core waiting."""
-
-
-SLOW = {
-    f"test_{name}.py"
-    for name in [
-        "bench",
-        "cli_compare",
-        "cli_plan",
-        "cli_publish",
-        "cli_verify",
-        "corpus_hub",
-        "corpus_hub_answers",
-        "corpus_hub_stage",
-        "corpus_local",
-        "dvc",
-        "dvc_yaml",
-        "evaluation_harness",
-        "evaluation_stage",
-        "extending",
-        "initial_weights_guide",
-        "kill",
-        "model",
-        "model_families",
-        "signals",
-        "stages",
-        "tokens_encode_corpus",
-        "tokens_loader",
-        "tokens_units",
-        "tracking",
-        "tracking_failures",
-        "tracking_replay",
-        "training_checkpoints",
-        "training_doors",
-        "training_experiments",
-        "training_initial_weights",
-        "training_memory",
-        "training_plan",
-        "training_precision",
-        "training_ranks",
-        "training_resume",
-        "training_spikes",
-        "training_step",
-    ]
-}
-"""Files that `make test-fast` leaves out: they start processes, train, or try many inputs, and take 6 s and more."""
+SLOW = (
+    "bench", "cli_compare", "cli_plan", "cli_publish", "cli_sample", "cli_verify", "corpus_docs", "corpus_hub",
+    "corpus_hub_answers", "corpus_hub_stage", "corpus_local", "dvc", "dvc_yaml", "evaluation", "evaluation_harness",
+    "evaluation_stage", "extending", "initial_weights_guide", "kill", "model", "model_families", "model_folders",
+    "pool", "signals", "stages", "tokens_encode_corpus", "tokens_loader", "tokens_units", "tracking",
+    "tracking_failures", "tracking_replay", "training_checkpoints", "training_doors", "training_experiments",
+    "training_hellaswag", "training_initial_weights", "training_memory", "training_plan", "training_precision",
+    "training_ranks", "training_resume", "training_spikes", "training_step",
+)  # fmt: skip
+"""Files that `make test-fast` leaves out: they start processes, train, or try many inputs, and take 4 s and more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     for item in items:
-        if item.path.name in SLOW:
+        if item.path.stem.removeprefix("test_") in SLOW:
             item.add_marker("slow")
     if "PIPELIB_TEST_RUNS" not in os.environ:
         skip = pytest.mark.skip(reason="takes long; `make test-long` runs it")

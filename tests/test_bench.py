@@ -37,6 +37,25 @@ def test_the_memory_arithmetic_is_near_what_a_compiled_step_keeps(monkeypatch: p
     assert max(kept, key=lambda name: kept[name]).startswith("mm"), "the product is kept, not the masked copy"
 
 
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("triton_red_fused__log_softmax__to_copy_mm_2", "fused"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_3", "fused"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+    ],
+)
+def test_a_kernel_belongs_to_one_class(monkeypatch: pytest.MonkeyPatch, kernel: str, kind: str) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_part
+
+    assert gpu_part.class_of(kernel) == kind
+
+
 def test_the_rungs_of_the_ladder_compute_one_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rung is faster arithmetic for the same thing: the plain attention is `causal`."""
     monkeypatch.syspath_prepend(str(BENCH))
