@@ -17,6 +17,7 @@ from warm_python import run_python
 from pipelib.errors import UserError
 from pipelib.model import device as module
 from pipelib.model.device import (
+    attention_of_any_shape,
     choose_device,
     exactly,
     has_code_for,
@@ -165,6 +166,9 @@ def test_inference_leaves_cudnns_attention_to_training(gpu: dict[str, Any]) -> N
 
     before = allowed()
     with inference(CUDA, "fp32"):
+        assert allowed() == (True, True, False)
+    assert allowed() == before
+    with attention_of_any_shape(CUDA):
         assert allowed() == (True, True, False)
     assert allowed() == before
 

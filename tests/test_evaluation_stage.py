@@ -20,7 +20,7 @@ from small_params import model_params, train_params
 from small_run import random_model, train_small, write_tokens
 
 from pipelib.errors import UserError
-from pipelib.evaluation import baselines
+from pipelib.evaluation import baselines, measure
 from pipelib.evaluation.evaluate import evaluate
 from pipelib.evaluation.inputs import evaluation_inputs, require_data
 from pipelib.evaluation.items import read_items_file
@@ -106,6 +106,20 @@ def test_the_report_says_what_was_measured_and_is_the_same_each_time(
     assert speed["loss_seconds"] >= 0
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_several_gpus_measure_the_same(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes stand for two GPUs; each has half of the cores, as a rank has."""
+    alone, _ = run_evaluation(trained, tmp_path / "alone")
+    monkeypatch.setattr("pipelib.evaluation.measure.gpu_count", lambda: 2)
+    monkeypatch.setenv("PIPELIB_THREADS", "1")
+    monkeypatch.setattr(measure, "measure_part", None)  # nothing is measured in this process
+    together, speed = run_evaluation(trained, tmp_path / "together")
+    assert together == alone
+    assert speed["loss_seconds"] > 0
+    items = [(tmp_path / name / "reports/items.npz").read_bytes() for name in ("alone", "together")]
+    assert items[0] == items[1]
+
+
 def test_the_web_page_needs_no_network(trained: Path, tmp_path: Path) -> None:
     result, _ = run_evaluation(trained, tmp_path / "outs")
     page = (tmp_path / "outs/reports/evaluation.html").read_text(encoding="utf-8")
@@ -189,7 +203,7 @@ def test_baselines_are_measured_once_and_stand_beside_the_model(
         assert f"| completion.acc | {name} |" in text
 
     shutil.rmtree("data/models/gpt2")  # the result is kept by its hash, so the weights are needed no more
-    monkeypatch.setattr("pipelib.evaluation.evaluate.import_model", only_once())
+    monkeypatch.setattr("pipelib.evaluation.measure.import_model", only_once())
     again, speed = run_evaluation(trained, tmp_path / "second", with_baselines)
     assert again == result
     assert speed["gpt2_seconds"] == 0
@@ -262,8 +276,11 @@ def test_weights_that_are_not_those_of_the_manifest_are_refused(
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("benchmarks", [True, False])
-def test_weights_that_are_lost_are_an_error_and_no_score(trained: Path, tmp_path: Path, benchmarks: bool) -> None:
+@pytest.mark.parametrize(("benchmarks", "gpus"), [(True, 1), (False, 1), (True, 2)])
+def test_weights_that_are_lost_are_an_error_and_no_score(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmarks: bool, gpus: int
+) -> None:
+    monkeypatch.setattr("pipelib.evaluation.measure.gpu_count", lambda: gpus)
     folder = tmp_path / "lost"
     shutil.copytree(trained, folder, ignore=None if benchmarks else shutil.ignore_patterns("completion.jsonl"))
     model = GPT2(model_params(), GPT2_TOKENIZER.size)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelib.errors import UserError
-from pipelib.pool import Pool
+from pipelib.pool import Pool, worker_number
 
 
 def nothing() -> None: ...
@@ -47,6 +47,25 @@ def test_nothing_to_do_starts_nothing(tmp_path: Path) -> None:
     with Pool(5, note, tmp_path) as pool:
         assert list(pool.run(square, [])) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_each_worker_has_a_number() -> None:
+    with Pool(3, nothing) as pool:
+        numbers = dict(pool.run(number_slowly, [(0.3,)] * 3))
+    assert sorted(numbers.values()) == [0, 1, 2]
+
+
+def number_slowly(seconds: float) -> int:
+    time.sleep(seconds)
+    return worker_number()
+
+
+def test_a_stop_kills_workers_whose_tasks_are_long() -> None:
+    started = time.monotonic()
+    with Pool(1, nothing, finish_tasks=False) as pool:
+        next(pool.run(number_slowly, [(0.0,), (600.0,)]))
+        pool.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert time.monotonic() - started < 60
 
 
 def test_an_error_of_a_task_is_raised_here_and_says_where_it_was() -> None:

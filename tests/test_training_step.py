@@ -1,8 +1,12 @@
 """One step, and many: the losses are those of a plain implementation, and a bad step changes nothing."""
 
+import copy
 import itertools
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from pipelib.training.batches import TensorBatch, make_loader
 from pipelib.training.launch.distributed import World
 from pipelib.training.learning_rate import learning_rate_at
 from pipelib.training.objectives import NextToken
+from pipelib.training.optim.adamw import AdamW
 from pipelib.training.optimizer import Optimizer, make_optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.step import StepResult, take_step
@@ -96,13 +101,50 @@ def test_the_gradient_is_clipped_and_its_norm_is_noted_before(folder: Path) -> N
 def test_only_matrices_decay() -> None:
     model = new_model()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decaying, others = make_optimizer(model, train_params(weight_decay=0.3))._adamw.param_groups  # type: ignore[attr-defined]
-    assert (decaying["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
-    assert {names[id(parameter)] for parameter in others["params"]} == {
+    decaying, others = AdamW(model, train_params(weight_decay=0.3)).groups
+    assert (decaying.weight_decay, others.weight_decay) == (0.3, 0.0)
+    assert {names[id(parameter)] for parameter in others.parameters} == {
         name for name in names.values() if name.endswith("bias") or "ln_" in name
     }
-    assert len(decaying["params"]) + len(others["params"]) == len(names)
-    assert (decaying["betas"], decaying["eps"]) == ((0.9, 0.95), 1e-8)
+    assert len(decaying.parameters) + len(others.parameters) == len(names)
+
+
+def test_adamw_is_torchs_class_and_reads_its_state() -> None:
+    """Three steps, the second of them skipped; the third one after the class's state was loaded."""
+    params = train_params(weight_decay=0.3)
+    model, twin = new_model(), new_model()
+    ours = AdamW(model, params)
+    groups = [{"params": group.parameters, "weight_decay": group.weight_decay} for group in AdamW(twin, params).groups]
+    theirs = torch.optim.AdamW(groups, betas=(params.beta1, params.beta2), eps=params.eps, fused=True)
+    for number, finite in enumerate([True, False, True]):
+        generator = torch.Generator().manual_seed(number)
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            other.grad = parameter.grad.clone()
+        for group in theirs.param_groups:
+            group["lr"] = 0.01 * (number + 1)
+        theirs.found_inf = torch.tensor(1.0 - finite)  # type: ignore[attr-defined]
+        theirs.step()
+        ours.step(0.01 * (number + 1), torch.tensor(finite))
+        assert differing(model, twin) == []
+        ours = AdamW(model, params)
+        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        assert ours.state_dict()["state"].keys() == theirs.state_dict()["state"].keys()
+
+
+def test_a_training_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """It takes longer than the first steps of a small model."""
+    program = """
+import sys
+from pathlib import Path
+from small_params import train_params
+from small_run import train_small, write_tokens
+write_tokens(Path("tokens"))
+train_small(Path(), train_params())
+assert "torch._dynamo" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
 
 
 def test_loss_of_the_model_is_torchs_cross_entropy() -> None:

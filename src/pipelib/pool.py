@@ -30,12 +30,15 @@ class Pool:
     (MLflow's).
     """
 
-    def __init__(self, max_processes: int, start: Callable[..., object], *arguments: object) -> None:
+    def __init__(
+        self, max_processes: int, start: Callable[..., object], *arguments: object, finish_tasks: bool = True
+    ) -> None:
         """Args:
         max_processes: how many may run at once.
         start: called with `arguments` in each process before its first task; a module-level function.
+        finish_tasks: on an error or a stop, let each worker finish its current task; otherwise kill it.
         """
-        self._max_processes, self._start = max_processes, (start, arguments)
+        self._max_processes, self._start, self._finish_tasks = max_processes, (start, arguments), finish_tasks
         self._context = multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = []
         self._idle: list[Connection] = []
@@ -47,7 +50,10 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let each worker finish its current task, and wait until all have ended."""
+        """Let each worker finish its current task, or kill it, and wait until all have ended."""
+        if error is not None and not self._finish_tasks:
+            for process in self._processes:
+                process.kill()
         # A worker whose pipe is closed ends when it next reads or writes.
         for connection in (*self._idle, *self._busy):
             connection.close()
@@ -94,7 +100,7 @@ class Pool:
     def _start_process(self) -> Connection:
         """Start a worker and return this end of its pipe."""
         mine, its = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(its, *self._start), daemon=True)
+        process = self._context.Process(target=_work, args=(its, len(self._processes), *self._start), daemon=True)
         resource_tracker.ensure_running()  # otherwise `start` would do it, and unblock the signals
         with signals_blocked():  # the worker inherits the block and keeps it: this process decides when to stop
             process.start()
@@ -115,8 +121,18 @@ def _explain_dead_worker() -> Iterator[None]:
         ) from None
 
 
-def _work(connection: Connection, start: Callable[..., object], arguments: tuple[object, ...]) -> None:
+_number = 0
+
+
+def worker_number() -> int:
+    """The number of this worker process in its pool, from 0."""
+    return _number
+
+
+def _work(connection: Connection, number: int, start: Callable[..., object], arguments: tuple[object, ...]) -> None:
     """Run one task after the other in a worker, until the pipe closes."""
+    global _number
+    _number = number
     die_with_parent(signal.SIGKILL)  # all other stop signals are blocked here
     start_error = None
     try:

@@ -60,8 +60,7 @@ def evaluate(
     manifest = require_validation(tokens)
     tokenizer = manifest.tokenizer
     data = Data(tokens, benchmarks, tokenizer)
-    model = import_model(models, tokenizer).to(device)
-    measured = measure(models.name, model, params, data, build.work / "harness")
+    measured = measure(models.name, models, params, data, build.work / "harness")
     result, seconds = dict(measured.result), dict(measured.seconds)
     for name, path in data.completions.items():
         unigram = score_unigram(np.load(tokens / UNIGRAM_COUNTS), read_items(path, tokenizer))
@@ -76,6 +75,7 @@ def evaluate(
     if baselines:
         result["baselines"] = baselines
 
+    model = import_model(models, tokenizer, quiet=True).to(device)
     # Everything in `reports/` is a function of the inputs, so that equal inputs give equal bytes.
     samples = write_samples(model, tokenizer, params.sample_prompts, params.precision, seed=0)
     subject = Subject(
@@ -108,7 +108,7 @@ def measure_baselines(
     }
 
     def measure_baseline(baseline: Baseline) -> Measured:
-        return measure(baseline.name, import_model(baseline.folder, data.tokenizer).to(device), params, data, scratch)
+        return measure(baseline.name, baseline.folder, params, data, scratch)
 
     return {
         baseline.name: measure_once(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from pipelib.evaluation.loss import Loss, losses_of_rows
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.files import remove
 from pipelib.model.decoder import Decoder
-from pipelib.model.device import require_support
+from pipelib.model.device import gpu_count, pick_device, require_support
+from pipelib.model.huggingface import import_model
+from pipelib.pool import Pool, worker_number
 from pipelib.progress import Progress
 from pipelib.tokens.loader import Batch, validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, count_tokens, open_shard
@@ -48,56 +51,107 @@ class Data:
         return {name: path for name, path in paths.items() if holds_items(path)}
 
 
-def measure(name: str, model: Decoder, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
-    """Measure a model on all of the data.
+def measure(name: str, folder: Path, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
+    """Measure a model on all of the data. Several GPUs measure several parts at once, with the results of one GPU.
 
     Args:
         name: the model's name in progress lines.
+        folder: the model in Hugging Face's format.
         scratch: a folder for the harness's copies of the data, removed at the end.
 
     Raises:
-        UserError: the model's losses are not finite, data is damaged, or a task's data is missing.
+        UserError: the model cannot be read, its losses are not finite, data is damaged, or a task's data is missing.
     """
-    require_support(model.device, params.precision)
-    torch.backends.cuda.matmul.allow_tf32 = params.precision != "fp32"  # for products that stay in fp32, as in training
+    calls = [(part, name, params, data, scratch) for part in parts_of(params, data)]
+    processes = min(gpu_count(), len(calls))
+    if processes > 1:
+        with Pool(processes, _start_worker, folder, data.tokenizer, processes, finish_tasks=False) as pool:
+            found = dict(pool.run(_measure_in_worker, calls))
+        measured = [found[number] for number in range(len(calls))]
+    else:
+        model = import_model(folder, data.tokenizer).to(pick_device())
+        measured = [measure_part(model, *call) for call in calls]
     result: dict[str, Any] = {}
     items: dict[str, ItemScores] = {}
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
+    seconds: Counter[str] = Counter()
+    for part in measured:
+        result |= part.result
+        items |= part.items
+        seconds.update(part.seconds)
+    return Measured(result, items, dict(seconds))
 
-    def lap(part: str) -> None:
-        nonlocal clock
-        seconds[part], clock = time.perf_counter() - clock, time.perf_counter()
 
-    if data.tokens is not None:
-        loss, items["validation"] = measure_loss(name, model, params, data)
-        text_bytes = count_text_bytes(open_shard(data.tokens / VALIDATION_SHARD)[1:], data.tokenizer)
-        result |= {
-            "val_loss": round(loss.mean, 6),
-            "perplexity": round(loss.perplexity, 4),
-            "bits_per_byte": round(loss.bits_per_byte(text_bytes), 6),
-            "val_tokens": loss.tokens,
-        }
-        lap("loss_seconds")
-    for benchmark, path in data.completions.items():
-        scores = measure_completion(f"{name}: {benchmark}", model, params, read_items(path, data.tokenizer))
-        items[benchmark] = completion_items(scores)
-        result[benchmark] = {
-            "acc": accuracy_json(scores.acc),
-            "acc_norm": accuracy_json(scores.acc_norm),
-            "contexts_cut": contexts_cut(scores.items, model.params.context_length),
-        }
-    lap("completion_seconds")
-    if params.tasks:
-        tasks = run_tasks(model, data.tokenizer, params, data.benchmarks, scratch)
-        remove(scratch)
-        items |= {f"lm_eval/{task}": found.items for task, found in tasks.items()}
-        result["lm_eval"] = {
-            task: {key: _rounded(value) for key, value in tasks[task].scores.items()} for task in tasks
-        }
-        result["lm_eval_version"] = importlib.metadata.version("lm-eval")
-    lap("harness_seconds")
-    return Measured(result, items, seconds)
+_model: Decoder | None = None
+"""The model of this worker process."""
+
+
+def _start_worker(folder: Path, tokenizer: Tokenizer, processes: int) -> None:
+    global _model
+    _model = import_model(folder, tokenizer, quiet=worker_number() > 0).to(pick_device(worker_number(), processes))
+
+
+def _measure_in_worker(part: str, name: str, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
+    assert _model is not None
+    return measure_part(_model, part, name, params, data, scratch)
+
+
+LOSS, HARNESS = "loss", "harness"
+
+
+def parts_of(params: EvaluateParams, data: Data) -> list[str]:
+    """The parts of measuring a model: its loss, each four-way benchmark, the harness. Each is independent of the others."""
+    return [LOSS] * (data.tokens is not None) + list(data.completions) + [HARNESS] * bool(params.tasks)
+
+
+def measure_part(model: Decoder, part: str, name: str, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
+    """Measure one part, see `parts_of` and `measure`."""
+    require_support(model.device, params.precision)
+    torch.backends.cuda.matmul.allow_tf32 = params.precision != "fp32"  # for products that stay in fp32, as in training
+    started = time.perf_counter()
+    if part == LOSS:
+        result, items = _loss_part(name, model, params, data)
+    elif part == HARNESS:
+        result, items = _harness_part(model, params, data, scratch)
+    else:
+        result, items = _completion_part(part, name, model, params, data)
+    kind = part if part in (LOSS, HARNESS) else "completion"
+    return Measured(result, items, {f"{kind}_seconds": time.perf_counter() - started})
+
+
+Part = tuple[dict[str, Any], dict[str, ItemScores]]
+"""A part's result and the scores of its items, as in `Measured`."""
+
+
+def _loss_part(name: str, model: Decoder, params: EvaluateParams, data: Data) -> Part:
+    assert data.tokens is not None
+    loss, items = measure_loss(name, model, params, data)
+    text_bytes = count_text_bytes(open_shard(data.tokens / VALIDATION_SHARD)[1:], data.tokenizer)
+    result = {
+        "val_loss": round(loss.mean, 6),
+        "perplexity": round(loss.perplexity, 4),
+        "bits_per_byte": round(loss.bits_per_byte(text_bytes), 6),
+        "val_tokens": loss.tokens,
+    }
+    return result, {"validation": items}
+
+
+def _completion_part(benchmark: str, name: str, model: Decoder, params: EvaluateParams, data: Data) -> Part:
+    items = read_items(data.completions[benchmark], data.tokenizer)
+    scores = measure_completion(f"{name}: {benchmark}", model, params, items)
+    result = {
+        "acc": accuracy_json(scores.acc),
+        "acc_norm": accuracy_json(scores.acc_norm),
+        "contexts_cut": contexts_cut(scores.items, model.params.context_length),
+    }
+    return {benchmark: result}, {benchmark: completion_items(scores)}
+
+
+def _harness_part(model: Decoder, params: EvaluateParams, data: Data, scratch: Path) -> Part:
+    tasks = run_tasks(model, data.tokenizer, params, data.benchmarks, scratch)
+    remove(scratch)
+    scores = {task: {key: _rounded(value) for key, value in tasks[task].scores.items()} for task in tasks}
+    result = {"lm_eval": scores, "lm_eval_version": importlib.metadata.version("lm-eval")}
+    return result, {f"lm_eval/{task}": found.items for task, found in tasks.items()}
 
 
 def measure_loss(name: str, model: Decoder, params: EvaluateParams, data: Data) -> tuple[Loss, ItemScores]:

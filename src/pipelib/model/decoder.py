@@ -7,13 +7,14 @@ generation, scoring, export and import work with it. Its parameters are in `shap
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from pipelib.model.attend import Attend, causal
@@ -38,10 +39,18 @@ def build(params: ModelParams, vocab_size: int) -> "Decoder":
 
     torch's layers would draw initial weights of their own, which takes a minute for a large model and which nothing uses.
     """
-    with torch.device("meta"):
-        model = family_of(params.architecture)(params, vocab_size)
-    assert not list(model.buffers()), "a buffer computed in a constructor would be lost"
-    return model.to_empty(device="cpu")
+    with _NoDraws():
+        return family_of(params.architecture)(params, vocab_size)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leave out what `nn.init` draws. (On the device "meta" layers have no memory, but they import torch's compiler.)"""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(func, "__module__", "") == nn.init.__name__ else func(*args, **kwargs)
 
 
 class Decoder(nn.Module, ABC):
@@ -94,8 +103,9 @@ class Decoder(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., padded vocab_size). The padding gets minus infinity, so its probability is zero."""
         logits = F.linear(hidden, self.head)  # padding is not sliced off: a padded matrix product is faster on a GPU
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             # Out of place: the backward pass then keeps the product, which is in memory anyway, and not the masked copy.
+            # Without a compiler this would be slower: it writes all of the logits, and the line below only the padding.
             return logits.masked_fill(torch.arange(len(self.head), device=logits.device) >= self.vocab_size, -math.inf)
         logits[..., self.vocab_size :] = -math.inf
         return logits

@@ -45,6 +45,16 @@ def device_type() -> str:
     return choose_device(os.environ.get(DEVICE, ""), cuda=torch.cuda.is_available(), mps=mps)
 
 
+def gpu_count() -> int:
+    """How many NVIDIA GPUs models may run on here, see `choose_device`; `$CUDA_VISIBLE_DEVICES` limits them."""
+    return torch.cuda.device_count() if device_type() == "cuda" else 0
+
+
+def gpu_in_use() -> bool:
+    """Whether this process has used an NVIDIA GPU: not if `$PIPELIB_DEVICE` chose another device."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def pick_device(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     """Choose this rank's GPU, or the CPU with this rank's share of the cores as threads.
 
@@ -138,15 +148,18 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def inference(device: torch.device, precision: str) -> Iterator[None]:
     """`autocast` without gradients, for evaluation and generation, where shapes change from batch to batch.
 
-    On a GPU cuDNN's attention, which builds a plan for every new shape, is left to training, which has one shape. Apple's
-    allocator keeps a block for every shape; they are released at the end.
+    Apple's allocator keeps a block for every shape; they are released at the end.
     """
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    kernels = sdpa_kernel(backends, set_priority=True) if device.type == "cuda" else nullcontext()
-    with torch.no_grad(), autocast(device, precision), kernels:
+    with torch.no_grad(), autocast(device, precision), attention_of_any_shape(device):
         yield
     if device.type == "mps":
         torch.mps.empty_cache()
+
+
+def attention_of_any_shape(device: torch.device) -> AbstractContextManager[object]:
+    """On a GPU, leave out cuDNN's attention, which builds a plan for every new shape: in generation, for every token."""
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(backends, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 def exactly(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipelib.errors import UserError
 from pipelib.model.decoder import Decoder
+from pipelib.model.device import attention_of_any_shape
 from pipelib.model.kv_cache import KVCache
 from pipelib.schema import MAX_INT
 
@@ -116,7 +117,9 @@ def _stream(
         for _ in range(new_tokens):
             if not unfinished:
                 break
-            for number, logits in _next_logits(model, unfinished, cache).items():
+            with attention_of_any_shape(model.device):
+                next_logits = _next_logits(model, unfinished, cache)
+            for number, logits in next_logits.items():
                 token = draw(logits, generators[number])
                 if token == stop_token_id:
                     del unfinished[number]

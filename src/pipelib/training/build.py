@@ -111,7 +111,7 @@ def build_trainer(
         states=states,
         previous_world_size=state.world_size,
         checkpoints=checkpoints,
-        guards=Guards(params, plan, spikes, scale, checkpoints, world),
+        guards=Guards(params, plan, spikes, checkpoints, world),
         validation=validation,
         probes=probes,
         log=log,

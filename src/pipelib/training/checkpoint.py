@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipelib.errors import tell
 from pipelib.files import files_under, read_json, remove, sha256_file, sync_folder, write_atomic, write_json
+from pipelib.model.device import gpu_in_use
 from pipelib.training.launch.machines import wait_for_file
 from pipelib.training.memory import Footprint
 
@@ -104,7 +105,7 @@ class Checkpoints:
         """
         self.wait()
         saved = {name: _to_host(stateful.state_dict()) for name, stateful in states.items()}
-        if torch.cuda.is_available():
+        if gpu_in_use():
             torch.cuda.current_stream().synchronize()  # the copies are asynchronous
         if val_loss is not None and not math.isfinite(val_loss):
             val_loss = None  # it is never the best, and JSON cannot hold it
@@ -170,7 +171,7 @@ class Checkpoints:
         path = self.folder / name
         wait_for_file(path / "state.pt")  # another machine may have written it
         # Memory-mapped on a GPU, where every tensor is copied to the device anyway: the ranks of a machine share the pages.
-        saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=torch.cuda.is_available())
+        saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=gpu_in_use())
         for key, stateful in states.items():
             stateful.load_state_dict(saved[key])
         return int(name.removeprefix("step_"))
@@ -253,12 +254,12 @@ class RandomState:
     def state_dict(self) -> dict[str, Any]:
         """See `Stateful`."""
         state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        if gpu_in_use():
             state["cuda"] = torch.cuda.get_rng_state()
         return state
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """See `Stateful`."""
         torch.set_rng_state(state["cpu"])
-        if "cuda" in state and torch.cuda.is_available():
+        if "cuda" in state and gpu_in_use():
             torch.cuda.set_rng_state(state["cuda"])

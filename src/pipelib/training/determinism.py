@@ -15,7 +15,9 @@ def set_determinism(params: TrainParams, world: World) -> None:
     torch.manual_seed(params.seed)
     on_gpu = world.device.type == "cuda"
     # On a CPU only Inductor's embedding gradient is not deterministic: its threads add to one sum in any order.
-    torch.use_deterministic_algorithms(params.deterministic if on_gpu else params.compile)
+    deterministic = params.deterministic if on_gpu else params.compile
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call below imports torch's compiler
+        torch.use_deterministic_algorithms(deterministic)
     # Filling new memory costs time, and nothing here reads memory before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if on_gpu:

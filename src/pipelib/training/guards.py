@@ -13,7 +13,6 @@ from pipelib.errors import UserError
 from pipelib.tokens.loader import BatchPlan
 from pipelib.training.checkpoint import Checkpoints
 from pipelib.training.launch.distributed import World
-from pipelib.training.loss_scale import NoLossScale
 from pipelib.training.params import TrainParams
 from pipelib.training.spikes import Spike, Spikes
 from pipelib.training.step import StepResult
@@ -52,17 +51,17 @@ class Guards:
         params: TrainParams,
         plan: BatchPlan,
         spikes: Spikes,
-        scale: NoLossScale,
         checkpoints: Checkpoints,
         world: World,
     ) -> None:
-        self._params, self._plan, self._spikes, self._scale = params, plan, spikes, scale
+        self._params, self._plan, self._spikes = params, plan, spikes
         self._checkpoints, self._world = checkpoints, world
         self._waiting: list[tuple[int, float, Tensor]] = []
 
     def note(self, step: int, learning_rate: float, result: StepResult) -> None:
         """Note a finished step without waiting for the device."""
-        values = torch.cat((result.rank_losses, torch.stack((result.grad_norm, result.stop))))  # (world_size + 2,)
+        rest = torch.stack((result.grad_norm, result.stop, result.overflow))
+        values = torch.cat((result.rank_losses, rest))  # (world_size + 3,)
         self._waiting.append((step, learning_rate, values))
 
     def check(self, *, wait: bool) -> Verdict:
@@ -78,13 +77,13 @@ class Guards:
         if self._world.runs_ahead and not wait:
             return Continue()
         stop, spike = 0.0, None
-        for (step, learning_rate, _), (*losses, norm, signal) in zip(
+        for (step, learning_rate, _), (*losses, norm, signal, overflow) in zip(
             self._waiting, torch.stack([values for *_, values in self._waiting]).tolist(), strict=True
         ):
             stop = max(stop, signal)
             losses_finite, norm_finite = all(map(math.isfinite, losses)), math.isfinite(norm)
             # A gradient that overflows in fp16 is expected: the step was skipped, and the scale is smaller now.
-            finite = losses_finite and (norm_finite or self._scale.may_overflow())
+            finite = losses_finite and (norm_finite or bool(overflow))
             spike = spike or self._spikes.detect(step, sum(losses) / len(losses), finite)
             if not (finite or spike):
                 raise UserError(self._not_finite(step, learning_rate, losses, norm))

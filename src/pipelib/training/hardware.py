@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelib.model.device import AUTOCAST
+from pipelib.model.device import AUTOCAST, gpu_in_use
 
 _PEAK_BF16 = {
     # Dense bf16 TFLOP/s from the makers' data sheets. The first match in the device's name wins.
@@ -48,12 +48,12 @@ def peak_of(device: torch.device, precision: str) -> Peak:
 
 def peak_gpu_memory() -> int:
     """The most bytes that this process's tensors have taken on its GPU since `reset_peak_gpu_memory`; 0 without a GPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return torch.cuda.max_memory_allocated() if gpu_in_use() else 0
 
 
 def reset_peak_gpu_memory() -> None:
     """Forget the peak so far, which may be that of a micro-batch that was only tried."""
-    if torch.cuda.is_available():
+    if gpu_in_use():
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -26,16 +26,16 @@ class NoLossScale:
     def unscale(self, parameters: Iterable[Tensor]) -> None:
         """Divide the gradients by the scale."""
 
-    def update(self, finite: Tensor) -> None:
+    def update(self, finite: Tensor) -> Tensor:
         """Choose the next step's scale.
 
         Args:
             finite: whether this step's losses and gradients were finite, a boolean scalar on the device.
-        """
 
-    def may_overflow(self) -> bool:
-        """Whether a gradient that is not finite may come from the scale. This waits for the device."""
-        return False
+        Returns:
+            Whether a smaller scale may make them finite, a boolean scalar on the device.
+        """
+        return torch.zeros_like(finite)
 
 
 class LossScale(NoLossScale):
@@ -53,18 +53,16 @@ class LossScale(NoLossScale):
         """See `NoLossScale`."""
         torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], 1 / self._scale)
 
-    def update(self, finite: Tensor) -> None:
-        """See `NoLossScale`."""
+    def update(self, finite: Tensor) -> Tensor:
+        """See `NoLossScale`. At a scale of 1 the gradients themselves are too large for fp16."""
+        too_large = ~finite & (self._scale > 1)
         good = torch.where(finite, self._good_steps + 1, 0)
         grows = good == GROWTH_STEPS
         self._scale = torch.where(
             finite, torch.where(grows, 2 * self._scale, self._scale), (self._scale / 2).clamp(min=1.0)
         )
         self._good_steps = torch.where(grows, 0, good)
-
-    def may_overflow(self) -> bool:
-        """See `NoLossScale`. Not at a scale of 1: then the gradients themselves are too large for fp16."""
-        return self._scale.item() > 1.0
+        return too_large
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stateful`."""

@@ -28,6 +28,8 @@ class StepResult(NamedTuple):
     """The mean over each rank's share, (world_size,)."""
     stop: Tensor
     """The signal that asked any rank to stop, a scalar; 0 if none did."""
+    overflow: Tensor
+    """Whether the gradient was not finite because of the loss scale, which is smaller now: a scalar, 0 or 1."""
 
 
 def take_step(
@@ -66,6 +68,6 @@ def take_step(
     rank_losses, stops = world.all_gather(torch.stack((loss, torch.full_like(loss, stop)))).unbind(1)
     finite = (rank_losses.sum() + grad_norm).isfinite()
     optimizer.step(learning_rate, finite)
-    scale.update(finite)
+    overflow = scale.update(finite).to(loss.dtype)
     network.zero_grad(set_to_none=True)
-    return StepResult(rank_losses.mean(), grad_norm, rank_losses, stops.max())
+    return StepResult(rank_losses.mean(), grad_norm, rank_losses, stops.max(), overflow)

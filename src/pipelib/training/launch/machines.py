@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pipelib.errors import UserError, tell
-from pipelib.model.device import DEVICE, device_type, unused_gpu
+from pipelib.model.device import DEVICE, gpu_count, unused_gpu
 from pipelib.processes import natural_int_from_env, positive_int_from_env
 
 FILE_WAIT_SECONDS = 90
@@ -88,7 +88,7 @@ def process_count() -> int:
     Raises:
         UserError: `PIPELIB_NPROC` is not a number, or asks for more ranks than there are GPUs.
     """
-    gpus = torch.cuda.device_count() if device_type() == "cuda" else 0
+    gpus = gpu_count()
     requested = positive_int_from_env("PIPELIB_NPROC")
     if requested is not None and gpus and requested > gpus:
         raise UserError(
