@@ -52,14 +52,13 @@ class AdamW:
         found_inf = 1 - finite.float()
         for group in self.groups:
             group.states = group.states or list(map(_new_state, group.parameters))
-            steps, exp_avgs, exp_avg_sqs = map(list, zip(*group.states, strict=True))
             adamw(
                 list[Tensor](group.parameters),
                 [parameter.grad for parameter in group.parameters],  # type: ignore[misc]  # the backward pass set them
-                exp_avgs,
-                exp_avg_sqs,
+                [state.exp_avg for state in group.states],
+                [state.exp_avg_sq for state in group.states],
                 [],
-                steps,
+                [state.step for state in group.states],
                 fused=True,
                 found_inf=found_inf,
                 amsgrad=False,
