@@ -264,7 +264,7 @@ def test_a_stage_that_started_meanwhile_is_kept(
     monkeypatch.setattr("builtins.input", start_and_agree)
     assert main(["clean"]) == 0
     locks[0].close()
-    assert "kept: " in capsys.readouterr().out
+    assert f"not deleted: {folder} is in use by process {os.getpid()}" in capsys.readouterr().out
     assert root.is_dir()
     assert (folder / "work/checkpoint").exists()
 

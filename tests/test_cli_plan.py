@@ -161,7 +161,7 @@ def test_a_check_of_models_that_are_there_is_a_line(capsys: pytest.CaptureFixtur
         ({"model.init_from": "./mine"}, "./mine has n_layer = 1, not 2"),
         ({"model.init_from": "./broken"}, "model.init_from: broken/model.safetensors is missing"),
         ({"evaluate.baselines": ["./nowhere"]}, "evaluate.baselines: nowhere is not a folder with a model"),
-        ({"evaluate.baselines": ["./llama"]}, "llama/config.json has model_type = 'llama', and this code knows gpt2"),
+        ({"evaluate.baselines": ["./llama"]}, "llama/config.json has model_type = 'llama', and this code knows only gpt2"),
         ({"evaluate.baselines": ["gpt2"]}, "evaluate.baselines: gpt2 is not in download.models"),
         ({"evaluate.tasks": ["piqa"]}, "evaluate.tasks: piqa needs the data of the benchmark piqa"),
         ({"train.max_tokens": 13 * 7_400_214}, "passes over the 7,"),

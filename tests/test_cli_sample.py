@@ -69,7 +69,7 @@ def test_top_p_draws_among_all_tokens_unless_top_k_is_given(model: Path, capsys:
         (["--tokens", "0"], "--tokens 0 would write nothing"),
         (["--temperature", "-1"], "temperature -1 is negative"),
         (["--top-k", "0"], "top_k 0 leaves no token"),
-        (["--top-p", "1.2"], "top_p 1.2 is not a share of the probability"),
+        (["--top-p", "1.2"], "top_p 1.2 is not a probability above 0"),
         (["--seed", "-1"], "seed -1 is out of range"),
         (["--seed", str(2**63)], "seed 9223372036854775808 is out of range"),
         (["--seed", str(2**64)], "seed 18446744073709551616 is out of range"),

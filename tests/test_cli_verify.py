@@ -146,7 +146,7 @@ def test_what_is_whole_is_named_and_left(
     captured = capsys.readouterr()
     assert words in captured.err
     assert "removed" not in captured.out
-    assert "left to you, since nothing is damaged there: 1 of 1 problems" in captured.err
+    assert "not repaired: 1 of 1 problems, because nothing is damaged there" in captured.err
     assert sorted(folder.iterdir()) == before
 
 
@@ -176,7 +176,7 @@ def test_nothing_to_verify_is_one_message(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["verify"]) == 1
-    assert "no out of dvc.lock is here" in capsys.readouterr().err
+    assert "none of the outs in dvc.lock is here" in capsys.readouterr().err
 
 
 def test_no_folder_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -417,9 +417,9 @@ def test_where_dvcs_list_is_lost_the_folders_hash_and_the_links_tell(
     assert main(["verify", "data/raw"]) == 0
     flip_bit(Path(RAW[0]), 1500)
     assert main(["verify", "data/raw", "--repair"]) == 0
-    assert f"{RAW[0]} does not have the md5 that DVC's object is named by" in capsys.readouterr().err
+    assert f"{RAW[0]} does not have the md5 in the name of its object in DVC's cache" in capsys.readouterr().err
     assert [Path(name).exists() for name in RAW] == [False, True]
     Path(RAW[0]).write_text("no link of an object")
     assert main(["verify", "data/raw", "--repair"]) == 1
-    assert "nothing says which file is wrong" in capsys.readouterr().err
+    assert "it is unknown which file is wrong" in capsys.readouterr().err
     assert all(Path(name).exists() for name in RAW)

@@ -147,7 +147,8 @@ def test_files_and_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("documents", "words", "message"), [(30, 200, "none to train on"), (20, TOO_SHORT, "no completion item")]
+    ("documents", "words", "message"),
+    [(30, 200, "none would be left to train on"), (20, TOO_SHORT, "no completion item")],
 )
 def test_a_corpus_that_is_too_small(tmp_path: Path, documents: int, words: int, message: str) -> None:
     raw = write_corpus(tmp_path / "raw", 30, words)

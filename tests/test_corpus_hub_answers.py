@@ -621,7 +621,7 @@ def test_a_variable_that_cannot_work_ends_at_once(
     ("constant", "value", "message"),
     [
         ("HF_HUB_DOWNLOAD_TIMEOUT", -1, "HF_HUB_DOWNLOAD_TIMEOUT=-1: no request would get an answer"),
-        ("HF_HUB_USER_AGENT_ORIGIN", "a\nb", "HF_HUB_USER_AGENT_ORIGIN has a character that cannot be sent"),
+        ("HF_HUB_USER_AGENT_ORIGIN", "a\nb", "cannot be sent, so no request can be made; write it in ASCII"),
         ("HF_TOKEN_PATH", "/", "the hub's token cannot be read from / (Is a directory)"),
         ("HF_TOKEN_PATH", sys.executable, "the hub's token cannot be read from"),
     ],

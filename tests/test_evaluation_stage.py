@@ -23,7 +23,7 @@ from pipelib.errors import UserError
 from pipelib.evaluation import baselines, measure
 from pipelib.evaluation.evaluate import evaluate
 from pipelib.evaluation.inputs import evaluation_inputs, require_data
-from pipelib.evaluation.items import read_items_file
+from pipelib.evaluation.items import Measured, read_items_file
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.published import FIGURES, model_sizes, published_beside
 from pipelib.evaluation.report import Subject, write_report
@@ -215,6 +215,20 @@ def test_baselines_are_measured_once_and_stand_beside_the_model(
     with pytest.raises(UserError, match=r"gpt2: .* is missing, so it cannot be measured; run `dvc pull data/models`"):
         run_evaluation(trained, tmp_path / "third", with_baselines)
     assert files_under(tmp_path / "third") == []
+
+
+def test_a_kept_result_that_cannot_be_read_asks_for_no_action(
+    tmp_path: Path, with_baselines: EvaluateParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (baseline,) = baselines.find_baselines(with_baselines.baselines[:1], GPT2_TOKENIZER)
+    measured = Measured({"val_loss": 1.0}, {}, {})
+    for text in (None, "{", "[1]"):
+        for path in (tmp_path / "state/baselines").glob("*/result.json"):
+            path.write_text(text or "")
+        assert baselines.measure_once(baseline, {}, lambda: measured) == measured
+        said = capsys.readouterr().out
+        assert said.endswith("; no action is needed: the baseline is measured again\n") == (text is not None)
+        assert "verify" not in said
 
 
 def only_once() -> Any:

@@ -155,7 +155,7 @@ def test_a_model_comes_back_from_its_folder(family: str, tmp_path: Path) -> None
     assert all(map(torch.equal, back.state_dict().values(), model.state_dict().values()))
     context_length = "n_positions" if family == "gpt2" else "context_length"
     write_json(tmp_path / CONFIG, {**read_json(tmp_path / CONFIG), context_length: -1})
-    with pytest.raises(UserError, match=f"does not describe a {model.params.title}: "):
+    with pytest.raises(UserError, match=f"does not describe a {model.params.title}: {context_length}: -1 "):
         find_model(tmp_path, GPT2_TOKENIZER)
 
 

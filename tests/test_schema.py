@@ -80,10 +80,10 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object)
     [
         ("a: 1\nb: 2\na: 3\n", "the key 'a' is given twice, so one value would be lost"),
         ("a:\n  b: 1\n  b: 1\n", "the key 'b' is given twice"),
-        ("a: [1\n", "is not valid YAML, so nothing was run"),
+        ("a: [1\n", "is not valid YAML, so it cannot be read"),
         ("a: !!python/object:os.system {}\n", "is not valid YAML"),
-        ("- a\n", "holds a list, not sections"),
-        ("", "holds empty, not sections"),
+        ("- a\n", "is a list, not sections"),
+        ("", "is empty, not sections"),
         ("a: " + "9" * 5000, "is not valid YAML.* digits"),
         ("a: " + "[" * 10**4, "is not valid YAML.*recursion"),
     ],

@@ -186,7 +186,9 @@ def test_a_share_that_is_none(project: Project, share: str) -> None:
 def test_a_corpus_shorter_than_one_batch(project: Project) -> None:
     write_params(project.root, train__global_batch_tokens=2**20, train__max_tokens=2**22, train__warmup_steps=1)
     project.refuses(
-        "train", "the training shards have ", "one step needs 65536 rows; lower train.global_batch_tokens or add"
+        "train",
+        "the training shards have ",
+        "one step needs 65536 rows, so no step can be trained; lower train.global_batch_tokens or add",
     )
 
 

@@ -130,7 +130,7 @@ def test_a_thousand_shards_are_opened_when_they_are_read_and_few_stay_open(tmp_p
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: path.unlink(), "train_000001.bin is missing; run dvc repro"),
+        (lambda path: path.unlink(), "train_000001.bin is missing, so its tokens cannot be read; run dvc repro"),
         (
             lambda path: os.truncate(path, 1024 + 2 * 30),
             "train_000001.bin has 1084 bytes where its header's 40 tokens need",

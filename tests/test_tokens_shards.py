@@ -107,7 +107,7 @@ def test_what_is_no_shard_is_refused(tmp_path: Path, content: bytes, message: st
 
 
 def test_a_missing_shard_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.bin is missing; run dvc repro"):
+    with pytest.raises(UserError, match=r"a\.bin is missing, so its tokens cannot be read; run dvc repro"):
         open_shard(tmp_path / "a.bin")
 
 

@@ -212,7 +212,7 @@ def test_a_record_that_is_being_sent_is_left_alone(client: Any, capsys: pytest.C
         assert mine
         assert track("--replay") == 0
     said = capsys.readouterr().out
-    assert "skipped, since the stage is running or another process sends it" in said
+    assert "skipped, because the stage is running or another process sends it" in said
     assert said.endswith("has everything except what is being sent now\n")
     del client
 
@@ -369,7 +369,7 @@ def test_a_mirror_and_a_replay_do_not_send_the_same_record(client: Any, capsys: 
         while not runs_exist(client):
             mirror._closing.wait(0.01)
         track("--replay")
-        assert "skipped, since the stage is running" in capsys.readouterr().out
+        assert "skipped, because the stage is running" in capsys.readouterr().out
     assert len(runs(client, "train")) == 1
     assert read_events(record_path())[0][-1]["event"] == "end"
 

@@ -194,7 +194,8 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
     if free < needed:
         raise UserError(
             f"{what} needs {format_bytes(needed)} and {folder} has {format_bytes(free)} free, so it would fail half-way; "
-            "free some space (`pipelib clean` lists old state, `dvc gc -w` removes old cache) or set PIPELIB_STATE_DIR."
+            "free some space (`pipelib clean` lists old state, `dvc gc -w` removes old cache) or name a folder on "
+            "a larger disk (for the state of the stages, set PIPELIB_STATE_DIR)."
         )
 
 

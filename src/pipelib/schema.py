@@ -169,12 +169,15 @@ def parse_yaml(content: bytes, name: str) -> dict[str, Any]:
     except ValueError as error:
         if line := conflict_line(content):
             raise UserError(
-                f"{name} has git's conflict markers (line {line}), so its values are ambiguous and nothing was run; keep one "
-                "side of each conflict and delete the lines that start with <<<<<<<, ======= and >>>>>>>."
+                f"{name} has git's conflict markers (line {line}), so its values are ambiguous; keep one side of each "
+                "conflict and delete the lines that start with <<<<<<<, ======= and >>>>>>>."
             ) from None
-        raise UserError(f"{name} is not valid YAML, so nothing was run: {error}") from None
+        raise UserError(f"{name} is not valid YAML, so it cannot be read; fix it: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{name} holds {kind_of(value)}, not sections of parameters; copy a file from presets/.")
+        raise UserError(
+            f"{name} is {kind_of(value)}, not sections of parameters, so no parameter can be read; copy a file "
+            "from presets/."
+        )
     return value
 
 

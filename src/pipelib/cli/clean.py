@@ -52,7 +52,8 @@ class Clean(Command):
         """List, ask, delete."""
         if not self.older_than >= 0:  # true for nan too
             raise UserError(
-                f"--older-than {self.older_than:g} is not a number of days, so nothing was deleted; give 0 or more."
+                f"--older-than {self.older_than:g} is negative or not a number, so nothing was deleted; "
+                "give 0 days or more."
             )
         root = state_root().absolute()
         before = time.time() - self.older_than * 86400
@@ -91,7 +92,7 @@ def _rows(states: Sequence[Kept]) -> list[tuple[str, ...]]:
 def _agreed(count: int, freed: str) -> bool:
     """Ask the user; without a terminal, say how to delete and return False."""
     if not sys.stdin.isatty():
-        tell("nothing was deleted, since there is no terminal to ask on; add --yes to delete without asking")
+        tell("nothing was deleted, because there is no terminal to ask on; add --yes to delete without asking")
         return False
     try:
         answer = input(f"Delete {count} and free {freed}? [y/N] ")

@@ -26,7 +26,7 @@ class Compare(Command):
     examples = EXAMPLES
 
     runs: tuple[str, ...] = positional(
-        "the first is the baseline of the others; a single RUN is compared with HEAD", nargs="+", metavar="RUN"
+        "the others are compared with the first one; a single RUN is compared with HEAD", nargs="+", metavar="RUN"
     )
     md: bool = option("print a Markdown table", default=False)
 

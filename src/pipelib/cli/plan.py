@@ -31,7 +31,7 @@ class Plan(Command):
 
     params: Path = option("parameter file; default: params.yaml", default=HERE.params, metavar="FILE")
     no_measure: bool = option("measure nothing, and leave out the time", default=False)
-    check: bool = option("only check whether a stage would refuse something later", default=False)
+    check: bool = option("print no plan; only check whether a stage would refuse these parameters", default=False)
 
     def run(self) -> int:
         """Print the plan line by line, as it is computed.

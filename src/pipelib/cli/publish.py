@@ -26,7 +26,7 @@ class Publish(Command):
     )
     examples = EXAMPLES
 
-    repo: str = option("OWNER/MODEL, created if it does not exist", metavar="NAME")
+    repo: str = option("repository on the hub, OWNER/MODEL; created if it does not exist", metavar="NAME")
     private: bool = option("create a private repository", default=False)
     licence: str | None = option(
         "licence of the model, for example mit; default: the card names none", default=None, metavar="ID"

@@ -32,7 +32,7 @@ class Track(Command):
     examples = EXAMPLES
 
     runs: tuple[str, ...] = positional(
-        "only these, named as in the first column; default: all", default=(), nargs="*", metavar="RUN"
+        "only these runs, by their names in `pipelib track`; default: all", default=(), nargs="*", metavar="RUN"
     )
     replay: bool = option("send what MLflow does not have", default=False)
 

@@ -56,5 +56,6 @@ class Verify(Command):
         if self.repair and damaged:
             tell("now run dvc repro, to make the removed files again")
         if self.repair and wrong > damaged:
-            tell(f"left to you, since nothing is damaged there: {wrong - damaged} of {wrong} problems", error=True)
+            left = f"not repaired: {wrong - damaged} of {wrong} problems, because nothing is damaged there"
+            tell(f"{left}; do what their lines say", error=True)
         return int(wrong > (damaged if self.repair else 0))

@@ -263,9 +263,9 @@ def _first_documents(raw: Path, count: int) -> list[dict[str, Any]]:
     head = [{**row, "text": row["text"] or ""} for row in rows]
     if len(head) <= count:
         raise UserError(
-            f"download.benchmark_documents: {count} of the corpus's {len(head)} documents would go into the "
-            "benchmark and leave none to train on; lower it (a tenth of the corpus is enough), add text, or drop "
-            "completion from download.benchmarks."
+            f"download.benchmark_documents: {count}, but the corpus has only {len(head)} documents, so none would be "
+            "left to train on; lower it (a tenth of the corpus is enough), add text, or drop completion from "
+            "download.benchmarks."
         )
     return head[:count]
 

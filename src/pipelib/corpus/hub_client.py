@@ -113,14 +113,16 @@ def headers() -> dict[str, str]:
             f"the hub's token cannot be read from {hub.constants.HF_TOKEN_PATH} ({_short_reason(error)}), so nothing can be "
             "downloaded; check HF_TOKEN_PATH and HF_HOME, or set HF_TOKEN."
         ) from None
-    for name, variable in {"authorization": "HF_TOKEN", "user-agent": "HF_HUB_USER_AGENT_ORIGIN"}.items():
+    new_token = "copy it again (tokens are on https://huggingface.co/settings/tokens; `hf auth login` stores one too)"
+    variables = {
+        "authorization": ("HF_TOKEN", new_token),
+        "user-agent": ("HF_HUB_USER_AGENT_ORIGIN", "write it in ASCII without line breaks, or unset it"),
+    }
+    for name, (variable, remedy) in variables.items():
         value = found.get(name, "")
         # HTTP headers are ASCII. A pasted token may contain a line break or a non-breaking space.
         if not (value.isascii() and value.isprintable()):
-            raise UserError(
-                f"{variable} has a character that cannot be sent, so no request can be made; copy it again (tokens are on "
-                "https://huggingface.co/settings/tokens; `hf auth login` stores one too)."
-            )
+            raise UserError(f"{variable} has a character that cannot be sent, so no request can be made; {remedy}.")
     return found
 
 

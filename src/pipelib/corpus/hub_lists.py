@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from pipelib.corpus.hub_client import client, endpoint, shown
 from pipelib.corpus.hub_transfer import (
+    NOT_NEEDED,
     HubRepo,
     Retry,
     UnexpectedAnswerError,
@@ -274,7 +275,7 @@ def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: str) -> N
     if known is None:
         tell(
             f"hub: {shown(endpoint())} does not name the files of {repo.name}, so it could not be checked whether its list of "
-            f"{folder or 'the top folder'} is complete ({len(files)} files)"
+            f"{folder or 'the top folder'} ({len(files)} files) is complete; compare it with the repository's page"
         )
         return
     named = {name for name in known if name.rpartition("/")[0] == folder}
@@ -309,11 +310,11 @@ def _cached_listing(repo: HubRepo, folder: str) -> _Listing:
     if not paths or not snapshot:
         raise UserError(
             f"{_where(repo, folder)} cannot be downloaded (HF_HUB_OFFLINE is set, and neither the store nor the hub's "
-            "cache has it): unset it, or set download.source to docs or local."
+            f"cache has it): unset HF_HUB_OFFLINE, or {NOT_NEEDED}."
         )
     tell(
-        f"hub: offline, so the {len(paths)} files of the hub's cache are used as {_where(repo, folder)}; this could not be "
-        "compared with the hub's list"
+        f"hub: HF_HUB_OFFLINE is set, so {_where(repo, folder)} is read from the hub's cache ({len(paths)} files); "
+        "this could not be compared with the hub's list, so files may be missing"
     )
     hashes = sha256_files(paths)
     return _Listing(

@@ -44,6 +44,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it costs a request
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its warnings contain URLs, and the messages here say what matters
 
 
+NOT_NEEDED = (
+    "change section download so that it is not needed (source: docs or local; no benchmark and no model from the hub)"
+)
+"""The remedy for files of the hub that cannot be downloaded."""
+
+
 @dataclass(frozen=True)
 class HubRepo:
     """A repository of the hub, at a commit."""
@@ -286,7 +292,7 @@ def resume_file(url: str, part: Path, size: int, meter: Meter) -> None:
                 file.write(block)
                 meter.update(len(block))
                 if file.tell() > size:
-                    raise WrongBytesError(f"it is longer than its {size} bytes")
+                    raise WrongBytesError(f"it is longer than the {size} bytes in the hub's list")
             file.flush()
             os.fsync(file.fileno())
     if part.stat().st_size < size:
@@ -328,9 +334,9 @@ def with_retries(
             before = max(before, reached())
             if failures >= retry.attempts:
                 raise UserError(
-                    f"{what} could not be downloaded in {failures} attempts ({reason}), so the corpus is incomplete; "
-                    "check the connection and HF_ENDPOINT and run dvc repro again, which resumes the download; or set "
-                    "download.source to docs or local, which need no network."
+                    f"{what} could not be downloaded in {failures} attempts ({reason}), so the stage stopped; check "
+                    "the connection and HF_ENDPOINT, and run dvc repro again, which resumes the download; or "
+                    f"{NOT_NEEDED}."
                 ) from None
             seconds = retry.seconds(failures, _retry_after(cause))
             line = f"{what}: {reason}; attempt {failures + 1} of {retry.attempts} in {seconds:.0f} s\n"
@@ -399,7 +405,7 @@ def _refusal(error: BaseException, repo: HubRepo, reason: str) -> tuple[str, str
     status = status_of(error)
     if isinstance(error, OfflineModeIsEnabled):
         reason = "HF_HUB_OFFLINE is set, and neither the store nor the hub's cache has it"
-        return reason, "unset it, or set download.source to docs or local"
+        return reason, f"unset HF_HUB_OFFLINE, or {NOT_NEEDED}"
     if isinstance(error, UnexpectedAnswerError):
         return reason, (
             f"{shown(endpoint())} does not answer as the hub does, or something on the way answers instead (a proxy, a network "

@@ -81,7 +81,9 @@ def require_readable(path: Path, links: bool) -> None:
     if not path.exists():
         raise UserError(f"download.path: {path} {_why_missing(path)}")
     if not path.is_file() and not path.is_dir():
-        raise UserError(f"download.path: {path} is neither a folder nor a file, so there is no text; name one of them.")
+        raise UserError(
+            f"download.path: {path} is neither a folder nor a file, so there is no text; name a folder or a file."
+        )
     # One more than is shown tells whether there are more; the folder may have millions of files.
     found = list(islice(_problems(path, links), _SHOWN + 1)) if path.is_dir() else []
     if found:

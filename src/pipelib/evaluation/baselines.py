@@ -133,7 +133,8 @@ def _read(folder: Path, inputs: Mapping[str, object]) -> Measured | None:
     try:
         kept = read_json(result)
     except UserError as error:
-        tell(f"evaluate: {error} It is measured again.")
+        what, _, _ = str(error).rpartition("; ")  # drop its remedy: the result is replaced
+        tell(f"evaluate: {what}; no action is needed: the baseline is measured again")
         return None
     if sha256_json(kept.get("inputs")) != sha256_json(inputs) or kept.get("items") != sha256_file(items):
         return None

@@ -79,7 +79,8 @@ def run_tasks(
             )
     except FileNotFoundError as error:
         raise UserError(
-            f"a task's data is missing ({error}); name its benchmark in download.benchmarks and run dvc repro."
+            f"a task's data is missing ({error}), so it cannot be scored; name its benchmark in download.benchmarks "
+            "and run dvc repro."
         ) from None
     assert outcome is not None
     return {task: _result_of(task, outcome, params.task_limit) for task in params.tasks}

@@ -142,14 +142,15 @@ def check_disk(file: Path, params: Params, corpus: Corpus | None) -> str:
     need, folder = disk_of(params, corpus).total, nearest_folder(state_root())
     have, free = used_bytes([HERE.data, HERE.model, state_root()]), shutil.disk_usage(folder).free
     known = "" if corpus else " plus the text, whose size is known once tokenize has run"
-    said = f"{file}: the stages take at most {format_bytes(need)} of disk{known}; {format_bytes(have)} are in use"
+    used = f"{format_bytes(have)} are in use by earlier runs"
+    said = f"{file}: the stages take at most {format_bytes(need)} of disk{known}; {used}"
     if need - have > free:
         raise UserError(
             f"{said}, and {folder} has {format_bytes(free)} free: {format_bytes(need - have - free)} too little, so a stage "
             "would stop half-way; free some space (`pipelib clean` lists old state, `dvc gc -w` old cache), set "
             "PIPELIB_STATE_DIR to a larger disk, or lower download.max_tokens."
         )
-    return f"{said} by earlier runs, {format_bytes(free)} are free."
+    return f"{said}, {format_bytes(free)} are free."
 
 
 def used_bytes(folders: Iterable[Path]) -> int:

@@ -35,7 +35,7 @@ def export_npy(tokens: Path, out: Path, name: str) -> None:
     if len(os.fsencode(name)) > LONGEST_NAME:
         raise UserError(
             f"--name {name} has more than {LONGEST_NAME} bytes, so the names of the files would be longer than file systems "
-            "take; give a shorter one."
+            "allow; give a shorter one."
         )
     manifest = read_manifest(tokens)
     make_out(out, empty=True)

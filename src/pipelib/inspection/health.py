@@ -153,7 +153,9 @@ def check_gpus() -> Iterator[Finding]:
         if bf16:
             yield Finding("ok", f"{text}, bf16")
         else:
-            yield Finding("warn", f"{text}, no bf16: it would be emulated, slowly", "use train.precision: fp32")
+            yield Finding(
+                "warn", f"{text}, no bf16, so train refuses precision bf16", "use train.precision: fp16, or fp32"
+            )
 
 
 def check_compiler() -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelib.errors import tell
 from pipelib.files import remove
-from pipelib.workspace.locks import LOCK, InUseError, is_held, is_locked, locked
+from pipelib.workspace.locks import LOCK, InUseError, holder, is_held, is_locked, locked
 from pipelib.workspace.places import StatePlaces
 from pipelib.workspace.stages import STAGES
 from pipelib.workspace.workdir import META, finished_files
@@ -108,15 +108,19 @@ def delete(kept: Kept) -> None:
     try:
         with locked(kept.folder / LOCK):
             _delete(kept.folder)
-    except InUseError as error:
-        tell(f"kept: {error}")
+    except InUseError:
+        process = holder(kept.folder / LOCK)
+        tell(f"not deleted: {kept.folder} is in use by process {process}; run `pipelib clean` again when it has ended")
 
 
 def _delete(folder: Path) -> None:
     locks = sorted(folder.glob(f"{LOCK}*"))
     # a process that encodes a share of the text holds a lock of its own
     if any(is_held(lock) for lock in locks if lock.name != LOCK):
-        tell(f"kept: {folder} is in use by a process that encodes a share of the text")
+        tell(
+            f"not deleted: {folder} is in use by a process that encodes a share of the text; run `pipelib clean` again "
+            "when it has ended"
+        )
         return
     for entry in sorted(folder.iterdir(), key=lambda path: path.name != META):
         if entry not in locks:

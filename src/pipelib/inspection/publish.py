@@ -46,7 +46,7 @@ def require_whole() -> None:
     if not git_state(Path.cwd())["commit"]:
         raise UserError(
             "git has no commit of this folder, so the card could not name the code of the model; publish from the clone that "
-            "made it, with everything committed (`git status` says what is wrong)."
+            "made the model, or commit everything here."
         )
     if changes:
         raise UserError(

@@ -48,8 +48,8 @@ def find_records(root: Path, keys: Sequence[str]) -> list[RecordFile]:
     unknown = [key for key in keys if not os.path.isdir(root / key) or not key.strip("./")]  # noqa: PTH112
     if unknown:
         raise UserError(
-            f"{', '.join(unknown)}: no run of this name is recorded in {root}, so there is nothing to send; `pipelib track` "
-            "lists the names."
+            f"{', '.join(unknown)}: no run of this name is recorded in {root}, so nothing was listed or sent; "
+            "`pipelib track` lists the names."
         )
     found = []
     for path in root.glob("*/*.jsonl"):
@@ -96,7 +96,7 @@ def replay(store: Store, records: Sequence[RecordFile], *, named: bool) -> None:
         done.append((record, result))
         lacking += [] if result.complete else [name]
         if result.before == BUSY:
-            tell(f"{name}: skipped, since the stage is running or another process sends it")
+            tell(f"{name}: skipped, because the stage is running or another process sends it")
         elif result.before != ALL and (named or result.before != DELETED):
             tell(f"{name}: MLflow had {result.before}; {result.points:,} points and {result.files} files sent")
         for file in result.missing_files:
@@ -111,7 +111,7 @@ def replay(store: Store, records: Sequence[RecordFile], *, named: bool) -> None:
     deleted = sorted({record.key for record, result in done if result.before == DELETED})
     if deleted and not named:
         again = f"`pipelib track --replay {' '.join(deleted)}`"
-        tell(f"not sent, since they were deleted in MLflow; {again} sends them again")
+        tell(f"not sent, because they were deleted in MLflow; {again} sends them again")
     where = redact(store.tracking_uri.uri)
     if lacking:
         raise UserError(

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, how_to_repair
 from pipelib.files import files_under, remove
 from pipelib.processes import available_cores
 from pipelib.progress import Progress
@@ -48,7 +48,7 @@ def find_folders(wanted: Path | None) -> dict[Path, Out | None]:
         found |= {TOKENS: None} if TOKENS not in found and holds_shards(TOKENS) else {}
         if not found:
             raise UserError(
-                "no out of dvc.lock is here, so there is nothing to verify; run dvc repro, or name a folder."
+                "none of the outs in dvc.lock is here, so there is nothing to verify; run dvc repro, or name a folder."
             )
         return found
     target = _absolute(wanted)
@@ -65,8 +65,8 @@ def find_folders(wanted: Path | None) -> dict[Path, Out | None]:
     if found or holds_shards(wanted):
         return found or {wanted: None}
     raise UserError(
-        f"{wanted} is not an out of dvc.lock and its {MANIFEST} lists no shards, so nothing says what it should hold and nothing "
-        f"was touched; name one of {', '.join(map(str, outs)) or 'the outs, once dvc repro has made them'}."
+        f"{wanted} is not an out of dvc.lock and its {MANIFEST} lists no shards, so it is unknown what it should hold, "
+        f"and nothing was changed; name one of {', '.join(map(str, outs)) or 'the outs, once dvc repro has made them'}."
     )
 
 
@@ -120,7 +120,7 @@ def _check_out(out: Out) -> Report:
     problems = [] if is_good else list(_problems_without_list(out, found))
     if out.listing.exists():
         text = f"{out.listing}, DVC's list of {out.folder}, is damaged, so DVC cannot restore the folder"
-        problems.append(Problem(out.listing, f"{text}; add --repair, then run dvc repro."))
+        problems.append(Problem(out.listing, f"{text}; {how_to_repair(str(out.folder))}."))
     return Report(tuple(problems), frozenset(found if is_good else ()))
 
 
@@ -138,15 +138,16 @@ def _sums(folder: Path) -> dict[Path, str | None]:
 
 def _compare(out: Out, path: Path, entries: Mapping[Path, str], found: Mapping[Path, str | None]) -> Iterator[Problem]:
     """What is wrong with one file that DVC recorded or that exists."""
+    remedy = how_to_repair(str(out.folder))
     if path not in entries:
         text = (
             f"{path} is not in DVC's list, so DVC considers the folder changed and would delete the file; move it away."
         )
         yield Problem(path, text, damaged=False)
     elif path not in found:
-        yield Problem(path, f"{path} is missing, so the folder is not complete; add --repair, then run dvc repro.")
+        yield Problem(path, f"{path} is missing, so the folder is not complete; {remedy}.")
     elif (md5 := found[path]) is None:
-        yield Problem(path, f"{path} cannot be read, so its content is lost; add --repair, then run dvc repro.")
+        yield Problem(path, f"{path} cannot be read, so its content is lost; {remedy}.")
     elif md5 != entries[path]:
         if out.object(md5).is_file():
             text = (
@@ -155,7 +156,7 @@ def _compare(out: Out, path: Path, entries: Mapping[Path, str], found: Mapping[P
             yield Problem(path, f"{text}; run dvc repro, or dvc checkout.", damaged=False)
         else:
             text = f"{path} has md5 {md5} and DVC recorded {entries[path]}: its bytes changed"
-            yield Problem(path, f"{text}; add --repair, then run dvc repro.")
+            yield Problem(path, f"{text}; {remedy}.")
 
 
 def _problems_without_list(out: Out, found: Mapping[Path, str | None]) -> Iterator[Problem]:
@@ -163,13 +164,14 @@ def _problems_without_list(out: Out, found: Mapping[Path, str | None]) -> Iterat
     linked = out.linked_objects()
     wrong = [path for path in found if path in linked and not is_sound(linked[path])]
     for path in wrong:
-        text = f"{path} does not have the md5 that DVC's object is named by, {linked[path]}: its bytes changed"
-        yield Problem(path, f"{text}; add --repair, then run dvc repro.")
-    if not wrong:
-        text = f"{out.folder} is not what dvc.lock says and DVC's list of its files, {out.listing}, is lost or damaged"
-        yield Problem(
-            out.folder, f"{text}, so nothing says which file is wrong; move it away and run dvc repro.", damaged=False
+        text = (
+            f"{path} does not have the md5 in the name of its object in DVC's cache, {linked[path]}: its bytes changed"
         )
+        yield Problem(path, f"{text}; {how_to_repair(str(out.folder))}.")
+    if not wrong:
+        text = f"{out.folder} is not what dvc.lock says, and DVC's list of its files ({out.listing}) is lost or damaged"
+        remedy = f"move the folder {out.folder} away and run dvc repro"
+        yield Problem(out.folder, f"{text}, so it is unknown which file is wrong; {remedy}.", damaged=False)
 
 
 def _folder_md5(folder: Path, sums: Mapping[Path, str | None]) -> str:

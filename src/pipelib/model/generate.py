@@ -90,7 +90,9 @@ def stream(
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k {top_k} leaves no token to draw; use 1 or more.")
     if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p {top_p:g} is not a share of the probability; use more than 0 and at most 1.")
+        raise UserError(
+            f"top_p {top_p:g} is not a probability above 0, so no token can be drawn; use more than 0 and at most 1."
+        )
     if not 0 <= seed <= MAX_INT:
         raise UserError(
             f"seed {seed} is out of range for torch's generators, so no text could be drawn; use 0 to {MAX_INT}."

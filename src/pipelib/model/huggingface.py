@@ -159,11 +159,13 @@ def _describe(folder: Path, tokenizer: Tokenizer) -> _Described:
     config, path = _read_config(folder), folder / CONFIG
     for key in ("model_type", "vocab_size"):
         if key not in config:
-            raise UserError(f"{path} has no {key}, so it is unknown which model this is; use a model as published.")
+            raise UserError(
+                f"{path} has no {key}, so it is unknown which model this is; use the {CONFIG} published with the model."
+            )
     if config["model_type"] not in known_families():
         raise UserError(
-            f"{path} has model_type = {config['model_type']!r}, and this code knows {', '.join(known_families())}, so its logits "
-            "could not be computed; use a model of a known type."
+            f"{path} has model_type = {config['model_type']!r}, and this code knows only "
+            f"{', '.join(known_families())}, so its logits could not be computed; use a model of a known type."
         )
     family = family_of(config["model_type"])
     title = family_params(family.architecture).title

@@ -201,7 +201,7 @@ def shard_tokens(path: Path) -> int:
         with path.open("rb") as file:
             numbers = np.frombuffer(file.read(HEADER_BYTES), "<i4")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; run dvc repro.") from None
+        raise UserError(f"{path} is missing, so its tokens cannot be read; run dvc repro.") from None
     except ValueError:  # not a whole number of int32
         numbers = np.zeros(0, "<i4")
     if len(numbers) != HEADER_BYTES // 4 or numbers[0] != MAGIC or numbers[1] != VERSION:

@@ -56,7 +56,7 @@ def check_tokens(params: TrainParams, manifest: Manifest) -> None:
     if row_count < params.rows_per_step:
         raise UserError(
             f"the training shards have {available:,} tokens, {row_count} rows of {params.sequence_length}, and one step needs "
-            f"{params.rows_per_step} rows; lower train.global_batch_tokens or add text."
+            f"{params.rows_per_step} rows, so no step can be trained; lower train.global_batch_tokens or add text."
         )
     epochs = params.max_batches * params.rows_per_step / row_count
     if epochs > params.max_epochs:

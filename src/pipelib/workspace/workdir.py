@@ -151,7 +151,8 @@ class WorkDir:
         choice = os.environ.get("PIPELIB_RESUME", "")
         if choice not in ("", "continue", "fresh"):
             raise UserError(
-                f"PIPELIB_RESUME={choice} is neither continue nor fresh, so it is unclear what to keep; unset it."
+                f"PIPELIB_RESUME={choice} is neither continue nor fresh, so it is unclear what to keep; set one "
+                "of them, or unset it."
             )
         # Finished outs of other code are useless; unfinished work of other code may be hours of training, so ask.
         if choice == "fresh" or ("final" in meta and (meta["code"] != self.code or self._damaged(meta["final"]))):

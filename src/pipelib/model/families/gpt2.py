@@ -160,7 +160,9 @@ class GPT2(Decoder):
         """See `Decoder.params_of`."""
         keys = {"context_length": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
         values = {ours: config.get(theirs) for ours, theirs in keys.items()}
-        params = parse(GPT2Params, {"architecture": "gpt2", **values}, "", problems)
+        found: list[str] = []
+        params = parse(GPT2Params, {"architecture": "gpt2", **values}, "", found)
+        problems += [line.replace("context_length", "n_positions") for line in found]  # the file's name for it
         if params is not None and config.get("n_inner") not in (None, 4 * params.n_embd):
             problems.append(f"n_inner is {config['n_inner']}, not 4 times n_embd.")
         return params

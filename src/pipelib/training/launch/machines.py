@@ -108,7 +108,7 @@ def require_gpu(precision: str) -> None:
     problem = f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it"
     remedy = f"run pipelib doctor, which says why; {DEVICE}=cpu trains on the CPU on purpose"
     if precision != "fp32":
-        raise UserError(f"{problem}, so training with precision {precision} would take months on the CPU; {remedy}.")
+        raise UserError(f"{problem}, so training with precision {precision} would be very slow on the CPU; {remedy}.")
     tell(f"warning: {problem}, so the model trains on the CPU; {remedy}", error=True)
 
 
