@@ -33,8 +33,8 @@ def choose_device(requested: str, *, cuda: bool, mps: bool) -> str:
         )
     if requested and not usable[requested]:
         raise UserError(
-            f"{DEVICE}={requested}, but torch {torch.__version__} cannot use such a device here, so nothing was run; unset it, "
-            "or run pipelib doctor, which says what is missing."
+            f"{DEVICE}={requested}, but torch {torch.__version__} cannot use such a device here, so no model can run; unset "
+            "it, or run pipelib doctor, which says what is missing."
         )
     return requested or ("cuda" if cuda else "cpu")
 
