@@ -77,7 +77,7 @@ def main() -> None:
 def write_corpus(folder: Path, max_bytes: int) -> int:
     """Write `first/`, the docstrings once, and `raw/`, the same file and larger ones that repeat it in other orders."""
     first = DocsSource(0).write(folder / "first", folder)
-    write_manifest(folder / "first", {"kind": "bench"}, first.files)
+    write_manifest(folder / "first", {"kind": "bench"}, first)
     documents = [Document(row["text"]) for row in iterate_raw(folder / "first")]
     draw = random.Random(0)
 

@@ -94,7 +94,7 @@ def write_files(folder: Path, max_bytes: int, small_files: int) -> dict[str, int
     from pipelib.corpus.sources.docs import DocsSource
 
     docs = folder / "docs"
-    write_manifest(docs, {"kind": "bench"}, DocsSource(0).write(docs, folder).files)
+    write_manifest(docs, {"kind": "bench"}, DocsSource(0).write(docs, folder))
     texts = [row["text"] for row in iterate_raw(docs)]
     shutil.rmtree(docs)
     for kind in ("jsonl", "txt", "small"):

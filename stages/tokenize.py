@@ -12,11 +12,12 @@ if not __package__:
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.corpus.raw import read_raw_manifest
 from pipelib.errors import tell
-from pipelib.files import sha256_file
+from pipelib.files import read_json, sha256_file
 from pipelib.params import Params, load_params
 from pipelib.schema import flatten
 from pipelib.stage import Build, WorkResult, build_outs, run_stage
@@ -43,7 +44,7 @@ def main() -> None:
     if arguments.share is not None:
         encode_share(arguments.share, params)
         return
-    documents = params.download.benchmark_documents
+    documents = benchmark_documents(HERE.benchmarks)
     inputs = {
         "tokenize": asdict(params.tokenize),
         "raw": sha256_file(RAW / MANIFEST),
@@ -56,6 +57,12 @@ def main() -> None:
         return encode_corpus(build, RAW, params.tokenize, documents, chosen_tokenizer())
 
     build_outs("tokenize", params, inputs, work)
+
+
+def benchmark_documents(folder: Path) -> int:
+    """Return how many documents at the start of the corpus a benchmark was made from."""
+    entry = read_json(folder / MANIFEST).get("completion.jsonl", {})
+    return int(entry.get("documents", 0))
 
 
 def encode_share(text: str, params: Params) -> None:

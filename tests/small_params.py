@@ -13,7 +13,9 @@ from pipelib.training.params import TrainParams
 
 PARAMS: dict[str, dict[str, Any]] = {
     "download": {
-        "source": "local", "path": "texts", "pattern": "**/*", "repo": "a/b", "revision": "a" * 40, "folder": "c",
+        "source": "local", "path": "texts", "pattern": "**/*", "text_column": "text",
+        "bad_rows": "refuse", "encoding": "utf-8", "stray_bytes": "refuse", "split": "whole", "separator": "<|endoftext|>",
+        "shuffle": False, "validation": None, "repo": "a/b", "revision": "a" * 40, "folder": "c",
         "max_tokens": None, "benchmarks": ["completion"], "benchmark_documents": 8, "models": [], "seed": 1,
     },
     "tokenize": {"shard_tokens": 4096, "dedup": "none"},

@@ -14,6 +14,7 @@ import lm_eval
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_params import PARAMS
 
 from pipelib.corpus.benchmarks import (
     CONTEXT_WORDS,
@@ -121,12 +122,13 @@ def test_templates_give_no_two_equal_endings() -> None:
 
 
 def params(documents: int, benchmarks: tuple[Any, ...] = ("completion",)) -> DownloadParams:
-    return DownloadParams("docs", "", "", "", "", "", None, benchmarks, documents, (), 1)
+    changes = {"source": "docs", "benchmarks": benchmarks, "benchmark_documents": documents, "models": (), "seed": 1}
+    return DownloadParams(**{**PARAMS["download"], **changes})
 
 
 def write_corpus(folder: Path, count: int, words: int = 200) -> Path:
     documents = [Document(row["text"], row["id"]) for row in make_documents(count, words)]
-    write_manifest(folder, {}, write_raw(documents, folder).files)
+    write_manifest(folder, {}, write_raw(documents, folder))
     return folder
 
 
@@ -136,13 +138,13 @@ def no_hub(_: object) -> AbstractContextManager[Path]:
 
 def test_files_and_manifest(tmp_path: Path) -> None:
     raw = write_corpus(tmp_path / "raw", 30)
-    manifest = write_benchmarks(params(20), raw, tmp_path / "benchmarks", no_hub)
+    manifest = write_benchmarks(params(20), raw, tmp_path / "benchmarks", no_hub, None)
     assert json.loads((tmp_path / "benchmarks/manifest.json").read_text()) == manifest
     lines = (tmp_path / "benchmarks/completion.jsonl").read_text().splitlines()
     assert len(lines) == manifest["completion.jsonl"]["items"] == 120
     held = [json.loads(line)["text"] for line in (tmp_path / "benchmarks/heldout.jsonl").read_text().splitlines()]
     assert held == [row["text"] for row in make_documents(30)[:20]]
-    assert write_benchmarks(params(20, ()), raw, tmp_path / "none", no_hub) == {}
+    assert write_benchmarks(params(20, ()), raw, tmp_path / "none", no_hub, None) == {}
     assert (tmp_path / "none/hellaswag.jsonl").read_bytes() == b"\n"  # train depends on it
 
 
@@ -153,7 +155,7 @@ def test_files_and_manifest(tmp_path: Path) -> None:
 def test_a_corpus_that_is_too_small(tmp_path: Path, documents: int, words: int, message: str) -> None:
     raw = write_corpus(tmp_path / "raw", 30, words)
     with pytest.raises(UserError, match=message):
-        write_benchmarks(params(documents), raw, tmp_path / "benchmarks", no_hub)
+        write_benchmarks(params(documents), raw, tmp_path / "benchmarks", no_hub, None)
 
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -185,7 +187,7 @@ def test_sets_of_the_hub_keep_their_columns(tmp_path: Path) -> None:
             path.write_text((json.dumps(row, ensure_ascii=False) + "\n") * 3, encoding="utf-8")
         yield path
 
-    manifest = write_benchmarks(params(0, tuple(COLUMNS)), tmp_path / "raw", tmp_path / "benchmarks", fetch)
+    manifest = write_benchmarks(params(0, tuple(COLUMNS)), tmp_path / "raw", tmp_path / "benchmarks", fetch, None)
     assert sorted(manifest) == sorted(f"{name}.jsonl" for name in COLUMNS)
     for name, columns in COLUMNS.items():
         loaded = datasets.load_dataset(

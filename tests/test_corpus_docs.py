@@ -97,7 +97,7 @@ def test_workers_do_not_matter_and_the_seed_does(tmp_path: Path, monkeypatch: py
         monkeypatch.setenv("PIPELIB_WORKERS", workers)
         folder = tmp_path / f"{workers}-{seed}"
         written = DocsSource(seed).write(folder, tmp_path)
-        write_manifest(folder, {}, written.files)
+        write_manifest(folder, {}, written)
         made[workers, seed] = (written, [row["text"] for row in iterate_raw(folder)])
     assert made["1", 1] == made["2", 1]
     assert made["1", 1][1] != made["1", 2][1]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_params import PARAMS
 
 from pipelib.corpus.download import chosen_source, download, download_inputs
 from pipelib.corpus.hub_lists import HubFile
@@ -22,18 +23,11 @@ from pipelib.files import files_under, sha256_file
 
 ROOT = Path(__file__).parents[1]
 DOCS = DownloadParams(
-    source="docs",
-    path="corpus",
-    pattern="**/*",
-    repo="someone/corpus",
-    revision="a" * 40,
-    folder="sample",
-    max_tokens=None,
-    benchmarks=("completion",),
-    benchmark_documents=40,
-    models=(),
-    seed=1,
-)
+    **{
+        **PARAMS["download"], "source": "docs", "path": "corpus", "repo": "someone/corpus", "folder": "sample",
+        "benchmarks": ("completion",), "benchmark_documents": 40, "models": (),
+    }
+)  # fmt: skip
 HUB = dataclasses.replace(DOCS, source="hub")
 
 
@@ -152,9 +146,9 @@ def test_a_prefix_of_docs_is_the_start_of_docs(tmp_path: Path, monkeypatch: pyte
     found = [Document(f"text {number} " * 40, str(number)) for number in range(30)]
     monkeypatch.setattr(docs, "_read_all", lambda files: [found])  # noqa: ARG005
     monkeypatch.setattr(docs, "_source_files", list)
-    write_manifest(tmp_path / "all", {}, DocsSource(1).write(tmp_path / "all", tmp_path).files)
+    write_manifest(tmp_path / "all", {}, DocsSource(1).write(tmp_path / "all", tmp_path))
     written = DocsSource(1, 500).write(tmp_path / "part", tmp_path)
-    write_manifest(tmp_path / "part", {}, written.files)
+    write_manifest(tmp_path / "part", {}, written)
     part = list(iterate_raw(tmp_path / "part"))
     assert part == list(iterate_raw(tmp_path / "all"))[: len(part)]
     assert 0 < len(part) < 30

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import Answer, FakeHub, cut, flip, stall
+from small_params import PARAMS
 from small_project import hold
 
 from pipelib.corpus import hub_transfer
@@ -90,7 +91,7 @@ def test_files_arrive_unchanged_and_in_order(hub: FakeHub, tmp_path: Path) -> No
         content = (tmp_path / "raw" / file.name).read_bytes()
         assert content == hub.files[f"{FOLDER}/{file.name}"]
         assert file.sha256 == hashlib.sha256(content).hexdigest()
-    write_manifest(tmp_path / "raw", source().identity(), written.files)
+    write_manifest(tmp_path / "raw", source().identity(), written)
     assert [row["text"] for row in iterate_raw(tmp_path / "raw")][:4] == [
         "text 0-0",
         "text 0-1",
@@ -443,7 +444,8 @@ def test_stale_partial_files_go_and_others_stay(hub: FakeHub, tmp_path: Path) ->
 
 
 def parameters(**changes: object) -> DownloadParams:
-    values = DownloadParams("hub", "", "", REPO, REVISION, FOLDER, None, ("completion",), 4, (), 1)
+    hub = {"source": "hub", "repo": REPO, "revision": REVISION, "folder": FOLDER, "benchmark_documents": 4}
+    values = DownloadParams(**{**PARAMS["download"], **hub, "benchmarks": ("completion",), "models": ()})
     return dataclasses.replace(values, **changes)  # type: ignore[arg-type]
 
 
@@ -576,7 +578,7 @@ def test_files_downloaded_by_hand_are_a_local_corpus(hub: FakeHub, tmp_path: Pat
     (tmp_path / "mine").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine/000_00000.parquet")
     written = LocalSource(tmp_path / "mine", "**/*").write(tmp_path / "raw", tmp_path / "work")
-    write_manifest(tmp_path / "raw", {}, written.files)
+    write_manifest(tmp_path / "raw", {}, written)
     assert list(iterate_raw(tmp_path / "raw", ("text", "token_count", "score", "dump"))) == rows
     assert hub.requests == []
 
@@ -641,7 +643,7 @@ def test_a_prefix_fetches_what_it_needs_and_no_more(
     assert [file.rows for file in written.files] == rows
     assert written.counts == {"tokens_estimated": 10 * sum(rows)}
     assert len(counted.gets()) == fetched
-    write_manifest(tmp_path / "raw", {}, written.files)
+    write_manifest(tmp_path / "raw", {}, written)
     assert len(list(iterate_raw(tmp_path / "raw"))) == sum(rows)
     assert sorted(path.name for path in (tmp_path / "raw").glob("*.parquet")) == [file.name for file in written.files]
     assert written.files[-1].sha256 == sha256_file(tmp_path / "raw" / written.files[-1].name)

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelib.corpus.local_files import require_readable
-from pipelib.corpus.local_formats import TXT_CHARACTERS
 from pipelib.corpus.parquet import SCHEMA, iterate_raw
 from pipelib.corpus.raw import Written, write_manifest
 from pipelib.corpus.sources.local import LocalSource
+from pipelib.corpus.split import WHOLE_CHARACTERS
 from pipelib.errors import UserError
 
 
@@ -49,7 +49,7 @@ def write_zstd(path: Path, *frames: bytes) -> None:
 def read(folder: Path, pattern: str = "**/*") -> tuple[Written, list[dict[str, object]]]:
     out = folder.parent / "out"
     written = LocalSource(folder, pattern).write(out / "raw", out / "work")
-    write_manifest(out / "raw", {}, written.files)
+    write_manifest(out / "raw", {}, written)
     return written, list(iterate_raw(out / "raw", ("text", "id", "file_path", "score", "token_count")))
 
 
@@ -60,7 +60,7 @@ def test_every_kind_in_the_order_of_paths(folder: Path) -> None:
     write_zstd(folder / "c.jsonl.zst", lines({"text": "c1"}), lines({"text": "c2\u2028still"}))
     pq.write_table(pa.table({"text": ["d1"], "score": [4.5], "id": [7], "junk": [b"x"]}), folder / "d.parquet")
     (folder / "sub/e.txt").write_bytes("e1 é\r\n\r\nmore\r\n".encode())
-    for ignored in ("README.md", ".hidden.txt", "sub/data.csv"):
+    for ignored in ("README.md", ".hidden.txt", "sub/data.html"):
         (folder / ignored).write_text("not text to train on")
     written, rows = read(folder)
     assert [row["text"] for row in rows] == ["a1", "a2", "b1", "b2", "c1", "c2\u2028still", "d1", "e1 é\n\nmore\n"]
@@ -82,7 +82,7 @@ def test_long_txt_files_are_cut_at_empty_lines(folder: Path) -> None:
     assert "".join(str(row["text"]) for row in rows) == paragraph * 50
     assert [row["id"] for row in rows] == ["book.txt:1", "book.txt:2", "book.txt:3"]
     assert all(str(row["text"]).endswith("end\n\n") for row in rows)
-    assert len(str(rows[0]["text"])) < TXT_CHARACTERS + len(paragraph)
+    assert len(str(rows[0]["text"])) < WHOLE_CHARACTERS + len(paragraph)
 
 
 def test_empty_texts_are_left_out_and_counted(folder: Path) -> None:
@@ -108,7 +108,7 @@ NOT_USABLE = [
     ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"a\.jsonl, row 1: this line is not JSON"),
     ("a.jsonl", lines({"text": "x"}) * 40_000 + b'{"text": "\xff"}', r"a\.jsonl, line 40001: there is the byte 0xff, .*UTF-8"),
     ("a.jsonl", lines({"text": "x"}) + bytes(512), r"a\.jsonl, line 2: there is a NUL byte"),
-    ("a.jsonl", '{"text": "wide"}\n'.encode("utf-16-le"), r"a\.jsonl, line 1: there is a NUL byte, .*iconv -f UTF-16"),
+    ("a.jsonl", '{"text": "wide"}\n'.encode("utf-16-le"), r"a\.jsonl, line 1: there is a NUL byte, .*for example utf-16"),
     ("a.jsonl", LFS, r"a\.jsonl is a pointer of git LFS, .*`git lfs pull`"),
     ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be read after row 0 .*[Gg]zip"),
     ("a.jsonl.gz", LFS, r"a\.jsonl\.gz is a pointer of git LFS"),
@@ -121,8 +121,8 @@ NOT_USABLE = [
     ("a.jsonl.gz", b"", r"a\.jsonl\.gz cannot be read after row 0 \(it is empty\)"),
     ("a.jsonl.zst", b"", r"a\.jsonl\.zst cannot be read after row 0 \(it is empty\)"),
     ("a.txt", "one\r\ntwo\rthree é".encode("latin-1"), r"a\.txt, line 3: there is the byte 0xe9"),
-    ("a.txt", "wide".encode("utf-16"), r"a\.txt is UTF-16; convert it"),
-    ("a.txt", "wide".encode("utf-32"), r"a\.txt is UTF-32; convert it"),
+    ("a.txt", "wide".encode("utf-16"), r"a\.txt is UTF-16\. .*set download.encoding: utf-16"),
+    ("a.txt", "wide".encode("utf-32"), r"a\.txt is UTF-32\. .*set download.encoding: utf-32"),
     ("a.txt", "one\ntwo\n".encode("utf-32-le"), r"a\.txt, line 1: there is a NUL byte"),
     ("a.txt", b"one\ntwo" + bytes(99), r"a\.txt, line 2: there is a NUL byte"),
     ("a.txt", LFS, r"a\.txt is a pointer of git LFS"),
@@ -347,7 +347,7 @@ def test_end_of_text_in_a_file_is_text_and_said(folder: Path, capsys: pytest.Cap
     assert written.counts["end_of_text_strings"] == 3
     said = capsys.readouterr().out
     assert "texts contain <|endoftext|> (occurrences: 3, documents: 2, first in stories.txt, row 1)" in said
-    assert "docs/how-to/own-data.md" in said
+    assert "download.split: separator" in said
 
 
 # ---- The folder ------------------------------------------------------------------------------------------------------
@@ -519,13 +519,13 @@ def test_datasets_loads_what_was_written(folder: Path, tmp_path: Path, monkeypat
 def test_kinds_that_are_not_read_are_named_and_capitals_do_not_matter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("BOOK.TXT", "list.json", "notes.md", "a.html", "b.html", "c.html", "d.html", ".hidden.md"):
+    for name in ("BOOK.TXT", "list.xml", "notes.md", "a.html", "b.html", "c.html", "d.html", ".hidden.md"):
         (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "texts" / name).write_text("one text")
     source = LocalSource(tmp_path / "texts", "**/*")
     assert [file["name"] for file in source.identity()["files"]] == ["BOOK.TXT"]
     source.write(tmp_path / "raw", tmp_path)
     assert (
-        "because their kind cannot be read: a.html, b.html, c.html, d.html, list.json and 1 more"
+        "because their kind cannot be read: a.html, b.html, c.html, d.html, list.xml and 1 more"
         in capsys.readouterr().out
     )

@@ -17,7 +17,7 @@ DOCUMENTS = [Document(f"text {number} é", f"id{number}", score=number / 2) for 
 
 def test_documents_come_back_in_order(tmp_path: Path) -> None:
     written = write_raw(DOCUMENTS, tmp_path)
-    manifest = write_manifest(tmp_path, {"kind": "test"}, written.files)
+    manifest = write_manifest(tmp_path, {"kind": "test"}, written)
     assert read_raw_manifest(tmp_path) == manifest
     assert manifest.documents == 2500
     rows = list(iterate_raw(tmp_path, ("text", "id", "score", "url")))
@@ -45,13 +45,13 @@ def test_a_new_file_begins_when_one_is_full(tmp_path: Path) -> None:
         ("001_00000.parquet", 1000),
         ("002_00000.parquet", 500),
     ]
-    write_manifest(tmp_path, {}, written.files)
+    write_manifest(tmp_path, {}, written)
     assert [row["text"] for row in iterate_raw(tmp_path)] == [document.text for document in DOCUMENTS]
 
 
 def test_equal_documents_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_manifest(tmp_path / name, {"kind": "test"}, write_raw(iter(DOCUMENTS), tmp_path / name).files)
+        write_manifest(tmp_path / name, {"kind": "test"}, write_raw(iter(DOCUMENTS), tmp_path / name))
     for name in ("000_00000.parquet", "manifest.json"):
         assert sha256_file(tmp_path / "a" / name) == sha256_file(tmp_path / "b" / name)
 
@@ -68,7 +68,7 @@ def test_no_document_makes_no_file(tmp_path: Path) -> None:
 
 def test_damage_is_named(tmp_path: Path) -> None:
     written = write_raw(DOCUMENTS, tmp_path)
-    write_manifest(tmp_path, {}, written.files)
+    write_manifest(tmp_path, {}, written)
     path = tmp_path / "000_00000.parquet"
     content = path.read_bytes()
     path.write_bytes(content[:-20])
@@ -111,7 +111,7 @@ def test_a_document_counts_its_token_count_else_a_token_for_four_bytes(
 
 def test_the_manifest_says_how_many_rows_of_a_file_belong_to_the_corpus(tmp_path: Path) -> None:
     written = write_raw(DOCUMENTS, tmp_path)
-    write_manifest(tmp_path, {}, [replace(written.files[0], rows=1001)])
+    write_manifest(tmp_path, {}, replace(written, files=(replace(written.files[0], rows=1001),)))
     assert [row["text"] for row in iterate_raw(tmp_path)] == [document.text for document in DOCUMENTS[:1001]]
     assert read_raw_manifest(tmp_path).documents == 1001
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = tuple(TABLE)
 DATA_DEPS = {
     "download": ["${download.path}", "constraints.txt"],
-    "tokenize": ["data/raw"],
+    "tokenize": ["data/raw", "data/benchmarks/manifest.json"],
     "train": ["data/tokens", "data/models/manifest.json", "data/benchmarks/hellaswag.jsonl"],
     "evaluate": [
         "curves", "data/benchmarks", "data/models/manifest.json", "data/tokens/manifest.json",
@@ -110,13 +110,12 @@ def test_an_edit_reruns_no_more_than_it_must() -> None:
     assert rerun_by("schema.py") == set(STAGES)
 
 
-OTHER_SECTIONS = {"tokenize": ["download.benchmark_documents"]}
 """Single parameters of other sections that decide what a stage makes."""
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_parameters_of_each_stage(name: str) -> None:
-    assert stage_of(name)["params"] == [*TABLE[name].sections, *OTHER_SECTIONS.get(name, [])]
+    assert stage_of(name)["params"] == [*TABLE[name].sections]
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -49,7 +49,7 @@ class Params:
                 f"train.sequence_length: {self.train.sequence_length} is longer than model.context_length = "
                 f"{self.model.context_length}, so the model could not read a whole sequence; lower it or raise the context."
             )
-        if self.tokenize.shard_tokens <= self.train.sequence_length:
+        if self.tokenize.shard_tokens != "auto" and self.tokenize.shard_tokens <= self.train.sequence_length:
             yield (
                 f"tokenize.shard_tokens: {self.tokenize.shard_tokens} leaves no whole sequence of "
                 f"train.sequence_length = {self.train.sequence_length} in the validation shard; raise it."

@@ -12,15 +12,16 @@ The sets from the hub are those that lm-eval 0.4.13 scores, each from the reposi
 names. They are JSON lines with the dataset's own columns, which `dataset_path: json` reads.
 """
 
+import bisect
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -206,7 +207,11 @@ def hellaswag_items(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
 
 
 def write_benchmarks(
-    params: DownloadParams, raw: Path, folder: Path, fetch: Callable[[HubPin], AbstractContextManager[Path]]
+    params: DownloadParams,
+    raw: Path,
+    folder: Path,
+    fetch: Callable[[HubPin], AbstractContextManager[Path]],
+    text_bytes: int | None,
 ) -> dict[str, Any]:
     """Make the evaluation sets that `download.benchmarks` names.
 
@@ -215,6 +220,7 @@ def write_benchmarks(
         folder: gets one `.jsonl` per set, and `manifest.json`. `hellaswag.jsonl` is always written, with a single empty line
             if the set is not named.
         fetch: opens a verified file of the hub.
+        text_bytes: of the corpus, if known; `benchmark_documents: auto` depends on it.
 
     Returns:
         The manifest: for each file the number of items, the corpus documents it was made from, its SHA-256, and how it was
@@ -231,7 +237,7 @@ def write_benchmarks(
         manifest[name] = {"items": items, "documents": documents, "sha256": sha256_file(folder / name), "made": made}
 
     if "completion" in params.benchmarks:
-        head = _first_documents(raw, params.benchmark_documents)
+        head = _first_documents(raw, params.benchmark_documents, text_bytes)
         items = completion_items(head, params.seed)
         _require_items(items, len(head))
         made = f"from the first documents of the corpus, seed {params.seed}, {CHOICES} choices"
@@ -257,17 +263,42 @@ def write_benchmarks(
     return manifest
 
 
-def _first_documents(raw: Path, count: int) -> list[dict[str, Any]]:
-    """Return the first `count` documents, with null texts as empty ones. Fail unless the corpus has more documents."""
-    rows = islice(iterate_raw(raw, ("text", "id")), count + 1)  # one more, to see whether any is left to train on
+AUTO_DOCUMENTS, AUTO_BYTES = 480, 1_000_000
+"""`benchmark_documents: auto` takes this many documents at most, and this many bytes of text: about 256,000 tokens."""
+
+
+def _first_documents(raw: Path, count: int | Literal["auto"], text_bytes: int | None) -> list[dict[str, Any]]:
+    """Return the first documents, with null texts as empty ones. Fail unless the corpus has more documents.
+
+    Args:
+        count: how many; `auto` takes a tenth of the text, and see `AUTO_DOCUMENTS`.
+        text_bytes: of the corpus; None if unknown, and then it is taken to be large.
+    """
+    most = AUTO_DOCUMENTS if count == "auto" else count
+    rows = islice(iterate_raw(raw, ("text", "id")), most + 1)  # one more, to see whether any is left to train on
     head = [{**row, "text": row["text"] or ""} for row in rows]
-    if len(head) <= count:
+    wanted = _automatic_count(head, text_bytes) if count == "auto" else count
+    if len(head) <= wanted:
         raise UserError(
-            f"download.benchmark_documents: {count}, but the corpus has only {len(head)} documents, so none would be "
+            f"download.benchmark_documents: {wanted}, but the corpus has only {len(head)} documents, so none would be "
             "left to train on; lower it (a tenth of the corpus is enough), add text, or drop completion from "
             "download.benchmarks."
         )
-    return head[:count]
+    return head[:wanted]
+
+
+def _automatic_count(head: Sequence[Row], text_bytes: int | None) -> int:
+    """Return how many documents make the benchmark; see `_first_documents`."""
+    limit = AUTO_BYTES if text_bytes is None else min(AUTO_BYTES, text_bytes // 10)
+    ends = list(accumulate(len(row["text"].encode("utf-8")) for row in head))
+    count = min(AUTO_DOCUMENTS, bisect.bisect_right(ends, limit), max(0, len(head) - 1))
+    if count < CHOICES:
+        raise UserError(
+            f"download.benchmark_documents: auto takes a tenth of the text, and that is {count} documents where a benchmark "
+            f"needs {CHOICES}, so none can be made; add text, cut it into more documents (download.split), or go without: "
+            "set download.benchmarks and evaluate.tasks to []."
+        )
+    return count
 
 
 def _require_items(items: Sequence[Row], documents: int) -> None:

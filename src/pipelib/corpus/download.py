@@ -72,8 +72,8 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
             f"download.max_tokens: the corpus has about {tokens:,} tokens, fewer than {params.max_tokens:,}; all of it is used"
         )
     # The benchmarks are made from the raw text, so its manifest must exist first.
-    manifest = write_manifest(raw, origin.identity(), written.files)
-    benchmarks = write_benchmarks(params, raw, places.benchmarks, fetch_pinned)
+    manifest = write_manifest(raw, origin.identity(), written)
+    benchmarks = write_benchmarks(params, raw, places.benchmarks, fetch_pinned, written.counts.get("text_bytes"))
     write_baselines(params.models, places.published_models, fetch_pinned)
     parquet_bytes = sum(file.bytes for file in manifest.files)
     result = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pipelib.corpus.params import READABLE
+from pipelib.corpus.params import KINDS_IN_WORDS, READABLE, SAVED_DATASET
 from pipelib.errors import UserError
 from pipelib.files import is_unicode
 
@@ -25,9 +25,21 @@ class LocalFiles:
     root: Path
     """The folder that the names are relative to."""
     names: list[str]
-    """The files to read, as sorted paths inside `root`."""
+    """The files to read, as sorted paths inside `root`. A saved dataset is one file, its state.json."""
     ignored: list[str]
     """The files that match the pattern but are not of a kind that can be read, sorted."""
+
+    @property
+    def all_names(self) -> list[str]:
+        """The files to read, and all files of saved datasets."""
+        own = (Path(name).parent for name in self.names if Path(name).name == SAVED_DATASET)
+        parts = (
+            path.relative_to(self.root).as_posix()
+            for folder in own
+            for path in (self.root / folder).iterdir()
+            if path.is_file()
+        )
+        return sorted({*self.names, *parts})
 
 
 def find_files(path: Path, pattern: str) -> LocalFiles:
@@ -42,7 +54,10 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
     else:
         names = sorted(name.as_posix() for name in visible_matches(path, pattern) if (path / name).is_file())
         root = path
-    readable = [name for name in names if name.lower().endswith(READABLE)]
+    saved = {Path(name).parent for name in names if _is_saved_dataset(root / name)}
+    parts = {name for name in names if Path(name).parent in saved or Path(name).name == "dataset_dict.json"}
+    readable = [name for name in names if name.lower().endswith(READABLE) and name not in parts]
+    readable = sorted([*readable, *((folder / SAVED_DATASET).as_posix() for folder in saved)])
     if not readable:
         where = (
             f"{path} is not"
@@ -50,10 +65,15 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
             else f"{path} has no file that matches download.pattern = {pattern!r} and is"
         )
         raise UserError(
-            f"download.path: {where} of a kind that can be read ({', '.join(READABLE)}), so there is no text; put files "
+            f"download.path: {where} of a kind that can be read ({KINDS_IN_WORDS}), so there is no text; put files "
             "there, or set download.source: docs."
         )
-    return LocalFiles(root, readable, sorted({*names} - {*readable}))
+    return LocalFiles(root, readable, sorted({*names} - {*readable} - parts))
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    """Return whether a file is the state.json of a folder that `Dataset.save_to_disk` wrote."""
+    return path.name == SAVED_DATASET and path.with_name("dataset_info.json").is_file()
 
 
 def visible_matches(folder: Path, pattern: str) -> list[Path]:

@@ -1,118 +1,210 @@
-"""Read the user's files as rows: parquet, jsonl, jsonl.gz, jsonl.zst and txt."""
+"""Read the user's files as rows: parquet, JSON, csv, txt, and folders that `datasets` saved; most of them also compressed."""
 
-import gzip
+import csv
 import io
 import json
+import lzma
+import re
+import sys
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
 import pyarrow as pa
 
-from pipelib.corpus.parquet import SCHEMA, open_parquet
+from pipelib.corpus.local_rows import BadRowError, Row
+from pipelib.corpus.params import PACKED, SAVED_DATASET
+from pipelib.corpus.parquet import SCHEMA, open_parquet, require_text
+from pipelib.corpus.split import Cut, cut_text
+from pipelib.corpus.text_files import Decoding, damaged_file, require_intact
 from pipelib.errors import UserError
 
-TXT_CHARACTERS = 100_000
-"""A txt file is cut at the next empty line after this many characters."""
-_TXT_LIMIT = 40 * TXT_CHARACTERS  # then cut at any line, so that a file without empty lines fits in memory
-_BLOCK_CHARACTERS = 1 << 20
 _BATCH_ROWS = 1000
-_LONGEST = 64  # bytes at the start of a file that are enough to tell its kind
+_BLOCK_CHARACTERS = 1 << 20
 
-_OWN = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".parquet": b"PAR1\x15"}
-"""The first bytes of files of each kind."""
-_FOREIGN = {
-    b"version https://git-lfs.github.com/spec/v1\n": "a pointer of git LFS, not the text; run `git lfs pull`",
-    b"/annex/objects/": "a pointer of git-annex, not the text; run `git annex get`",
-    _OWN[".gz"]: "compressed by gzip; name it .jsonl.gz if it is jsonl, or unpack it",
-    _OWN[".zst"]: "compressed by zstd; name it .jsonl.zst if it is jsonl, or unpack it",
-    _OWN[".parquet"]: "parquet; name it .parquet",
-    b"\xfd7zXZ": "compressed by xz; unpack it",
-    b"PK\x03\x04": "a zip archive; unpack it",
-    b"%PDF-": "a PDF; extract its text",
-    b"\xff\xfe\x00\x00": "UTF-32; convert it (iconv -f UTF-32 -t UTF-8)",
-    b"\x00\x00\xfe\xff": "UTF-32; convert it (iconv -f UTF-32 -t UTF-8)",
-    b"\xff\xfe": "UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
-    b"\xfe\xff": "UTF-16; convert it (iconv -f UTF-16 -t UTF-8)",
-}
-"""The first bytes of files that are not what their names say, with what they are and what to do."""
-
-Row = Mapping[str, Any]
+Numbered = tuple[int, Row | BadRowError]
+"""A row, or what is wrong with it, and its number in the file, from 1."""
 
 
-def read_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of one file with their numbers, from 1. A txt file has one row, with a `text`, per document.
+@dataclass(frozen=True)
+class Reading:
+    """How files are read."""
+
+    text_column: str
+    decoding: Decoding
+    cut: Cut
+    """How txt files are cut into documents."""
+
+
+def read_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
+    """Yield the rows of one file. A txt file has one row per document, with its text in the text column.
 
     Args:
         name: what messages call the file.
 
     Raises:
-        UserError: the file is damaged, cut short, not UTF-8, or not what its name says; or a line is not an object.
+        UserError: the file is damaged, cut short, has another encoding, or is not what its name says.
     """
-    ending = path.suffix.lower()
-    read = {".parquet": _parquet_rows, ".txt": _txt_rows}.get(ending, _jsonl_rows)
     number = 0
     try:
-        with path.open("rb") as file:
-            head = file.read(_LONGEST)
-        if not head and ending in (".gz", ".zst"):
-            raise EOFError("it is empty")  # gzip and zstd would read it as empty text
-        _refuse_foreign(head, ending, name)
-        for number, row in read(path, name):
+        require_intact(path, name)
+        for number, row in _reader(path)(path, name, reading):
             yield number, row
     except UserError:
         raise
     except UnicodeDecodeError:
-        raise _not_text(path, name) from None
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # Arrow's are OSErrors and ValueErrors
-        raise _damaged(name, number, error) from None
+        raise reading.decoding.not_text(path, name) from None
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
+        raise damaged_file(name, number, error) from None
 
 
-# ---- Kinds of files --------------------------------------------------------------------------------------------------
+def _reader(path: Path) -> Callable[[Path, str, Reading], Iterator[Numbered]]:
+    """Return what reads a file, by the ending of its name."""
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings[-1] in PACKED:
+        endings.pop()
+    if path.name == SAVED_DATASET:
+        return _saved_rows
+    return {
+        ".parquet": _parquet_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _txt_rows,
+    }.get(endings[-1], _jsonl_rows)  # fmt: skip
 
 
-def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:  # noqa: ARG001  (the same signature as the other readers)
-    with open_parquet(path) as parquet:
-        names = parquet.schema_arrow.names
-        columns = [column for column in SCHEMA.names if names.count(column) == 1]  # skip ambiguous ones
-        number = 0
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns):
-            for row in zip(*map(_values, batch.columns), strict=True):
-                number += 1
-                yield number, dict(zip(batch.schema.names, row, strict=True))
+# ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def _values(column: pa.Array) -> list[object]:
-    """Return a column's values: strings, numbers and None. Strings that are not UTF-8 stay bytes.
+def _parquet_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:  # noqa: ARG001  (the signature of all readers)
+    with open_parquet(path, column=reading.text_column) as parquet:
+        columns = _columns(parquet.schema_arrow.names, reading)
+        yield from _arrow_rows(parquet.iter_batches(_BATCH_ROWS, columns=columns), reading)
+
+
+def _saved_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
+    """Yield the rows of a folder that `Dataset.save_to_disk` wrote."""
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(path.parent))
+    require_text(dataset.features.arrow_schema, name, "set download.text_column", reading.text_column)
+    chosen = dataset.select_columns(_columns(dataset.column_names, reading)).with_format("arrow")
+    yield from _arrow_rows((batch for table in chosen.iter(_BATCH_ROWS) for batch in table.to_batches()), reading)
+
+
+def _columns(names: list[str], reading: Reading) -> list[str]:
+    """Return which of a table's columns are read. Ambiguous ones are not."""
+    return [name for name in dict.fromkeys((*SCHEMA.names, reading.text_column)) if names.count(name) == 1]
+
+
+def _arrow_rows(batches: Iterator[pa.RecordBatch], reading: Reading) -> Iterator[Numbered]:
+    number = 0
+    for batch in batches:
+        columns = [
+            _values(column, reading.decoding if name == reading.text_column else None)
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        ]
+        for row in zip(*columns, strict=True):
+            number += 1
+            yield number, dict(zip(batch.schema.names, row, strict=True))
+
+
+def _values(column: pa.Array, decoding: Decoding | None) -> list[object]:
+    """Return a column's values: strings, numbers and None. Strings with stray bytes stay bytes.
 
     In a column of another type, each value is represented by the type.
+
+    Args:
+        decoding: for the column of text, which may hold bytes.
     """
     while pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         return cast("list[object]", column.to_pylist())
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not is_string and (decoding is None or pa.types.is_null(kind)):
         return [kind if valid else None for valid in column.is_valid().to_pylist()]
     try:
-        return cast("list[object]", column.to_pylist())
+        if is_string:
+            return cast("list[object]", column.to_pylist())
     except UnicodeDecodeError:
-        return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
+        pass
+    utf8 = Decoding("utf-8", "refuse")
+    return [_decoded(value, decoding or utf8) for value in column.cast(pa.large_binary()).to_pylist()]
 
 
-def _decoded(value: bytes | None) -> str | bytes | None:
+def _decoded(value: bytes | None, decoding: Decoding) -> str | bytes | None:
     try:
-        return value and value.decode("utf-8")
+        return None if value is None else decoding.decode(value)
     except UnicodeDecodeError:
         return value
 
 
-def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
+    """Yield the rows of a csv or tsv file, whose first line names the columns."""
+    csv.field_size_limit(sys.maxsize)
+    delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes) else ","
+    with reading.decoding.open(path, name) as file:
+        lines = csv.reader(file, delimiter=delimiter, strict=True)
+        header = next(lines, [])
+        if header.count(reading.text_column) != 1:
+            raise UserError(
+                f"{name} has {header.count(reading.text_column)} columns `{reading.text_column}` in its first line "
+                f"({', '.join(header):.200}), so it is unknown which is the text; set download.text_column, or add a first line "
+                "that names the columns."
+            )
+        number = 0
+        while True:
+            try:
+                values = next(lines)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "unexpected end" in str(error):  # all lines after an open quote are in this row
+                    raise ValueError(f"the quote of the row that ends in line {lines.line_num} is not closed") from None
+                number += 1
+                yield (
+                    number,
+                    BadRowError("not csv", f"{name}, row {number}: line {lines.line_num} is not csv ({error})"),
+                )
+                continue
+            if values:  # not for an empty line
+                number += 1
+                yield number, _csv_row(f"{name}, row {number}", header, values)
+
+
+def _csv_row(where: str, header: list[str], values: list[str]) -> Row | BadRowError:
+    if len(values) != len(header):
+        reason = "too many values" if len(values) > len(header) else "too few values"
+        return BadRowError(
+            reason, f"{where} has {len(values)} values for {len(header)} columns, so it is unknown which is the text"
+        )
+    row: dict[str, Any] = dict(zip(header, values, strict=True))
+    for column in row.keys() & _NUMBERS:
+        row[column] = _number(row[column])
+    return row
+
+
+_NUMBERS = {field.name for field in SCHEMA if not pa.types.is_string(field.type)}
+
+
+def _number(value: str) -> object:
+    """Return a number of a csv file; None if there is none, and the value itself if it is not a number."""
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    return value or None
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _jsonl_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
     """Yield each line as a row. Lines are read as text, so that errors can name them and rows may have different columns."""
-    with _open_text(path, name) as file:
+    with reading.decoding.open(path, name) as file:
         for number, line in enumerate(file, start=1):
             if line.isspace():
                 continue
@@ -120,16 +212,15 @@ def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
                 row = _parse(line)
             except (ValueError, RecursionError) as error:
                 if "\0" in line:
-                    raise _not_text(path, name) from None
-                raise UserError(
-                    f"{name}, row {number}: this line is not JSON ({error}), so its text is unknown; fix this row."
-                ) from None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{name}, row {number}: {row!r:.60} is not an object with a `text`, so the row is not a document; fix "
-                    "this row."
+                    raise reading.decoding.not_text(path, name) from None
+                yield (
+                    number,
+                    BadRowError(
+                        "not JSON", f"{name}, row {number}: this line is not JSON ({error}), so its text is unknown"
+                    ),
                 )
-            yield number, row
+            else:
+                yield number, _object(row, f"{name}, row {number}")
 
 
 def _parse(line: str) -> Any:
@@ -140,104 +231,65 @@ def _parse(line: str) -> Any:
         return json.loads(line)
 
 
-def _txt_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
-    """Yield the whole file as one row, or a row for each piece if the file is cut."""
-    number, text = 1, ""
-    with _open_text(path, name) as file:
-        while block := file.read(_BLOCK_CHARACTERS) + file.readline():  # whole lines, because cuts are at line ends
-            if "\0" in block:
-                raise _not_text(path, name)
-            text += block
-            start = 0
-            while end := _cut(text, start):
-                yield number, {"text": text[start:end]}
-                start, number = end, number + 1
-            text = text[start:]
-    if text or number == 1:
-        yield number, {"text": text}
+def _json_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
+    """Yield each object as a row: those of an array, or those that follow each other."""
+    with reading.decoding.open(path, name) as file:
+        for number, value in enumerate(_json_values(file), start=1):
+            yield number, _object(value, f"{name}, row {number}")
 
 
-def _cut(text: str, start: int) -> int:
-    """Return where the document that begins at `start` ends; 0 if more of the file is needed to tell."""
-    end = text.find("\n", start + TXT_CHARACTERS - 1) + 1
-    while end:
-        line = text.rfind("\n", start, end - 1) + 1
-        if end - start >= _TXT_LIMIT or text[line:end].isspace():
-            return end
-        end = text.find("\n", end) + 1
-    return 0
-
-
-def _open_text(path: Path, name: str) -> io.TextIOWrapper:
-    """Open a file as text: unpacked if its name says so, every line end as `\\n`, without UTF-8's byte order mark."""
-    file = _open_bytes(path)
-    if path.suffix.lower() in _OWN:  # the content may be compressed twice, or have another encoding
-        _refuse_foreign(file.peek(_LONGEST), "", f"{name}, unpacked,")
-    return io.TextIOWrapper(file, encoding="utf-8-sig")
-
-
-def _open_bytes(path: Path) -> Any:
-    """Open a file as bytes, unpacked if its name says so. The stream can be read by lines, and has `peek`."""
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.open(path)
-        case ".zst":
-            return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
-    return path.open("rb")
-
-
-# ---- What is wrong with a file ----------------------------------------------------------------------------------------
-
-
-def _refuse_foreign(head: bytes, ending: str, name: str) -> None:
-    """Refuse a file that begins like one of another kind."""
-    for start, what in _FOREIGN.items():
-        if head.startswith(start) and start != _OWN.get(ending):
-            raise UserError(f"{name} is {what}. It was not read, because its text would be wrong.")
-
-
-def _damaged(name: str, number: int, error: Exception) -> UserError:
-    """Return the error for a file that cannot be read to its end."""
-    why = " ".join(str(error).split()) or type(error).__name__
-    if "too much memory" in why:  # libzstd's message for a window of more than 128 MB
-        return UserError(
-            f"{name} was compressed with a long window (zstd --long), which needs more memory than allowed here, so it "
-            "was not read; compress it again: zstd -d --long=31 -c FILE | zstd -o NEW_FILE."
-        )
-    return UserError(
-        f"{name} cannot be read after row {number} ({why}), so it is damaged or cut short and text would be lost; get or "
-        "make it again, or move it away."
+def _object(value: Any, where: str) -> Row | BadRowError:
+    if isinstance(value, dict):
+        return value
+    return BadRowError(
+        "not an object", f"{where}: {value!r:.60} is not an object with a text, so the row is not a document"
     )
 
 
-def _not_text(path: Path, name: str) -> UserError:
-    """Return the error for a file that is not UTF-8 or has NUL bytes, with the first such line."""
-    number = 0
-    with suppress(OSError, EOFError, zlib.error), _open_bytes(path) as file:
-        for line in file:
-            position = _first_bad_byte(line)
-            if position is not None:
-                number += 1 + _line_breaks(line[:position])
-                byte = line[position]
-                what = "a NUL byte" if byte == 0 else f"the byte 0x{byte:02x}, which is not UTF-8"
-                encoding = "UTF-16" if byte == 0 else "CP1252"
-                return UserError(
-                    f"{name}, line {number}: there is {what}, so the file is in another encoding or damaged and its text "
-                    f"would be wrong; convert it (for example iconv -f {encoding} -t UTF-8), or get it again."
-                )
-            number += _line_breaks(line)
-    return _damaged(name, number, ValueError("not UTF-8"))
+def _json_values(file: io.TextIOBase) -> Iterator[Any]:
+    """Yield the values of an array, or values that follow each other. Memory holds a block of the file, or one value.
+
+    Raises:
+        ValueError: something is not JSON, or the array does not end.
+    """
+    decoder, text, ended = json.JSONDecoder(), "", False
+    in_array: bool | None = None  # until the first value
+    while not ended:
+        block = file.read(max(_BLOCK_CHARACTERS, len(text)))  # twice as much each time if a value is longer
+        text, position, ended = text + block, 0, not block
+        while True:
+            position = cast("re.Match[str]", (_BETWEEN if in_array else _SPACE).match(text, position)).end()
+            if position == len(text):
+                break
+            if text[position] == ("[" if in_array is None else "]" if in_array else ""):
+                in_array, position = in_array is None, position + 1
+                continue
+            in_array = bool(in_array)
+            try:
+                value, end = decoder.raw_decode(text, position)
+            except json.JSONDecodeError as error:
+                if ended:
+                    raise ValueError(f"{text[position:][:40]!r} is not JSON: {error.msg}") from None
+                break
+            if end == len(text) and not ended:  # a number may continue in the next block
+                break
+            yield value
+            position = end
+        text = text[position:]
+    if in_array:
+        raise ValueError("its array does not end")
 
 
-def _first_bad_byte(line: bytes) -> int | None:
-    """Return the position of the first byte of a line that is NUL or not UTF-8; None if there is none."""
-    nul = line.find(b"\0")
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.start if nul < 0 else min(nul, error.start)
-    return nul if nul >= 0 else None
+_SPACE, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s,]*")
 
 
-def _line_breaks(data: bytes) -> int:
-    return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
+# ---- Text ------------------------------------------------------------------------------------------------------------
+
+
+def _txt_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
+    """Yield a row for each document of the file; see `split.py`."""
+    with reading.decoding.open(path, name) as file:
+        for number, text in enumerate(cut_text(file, reading.cut), start=1):
+            if "\0" in text:
+                raise reading.decoding.not_text(path, name)
+            yield number, {reading.text_column: text}

@@ -1,17 +1,36 @@
 """The parameters of the download stage."""
 
+import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pipelib.corpus.hub_benchmarks import known_benchmarks
 from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.schema import NaturalInt, OneOf, PositiveInt
 
 SOURCES = Path(__file__).with_name("sources")
-READABLE = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
-"""The endings of the files that `local` reads."""
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+"""The endings of compressed files."""
+TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+"""The endings of the text files that `local` reads, also compressed."""
+READABLE = (".parquet", *(kind + packed for kind in TEXT_KINDS for packed in ("", *PACKED)))
+"""The endings of all files that `local` reads."""
+KINDS_IN_WORDS = (
+    ".parquet, .jsonl, .ndjson, .json, .csv, .tsv, .txt, also with .gz, .bz2, .xz or .zst, or a saved dataset"
+)
+SAVED_DATASET = "state.json"
+"""The file that stands for a folder of `datasets`' `save_to_disk`."""
+
+
+def encoding_name(encoding: str) -> str | None:
+    """Return Python's name of a text encoding; None if there is no such encoding."""
+    try:
+        b"".decode(encoding)
+        return codecs.lookup(encoding).name
+    except (LookupError, ValueError):  # a LookupError for codecs that do not encode text, too
+        return None
 
 
 def known_sources() -> list[str]:
@@ -30,6 +49,24 @@ class DownloadParams:
     """`local`: the folder of the user's files, or one file. The stage depends on it for every source."""
     pattern: str
     """`local`: which files of that folder to read, as a glob."""
+    text_column: str
+    """`local` and `hub`: the column, or key, of a row's text."""
+    bad_rows: Literal["refuse", "skip"]
+    """What to do with a row that is not a document. `skip` leaves it out and counts it, up to 1 % of all rows."""
+    encoding: str
+    """`local`: the encoding of text files, by Python's names."""
+    stray_bytes: Literal["refuse", "replace"]
+    """`local`: what to do with bytes that are not of that encoding. `replace` puts U+FFFD for them and counts them."""
+    split: Literal["auto", "whole", "line", "empty_line", "separator"]
+    """`local`: the documents of a txt file. `whole`: the file, cut at the next empty line after each 100,000 characters;
+    `auto`: the same, cut into about 500 documents if all files together have less than 50 MB; `line`; `empty_line`: what is
+    between empty lines; `separator`: what is between `separator`."""
+    separator: str
+    """`local`: the text between documents, for `split: separator`."""
+    shuffle: bool
+    """`local`: put the documents into an order that `seed` decides, before the validation split is cut."""
+    validation: str | None
+    """`local`: a glob for the files whose documents are the validation split; null for the first shard of the corpus."""
     repo: str
     """`hub`: the dataset repository, OWNER/NAME."""
     revision: str
@@ -41,8 +78,9 @@ class DownloadParams:
     counts as its `token_count` if the dataset has one, else as its UTF-8 bytes divided by 4, rounded up."""
     benchmarks: tuple[Annotated[str, OneOf(known_benchmarks)], ...]
     """The evaluation sets to prepare: `completion` is made from the corpus, the others come from the hub."""
-    benchmark_documents: NaturalInt
-    """How many documents at the start of the corpus the completion benchmark is made from."""
+    benchmark_documents: NaturalInt | Literal["auto"]
+    """How many documents at the start of the corpus the completion benchmark is made from. `auto`: 480, or fewer if they
+    have more than 1 MB of text or a tenth of the corpus."""
     models: tuple[Annotated[str, OneOf(PUBLISHED_MODELS.keys)], ...]
     """The published models to download from the hub."""
     seed: NaturalInt
@@ -60,12 +98,14 @@ class DownloadParams:
                 f"repo: {self.repo!r} is not OWNER/NAME, so the hub would not find it; "
                 "FineWeb-Edu is HuggingFaceFW/fineweb-edu."
             )
-        if "completion" in self.benchmarks and self.benchmark_documents < 4:
+        yield from self._problems_of_local()
+        number = self.benchmark_documents
+        if "completion" in self.benchmarks and number != "auto" and number < 4:
             yield (
                 f"benchmark_documents: {self.benchmark_documents} documents cannot give an item and three distractors "
                 "from other documents; use at least 4, or drop completion from benchmarks."
             )
-        if "completion" not in self.benchmarks and self.benchmark_documents:
+        if "completion" not in self.benchmarks and number not in (0, "auto"):
             yield (
                 f"benchmark_documents: {self.benchmark_documents} documents would be held out for a benchmark that is not "
                 "made; set it to 0, or add completion to benchmarks."
@@ -73,3 +113,15 @@ class DownloadParams:
         for key, names in (("benchmarks", self.benchmarks), ("models", self.models)):
             if len(set(names)) < len(names):
                 yield f"{key}: {list(names)} lists a name twice; list each name once."
+
+    def _problems_of_local(self) -> Iterator[str]:
+        """Yield what is wrong with the parameters of `local`."""
+        if encoding_name(self.encoding) is None:
+            yield (
+                f"encoding: {self.encoding!r} is not a text encoding that Python knows, so no file can be read; use utf-8, "
+                "utf-16, cp1252, gbk or another of its names."
+            )
+        if not self.separator:
+            yield "separator: it is empty, so it cannot be between documents; the usual one is <|endoftext|>."
+        if not self.text_column:
+            yield "text_column: it is empty, so no column is the text; the usual one is text."

@@ -10,7 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelib.corpus.raw import REPAIR, Document, RawFile, Written, damaged, estimated_tokens, read_raw_manifest
+from pipelib.corpus.raw import (
+    REPAIR,
+    TEXT,
+    Document,
+    RawFile,
+    RawManifest,
+    Written,
+    damaged,
+    estimated_tokens,
+    read_raw_manifest,
+)
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, sha256_files, sync_folder
 
@@ -80,15 +90,15 @@ def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FIL
     return Written(tuple(map(describe_file, paths, sha256_files(paths))), counts)
 
 
-def first_rows(path: Path, max_tokens: int) -> tuple[int, int]:
+def first_rows(path: Path, max_tokens: int, column: str = TEXT) -> tuple[int, int]:
     """Find the shortest prefix of a parquet file with at least `max_tokens` tokens. Return its rows and its tokens.
 
     If the file has fewer tokens, the prefix is the whole file. Only `token_count` is read, and the text of row groups
     without it; a hundred rows are in memory at a time.
     """
     rows = tokens = 0
-    with open_parquet(path) as parquet:
-        for count in _row_tokens(parquet, path):
+    with open_parquet(path, column=column) as parquet:
+        for count in _row_tokens(parquet, path, column):
             rows += 1
             tokens += count
             if tokens >= max_tokens:
@@ -96,7 +106,7 @@ def first_rows(path: Path, max_tokens: int) -> tuple[int, int]:
     return rows, tokens
 
 
-def _row_tokens(parquet: pq.ParquetFile, path: Path) -> Iterator[int]:
+def _row_tokens(parquet: pq.ParquetFile, path: Path, column: str) -> Iterator[int]:
     """Yield the number of tokens that each row counts as."""
     schema = parquet.schema_arrow
     # A few rows may lack a count even in a dataset that has counts; then the length of the text is needed.
@@ -104,7 +114,7 @@ def _row_tokens(parquet: pq.ParquetFile, path: Path) -> Iterator[int]:
     try:
         for group in range(parquet.num_row_groups):
             known = list(_token_counts(parquet, group)) if counted else []
-            lengths = _text_lengths(parquet, group) if None in known or not counted else repeat(0)
+            lengths = _text_lengths(parquet, group, column) if None in known or not counted else repeat(0)
             yield from map(estimated_tokens, lengths, known if counted else repeat(None))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise damaged(path, str(error), REPAIR) from None
@@ -116,10 +126,10 @@ def _token_counts(parquet: pq.ParquetFile, group: int) -> Iterator[int | None]:
         yield from (count if count is not None and count >= 0 else None for count in batch.to_pylist())
 
 
-def _text_lengths(parquet: pq.ParquetFile, group: int) -> Iterator[int]:
+def _text_lengths(parquet: pq.ParquetFile, group: int, column: str) -> Iterator[int]:
     """Yield the bytes of each text; 0 if it is null."""
-    for batch in _batches(parquet, group, "text"):
-        yield from pc.fill_null(pc.binary_length(batch.cast(pa.large_string())), 0).to_pylist()
+    for batch in _batches(parquet, group, column):
+        yield from pc.fill_null(pc.binary_length(batch.cast(pa.large_binary())), 0).to_pylist()
 
 
 def _batches(parquet: pq.ParquetFile, group: int, name: str) -> Iterator[pa.Array]:
@@ -160,54 +170,91 @@ def _table(group: Sequence[Document]) -> pa.Table:
     return pa.table(dict(zip(Document._fields, zip(*group, strict=True), strict=True)), schema=SCHEMA)
 
 
-def describe_file(path: Path, sha256: str | None = None) -> RawFile:
+def bad_texts(path: Path, column: str) -> tuple[int, int]:
+    """Count the texts of a parquet file that are not UTF-8, and its rows."""
+    bad = rows = 0
+    with open_parquet(path, column=column) as parquet:
+        for batch in parquet.iter_batches(columns=[column], use_threads=False):
+            rows += len(batch)
+            bad += sum(value is None for value in utf8_or_none(batch.column(0))) - batch.column(0).null_count
+    return bad, rows
+
+
+def utf8_or_none(column: pa.Array) -> pa.Array:
+    """Return a column of texts as strings, with null for those that are not UTF-8."""
+    try:
+        column.validate(full=True)  # Arrow does not check UTF-8 when it reads
+        return column.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return pa.array(map(_utf8_or_none, column.cast(pa.large_binary()).to_pylist()), pa.large_string())
+
+
+def _utf8_or_none(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def describe_file(path: Path, sha256: str | None = None, column: str = TEXT) -> RawFile:
     """Return a parquet file's entry for the manifest.
 
     Args:
         sha256: the file's verified SHA-256; None computes it.
 
     Raises:
-        UserError: the file is not parquet or has no column `text`.
+        UserError: the file is not parquet or has no column of text.
     """
-    with open_parquet(path) as parquet:
+    with open_parquet(path, column=column) as parquet:
         rows = parquet.metadata.num_rows
     return RawFile(path.name, path.stat().st_size, rows, sha256 or sha256_file(path))
 
 
-def iterate_raw(folder: Path, columns: Sequence[str] = ("text",)) -> Iterator[dict[str, Any]]:
+def iterate_raw(folder: Path, columns: Sequence[str] = (TEXT,)) -> Iterator[dict[str, Any]]:
     """Yield the documents of a folder in the order of the corpus, as `{column: value}`. Memory holds one row group.
 
     Raises:
         UserError: the manifest or a file is missing or damaged.
     """
+    manifest = read_raw_manifest(folder)
     # `islice`, because only the first `rows` rows of the last file may belong to the corpus.
-    for file in read_raw_manifest(folder).files:
-        yield from islice(_iterate_file(folder / file.name, columns), file.rows)
+    for file in manifest.files:
+        yield from islice(_iterate_file(folder / file.name, columns, manifest), file.rows)
 
 
-def _iterate_file(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _iterate_file(path: Path, columns: Sequence[str], manifest: RawManifest) -> Iterator[dict[str, Any]]:
     """Yield all rows of a parquet file, with None for the columns that it does not have."""
-    with open_parquet(path, REPAIR) as parquet:
-        here = [name for name in columns if name in parquet.schema_arrow.names]
-        missing = dict.fromkeys(name for name in columns if name not in here)
+    stored = {manifest.text_column if name == TEXT else name: name for name in columns}
+    with open_parquet(path, REPAIR, manifest.text_column) as parquet:
+        here = [name for name in stored if name in parquet.schema_arrow.names]
+        missing = {stored[name]: None for name in stored if name not in here}
         for group in range(parquet.num_row_groups):
-            for row in _read_group(parquet, group, here, path):
-                yield {**missing, **row}
+            for row in _read_group(parquet, group, here, path, manifest):
+                yield {**missing, **{stored[name]: value for name, value in row.items()}}
 
 
-def _read_group(parquet: pq.ParquetFile, group: int, columns: Sequence[str], path: Path) -> list[dict[str, Any]]:
+def _read_group(
+    parquet: pq.ParquetFile, group: int, columns: Sequence[str], path: Path, manifest: RawManifest
+) -> list[dict[str, Any]]:
     try:
-        rows: list[dict[str, Any]] = parquet.read_row_group(group, list(columns), use_threads=False).to_pylist()
+        table = parquet.read_row_group(group, list(columns), use_threads=False)
+        if manifest.text_column in columns:
+            place, text = table.schema.get_field_index(manifest.text_column), table.column(manifest.text_column)
+            if manifest.bad_rows == "skip":
+                text = pa.chunked_array(map(utf8_or_none, text.chunks), pa.large_string())
+            table = table.set_column(place, manifest.text_column, text.cast(pa.large_string()))
+        rows: list[dict[str, Any]] = table.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise damaged(path, f"row group {group}: {error}", REPAIR) from None
     return rows
 
 
-def open_parquet(path: Path, remedy: str = "download or make it again") -> pq.ParquetFile:
-    """Open a parquet file that has a column `text`.
+def open_parquet(path: Path, remedy: str = "download or make it again", column: str = TEXT) -> pq.ParquetFile:
+    """Open a parquet file that has a column of text.
 
     Args:
         remedy: what to do about a damaged one, for the message.
+        column: the column's name.
 
     Raises:
         UserError: the file is missing, damaged or cut short, or has no such column of strings.
@@ -219,15 +266,15 @@ def open_parquet(path: Path, remedy: str = "download or make it again") -> pq.Pa
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, str(error), remedy) from None
     try:
-        require_text(parquet.schema_arrow, path, "rename or convert the column")
+        require_text(parquet.schema_arrow, path, "set download.text_column, or convert the column", column)
     except UserError:
         parquet.close()
         raise
     return parquet
 
 
-def require_text(schema: pa.Schema, name: object, remedy: str) -> None:
-    """Refuse a parquet file that does not have exactly one column `text` of strings.
+def require_text(schema: pa.Schema, name: object, remedy: str, column: str = TEXT) -> None:
+    """Refuse a parquet file that does not have exactly one column of this name, of strings or bytes.
 
     Args:
         name: the file's name, for the message.
@@ -236,29 +283,32 @@ def require_text(schema: pa.Schema, name: object, remedy: str) -> None:
     Raises:
         UserError: it has no such column, or several, or one of another type.
     """
-    count = schema.names.count("text")
+    count = schema.names.count(column)
     if not count:
         columns = ", ".join(schema.names)
-        raise UserError(f"{name} has no column `text` (it has {columns}), so there is nothing to train on; {remedy}.")
+        raise UserError(
+            f"{name} has no column `{column}` (it has {columns}), so there is nothing to train on; {remedy}."
+        )
     if count > 1:
-        raise UserError(f"{name} has {count} columns `text`, so it is not clear which is meant; {remedy}.")
-    kind = schema.field("text").type
+        raise UserError(f"{name} has {count} columns `{column}`, so it is not clear which is meant; {remedy}.")
+    kind = schema.field(column).type
     if not _is_text(kind):
         raise UserError(
-            f"{name}: the column `text` holds {kind}, not strings, so there is nothing to train on; {remedy}."
+            f"{name}: the column `{column}` holds {kind}, not strings, so there is nothing to train on; {remedy}."
         )
 
 
 def _is_text(kind: pa.DataType) -> bool:
     """Return whether a column of this type can be read as text. A column that holds only nulls has the type null."""
-    while pa.types.is_dictionary(kind):
+    types = pa.types
+    while types.is_dictionary(kind):
         kind = kind.value_type
-    return any(
-        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
-    )
+    strings = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return bool(strings or binary or types.is_null(kind))
 
 
-def text_column(metadata: pq.FileMetaData, group: int) -> pq.ColumnChunkMetaData:
-    """Return a file's metadata of its column `text` in a row group."""
+def text_column(metadata: pq.FileMetaData, group: int, column: str = TEXT) -> pq.ColumnChunkMetaData:
+    """Return a file's metadata of its column of text in a row group."""
     columns = metadata.row_group(group)
-    return next(column for column in map(columns.column, range(columns.num_columns)) if column.path_in_schema == "text")
+    return next(found for found in map(columns.column, range(columns.num_columns)) if found.path_in_schema == column)

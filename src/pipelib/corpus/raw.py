@@ -5,7 +5,7 @@ documents of the corpus in order, and `manifest.json` lists the files in that or
 whom they were written, so equal text gives equal bytes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +14,8 @@ from pipelib.errors import UserError, how_to_repair
 from pipelib.files import read_json, sha256_file, write_json
 from pipelib.workspace.places import HERE, MANIFEST
 
+TEXT = "text"
+"""The column of the text in files that sources write, and in most datasets."""
 REPAIR = how_to_repair(str(HERE.raw))
 """The remedy for a damaged file of raw text."""
 
@@ -55,6 +57,12 @@ class RawManifest:
     """Where the text came from: `kind`, and what pins it (versions, revision, hashes)."""
     files: tuple[RawFile, ...]
     """The files in the order of the corpus."""
+    text_column: str = TEXT
+    """The column of the text."""
+    bad_rows: str = "refuse"
+    """What readers do with a text that is not UTF-8: refuse, or skip and count it."""
+    validation_documents: int | None = None
+    """How many documents at the start are the validation split; None if that is the first shard."""
 
     @property
     def documents(self) -> int:
@@ -68,8 +76,12 @@ class Written:
 
     files: tuple[RawFile, ...]
     """The files in the order of the corpus; empty if there was no document."""
-    counts: Mapping[str, int]
+    counts: Mapping[str, Any]
     """How much was kept and left out, for the metrics."""
+    text_column: str = TEXT
+    bad_rows: str = "refuse"
+    validation_documents: int | None = None
+    """These three: see `RawManifest`."""
 
 
 class Source(Protocol):
@@ -122,12 +134,19 @@ def first_documents(
             return
 
 
-def write_manifest(folder: Path, source: Mapping[str, Any], files: Sequence[RawFile]) -> RawManifest:
+def write_manifest(folder: Path, source: Mapping[str, Any], written: Written) -> RawManifest:
     """Write a folder's manifest. It must be the last file written there."""
-    manifest = RawManifest(source, tuple(files))
-    lines = [asdict(file) for file in manifest.files]
-    write_json(folder / MANIFEST, {"source": source, "files": lines, "documents": manifest.documents})
+    manifest = RawManifest(source, written.files, written.text_column, written.bad_rows, written.validation_documents)
+    fields = {"source": source, "files": [asdict(file) for file in manifest.files], "documents": manifest.documents}
+    # What is usual is not written, so that the manifests of earlier versions are those of today.
+    more = {
+        name: getattr(manifest, name) for name in _OPTIONAL if getattr(manifest, name) != getattr(RawManifest, name)
+    }
+    write_json(folder / MANIFEST, {**fields, **more})
     return manifest
+
+
+_OPTIONAL = ("text_column", "bad_rows", "validation_documents")
 
 
 def read_raw_manifest(folder: Path) -> RawManifest:
@@ -139,7 +158,8 @@ def read_raw_manifest(folder: Path) -> RawManifest:
     path = folder / MANIFEST
     value = read_json(path)
     try:
-        return RawManifest(value["source"], tuple(RawFile(**file) for file in value["files"]))
+        more = {name: value[name] for name in _OPTIONAL if name in value}
+        return RawManifest(value["source"], tuple(RawFile(**file) for file in value["files"]), **more)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a manifest of raw text ({error!r}), so its files cannot be trusted; {REPAIR}."

@@ -75,5 +75,5 @@ def _check_tokens(params: Params, corpus: Corpus) -> None:
     if not corpus.is_exact:
         with suppress(UserError):
             more = replace(corpus, tokens=math.ceil(SLACK * corpus.tokens))
-            return check_tokens(params.train, manifest_of(more, params.tokenize.shard_tokens))
-    return check_tokens(params.train, manifest_of(corpus, params.tokenize.shard_tokens))
+            return check_tokens(params.train, manifest_of(more, params.tokenize.shard_size(more.tokens)))
+    return check_tokens(params.train, manifest_of(corpus, params.tokenize.shard_size(corpus.tokens)))

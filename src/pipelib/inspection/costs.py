@@ -73,7 +73,7 @@ def _data(params: Params, corpus: Corpus | None) -> Iterator[tuple[str, str]]:
     if corpus is None:
         yield "data", "unknown until tokenize has run, which counts the tokens of your text"
         return
-    train_tokens = max(0, corpus.tokens - params.tokenize.shard_tokens)
+    train_tokens = max(0, corpus.tokens - params.tokenize.shard_size(corpus.tokens))
     yield "data", f"{corpus.tokens:,} tokens ({corpus.origin})"
     if train_tokens:
         epochs = params.train.max_steps * params.train.global_batch_tokens / train_tokens

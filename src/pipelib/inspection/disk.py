@@ -129,7 +129,7 @@ def disk_of(params: Params, corpus: Corpus | None) -> Disk:
     model = 4 * params.model.parameters(vocab_size)
     if corpus is None:
         return Disk(None, None, None, checkpoints, model)
-    shards = -(-corpus.tokens // params.tokenize.shard_tokens)
+    shards = -(-corpus.tokens // params.tokenize.shard_size(corpus.tokens))
     return Disk(corpus.raw_bytes, 2 * corpus.tokens + HEADER_BYTES * shards, 2 * corpus.tokens, checkpoints, model)
 
 

@@ -54,10 +54,10 @@ def encode_corpus(
             smaller than the documents of the benchmarks.
     """
     source = read_raw_manifest(raw)
-    units = plan_units(raw, source.files)
+    units = plan_units(raw, source)
     out = Places(build.outs).tokens
     started = time.monotonic()
-    tasks = max(len(units), _text_bytes(units) // (4 * params.shard_tokens))  # units, or shards at 4 bytes per token
+    tasks = max(len(units), _text_bytes(units) // (4 * params.shard_size(_text_bytes(units) // 4)))  # units, or shards
     with unit_store(_unit_code(build.code, tokenizer)) as store, Workers(tasks, tokenizer) as workers:
         # Step 1: text to units.
         done = encode_missing_units(raw, units, store, workers, tokenizer)
@@ -69,13 +69,17 @@ def encode_corpus(
             )
         # Step 2: units to shards.
         parts = distinct_parts(done) if params.dedup == "exact" else [Part(unit) for unit in done]
-        require_training_data(parts, params.shard_tokens, benchmark_documents)
-        shards, counts = write_shards(out, parts, params.shard_tokens, workers, tokenizer)
+        tokens = sum(part.tokens for part in parts)
+        size = params.shard_size(tokens, at_least=tokens_to_start_of(parts, benchmark_documents))
+        val_tokens = size
+        if source.validation_documents is not None:
+            val_tokens = tokens_to_start_of(parts, source.validation_documents)
+        require_training_data(parts, val_tokens, benchmark_documents)
+        shards, counts = write_shards(out, parts, val_tokens, size, workers, tokenizer)
 
     dropped = sum(len(part.dropped) for part in parts)
     dedup = None if params.dedup == "none" else {"method": params.dedup, "dropped_documents": dropped}
     manifest = Manifest(tokenizer.encoding, source.source, tuple(shards), dedup)
-    tokens = manifest.tokens("val") + manifest.tokens("train")
     with write_atomic(out / UNIGRAM_COUNTS) as file:
         np.save(file, counts)
     manifest.write(out)  # last, because it declares the folder complete
@@ -91,6 +95,7 @@ def encode_corpus(
         "text_bytes": total.text_bytes,
         "bytes_per_token": round(total.text_bytes / (total.tokens - total.documents), 4),
         "shards": len(shards),
+        "shard_tokens": size,
     }
     encoding = [unit.seconds for unit in done if unit.seconds]
     steps = {
@@ -119,7 +124,7 @@ def encode_share(code: Mapping[str, str], raw: Path, share: Share, tokenizer: To
     Raises:
         UserError: text cannot be read, or another process encodes the same share.
     """
-    units = share.of(plan_units(raw, read_raw_manifest(raw).files))
+    units = share.of(plan_units(raw, read_raw_manifest(raw)))
     with unit_store(_unit_code(code, tokenizer), share) as store, Workers(len(units), tokenizer) as workers:
         encode_missing_units(raw, units, store, workers, tokenizer)
     return len(units)
@@ -267,15 +272,32 @@ def distinct_parts(units: Sequence[DoneUnit]) -> list[Part]:
     return parts
 
 
+def tokens_to_start_of(parts: Sequence[Part], document: int) -> int:
+    """Count the tokens before a document of the corpus, by its number from 0. Documents that are left out have a number too."""
+    tokens = 0
+    for part in parts:
+        lengths = read_documents(part.unit.path, part.unit.counts)[0].astype(np.int64)
+        kept = np.ones(len(lengths), np.bool_)
+        kept[part.dropped] = False
+        if document < len(lengths):
+            return tokens + int(lengths[:document][kept[:document]].sum())
+        tokens, document = tokens + part.tokens, document - len(lengths)
+    return tokens
+
+
 def write_shards(
-    folder: Path, parts: Sequence[Part], shard_tokens: int, workers: Workers, tokenizer: Tokenizer
+    folder: Path, parts: Sequence[Part], val_tokens: int, shard_tokens: int, workers: Workers, tokenizer: Tokenizer
 ) -> tuple[list[Shard], Counts]:
-    """Cut the parts' tokens into shards of `shard_tokens` tokens. The last shard holds the rest; no token is dropped.
+    """Cut the parts' tokens into shards: one of `val_tokens`, the others of `shard_tokens` tokens.
+
+    The last shard holds the rest; no token is dropped.
 
     Returns:
         The shards in order, and how often each token occurs in the training shards (vocab_size,).
     """
-    cut = [(folder / shard_name(index), spans) for index, spans in enumerate(cut_parts(parts, shard_tokens))]
+    cut = [
+        (folder / shard_name(index), spans) for index, spans in enumerate(cut_parts(parts, val_tokens, shard_tokens))
+    ]
     progress = Progress("writing shards", len(cut), "shards")
     done = workers.each("shards", _write_shard, cut, tokenizer, done=lambda _: progress.add(1))
     progress.close()
@@ -288,10 +310,10 @@ Span = tuple[Part, int, int]
 """Tokens [start, end) of a part."""
 
 
-def cut_parts(parts: Sequence[Part], tokens: int) -> Iterator[list[Span]]:
-    """Yield the parts in runs of exactly `tokens` tokens. The last run has the rest."""
+def cut_parts(parts: Sequence[Part], first: int, tokens: int) -> Iterator[list[Span]]:
+    """Yield the parts in runs: one of exactly `first` tokens, then of `tokens` each. The last run has the rest."""
     run: list[Span] = []
-    missing = tokens
+    missing = first
     for part in parts:
         start = 0
         while start < part.tokens:
@@ -312,30 +334,27 @@ def _write_shard(task: tuple[Path, Sequence[Span]], tokenizer: Tokenizer) -> tup
     return write_shard(path, sum(end - start for _, start, end in spans), pieces, tokenizer)
 
 
-def require_training_data(parts: Sequence[Part], shard_tokens: int, benchmark_documents: int) -> None:
+def require_training_data(parts: Sequence[Part], val_tokens: int, benchmark_documents: int) -> None:
     """Refuse a corpus that leaves no training data, and benchmarks that are made of training text.
 
     Raises:
         UserError: one of the two is the case.
     """
     tokens = sum(part.tokens for part in parts)
-    if tokens <= shard_tokens:
+    if tokens <= val_tokens:
         raise UserError(
-            f"the corpus has {tokens} tokens and the validation shard takes tokenize.shard_tokens = {shard_tokens}, so no "
-            "training data is left; lower tokenize.shard_tokens or add text."
+            f"the corpus has {tokens} tokens and the validation shard takes {val_tokens}, so no training data is left; lower "
+            "tokenize.shard_tokens or add text."
         )
-    # Count the documents that start in the validation shard.
+    if tokens_to_start_of(parts, benchmark_documents) <= val_tokens:
+        return
+    # Count the documents that start in the validation shard; the last of them may end in the next shard.
     started = before = 0
     for part in parts:
-        if before >= shard_tokens:
-            break
-        started += int(np.count_nonzero(before + part.starts() < shard_tokens))
+        started += int(np.count_nonzero(before + part.starts() < val_tokens))
         before += part.tokens
-    # A document belongs to the validation shard as a whole when the next one starts there too.
-    whole = started - 1
-    if whole < benchmark_documents:
-        raise UserError(
-            f"download.benchmark_documents = {benchmark_documents}, but only the first {whole} documents are entirely in the "
-            f"validation shard of {shard_tokens} tokens, so the model would be tested on training text; raise "
-            f"tokenize.shard_tokens or lower download.benchmark_documents to {whole}."
-        )
+    raise UserError(
+        f"download.benchmark_documents = {benchmark_documents}, but only the first {started - 1} documents are entirely in the "
+        f"validation shard of {val_tokens} tokens, so the model would be tested on training text; raise "
+        f"tokenize.shard_tokens or lower download.benchmark_documents to {started - 1}."
+    )

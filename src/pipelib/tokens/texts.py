@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelib.corpus.parquet import text_column
-from pipelib.corpus.raw import REPAIR, damaged
+from pipelib.corpus.parquet import text_column, utf8_or_none
+from pipelib.corpus.raw import REPAIR, TEXT, damaged
 from pipelib.errors import UserError
 from pipelib.vocabulary.engines import Offsets, Texts
 
@@ -28,11 +28,15 @@ _BUFFER_BYTES = 1 << 22
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_texts(path: Path, first_group: int, end_group: int, rows: int) -> Iterator[Texts]:
+def read_texts(
+    path: Path, first_group: int, end_group: int, rows: int, column: str = TEXT, skip_bad: bool = False
+) -> Iterator[Texts]:
     """Yield the documents of some row groups, a few megabytes at a time, or one longer document. Skip rows without text.
 
     Args:
         rows: how many rows to read, from the start of the first group.
+        column: the column of the text.
+        skip_bad: skip rows whose text is not UTF-8, too.
 
     Raises:
         UserError: the text cannot be read or is not UTF-8, or there are too few rows. The message names file and row.
@@ -42,9 +46,10 @@ def read_texts(path: Path, first_group: int, end_group: int, rows: int) -> Itera
         with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES) as parquet:
             row += sum(parquet.metadata.row_group(group).num_rows for group in range(first_group))
             waiting: list[Texts] = []
-            for column in _columns(parquet, range(first_group, end_group)):
-                texts = _texts_of(column.slice(0, left), path, row)
-                row, left = row + len(column), left - len(column)
+            for values in _columns(parquet, range(first_group, end_group), column):
+                strings = utf8_or_none(values) if skip_bad else values
+                texts = _texts_of(strings.slice(0, left), path, row)
+                row, left = row + len(values), left - len(values)
                 if waiting and sum(len(each.data) for each in (*waiting, texts)) > CHUNK_BYTES:
                     yield _join(waiting)  # before a long document, which stays alone because joining copies it
                     waiting = []
@@ -60,16 +65,16 @@ def read_texts(path: Path, first_group: int, end_group: int, rows: int) -> Itera
         raise damaged(path, f"it ends before row {row}, {left} rows early", REPAIR)
 
 
-def _columns(parquet: pq.ParquetFile, groups: range) -> Iterator[pa.Array]:
-    """Yield the column `text`, a few rows at a time: the longer the average row, the fewer."""
+def _columns(parquet: pq.ParquetFile, groups: range, name: str) -> Iterator[pa.Array]:
+    """Yield the column of text, a few rows at a time: the longer the average row, the fewer."""
     for number in groups:
-        column = text_column(parquet.metadata, number)
+        column = text_column(parquet.metadata, number, name)
         rows = CHUNK_BYTES * column.num_values // max(1, column.total_uncompressed_size)  # a chunk of average rows
         if column.total_uncompressed_size > LARGE_GROUP_BYTES:
             rows = min(rows, LARGE_GROUP_ROWS)
         elif any("DICTIONARY" in encoding for encoding in column.encodings):
             rows = min(rows, DICTIONARY_ROWS)
-        for batch in parquet.iter_batches(max(1, rows), row_groups=[number], columns=["text"], use_threads=False):
+        for batch in parquet.iter_batches(max(1, rows), row_groups=[number], columns=[name], use_threads=False):
             yield batch.column(0)
 
 

@@ -5,7 +5,7 @@ on any machine can encode it, a killed run resumes with the missing units, and a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +14,8 @@ import numpy as np
 import xxhash
 
 from pipelib.corpus.parquet import open_parquet, text_column
-from pipelib.corpus.raw import REPAIR, RawFile, damaged
+from pipelib.corpus.raw import REPAIR, TEXT, RawFile, RawManifest, damaged
+from pipelib.files import sha256_json
 from pipelib.tokens.texts import chunks, read_texts
 from pipelib.tokens.unit_file import UnitCounts, write_unit
 from pipelib.vocabulary.engines import Engine, Offsets, Texts, assert_same_tokens
@@ -42,15 +43,21 @@ class Unit:
     """Rows that belong to the corpus: fewer than the row groups have if the corpus ends in the middle of a file."""
     text_bytes: int
     """Bytes of text as the file states them, for progress and free space. Repeated texts may be counted only once."""
+    column: str = TEXT
+    """The column of the text."""
+    skip_bad: bool = False
+    """Skip texts that are not UTF-8, and do not refuse them."""
 
     @property
     def identity(self) -> str:
         """Identifies the text of the unit: equal for equal text."""
-        return f"{self.sha256} {self.first_group} {self.end_group} {self.rows}"
+        how = f" {self.column}" * (self.column != TEXT) + " skip_bad" * self.skip_bad
+        return f"{self.sha256} {self.first_group} {self.end_group} {self.rows}{how}"
 
     def file(self, store: Path) -> Path:
         """Return the unit's file in a folder of units. Another text has another file."""
-        return store / self.sha256[:32] / f"{self.first_group:06d}-{self.end_group:06d}-{self.rows}.unit"
+        how = f"-{sha256_json([self.column, self.skip_bad])[:8]}" if self.column != TEXT or self.skip_bad else ""
+        return store / self.sha256[:32] / f"{self.first_group:06d}-{self.end_group:06d}-{self.rows}{how}.unit"
 
 
 @dataclass
@@ -67,23 +74,26 @@ class Seconds:
     """Computing the checksum and writing."""
 
 
-def plan_units(folder: Path, files: tuple[RawFile, ...]) -> list[Unit]:
+def plan_units(folder: Path, manifest: RawManifest) -> list[Unit]:
     """Cut the files of a corpus into units, by the metadata of each file.
 
     Raises:
-        UserError: a file is missing or damaged, has fewer rows than its manifest says, or its column `text` is not text.
+        UserError: a file is missing or damaged, has fewer rows than its manifest says, or its column of text is not text.
     """
     units: list[Unit] = []
-    for file in files:
-        units += _plan_file(folder / file.name, file)
+    for file in manifest.files:
+        units += (
+            replace(unit, column=manifest.text_column, skip_bad=manifest.bad_rows == "skip")
+            for unit in _plan_file(folder / file.name, file, manifest.text_column)
+        )
     return units
 
 
-def _plan_file(path: Path, file: RawFile) -> Iterator[Unit]:
-    with open_parquet(path, REPAIR) as parquet:
+def _plan_file(path: Path, file: RawFile, column: str) -> Iterator[Unit]:
+    with open_parquet(path, REPAIR, column) as parquet:
         metadata = parquet.metadata
     groups = [
-        (metadata.row_group(group).num_rows, text_column(metadata, group).total_uncompressed_size)
+        (metadata.row_group(group).num_rows, text_column(metadata, group, column).total_uncompressed_size)
         for group in range(metadata.num_row_groups)
     ]
     available = sum(rows for rows, _ in groups)
@@ -114,7 +124,7 @@ def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, S
     clock = _Clock()
     documents = text_bytes = 0
     with write_unit(target, unit.identity) as writer:
-        for batch in read_texts(unit.path, unit.first_group, unit.end_group, unit.rows):
+        for batch in read_texts(unit.path, unit.first_group, unit.end_group, unit.rows, unit.column, unit.skip_bad):
             clock.add("read")
             if not documents:  # once per unit: comparing all documents would be as slow as tiktoken
                 assert_same_tokens(engine, _heads(batch))

@@ -12,7 +12,6 @@ known only after the first one. So files are downloaded in waves, and each wave 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from pipelib.corpus.hub_lists import HubFile, list_files
 from pipelib.corpus.hub_store import HubStore, open_store
 from pipelib.corpus.hub_transfer import DEFAULT_RETRY, HubRepo, Retry
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.raw import RawFile, Source, Written
+from pipelib.corpus.raw import TEXT, RawFile, Source, Written
 from pipelib.files import link_or_copy
 
 if TYPE_CHECKING:
@@ -32,7 +31,10 @@ DENSITY_MARGIN = 1.05
 
 def source(params: DownloadParams) -> Source:
     """Return this source, with its parameters."""
-    return HubSource(params.repo, params.revision, params.folder, params.max_tokens)
+    return HubSource(
+        params.repo, params.revision, params.folder, params.max_tokens,
+        text_column=params.text_column, bad_rows=params.bad_rows,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class HubSource:
     folder: str
     max_tokens: int | None = None
     retry: Retry = DEFAULT_RETRY
+    text_column: str = TEXT
+    bad_rows: str = "refuse"
 
     def identity(self) -> dict[str, Any]:
         """Return the repository, the commit, and every file of the folder. The hub is asked once; its answer is stored.
@@ -58,7 +62,11 @@ class HubSource:
             "folder": self.folder,
             "files": [asdict(file) for file in self._files],
         }
-        return identity if self.max_tokens is None else {**identity, "max_tokens": self.max_tokens}
+        more: dict[str, Any] = {"max_tokens": self.max_tokens} if self.max_tokens is not None else {}
+        # What is usual is left out, so that the corpora of earlier versions are those of today.
+        more |= {"text_column": self.text_column} if self.text_column != TEXT else {}
+        more |= {"bad_rows": self.bad_rows} if self.bad_rows != "refuse" else {}
+        return {**identity, **more}
 
     def write(self, folder: Path, work: Path) -> Written:  # noqa: ARG002  (unfinished downloads are in the store)
         """Download the files that the store lacks, and link all of them, verified and unchanged, into `folder`.
@@ -70,8 +78,14 @@ class HubSource:
             self._require_text(store)
             if self.max_tokens is None:
                 paths = store.fetch(self._files)
-                return Written(tuple(map(_link, self._files, paths, repeat(folder))), {})
-            return self._write_prefix(store, folder, self.max_tokens)
+                files = [self._link(file, path, folder) for file, path in zip(self._files, paths, strict=True)]
+                counts: dict[str, Any] = {}
+            else:
+                files, tokens = self._write_prefix(store, folder, self.max_tokens)
+                counts = {"tokens_estimated": tokens}
+        if self.bad_rows == "skip":
+            counts |= self._count_bad(folder, files)
+        return Written(tuple(files), counts, text_column=self.text_column, bad_rows=self.bad_rows)
 
     @property
     def _repo(self) -> HubRepo:
@@ -90,16 +104,39 @@ class HubSource:
         schema = None if footer is None else _schema(footer)
         if schema is None:  # for example, the server cannot send a part of a file: download it whole
             (path,) = store.fetch([first])
-            open_parquet(path).close()
+            open_parquet(path, column=self.text_column).close()
             return
         require_text(
             schema,
             f"{first.path} of {self.repo}",
-            "name another dataset or folder (download.repo, download.folder), or download it, rename or convert the column, "
-            "and set download.source to local",
+            "set download.text_column, name another dataset or folder (download.repo, download.folder), or download it, convert "
+            "the column, and set download.source to local",
+            self.text_column,
         )
 
-    def _write_prefix(self, store: HubStore, folder: Path, max_tokens: int) -> Written:
+    def _count_bad(self, folder: Path, files: Sequence[RawFile]) -> dict[str, Any]:
+        """Count the texts that readers of the corpus will skip, and refuse too many of them."""
+        from pipelib.corpus.local_rows import Tally
+        from pipelib.corpus.parquet import bad_texts
+
+        tally = Tally()
+        for file in files:
+            bad, rows = bad_texts(folder / file.name, self.text_column)
+            tally.rows += rows
+            if bad:
+                tally.bad["not UTF-8"] += bad
+                tally.first.setdefault("not UTF-8", f"in {file.name}")
+        tally.require_few_bad()
+        return {"bad_rows": dict(tally.bad)} if tally.bad else {}
+
+    def _link(self, file: HubFile, path: Path, folder: Path) -> RawFile:
+        """Link a verified file into `folder`, and return its entry for the manifest."""
+        from pipelib.corpus.parquet import describe_file
+
+        link_or_copy(path, folder / path.name)
+        return describe_file(folder / path.name, file.sha256, self.text_column)
+
+    def _write_prefix(self, store: HubStore, folder: Path, max_tokens: int) -> tuple[list[RawFile], int]:
         """Download and link files, wave by wave, until their documents have `max_tokens` tokens."""
         from pipelib.corpus.parquet import first_rows
 
@@ -112,10 +149,10 @@ class HubSource:
             for file, path in zip(wave, store.fetch(wave), strict=True):
                 if tokens >= max_tokens:
                     break
-                rows, counted = first_rows(path, max_tokens - tokens)
-                written.append(replace(_link(file, path, folder), rows=rows))
+                rows, counted = first_rows(path, max_tokens - tokens, self.text_column)
+                written.append(replace(self._link(file, path, folder), rows=rows))
                 tokens += counted
-        return Written(tuple(written), {"tokens_estimated": tokens})
+        return written, tokens
 
 
 def _schema(footer: bytes) -> "pa.Schema | None":
@@ -128,14 +165,6 @@ def _schema(footer: bytes) -> "pa.Schema | None":
         return schema if schema.names else None  # names that are not UTF-8 are an error here
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         return None
-
-
-def _link(file: HubFile, path: Path, folder: Path) -> RawFile:
-    """Link a verified file into `folder`, and return its entry for the manifest."""
-    from pipelib.corpus.parquet import describe_file
-
-    link_or_copy(path, folder / path.name)
-    return describe_file(folder / path.name, file.sha256)
 
 
 def _needed(files: Sequence[HubFile], tokens: int, density: float) -> Sequence[HubFile]:

@@ -1,91 +1,67 @@
-"""The user's own text: parquet, jsonl, jsonl.gz, jsonl.zst and txt files of one folder, or one such file.
+"""The user's own text: parquet, JSON, csv and txt files of one folder, also compressed, or one such file.
 
 Files are read in the order of their paths. These become documents:
 
-- parquet, jsonl: each row, with its text in the column `text`. FineWeb-Edu's other columns are kept, unknown ones are not.
-- txt: the whole file. A file of more than 100,000 characters is cut at the next empty line after each 100,000.
+- parquet, jsonl, json, csv, tsv, and folders that `datasets` saved: each row, with its text in `download.text_column`.
+  FineWeb-Edu's other columns are kept, unknown ones are not.
+- txt: what `download.split` says; see `split.py`.
 
-A text that is null or only white space is left out and counted. A text that is missing, not a string or not Unicode is
-an error that names the file and the row, because rows must not get lost silently. A value that does not fit its optional
-column becomes null and is counted.
+A text that is null or only white space is left out and counted. A row without text, or with one that is not a string or not
+Unicode, is an error that names the file and the row, because rows must not get lost silently; `download.bad_rows: skip`
+leaves out and counts it. A value that does not fit its optional column becomes null and is counted.
 
 Nothing here makes a request. `make bench-import` times it.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipelib.corpus.local_files import LocalFiles, find_files
+from pipelib.corpus.local_files import LocalFiles, find_files, visible_matches
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.raw import Document, Source, Written, first_documents
+from pipelib.corpus.raw import TEXT, Document, Source, Written, first_documents
 from pipelib.errors import UserError, tell
-from pipelib.files import is_unicode, sha256_files
+from pipelib.files import sha256_files
 from pipelib.progress import Progress
 
-if TYPE_CHECKING:
-    from pipelib.corpus.local_formats import Row
-
-_SEPARATOR = "<|endoftext|>"
+_UNPACKED = 5
+"""Bytes of text in a byte of a compressed file, about."""
 
 
-@dataclass
-class _Tally:
-    """Counts of what differs between the files and the documents made from them."""
+@dataclass(frozen=True)
+class Options:
+    """How files become documents. The defaults are what versions without these parameters did."""
 
-    empty: int = 0
-    """Texts that are null or only white space."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Values that do not fit their optional column, by column."""
-    separators: int = 0
-    """How often `<|endoftext|>` occurs in texts."""
-    with_separator: int = 0
-    """How many texts contain it."""
-    first: dict[str, str] = field(default_factory=dict)
-    """By column, or `<|endoftext|>`: the file and row of the first occurrence."""
+    text_column: str = TEXT
+    bad_rows: str = "refuse"
+    encoding: str = "utf-8"
+    stray_bytes: str = "refuse"
+    split: str = "whole"
+    separator: str = "<|endoftext|>"
+    shuffle_seed: int | None = None
+    """Decides the order; None for the order of the files."""
+    validation: str | None = None
 
-    def drop(self, column: str, where: str) -> None:
-        """Count a value that its column cannot hold."""
-        self.dropped[column] += 1
-        self.first.setdefault(column, where)
-
-    def separate(self, count: int, where: str) -> None:
-        """Count the occurrences of `<|endoftext|>` in a text."""
-        self.separators += count
-        self.with_separator += 1
-        self.first.setdefault(_SEPARATOR, where)
-
-    def counts(self) -> dict[str, int]:
-        """Return the counts for the metrics."""
-        return {
-            "empty_dropped": self.empty,
-            "values_dropped": self.dropped.total(),
-            "end_of_text_strings": self.separators,
-        }
-
-    def report(self) -> None:
-        """Print what the user should know."""
-        from pipelib.corpus.parquet import SCHEMA
-
-        for column, count in self.dropped.items():
-            tell(
-                f"local: values that do not fit the column `{column}` ({SCHEMA.field(column).type}) are null in the corpus: "
-                f"{count:,}, the first in {self.first[column]}"
-            )
-        if self.separators:
-            tell(
-                f"local: texts contain {_SEPARATOR} (occurrences: {self.separators:,}, documents: {self.with_separator:,}, "
-                f"first in {self.first[_SEPARATOR]}). It is treated as ordinary text and separates nothing: if it stands "
-                "between documents, split them first (docs/how-to/own-data.md says how)"
-            )
+    def decides(self) -> dict[str, Any]:
+        """Return what differs from the defaults."""
+        return {name: value for name, value in asdict(self).items() if value != getattr(Options, name)}
 
 
 def source(params: DownloadParams) -> Source:
     """Return this source, with its parameters."""
-    return LocalSource(Path(params.path), params.pattern, params.max_tokens)
+    options = Options(
+        text_column=params.text_column,
+        bad_rows=params.bad_rows,
+        encoding=params.encoding,
+        stray_bytes=params.stray_bytes,
+        split=params.split,
+        separator=params.separator if params.split == "separator" else Options.separator,
+        shuffle_seed=params.seed if params.shuffle else None,
+        validation=params.validation,
+    )
+    return LocalSource(Path(params.path), params.pattern, params.max_tokens, options)
 
 
 @dataclass(frozen=True)
@@ -96,14 +72,15 @@ class LocalSource:
     """A folder, or a single file."""
     pattern: str
     max_tokens: int | None = None
+    options: Options = Options()
 
     def identity(self) -> dict[str, Any]:
-        """Return the name (inside the folder), size and SHA-256 of every file, and `max_tokens` if it is set.
+        """Return the name (inside the folder), size and SHA-256 of every file, and every parameter that changes documents.
 
         Raises:
             UserError: there is no folder or no file, or something in the folder cannot be read.
         """
-        identity = {"kind": "local", "files": self._described}
+        identity = {"kind": "local", "files": self._described, **self.options.decides()}
         return identity if self.max_tokens is None else {**identity, "max_tokens": self.max_tokens}
 
     @cached_property
@@ -112,125 +89,108 @@ class LocalSource:
 
     @cached_property
     def _described(self) -> list[dict[str, Any]]:
-        paths = [self._files.root / name for name in self._files.names]
+        names = self._files.all_names
+        paths = [self._files.root / name for name in names]
         return [
             {"name": name, "bytes": path.stat().st_size, "sha256": sha256}
-            for name, path, sha256 in zip(self._files.names, paths, sha256_files(paths), strict=True)
+            for name, path, sha256 in zip(names, paths, sha256_files(paths), strict=True)
         ]
 
-    def write(self, folder: Path, work: Path) -> Written:  # noqa: ARG002  (quick enough to start again)
+    def write(self, folder: Path, work: Path) -> Written:
         """Read every file and write its documents.
 
         Raises:
             UserError: a file or row cannot be used; the message names the file and the row.
         """
-        from pipelib.corpus.local_formats import read_rows
+        from pipelib.corpus.local_formats import Reading
+        from pipelib.corpus.local_rows import Tally
         from pipelib.corpus.parquet import write_raw
+        from pipelib.corpus.shuffle import shuffle
+        from pipelib.corpus.split import Cut
+        from pipelib.corpus.text_files import Decoding
 
-        files, tally = self._files, _Tally()
+        files, options, tally = self._files, self.options, Tally()
         if files.ignored:
             more = f" and {len(files.ignored) - 5} more" if len(files.ignored) > 5 else ""
             shown = ", ".join(files.ignored[:5])
             tell(f"local: these files are ignored, because their kind cannot be read: {shown}{more}")
-        progress = Progress("local: reading files", None, "documents")
+        decoding = Decoding(options.encoding, options.stray_bytes)
+        cut = Cut.of(
+            options.split, options.separator, sum(self._bytes(name) for name in files.names if ".txt" in name.lower())
+        )
+        reading = Reading(options.text_column, decoding, cut)
+        for_validation = self._validation_names()
+        for_training = [name for name in files.names if name not in for_validation]
+        validation_documents = 0
 
         def documents() -> Iterator[Document]:
-            for name in files.names:
-                for number, row in read_rows(files.root / name, name):
-                    document = _document(row, name, number, tally)
-                    if document is not None:
-                        progress.add(1)
-                        yield document
+            nonlocal validation_documents
+            for _, document in self._read(for_validation, reading, tally):
+                validation_documents += 1
+                yield document
+            rest = self._read(for_training, reading, tally)
+            if options.shuffle_seed is None:
+                yield from (document for _, document in rest)
+            else:
+                total = sum(map(self._bytes, for_training))
+                yield from shuffle(rest, options.shuffle_seed, total, work / "shuffle")
 
         # `documents` is lazy, so only one row group is in memory at a time.
         counts: dict[str, int] = {}
         written = write_raw(first_documents(documents(), self.max_tokens, counts), folder)
-        progress.close()
-        tally.report()
-        return replace(written, counts={**written.counts, **tally.counts(), **counts})
+        tally.require_few_bad()
+        tally.report(decoding)
+        counts = {**written.counts, **tally.counts(), **counts}
+        if options.stray_bytes == "replace":
+            counts["stray_bytes_replaced"] = decoding.replaced
+        return replace(written, counts=counts, validation_documents=validation_documents if for_validation else None)
 
+    def _read(self, names: list[str], reading: Any, tally: Any) -> Iterator[tuple[str, Document]]:
+        """Yield the documents of some files, each with its file and row."""
+        from pipelib.corpus.local_formats import read_rows
+        from pipelib.corpus.local_rows import BadRowError, document_of
 
-# ---- One row ---------------------------------------------------------------------------------------------------------
+        progress = Progress("local: reading files", None, "documents")
+        for name in names:
+            for number, row in read_rows(self._files.root / name, name, reading):
+                tally.rows += 1
+                try:
+                    if isinstance(row, BadRowError):
+                        raise row
+                    document = document_of(row, reading.text_column, name, number, tally)
+                except BadRowError as bad:
+                    if self.options.bad_rows == "refuse":
+                        raise
+                    tally.skip(bad)
+                    continue
+                if document is not None:
+                    progress.add(1)
+                    yield f"{name}:{number}", document
+        if names:
+            progress.close()
 
+    def _bytes(self, name: str) -> int:
+        """Return the bytes of a file's text, about."""
+        from pipelib.corpus.params import PACKED
 
-def _document(row: "Row", name: str, number: int, tally: _Tally) -> Document | None:
-    """Make a document from a row; None if its text is null or only white space."""
-    where = f"{name}, row {number}"
-    if "text" not in row:
-        raise UserError(
-            f"{where}: there is no `text` (only {', '.join(row) or 'an empty object'}), so the row is not a document; add or "
-            "rename the column."
-        )
-    text = _text(row["text"], where)
-    if not text or text.isspace():
-        tally.empty += 1
-        return None
-    if _SEPARATOR in text:
-        tally.separate(text.count(_SEPARATOR), where)
-    # The file's name and the row are the defaults; the file's own columns replace them.
-    values: dict[str, Any] = {"id": f"{name}:{number}", "file_path": name}
-    for column, value in row.items():
-        if column in _OPTIONAL and value is not None:
-            usable = _OPTIONAL[column](value)
-            if usable is None:
-                tally.drop(column, where)
-            else:
-                values[column] = usable
-    return Document(text, **values)
+        size = (self._files.root / name).stat().st_size
+        return size * _UNPACKED if name.lower().endswith((*PACKED, ".parquet")) else size
 
+    def _validation_names(self) -> list[str]:
+        """Return the files whose documents are the validation split, in order.
 
-def _text(value: object, where: str) -> str:
-    """Return a row's text; empty if it is null.
-
-    Raises:
-        UserError: the text cannot be tokenized.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, bytes):
-        raise UserError(f"{where}: `text` is not UTF-8 ({value!r:.60}), so it cannot be tokenized; fix this row.")
-    if not isinstance(value, str):
-        raise UserError(f"{where}: `text` is {value!r:.60}, not a string, so it cannot be tokenized; fix this row.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: `text` is not Unicode ({error.reason}), so it has no UTF-8; fix this row.") from None
-    return value
-
-
-def _as_text(value: object) -> object:
-    return value if isinstance(value, str) and is_unicode(value) else None
-
-
-def _as_float(value: object) -> object:
-    """Convert an int to the nearest float, as JSON's decimal numbers are converted."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-def _as_int(value: object) -> object:
-    fits = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-    return value if fits else None
-
-
-def _as_count(value: object) -> object:
-    """Like `_as_int`, but a negative number of tokens counts as unknown."""
-    return _as_int(value) if not isinstance(value, int) or value >= 0 else None
-
-
-_OPTIONAL: dict[str, Callable[[object], object]] = {
-    "id": _as_text,
-    "dump": _as_text,
-    "url": _as_text,
-    "file_path": _as_text,
-    "language": _as_text,
-    "language_score": _as_float,
-    "token_count": _as_count,
-    "score": _as_float,
-    "int_score": _as_int,
-}
-"""The optional columns, each with the function that converts a value; it returns None if the value does not fit."""
+        Raises:
+            UserError: no file matches, or all do.
+        """
+        pattern = self.options.validation
+        if pattern is None:
+            return []
+        matches = {name.as_posix() for name in visible_matches(self._files.root, pattern)}
+        found = [name for name in self._files.names if name in matches]
+        if not found or len(found) == len(self._files.names):
+            which = "none" if not found else "each"
+            raise UserError(
+                f"download.validation: {pattern!r} matches {which} of the {len(self._files.names)} files that are read, so "
+                f"there would be no text for {'validation' if not found else 'training'}; name some of them, or set it to null."
+            )
+        return found

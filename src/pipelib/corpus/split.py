@@ -1,0 +1,98 @@
+"""Cut a txt file into documents."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+WHOLE_CHARACTERS = 100_000
+"""`whole`: a file is cut at the next empty line after this many characters."""
+AUTO_DOCUMENTS, AUTO_CHARACTERS = 500, 2_000
+"""`auto`: about this many documents of all txt files, but none shorter than this."""
+_BLOCK_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where documents end."""
+
+    method: str
+    """`download.split`."""
+    separator: str
+    """`download.separator`."""
+    characters: int = WHOLE_CHARACTERS
+    """`whole` and `auto`: a document ends at the first empty line after this many."""
+
+    @classmethod
+    def of(cls, method: str, separator: str, total_bytes: int) -> "Cut":
+        """Choose the length of documents.
+
+        Args:
+            total_bytes: of all txt files, for `auto`.
+        """
+        short = min(WHOLE_CHARACTERS, max(AUTO_CHARACTERS, total_bytes // AUTO_DOCUMENTS))
+        return cls(method, separator, short if method == "auto" else WHOLE_CHARACTERS)
+
+    @property
+    def limit(self) -> int:
+        """Characters after which a document ends at any line, so that a file without empty lines fits in memory."""
+        return (40 if self.characters == WHOLE_CHARACTERS else 2) * self.characters
+
+
+def cut_text(file: io.TextIOBase, cut: Cut) -> Iterator[str]:
+    """Yield the documents of a file in order. A file without text is one empty document."""
+    match cut.method:
+        case "line":
+            yield from (line.rstrip("\n") for line in file if not line.isspace())
+        case "empty_line":
+            yield from _paragraphs(file)
+        case "separator":
+            yield from _separated(file, cut.separator)
+        case _:
+            yield from _lengths(file, cut)
+
+
+def _paragraphs(file: io.TextIOBase) -> Iterator[str]:
+    lines: list[str] = []
+    for line in file:
+        if not line.isspace():
+            lines.append(line)
+        elif lines:
+            yield "".join(lines).rstrip("\n")
+            lines = []
+    if lines:
+        yield "".join(lines).rstrip("\n")
+
+
+def _separated(file: io.TextIOBase, separator: str) -> Iterator[str]:
+    """Yield what is between the separators, without white space at its ends."""
+    text = ""
+    while block := file.read(_BLOCK_CHARACTERS):
+        *whole, text = (text + block).split(separator)
+        yield from filter(None, map(str.strip, whole))
+    if text.strip():
+        yield text.strip()
+
+
+def _lengths(file: io.TextIOBase, cut: Cut) -> Iterator[str]:
+    """Yield pieces of about equal lengths, cut at empty lines where there are any."""
+    text, is_first = "", True
+    while block := file.read(_BLOCK_CHARACTERS) + file.readline():  # whole lines, because cuts are at line ends
+        text += block
+        start = 0
+        while end := _end(text, start, cut):
+            yield text[start:end]
+            start, is_first = end, False
+        text = text[start:]
+    if text or is_first:
+        yield text
+
+
+def _end(text: str, start: int, cut: Cut) -> int:
+    """Return where the document that begins at `start` ends; 0 if more of the file is needed to tell."""
+    end = text.find("\n", start + cut.characters - 1) + 1
+    while end:
+        line = text.rfind("\n", start, end - 1) + 1
+        if end - start >= cut.limit or text[line:end].isspace():
+            return end
+        end = text.find("\n", end) + 1
+    return 0
