@@ -1,7 +1,8 @@
-"""Time the import of the user's own files, and count its requests: one large jsonl, one large txt, many small files.
+"""Time the import of the user's own files, and count its requests: one large file of each kind, many small files.
 
     make bench-import                                        300 MB of English of each kind, and 10,000 files of 1 KB
-    make bench-import ARGS="--against ../other-checkout"     also the code of another checkout, in turn
+    make bench-import ARGS="--kinds jsonl csv"               these kinds only; "shuffled" is jsonl in another order
+    make bench-import ARGS="--kinds jsonl --against ../other-checkout"     also the code of another checkout, in turn
 
 The text is the docstrings of the installed packages, repeated in other orders. Each run is a fresh process. Its clock starts
 after the imports and covers the work of the stage: hash the files, read them, write data/raw. "requests" counts the
@@ -9,6 +10,7 @@ connections of the process to its proxy, which answers none of them.
 """
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -25,12 +27,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
+KINDS = ("jsonl", "shuffled", "jsonl.gz", "jsonl.zst", "json", "csv", "parquet", "saved", "txt", "small")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=300, help="size of each large file in MB; default: 300")
     parser.add_argument("--files", type=int, default=10_000, help="number of small files; default: 10000")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, in turn; default: 3")
     parser.add_argument("--against", metavar="CHECKOUT", help="also time the code of this checkout")
     parser.add_argument("--only", nargs=2, metavar=("SOURCE", "FOLDER"), help=argparse.SUPPRESS)
@@ -40,7 +44,7 @@ def main() -> None:
         return
     checkouts = [HERE, *([Path(arguments.against).resolve()] if arguments.against else [])]
     with tempfile.TemporaryDirectory(prefix="bench-import-") as folder, counting_proxy() as (proxy, requests):
-        sizes = write_files(Path(folder), arguments.megabytes * 1_000_000, arguments.files)
+        sizes = write_files(Path(folder), arguments.megabytes * 1_000_000, arguments.files, arguments.kinds)
         print(f"{'':<24}{'seconds':>18}{'MB/s':>8}{'memory':>10}{'requests':>10}")
         for kind, size in sizes.items():
             runs: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in checkouts}
@@ -70,7 +74,12 @@ def measure(source: Path, folder: Path) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         started = time.perf_counter()
-        local = LocalSource(folder, "**/*")
+        if folder.name == "shuffled":
+            from pipelib.corpus.sources.local import Options
+
+            local = LocalSource(folder, "**/*", options=Options(shuffle_seed=1))
+        else:
+            local = LocalSource(folder, "**/*")
         local.identity()
         local.write(Path(out) / "raw", Path(out) / "work")
         return {"seconds": time.perf_counter() - started, "memory": peak_memory()}
@@ -86,8 +95,8 @@ def report(name: str, size: int, runs: list[dict[str, float]]) -> None:
     print(f"{name:<24}{spread:>18}{size / 1e6 / middle:>8.0f}{memory:>7.0f} MB{requests:>10.0f}", flush=True)
 
 
-def write_files(folder: Path, max_bytes: int, small_files: int) -> dict[str, int]:
-    """Write a folder of each kind; return the bytes in each."""
+def write_files(folder: Path, max_bytes: int, small_files: int, kinds: list[str]) -> dict[str, int]:
+    """Write a folder of each kind; return the bytes of text in each."""
     sys.path.insert(0, str(HERE / "src"))
     from pipelib.corpus.parquet import iterate_raw
     from pipelib.corpus.raw import write_manifest
@@ -97,16 +106,53 @@ def write_files(folder: Path, max_bytes: int, small_files: int) -> dict[str, int
     write_manifest(docs, {"kind": "bench"}, DocsSource(0).write(docs, folder))
     texts = [row["text"] for row in iterate_raw(docs)]
     shutil.rmtree(docs)
-    for kind in ("jsonl", "txt", "small"):
+    sizes = {}
+    for kind in kinds:
         (folder / kind).mkdir()
-    with (folder / "jsonl/a.jsonl").open("w") as jsonl, (folder / "txt/a.txt").open("w") as txt:
-        for number, text in enumerate(repeated(texts, max_bytes)):
-            row = {"text": text, "id": str(number), "score": 3.5, "token_count": len(text) // 4}
-            jsonl.write(json.dumps(row, ensure_ascii=False) + "\n")
-            txt.write(f"{text}\n\n")
-    for number in range(small_files):
-        (folder / f"small/{number:05}.txt").write_text(texts[number % len(texts)][:1000])
-    return {kind: sum(path.stat().st_size for path in (folder / kind).iterdir()) for kind in ("jsonl", "txt", "small")}
+        if kind == "small":
+            for number in range(small_files):
+                (folder / f"small/{number:05}.txt").write_text(texts[number % len(texts)][:1000])
+            sizes[kind] = sum(path.stat().st_size for path in (folder / kind).iterdir())
+        else:
+            write_kind(kind, folder / kind, repeated(texts, max_bytes))
+            sizes[kind] = max_bytes
+    return sizes
+
+
+def write_kind(kind: str, folder: Path, texts: Iterator[str]) -> None:
+    """Write one file of a kind, as the tools that people use do."""
+    import pandas as pd
+    import pyarrow as pa
+
+    rows = (
+        {"text": text, "id": str(number), "score": 3.5, "token_count": len(text) // 4}
+        for number, text in enumerate(texts)
+    )
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    match kind:
+        case "txt":
+            with (folder / "a.txt").open("w") as file:
+                file.writelines(f"{row['text']}\n\n" for row in rows)
+        case "jsonl" | "shuffled":
+            with (folder / "a.jsonl").open("w") as file:
+                file.writelines(lines)
+        case "jsonl.gz":
+            with gzip.open(folder / "a.jsonl.gz", "wt") as file:
+                file.writelines(lines)
+        case "jsonl.zst":
+            with pa.output_stream(str(folder / "a.jsonl.zst"), compression="zstd") as file:
+                for line in lines:
+                    file.write(line.encode())
+        case "json":
+            pd.DataFrame(rows).to_json(folder / "a.json", orient="records", force_ascii=False)
+        case "csv":
+            pd.DataFrame(rows).to_csv(folder / "a.csv", index=False)
+        case "parquet":
+            pd.DataFrame(rows).to_parquet(folder / "a.parquet")
+        case "saved":
+            import datasets
+
+            datasets.Dataset.from_pandas(pd.DataFrame(rows)).save_to_disk(str(folder / "saved"))
 
 
 def repeated(texts: list[str], max_bytes: int) -> Iterator[str]:

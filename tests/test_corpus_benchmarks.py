@@ -27,7 +27,7 @@ from pipelib.corpus.benchmarks import (
 from pipelib.corpus.hub_benchmarks import HUB_BENCHMARKS, known_benchmarks
 from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.parquet import write_raw
+from pipelib.corpus.parquet import iterate_raw, write_raw
 from pipelib.corpus.raw import Document, write_manifest
 from pipelib.errors import UserError
 
@@ -121,7 +121,7 @@ def test_templates_give_no_two_equal_endings() -> None:
         assert len({" ".join(ending.split()).casefold() for ending in item["endings"]}) == 4
 
 
-def params(documents: int, benchmarks: tuple[Any, ...] = ("completion",)) -> DownloadParams:
+def params(documents: int | str, benchmarks: tuple[Any, ...] = ("completion",)) -> DownloadParams:
     changes = {"source": "docs", "benchmarks": benchmarks, "benchmark_documents": documents, "models": (), "seed": 1}
     return DownloadParams(**{**PARAMS["download"], **changes})
 
@@ -217,3 +217,25 @@ def test_sets_of_the_hub_are_those_of_the_harness(name: str) -> None:
     split = task.get("test_split", "null")
     assert (split if split != "null" else task["validation_split"]) in Path(pin.path).name
     assert task.get("dataset_name", "null") in ("null", "default") or pin.path.startswith(task["dataset_name"])
+
+
+@pytest.mark.parametrize(("documents", "known", "expected"), [(700, False, 480), (200, True, 20), (200, False, 199)])
+def test_auto_takes_a_tenth_of_the_text(tmp_path: Path, documents: int, known: bool, expected: int) -> None:
+    raw = write_corpus(tmp_path / "raw", documents)
+    sizes = [len(row["text"].encode()) for row in iterate_raw(raw)]
+    text_bytes = 10 * sum(sizes[:expected]) if known else None
+    manifest = write_benchmarks(params("auto"), raw, tmp_path / "benchmarks", no_hub, text_bytes)
+    assert manifest["heldout.jsonl"]["documents"] == expected
+
+
+def test_auto_takes_no_more_than_a_megabyte(tmp_path: Path) -> None:
+    raw = write_corpus(tmp_path / "raw", 60, words=4000)
+    sizes = [len(row["text"].encode()) for row in iterate_raw(raw)]
+    count = write_benchmarks(params("auto"), raw, tmp_path / "benchmarks", no_hub, None)["heldout.jsonl"]["documents"]
+    assert sum(sizes[:count]) <= 1_000_000 < sum(sizes[: count + 1])
+
+
+def test_auto_refuses_too_few_documents(tmp_path: Path) -> None:
+    raw = write_corpus(tmp_path / "raw", 30)
+    with pytest.raises(UserError, match=r"a tenth of the text, and that is 0 documents .*download\.split"):
+        write_benchmarks(params("auto"), raw, tmp_path / "benchmarks", no_hub, 100)

@@ -55,7 +55,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
-def parquet_bytes(**columns: list[object]) -> bytes:
+def parquet_bytes(**columns: Any) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     return sink.getvalue().to_pybytes()
@@ -750,3 +750,44 @@ def test_a_pin_and_the_hubs_list_have_to_agree(monkeypatch: pytest.MonkeyPatch, 
             fetch_pinned(HubPin(repo, "pytorch_model.bin", None), QUICK),
         ):
             pass
+
+
+# ---- Another column, and bad rows ------------------------------------------------------------------------------------
+
+
+def test_another_column_is_the_text_and_the_files_stay_as_they_are(hub: FakeHub, tmp_path: Path) -> None:
+    content = parquet_bytes(content=["one", None, "two"], text=[1, 2, 3])
+    for name in [name for name in hub.files if name.startswith(FOLDER) and name.endswith(".parquet")]:
+        hub.files[name] = content
+    with pytest.raises(UserError, match=r"the column `text` holds int64, not strings, .*set download\.text_column"):
+        source().write(tmp_path / "refused", tmp_path / "work")
+    chosen = source(text_column="content")
+    written = chosen.write(tmp_path / "raw", tmp_path / "work")
+    write_manifest(tmp_path / "raw", chosen.identity(), written)
+    assert (tmp_path / "raw/000_00000.parquet").read_bytes() == content
+    assert [row["text"] for row in iterate_raw(tmp_path / "raw")] == ["one", None, "two"] * 3
+    assert chosen.identity()["text_column"] == "content"
+    assert "text_column" not in source().identity()
+    short = source(text_column="content", max_tokens=2)
+    assert short.write(tmp_path / "short", tmp_path / "work").counts["tokens_estimated"] == 2
+
+
+def test_texts_that_are_not_utf8_are_counted_and_skipped(hub: FakeHub, tmp_path: Path) -> None:
+    texts = [b"good"] * 500 + [b"\xff", b"\xfe", None] + [b"good"] * 500
+    content = parquet_bytes(text=pa.array(texts, pa.binary()).view(pa.string()))
+    for name in [name for name in hub.files if name.startswith(FOLDER) and name.endswith(".parquet")]:
+        hub.files[name] = content
+    chosen = source(bad_rows="skip")
+    written = chosen.write(tmp_path / "raw", tmp_path / "work")
+    assert written.counts["bad_rows"] == {"not UTF-8": 6}
+    write_manifest(tmp_path / "raw", chosen.identity(), written)
+    assert sum(row["text"] == "good" for row in iterate_raw(tmp_path / "raw")) == 3000
+    assert chosen.identity()["bad_rows"] == "skip"
+    hub.files[FILE] = parquet_bytes(text=pa.array([b"\xff"] * 100, pa.binary()).view(pa.string()))
+    for stored in (tmp_path / "state").rglob("*"):
+        if stored.is_file():
+            stored.unlink()
+    with pytest.raises(
+        UserError, match=r"104 of 2,106 rows are bad, more than 1%, .*\n  - 104 not UTF-8: in 000_00000"
+    ):
+        source(bad_rows="skip").write(tmp_path / "again", tmp_path / "work")

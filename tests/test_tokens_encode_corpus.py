@@ -1,5 +1,6 @@
 """The same shards for any number of workers, either engine, and any kill; and a clear word about what cannot be read."""
 
+import json
 import os
 import random
 import signal
@@ -57,7 +58,7 @@ def build_in(folder: Path) -> Build:
 
 
 def run(
-    raw: Path, build: Build, shard_tokens: int = SHARD_TOKENS, benchmark_documents: int = 0, dedup: Any = "none"
+    raw: Path, build: Build, shard_tokens: Any = SHARD_TOKENS, benchmark_documents: int = 0, dedup: Any = "none"
 ) -> Any:
     return encode_corpus(build, raw, TokenizeParams(shard_tokens, dedup), benchmark_documents, GPT2_TOKENIZER)
 
@@ -535,3 +536,79 @@ def test_a_wrong_number_of_workers_is_refused(
 ) -> None:
     monkeypatch.setenv("PIPELIB_WORKERS", wish)
     refused(tmp_path, raw, f"PIPELIB_WORKERS={wish} is not a whole number of at least 1")
+
+
+# ---- What the manifest of the text says ------------------------------------------------------------------------------
+
+
+def rewrite_manifest(raw: Path, **more: object) -> None:
+    """Change data/raw/manifest.json."""
+    write_json(raw / "manifest.json", {**json.loads((raw / "manifest.json").read_text()), **more})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "at_least", "expected"),
+    [
+        (50_000, 0, 5_000), (50_000, 7_000, 7_000), (2_560_000, 0, 256_000), (7_400_214, 0, 256_000),
+        (65_536_000, 0, 256_000), (10**9, 0, 3_906_250), (10**11, 0, 10**8),
+    ],
+)  # fmt: skip
+def test_the_size_of_a_shard_follows_the_corpus(tokens: int, at_least: int, expected: int) -> None:
+    assert TokenizeParams("auto", "none").shard_size(tokens, at_least) == expected
+    assert TokenizeParams(1234, "none").shard_size(tokens, at_least) == 1234
+
+
+@pytest.mark.parametrize("dedup", ["none", "exact"])
+def test_auto_keeps_the_documents_of_the_benchmark_in_the_validation_shard(tmp_path: Path, dedup: str) -> None:
+    long, short = "one two three " * 500, ["a short document"] * 300
+    raw = write_raw_files(tmp_path / "raw", [[long] * 2 + make_texts(1) + [long] * 2, short])
+    result, _ = run(raw, build_in(tmp_path / "build"), "auto", 4, dedup)
+    benchmark = sum(len(GPT2_TOKENIZER.encode(text)) + 1 for text in ([long] if dedup == "exact" else [long] * 3))
+    benchmark += len(GPT2_TOKENIZER.encode(make_texts(1)[0])) + 1
+    assert result["val_tokens"] == result["shard_tokens"] == benchmark
+
+
+@pytest.mark.parametrize("dedup", ["none", "exact"])
+def test_the_validation_split_are_the_first_documents_if_the_user_names_them(tmp_path: Path, dedup: str) -> None:
+    held, more = [*make_texts(50), make_texts(1)[0]], make_texts(400, seed=1)
+    shards = []
+    for number, texts in enumerate((more[:300], more)):
+        raw = write_raw_files(tmp_path / f"raw {number}", [[*held[:20]], [*held[20:], *texts]], row_group_rows=7)
+        rewrite_manifest(raw, validation_documents=len(held))
+        build = build_in(tmp_path / f"build {number}")
+        result, _ = run(raw, build, 4096, len(held), dedup)
+        kept = held[:50] if dedup == "exact" else held
+        assert result["val_tokens"] == sum(len(GPT2_TOKENIZER.encode(text)) + 1 for text in kept)
+        shards.append((build.outs / "data/tokens/val_000000.bin").read_bytes())
+        sizes = [shard.tokens for shard in read_manifest(build.outs / "data/tokens").split("train")]
+        assert sizes[:-1] == [4096] * (len(sizes) - 1)
+    assert shards[0] == shards[1]  # more text for training leaves it as it is
+    rewrite_manifest(raw, validation_documents=len(held) + len(more))
+    refused(tmp_path, raw, "so no training data is left", shard_tokens=4096)
+
+
+def test_another_column_is_the_text(tmp_path: Path) -> None:
+    plain = write_raw_files(tmp_path / "plain", [TEXTS[:200]])
+    raw = write_raw_files(tmp_path / "raw", [TEXTS[:200]])
+    path = raw / "000_00000.parquet"
+    pq.write_table(pa.table({"text": [1] * 200, "content": [text.encode() for text in TEXTS[:200]]}), path)
+    line = {"name": path.name, "bytes": path.stat().st_size, "rows": 200, "sha256": sha256_file(path)}
+    rewrite_manifest(raw, files=[line], text_column="content")
+    builds = [build_in(tmp_path / name) for name in ("one", "two")]
+    for build, folder in zip(builds, (plain, raw), strict=True):
+        run(folder, build, 4096)
+    tokens = [[path.read_bytes() for path in sorted((build.outs / "data/tokens").glob("*.bin"))] for build in builds]
+    assert tokens[0] == tokens[1]
+
+
+def test_texts_that_are_not_utf8_are_skipped_if_the_manifest_says_so(tmp_path: Path) -> None:
+    raw = write_raw_files(tmp_path / "raw", [TEXTS[:200]])
+    path = raw / "000_00000.parquet"
+    texts = [text.encode() for text in TEXTS[:100]] + [b"\xff"] + [text.encode() for text in TEXTS[100:199]]
+    pq.write_table(pa.table({"text": pa.array(texts, pa.binary()).view(pa.string())}), path)
+    line = {"name": path.name, "bytes": path.stat().st_size, "rows": 200, "sha256": sha256_file(path)}
+    rewrite_manifest(raw, files=[line])
+    refused(tmp_path, raw, "row 101: the text is not UTF-8", shard_tokens=4096)
+    rewrite_manifest(raw, bad_rows="skip")
+    result, _ = run(raw, build_in(tmp_path / "skipping"), 4096)
+    assert result["documents"] == 199

@@ -81,6 +81,7 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
         "files": len(manifest.files),
         "parquet_bytes": parquet_bytes,
         **written.counts,
+        "benchmark_documents": max((entry["documents"] for entry in benchmarks.values()), default=0),
         "benchmark_items": {Path(name).stem: entry["items"] for name, entry in benchmarks.items()},
     }
     megabytes = written.counts.get("text_bytes", parquet_bytes) / 1e6

@@ -271,8 +271,8 @@ def _json_values(file: io.TextIOBase) -> Iterator[Any]:
                 if ended:
                     raise ValueError(f"{text[position:][:40]!r} is not JSON: {error.msg}") from None
                 break
-            if end == len(text) and not ended:  # a number may continue in the next block
-                break
+            if isinstance(value, int | float) and not ended and not _AFTER_NUMBER.match(text, end):
+                break  # it may continue in the next block
             yield value
             position = end
         text = text[position:]
@@ -280,7 +280,7 @@ def _json_values(file: io.TextIOBase) -> Iterator[Any]:
         raise ValueError("its array does not end")
 
 
-_SPACE, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s,]*")
+_SPACE, _BETWEEN, _AFTER_NUMBER = re.compile(r"\s*"), re.compile(r"[\s,]*"), re.compile(r"[\s,\]]")
 
 
 # ---- Text ------------------------------------------------------------------------------------------------------------

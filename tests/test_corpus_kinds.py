@@ -1,0 +1,410 @@
+"""Text in the shape that people have it: kinds of files, encodings, bad rows, documents of a txt file, their order."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelib.corpus import local_formats
+from pipelib.corpus.local_formats import _json_values
+from pipelib.corpus.parquet import iterate_raw
+from pipelib.corpus.raw import Document, Written, read_raw_manifest, write_manifest
+from pipelib.corpus.shuffle import shuffle
+from pipelib.corpus.sources.local import LocalSource, Options
+from pipelib.corpus.split import Cut, cut_text
+from pipelib.errors import UserError
+
+TEXTS = [
+    'He said "no", and\tleft.\n\nTwo lines later: naïve, 東京, 🎲.', "a,b;c|d", "'single' and \\ backslash \\n", "x\u2028y\x85z",
+    "  spaces at both ends  ", "<|endoftext|>", "1.5", "null", "=1+1", "last",
+]  # fmt: skip
+ROWS = [{"text": text, "number": number} for number, text in enumerate(TEXTS)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "texts"
+    path.mkdir()
+    return path
+
+
+def read(folder: Path, **options: Any) -> tuple[Written, list[Any]]:
+    """Every document's text."""
+    out = folder.parent / "out"
+    written = LocalSource(folder, "**/*", options=Options(**options)).write(out / "raw", out / "work")
+    write_manifest(out / "raw", {}, written)
+    return written, [row["text"] for row in iterate_raw(out / "raw")]
+
+
+def lines(*rows: object) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+# ---- Kinds of files --------------------------------------------------------------------------------------------------
+
+
+def saved_dict(path: Path) -> None:
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(path))
+
+
+def by_datasets(path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).to_json(path)
+
+
+def by_jq(path: Path, *options: str) -> None:
+    content = subprocess.run(["jq", *options, "."], input=lines(*ROWS), stdout=subprocess.PIPE, check=True).stdout
+    path.write_bytes(content)
+
+
+def binary_parquet(path: Path) -> None:
+    pq.write_table(pa.table({"text": [text.encode() for text in TEXTS], "id": [b"x"] * len(TEXTS)}), path)
+
+
+FRAME = pd.DataFrame(ROWS)
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "a.csv": lambda path: FRAME.to_csv(path, index=False),
+    "b.csv": lambda path: FRAME.to_csv(path),  # with pandas' column without a name
+    "a.tsv": lambda path: FRAME.to_csv(path, index=False, sep="\t"),
+    "a.csv.gz": lambda path: FRAME.to_csv(path, index=False),
+    "a.json": lambda path: FRAME.to_json(path, orient="records"),
+    "b.json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
+    "c.json": lambda path: FRAME.to_json(path, orient="records", lines=True),
+    "a.json.xz": lambda path: path.write_bytes(lzma.compress(json.dumps(ROWS).encode())),
+    "a.jsonl": by_datasets,
+    "a.ndjson": lambda path: path.write_bytes(lines(*ROWS)),
+    "a.ndjson.bz2": lambda path: path.write_bytes(bz2.compress(lines(*ROWS))),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(*ROWS))),
+    "a.parquet": lambda path: FRAME.to_parquet(path),
+    "b.parquet": binary_parquet,
+    "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(str(path)),
+    "shuffled": lambda path: datasets.Dataset.from_list(ROWS[::-1]).select(range(9, -1, -1)).save_to_disk(str(path)),
+    "dict": saved_dict,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_of_file_gives_the_same_texts(folder: Path, name: str) -> None:
+    KINDS[name](folder / name)
+    assert read(folder)[1] == TEXTS
+
+
+@pytest.mark.parametrize("options", [(), ("--compact-output",)])
+def test_what_jq_prints(folder: Path, options: tuple[str, ...]) -> None:
+    try:
+        by_jq(folder / "a.json", *options)
+    except FileNotFoundError:
+        pytest.skip("jq is not installed")
+    assert read(folder)[1] == TEXTS
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_txt_files_may_be_compressed(folder: Path, ending: str, pack: Callable[[bytes], bytes]) -> None:
+    (folder / f"a.txt{ending}").write_bytes(pack("one\r\ntwo é\n".encode()))
+    assert read(folder)[1] == ["one\ntwo é\n"]
+
+
+def test_every_file_of_a_saved_dataset_decides(folder: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder / "saved"), num_shards=2)
+    identity = LocalSource(folder, "**/*").identity()
+    names = {file["name"] for file in identity["files"]}
+    assert {"saved/state.json", "saved/dataset_info.json", "saved/data-00001-of-00002.arrow"} <= names
+
+
+def test_numbers_of_a_csv_file_fit_their_columns(folder: Path) -> None:
+    pd.DataFrame({"text": ["a", "b"], "token_count": [7, 8], "score": [2.5, None]}).to_csv(folder / "a.csv")
+    written, _ = read(folder)
+    rows = list(iterate_raw(folder.parent / "out/raw", ("token_count", "score")))
+    assert rows == [{"token_count": 7, "score": 2.5}, {"token_count": 8, "score": None}]
+    assert written.counts["values_dropped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"body,id\nx,1\n", r"a\.csv has 0 columns `text` in its first line \(body, id\)"),
+        ("a.csv", b"text,text\nx,1\n", r"a\.csv has 2 columns `text`"),
+        ("a.csv", b"", r"a\.csv has 0 columns `text`"),
+        (
+            "a.csv",
+            b'text\nx\n"open\nmore\n',
+            r"a\.csv cannot be read after row 1 \(the quote of the row that ends in line",
+        ),
+        ("a.csv", b"text,id\nx,1,2\n", r"a\.csv, row 1 has 3 values for 2 columns"),
+        ("a.csv", b'text\n"x"y\n', r"a\.csv, row 1: line 2 is not csv"),
+        ("a.json", b'[{"text": "x"}', r"a\.json cannot be read after row 1 \(its array does not end\)"),
+        ("a.json", b'[{"text": "x"}, {"te', r"a\.json cannot be read after row 1 \(.* is not JSON"),
+        ("a.json", b'{"text": "x"} rubbish', r"a\.json cannot be read after row 1 \('rubbish' is not JSON"),
+        ("a.json", b"[1]", r"a\.json, row 1: 1 is not an object"),
+        ("a.json", b"[" * 100_000, r"a\.json cannot be read after row 0"),
+        ("a.json.bz2", b"no bzip2", r"a\.json\.bz2 cannot be read after row 0"),
+        ("a.json.xz", b"no xz", r"a\.json\.xz cannot be read after row 0"),
+        ("a.txt", bz2.compress(b"x"), r"a\.txt is compressed by bzip2"),
+        ("a.json.xz", lzma.compress(lzma.compress(b"{}")), r"a\.json\.xz, unpacked, is compressed by xz"),
+    ],
+)
+def test_damage_is_named(folder: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(folder)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(VALUES, max_size=8), st.integers(1, 20), st.booleans())
+def test_json_is_read_in_blocks_of_any_length(values: list[Any], block: int, is_array: bool) -> None:
+    if is_array:
+        text = json.dumps(values, indent=1)
+    else:  # an array as the first value would be the array of all values
+        values = [value for value in values if not isinstance(value, list)]
+        text = "\n".join(json.dumps(value) for value in values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_formats, "_BLOCK_CHARACTERS", block)
+        assert list(_json_values(io.StringIO(text))) == values
+
+
+# ---- Columns and rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl", "saved"])
+def test_another_column_is_the_text(folder: Path, name: str) -> None:
+    rows = [{"text": 5, "content": text} for text in TEXTS]
+    match name:
+        case "a.parquet":
+            pd.DataFrame(rows).to_parquet(folder / name)
+        case "a.csv":
+            pd.DataFrame(rows).to_csv(folder / name)
+        case "a.jsonl":
+            (folder / name).write_bytes(lines(*rows))
+        case _:
+            datasets.Dataset.from_list(rows).save_to_disk(str(folder / name))
+    assert read(folder, text_column="content")[1] == TEXTS
+    assert LocalSource(folder, "**/*", options=Options(text_column="content")).identity()["text_column"] == "content"
+    with pytest.raises(UserError, match="`body`"):
+        read(folder, text_column="body")
+
+
+PLANTED: list[tuple[str, bytes, str]] = [
+    ("a.jsonl", b"{half", "not JSON"),
+    ("a.jsonl", b"{'text': 'x'}", "not JSON"),
+    ("a.jsonl", b'{"text": "x",}', "not JSON"),
+    ("a.jsonl", b'{"text": "x"} more', "not JSON"),
+    ("a.jsonl", b'["x"]', "not an object"),
+    ("a.jsonl", b'"x"', "not an object"),
+    ("a.jsonl", b"null", "not an object"),
+    ("a.jsonl", b"17", "not an object"),
+    ("a.jsonl", b"{}", "no text"),
+    ("a.jsonl", b'{"body": "x"}', "no text"),
+    ("a.jsonl", b'{"text": 5}', "text is a whole number"),
+    ("a.jsonl", b'{"text": 0.5}', "text is a number"),
+    ("a.jsonl", b'{"text": true}', "text is true/false"),
+    ("a.jsonl", b'{"text": ["x"]}', "text is a list"),
+    ("a.jsonl", b'{"text": {"a": "x"}}', "text is a section"),
+    ("a.jsonl", b'{"text": "\\ud800"}', "not Unicode"),
+    ("b.csv", b"x,1,2", "too many values"),
+    ("b.csv", b"x", "too few values"),
+    ("b.csv", b'"x"y,1', "not csv"),
+    ("c.parquet", b"\xff", "not UTF-8"),
+]
+"""File, bad row, reason."""
+
+
+def plant(folder: Path, good: int) -> None:
+    """Files with the planted rows among `good` good ones each."""
+    jsonl = lines(*({"text": f"good {number}"} for number in range(good))).splitlines()
+    csv = [b"text,id", *(f"good {number},{number}".encode() for number in range(good))]
+    texts = [f"good {number}".encode() for number in range(good)]
+    for number, (name, row, _) in enumerate(PLANTED):
+        {"a.jsonl": jsonl, "b.csv": csv, "c.parquet": texts}[name].insert(2 + 3 * number % good, row)
+    (folder / "a.jsonl").write_bytes(b"\n".join(jsonl))
+    (folder / "b.csv").write_bytes(b"\n".join(csv))
+    pq.write_table(pa.table({"text": pa.array(texts, pa.binary()).view(pa.string())}), folder / "c.parquet")
+
+
+def test_bad_rows_are_skipped_and_counted_by_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(folder, good=1000)
+    written, texts = read(folder, bad_rows="skip")
+    assert texts == [f"good {number}" for number in range(1000)] * 3
+    reasons = [reason for _, _, reason in PLANTED]
+    assert written.counts["bad_rows"] == {reason: reasons.count(reason) for reason in set(reasons)}
+    shown = capsys.readouterr().out
+    assert "local: bad rows are left out (not JSON): 4; the first is a.jsonl, row 3: this line is not JSON" in shown
+
+
+@pytest.mark.parametrize("place", range(len(PLANTED)))
+def test_a_bad_row_is_refused_by_its_file_and_row(folder: Path, place: int) -> None:
+    name, row, reason = PLANTED[place]
+    if name == "c.parquet":
+        column = pa.array([b"good", row], pa.binary()).view(pa.string())
+        pq.write_table(pa.table({"text": column}), folder / name)
+    else:
+        first = b"text,id\ngood,1" if name == "b.csv" else b'{"text": "good"}'
+        (folder / name).write_bytes(first + b"\n" + row + b"\n")
+    with pytest.raises(UserError, match=rf"{name}, row 2.*(fix this row, or set download.bad_rows: skip|not csv)"):
+        read(folder)
+    written, texts = read(folder, bad_rows="skip")
+    assert texts == ["good"]
+    assert written.counts["bad_rows"] == {reason: 1}
+
+
+def test_too_many_bad_rows_are_another_corpus(folder: Path) -> None:
+    plant(folder, good=600)
+    with pytest.raises(UserError, match=r"20 of 1,820 rows are bad, more than 1%, .*\n  - 4 not JSON: a\.jsonl, row 3"):
+        read(folder, bad_rows="skip")
+
+
+def test_a_few_bad_rows_of_a_small_corpus_are_skipped(folder: Path) -> None:
+    (folder / "a.jsonl").write_bytes(lines({"text": "x"}, *[{"body": "y"}] * 10))
+    assert read(folder, bad_rows="skip")[1] == ["x"]
+
+
+# ---- Encodings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-32", "latin-1", "utf-8"])
+def test_encodings(folder: Path, encoding: str) -> None:
+    (folder / "a.jsonl").write_bytes('{"text": "naïve\\n"}\r\n{"text": "Ω"}\r\n'.replace("Ω", "o").encode(encoding))
+    (folder / "b.txt").write_bytes("été\r\n".encode(encoding))
+    assert read(folder, encoding=encoding)[1] == ["naïve\n", "o", "été\n"]
+
+
+def test_chinese(folder: Path) -> None:
+    (folder / "a.txt").write_bytes("中文\n".encode("gbk") * 5000)  # characters at the edges of the decoder's blocks
+    assert read(folder, encoding="gbk")[1] == ["中文\n" * 5000]
+
+
+DICTIONARY = b"".join(b"word %d\tmeaning\n" % number for number in range(30_000)) + b"it\x92s\nafter\n" + b"x\n" * 9999
+"""All UTF-8 but for one apostrophe of cp1252, far from the start."""
+
+
+def test_a_stray_byte_is_named_by_its_line_and_can_be_replaced(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "words.txt").write_bytes(DICTIONARY)
+    message = r"words\.txt, line 30001: there is the byte 0x92, which is not UTF-8, .*cp1252.*stray_bytes: replace"
+    with pytest.raises(UserError, match=message):
+        read(folder)
+    written, texts = read(folder, stray_bytes="replace")
+    assert written.counts["stray_bytes_replaced"] == 1
+    assert "".join(texts) == DICTIONARY.decode(errors="replace")
+    assert "bytes that are not utf-8 were replaced by U+FFFD: 1" in capsys.readouterr().out
+    assert "it’s" in "".join(read(folder, encoding="cp1252")[1])
+
+
+def test_stray_bytes_of_other_encodings_are_named_too(folder: Path) -> None:
+    (folder / "a.txt").write_bytes("中文\n".encode("gbk") * 3 + b"\xff\n")
+    with pytest.raises(UserError, match=r"a\.txt, line 4: there is the byte 0xff, which is not GBK"):
+        read(folder, encoding="gbk")
+
+
+def test_stray_bytes_of_a_binary_column(folder: Path) -> None:
+    pq.write_table(pa.table({"text": [b"it\x92s", b"x"]}), folder / "a.parquet")
+    assert read(folder, encoding="cp1252")[1] == ["it’s", "x"]
+    assert read(folder, stray_bytes="replace")[1] == ["it\ufffds", "x"]
+    assert read(folder, bad_rows="skip")[1] == ["x"]
+
+
+# ---- The documents of a txt file --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"split": "whole"}, ["a\nb\n\n \nc\n<sep>d\n"]),
+        ({"split": "line"}, ["a", "b", "c", "<sep>d"]),
+        ({"split": "empty_line"}, ["a\nb", "c\n<sep>d"]),
+        ({"split": "separator", "separator": "<sep>"}, ["a\nb\n\n \nc", "d"]),
+    ],
+)
+def test_documents_of_a_txt_file(folder: Path, options: dict[str, str], expected: list[str]) -> None:
+    (folder / "a.txt").write_text("a\nb\n\n \nc\n<sep>d\n")
+    assert read(folder, **options)[1] == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text("ab<se", max_size=6), max_size=6), st.integers(1, 9))
+def test_a_separator_may_lie_on_the_edge_of_a_block(texts: list[str], block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelib.corpus.split._BLOCK_CHARACTERS", block)
+        found = list(cut_text(io.StringIO("<sep>".join(texts)), Cut("separator", "<sep>")))
+    assert found == [text for text in "<sep>".join(texts).split("<sep>") if text]
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n"])
+def test_little_text_is_cut_into_about_500_documents(folder: Path, between: str) -> None:
+    text = between.join(f"paragraph {number}: {'word ' * 30}" for number in range(30_000))
+    (folder / "a.txt").write_text(text)
+    _, texts = read(folder, split="auto")
+    assert "".join(texts) == text
+    assert 200 < len(texts) < 510
+
+
+def test_much_text_is_cut_as_without_auto() -> None:
+    assert Cut.of("auto", "", 60_000_000).characters == Cut.of("whole", "", 0).characters
+    assert Cut.of("auto", "", 60_000_000).limit == Cut.of("whole", "", 0).limit
+    assert Cut.of("auto", "", 0).characters == 2000
+
+
+# ---- Order -----------------------------------------------------------------------------------------------------------
+
+
+def documents(count: int) -> list[tuple[str, Document]]:
+    return [(f"a.jsonl:{number}", Document(f"text {number}")) for number in range(count)]
+
+
+def test_an_order_that_depends_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = list(shuffle(documents(1000), 1, 1, tmp_path / "one"))
+    monkeypatch.setattr("pipelib.corpus.shuffle._BUFFER_BYTES", 100)
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many/0").write_bytes(b"left by a killed run")
+    assert list(shuffle(documents(1000), 1, 9000, tmp_path / "many", bucket_bytes=100)) == one
+    assert sorted(one) == sorted(document for _, document in documents(1000))
+    assert not list(tmp_path.iterdir())
+    assert list(shuffle(documents(1000), 2, 1, tmp_path / "other")) != one
+    in_order = [document for _, document in documents(1000)]
+    assert sum(mine == theirs for mine, theirs in zip(one, in_order, strict=True)) < 20
+
+
+def test_more_documents_leave_the_order_of_the_others(tmp_path: Path) -> None:
+    few = list(shuffle(documents(500), 1, 1, tmp_path / "work"))
+    many = list(shuffle(documents(1000), 1, 1, tmp_path / "work"))
+    assert [document for document in many if document in set(few)] == few
+
+
+def test_files_for_validation_come_first_and_are_not_shuffled(folder: Path) -> None:
+    for name in ("a", "held/b", "c"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_bytes(lines(*({"text": f"{name} {number}"} for number in range(20))))
+    written, texts = read(folder, validation="held/*", shuffle_seed=7)
+    held = [f"held/b {number}" for number in range(20)]
+    assert texts[:20] == held
+    assert texts[20:] != sorted(texts[20:])
+    assert written.validation_documents == 20
+    assert read_raw_manifest(folder.parent / "out/raw").validation_documents == 20
+    (folder / "d.jsonl").write_bytes(lines({"text": "more"}))
+    assert read(folder, validation="held/*", shuffle_seed=7)[1][:20] == held
+
+
+@pytest.mark.parametrize(("pattern", "which"), [("none*", "none"), ("**/*", "each")])
+def test_validation_files_that_leave_nothing_are_refused(folder: Path, pattern: str, which: str) -> None:
+    (folder / "a.jsonl").write_bytes(lines({"text": "x"}))
+    with pytest.raises(UserError, match=rf"download\.validation: .* matches {which} of the 1 files"):
+        read(folder, validation=pattern)
