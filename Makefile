@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= 200
 REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-fast test-long check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-spikes bench-tracking remote ui setup clean help
+.PHONY: repro test test-fast test-long coverage check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-spikes bench-tracking remote ui setup clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 17
@@ -30,6 +30,10 @@ test: setup      ## run the tests
 
 test-fast: setup ## run the tests that take a minute in all, for the loop while coding
 	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
+
+coverage: setup  ## run the tests and list the lines that none of them runs in its own process
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pytest-cov
+	$(BIN)/python -m pytest --numprocesses 2 --cov=src --cov=stages --cov-report=term-missing:skip-covered $(ARGS)
 
 test-long: setup ## run the long tests, and the tests that kill at random RUNS times (200)
 	PIPELIB_TEST_RUNS=$(RUNS) $(BIN)/python -m pytest -m "long or random" -s

@@ -75,7 +75,7 @@ def measure(source: Path, folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         started = time.perf_counter()
         if folder.name == "shuffled":
-            from pipelib.corpus.sources.local import Options
+            from pipelib.corpus.options import Options
 
             local = LocalSource(folder, "**/*", options=Options(shuffle_seed=1))
         else:

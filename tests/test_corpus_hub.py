@@ -1,6 +1,7 @@
 """The hub source: the real client against a hub on this machine that misbehaves."""
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -325,8 +326,8 @@ def test_what_does_not_exist_ends_at_once(
 
 
 def test_a_folder_without_parquet(hub: FakeHub, tmp_path: Path) -> None:
-    hub.files["docs/readme.txt"] = b"text"
-    with pytest.raises(UserError, match="has no parquet file"):
+    hub.files["docs/readme.md"] = b"text"
+    with pytest.raises(UserError, match="has no file that can be read"):
         source(folder="docs").write(tmp_path / "raw", tmp_path / "work")
 
 
@@ -346,7 +347,7 @@ def test_a_slash_at_the_end_of_the_folder_does_not_matter(hub: FakeHub) -> None:
 def test_a_list_cannot_name_what_lies_outside_of_the_folder(hub: FakeHub) -> None:
     entry = {"type": "file", "path": f"{FOLDER}/../../../../x.parquet", "size": 1, "lfs": {"oid": "0" * 64}}
     hub.listed, hub.files = Answer(json.dumps([entry]).encode()), {}
-    with pytest.raises(UserError, match="has no parquet file"):
+    with pytest.raises(UserError, match="has no file that can be read"):
         source().identity()
     assert hub.requests == [LIST, NAMES]
 
@@ -791,3 +792,20 @@ def test_texts_that_are_not_utf8_are_counted_and_skipped(hub: FakeHub, tmp_path:
         UserError, match=r"104 of 2,106 rows are bad, more than 1%, .*\n  - 104 not UTF-8: in 000_00000"
     ):
         source(bad_rows="skip").write(tmp_path / "again", tmp_path / "work")
+
+
+def test_a_folder_of_text_files_becomes_parquet(hub: FakeHub, tmp_path: Path) -> None:
+    hub.files |= {
+        "text/b.jsonl.gz": gzip.compress(b'{"content": "two"}\n{"content": 5}\n'),
+        "text/a.jsonl": b'{"content": "one"}\n',
+        "text/README.md": b"no text",
+        "text/dataset_infos.json": b"{}",
+    }
+    chosen = source(folder="text", text_column="content", bad_rows="skip")
+    written = chosen.write(tmp_path / "raw", tmp_path / "work")
+    write_manifest(tmp_path / "raw", chosen.identity(), written)
+    assert [row["text"] for row in iterate_raw(tmp_path / "raw")] == ["one", "two"]
+    assert written.counts["bad_rows"] == {"text is a whole number": 1}
+    assert [file["path"] for file in chosen.identity()["files"]] == ["text/a.jsonl", "text/b.jsonl.gz"]
+    with pytest.raises(UserError, match="there is no `text`"):
+        source(folder="text").write(tmp_path / "again", tmp_path / "work")

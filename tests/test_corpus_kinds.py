@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from pipelib.corpus import local_formats
 from pipelib.corpus.local_formats import _json_values
+from pipelib.corpus.options import Options
 from pipelib.corpus.parquet import iterate_raw
 from pipelib.corpus.raw import Document, Written, read_raw_manifest, write_manifest
 from pipelib.corpus.shuffle import shuffle
-from pipelib.corpus.sources.local import LocalSource, Options
+from pipelib.corpus.sources.local import LocalSource
 from pipelib.corpus.split import Cut, cut_text
 from pipelib.errors import UserError
 

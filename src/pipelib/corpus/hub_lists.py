@@ -27,6 +27,7 @@ from pipelib.corpus.hub_transfer import (
     is_refusal,
     with_retries,
 )
+from pipelib.corpus.params import KINDS_IN_WORDS
 from pipelib.errors import UserError, tell
 from pipelib.files import read_json, sha256_files, sha256_json, write_json
 from pipelib.workspace.places import StatePlaces
@@ -82,18 +83,21 @@ ListCheck = Callable[[_Listing], None]
 """Raises a UserError if a list lacks what its reader needs."""
 
 
-def list_files(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[HubFile]:
-    """Return the files in a folder of a repository whose paths end with `ending`, sorted by path. There is at least one.
+def list_files(repo: HubRepo, folder: str, kinds: Sequence[tuple[str, ...]], retry: Retry) -> list[HubFile]:
+    """Return the files of one kind in a folder of a repository, sorted by path. There is at least one.
+
+    Args:
+        kinds: the endings of the files of each kind; the first kind that is there counts.
 
     Raises:
         UserError: there is no such repository, revision, folder or file, or the hub has no SHA-256 for a file.
     """
 
     def check(listing: _Listing) -> None:
-        wanted = [file for file in listing.files if file.path.endswith(ending)]
+        wanted = _of_one_kind(listing.files, kinds)
         if not wanted:
             raise UserError(
-                f"{listing.name} has no {ending.removeprefix('.')} file, so there is no text; name another folder "
+                f"{listing.name} has no file that can be read ({KINDS_IN_WORDS}), so there is no text; name another folder "
                 "(download.folder)."
             )
         unknown = next((file.path for file in wanted if not file.sha256), None)
@@ -103,8 +107,12 @@ def list_files(repo: HubRepo, folder: str, ending: str, retry: Retry) -> list[Hu
                 "another mirror if HF_ENDPOINT names one."
             )
 
-    files = _get_listing(repo, folder, check, retry).files
-    return [file for file in files if file.path.endswith(ending)]
+    return _of_one_kind(_get_listing(repo, folder, check, retry).files, kinds)
+
+
+def _of_one_kind(files: Sequence[HubFile], kinds: Sequence[tuple[str, ...]]) -> list[HubFile]:
+    found = ([file for file in files if file.path.endswith(endings)] for endings in kinds)
+    return next(filter(None, found), [])
 
 
 def pinned_file(pin: HubPin, retry: Retry) -> HubFile:

@@ -91,7 +91,7 @@ class HubStore:
     """The verified files of one repository at a commit. Use `open_store` to get one."""
 
     def __init__(self, repo: HubRepo, retry: Retry) -> None:
-        self._repo, self._retry, self._folder = repo, retry, store_folder(repo)
+        self._repo, self._retry, self.folder = repo, retry, store_folder(repo)
 
     def fetch(self, files: Sequence[HubFile]) -> list[Path]:
         """Return the paths of the files, verified. Only missing or wrong files are downloaded.
@@ -138,10 +138,10 @@ class HubStore:
         return with_retries(lambda: read_tail(url, file.bytes, count), what, self._repo, self._retry)
 
     def _path(self, file: HubFile) -> Path:
-        return self._folder / file.path
+        return self.folder / file.path
 
     def _part(self, file: HubFile) -> Path:
-        return self._folder / (file.path + _PART)
+        return self.folder / (file.path + _PART)
 
     def _missing_or_wrong(self, files: Sequence[HubFile]) -> list[HubFile]:
         """Return the files that are missing, or differ from the hub's list. They are hashed in parallel."""
@@ -174,7 +174,7 @@ class HubStore:
         """Download files in parallel. The first permanent failure stops the others."""
         total, before = sum(file.bytes for file in files), sum(map(self._part_bytes, files))
         workers = positive_int_from_env("PIPELIB_DOWNLOADS") or 4
-        require_free_space(self._folder, total - before, "the download")
+        require_free_space(self.folder, total - before, "the download")
         progress = Progress(f"hub: {self._repo.name}", total, "bytes", before)
         progress.note = f"0 of {len(files)} files"
         stop = threading.Event()
@@ -241,7 +241,7 @@ class HubStore:
                 file.path,
                 repo_type=self._repo.kind,
                 revision=self._repo.revision,
-                local_dir=self._folder,
+                local_dir=self.folder,
                 tqdm_class=meter,
             )
         except RuntimeError as error:  # what hf_xet raises when a transfer fails

@@ -35,6 +35,8 @@ class BadRowError(UserError):
 class Tally:
     """Counts of what differs between the files and the documents made from them."""
 
+    source: str = "local"
+    """What printed lines begin with."""
     rows: int = 0
     """Rows of all files."""
     empty: int = 0
@@ -94,19 +96,22 @@ class Tally:
         from pipelib.corpus.parquet import SCHEMA
 
         for reason, count in self.bad.most_common():
-            tell(f"local: bad rows are left out ({reason}): {count:,}; the first is {self.first[reason]}")
+            tell(f"{self.source}: bad rows are left out ({reason}): {count:,}; the first is {self.first[reason]}")
         if decoding.replaced:
-            tell(f"local: bytes that are not {decoding.encoding} were replaced by U+FFFD: {decoding.replaced:,}")
+            tell(
+                f"{self.source}: bytes that are not {decoding.encoding} were replaced by U+FFFD: {decoding.replaced:,}"
+            )
         for column, count in self.dropped.items():
             tell(
-                f"local: values that do not fit the column `{column}` ({SCHEMA.field(column).type}) are null in the corpus: "
-                f"{count:,}, the first in {self.first[column]}"
+                f"{self.source}: values that do not fit the column `{column}` ({SCHEMA.field(column).type}) are null in the "
+                f"corpus: {count:,}, the first in {self.first[column]}"
             )
         if self.separators:
             tell(
-                f"local: texts contain {END_OF_TEXT} (occurrences: {self.separators:,}, documents: {self.with_separator:,}, "
-                f"first in {self.first[END_OF_TEXT]}). It is treated as ordinary text and separates nothing: if it stands "
-                "between the documents of a txt file, set download.split: separator"
+                f"{self.source}: texts contain {END_OF_TEXT} (occurrences: {self.separators:,}, documents: "
+                f"{self.with_separator:,}, first in {self.first[END_OF_TEXT]}). It is treated as "
+                "ordinary text and separates nothing: if it stands between the documents of a txt file, set "
+                "download.split: separator"
             )
 
 

@@ -13,9 +13,11 @@ from pipelib.schema import NaturalInt, OneOf, PositiveInt
 SOURCES = Path(__file__).with_name("sources")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """The endings of compressed files."""
-TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+TEXT_KINDS = (".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".txt")
 """The endings of the text files that `local` reads, also compressed."""
-READABLE = (".parquet", *(kind + packed for kind in TEXT_KINDS for packed in ("", *PACKED)))
+KINDS = ((".parquet",), *(tuple(kind + packed for packed in ("", *PACKED)) for kind in TEXT_KINDS))
+"""The endings of each kind of file. The hub's folders have files about the data, too, so the first kind that is there counts."""
+READABLE = tuple(ending for endings in KINDS for ending in endings)
 """The endings of all files that `local` reads."""
 KINDS_IN_WORDS = (
     ".parquet, .jsonl, .ndjson, .json, .csv, .tsv, .txt, also with .gz, .bz2, .xz or .zst, or a saved dataset"

@@ -1,4 +1,4 @@
-"""FineWeb-Edu, or another dataset of parquet files, from the Hugging Face hub.
+"""FineWeb-Edu, or another dataset of parquet or text files, from the Hugging Face hub.
 
 The list of files, with sizes and SHA-256, comes from the repository's tree at a pinned commit and is part of the corpus's
 identity. `hub_lists.py` checks and stores it, `hub_transfer.py` downloads the files, and `hub_store.py` stores the verified
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pipelib.corpus.hub_lists import HubFile, list_files
 from pipelib.corpus.hub_store import HubStore, open_store
 from pipelib.corpus.hub_transfer import DEFAULT_RETRY, HubRepo, Retry
-from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.options import Options
+from pipelib.corpus.params import KINDS, DownloadParams
 from pipelib.corpus.raw import TEXT, RawFile, Source, Written
 from pipelib.files import link_or_copy
 
@@ -53,7 +54,7 @@ class HubSource:
         """Return the repository, the commit, and every file of the folder. The hub is asked once; its answer is stored.
 
         Raises:
-            UserError: the hub refuses, is unreachable, or has no such revision or folder; or no file is parquet.
+            UserError: the hub refuses, is unreachable, or has no such revision or folder; or no file can be read.
         """
         identity = {
             "kind": "hub",
@@ -68,13 +69,15 @@ class HubSource:
         more |= {"bad_rows": self.bad_rows} if self.bad_rows != "refuse" else {}
         return {**identity, **more}
 
-    def write(self, folder: Path, work: Path) -> Written:  # noqa: ARG002  (unfinished downloads are in the store)
-        """Download the files that the store lacks, and link all of them, verified and unchanged, into `folder`.
+    def write(self, folder: Path, work: Path) -> Written:
+        """Download the files that the store lacks. Link parquet files, unchanged, into `folder`; write others as parquet.
 
         Raises:
             UserError: a file cannot be downloaded or has no column of text, or the disk is too small.
         """
         with open_store(self._repo, self.retry) as store:
+            if not self._are_parquet:
+                return self._write_text(store, folder, work)
             self._require_text(store)
             if self.max_tokens is None:
                 paths = store.fetch(self._files)
@@ -93,7 +96,11 @@ class HubSource:
 
     @cached_property
     def _files(self) -> list[HubFile]:
-        return list_files(self._repo, self.folder, ".parquet", self.retry)
+        return list_files(self._repo, self.folder, KINDS, self.retry)
+
+    @property
+    def _are_parquet(self) -> bool:
+        return self._files[0].path.endswith(".parquet")
 
     def _require_text(self, store: HubStore) -> None:
         """Refuse a dataset without a column of text before its files are downloaded. The end of the first file tells."""
@@ -113,6 +120,15 @@ class HubSource:
             "the column, and set download.source to local",
             self.text_column,
         )
+
+    def _write_text(self, store: HubStore, folder: Path, work: Path) -> Written:
+        """Download text files, jsonl for example, and write their documents."""
+        from pipelib.corpus.documents import write_documents
+
+        store.fetch(self._files)
+        options = Options(text_column=self.text_column, bad_rows=self.bad_rows)
+        names = [file.path for file in self._files]
+        return write_documents(store.folder, names, options, self.max_tokens, folder, work, source="hub")
 
     def _count_bad(self, folder: Path, files: Sequence[RawFile]) -> dict[str, Any]:
         """Count the texts that readers of the corpus will skip, and refuse too many of them."""
