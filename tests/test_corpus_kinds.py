@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pipelib.corpus import local_formats
 from pipelib.corpus.local_formats import _json_values
 from pipelib.corpus.options import Options
+from pipelib.corpus.params import encoding_name, kind_of_name
 from pipelib.corpus.parquet import iterate_raw
 from pipelib.corpus.raw import Document, Written, read_raw_manifest, write_manifest
 from pipelib.corpus.shuffle import shuffle
@@ -91,7 +92,9 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "a.parquet": lambda path: FRAME.to_parquet(path),
     "b.parquet": binary_parquet,
     "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(str(path)),
-    "shuffled": lambda path: datasets.Dataset.from_list(ROWS[::-1]).select(range(9, -1, -1)).save_to_disk(str(path)),
+    "shuffled": lambda path: (
+        datasets.Dataset.from_list(ROWS[::-1]).select(range(len(ROWS) - 1, -1, -1)).save_to_disk(str(path))
+    ),
     "dict": saved_dict,
 }
 
@@ -124,25 +127,65 @@ def test_every_file_of_a_saved_dataset_decides(folder: Path) -> None:
     assert {"saved/state.json", "saved/dataset_info.json", "saved/data-00001-of-00002.arrow"} <= names
 
 
+def test_files_beside_a_saved_dataset_are_read(folder: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder / "saved"))
+    (folder / "saved/mine.txt").write_text("mine")
+    (folder / "state.json").write_text('[{"text": "Alabama"}]')  # the user's own
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(str(folder / "empty"))
+    assert read(folder)[1] == ["mine", *TEXTS, "Alabama"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.csv.gz", ".csv"),
+        ("a.tsv.csv", ".csv"),
+        ("A.TXT.GZ", ".txt"),
+        (".txt", ".txt"),
+        ("a", ""),
+        ("a.csv.backup", ".backup"),
+    ],
+)
+def test_the_kind_of_a_name(name: str, kind: str) -> None:
+    assert kind_of_name(name) == kind
+
+
+def test_an_open_quote_does_not_swallow_rows(folder: Path) -> None:
+    rows = "".join(f"good {number},1\n" for number in range(100))
+    (folder / "a.csv").write_text(f'text,id\n{rows}"open,1\n{rows}"ok then",5\n')
+    with pytest.raises(UserError, match=r"cannot be read after row 100 \(line 102 opens a quote"):
+        read(folder, bad_rows="skip")
+
+
+def test_arrays_may_follow_each_other(folder: Path) -> None:
+    (folder / "a.json").write_text('[{"text": "a"}]\n[{"text": "b"}, {"text": "c"}]\n{"text": "d"}')
+    assert read(folder)[1] == ["a", "b", "c", "d"]
+
+
 def test_numbers_of_a_csv_file_fit_their_columns(folder: Path) -> None:
-    pd.DataFrame({"text": ["a", "b"], "token_count": [7, 8], "score": [2.5, None]}).to_csv(folder / "a.csv")
+    pd.DataFrame({"text": ["a", "b", "c"], "token_count": [7, None, 8], "score": [2.5, None, 3]}).to_csv(
+        folder / "a.csv"
+    )
     written, _ = read(folder)
     rows = list(iterate_raw(folder.parent / "out/raw", ("token_count", "score")))
-    assert rows == [{"token_count": 7, "score": 2.5}, {"token_count": 8, "score": None}]
+    assert rows == [{"token_count": 7, "score": 2.5}, dict.fromkeys(rows[0]), {"token_count": 8, "score": 3.0}]
     assert written.counts["values_dropped"] == 0
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"body,id\nx,1\n", r"a\.csv has 0 columns `text` in its first line \(body, id\)"),
+        ("a.csv", b"body,id\nx,1\n", r"a\.csv has no column `text` in its first line \(body, id\)"),
         ("a.csv", b"text,text\nx,1\n", r"a\.csv has 2 columns `text`"),
-        ("a.csv", b"", r"a\.csv has 0 columns `text`"),
+        ("a.csv", b"", r"a\.csv has no column `text`"),
         (
             "a.csv",
             b'text\nx\n"open\nmore\n',
-            r"a\.csv cannot be read after row 1 \(the quote of the row that ends in line",
+            r"a\.csv cannot be read after row 1 \(line 3 opens a quote that is not closed well",
         ),
+        ("a.csv", b"text;id\nx;1\n", r"no column `text` .*separated by semicolons"),
+        ("a.csv", b"text\nx\0y\n", r"a\.csv, line 2: there is a NUL byte"),
+        ("a.json", b'[[{"text": "x"}]]', r"a\.json .*an array is inside of an array"),
         ("a.csv", b"text,id\nx,1,2\n", r"a\.csv, row 1 has 3 values for 2 columns"),
         ("a.csv", b'text\n"x"y\n', r"a\.csv, row 1: line 2 is not csv"),
         ("a.json", b'[{"text": "x"}', r"a\.json cannot be read after row 1 \(its array does not end\)"),
@@ -172,11 +215,9 @@ VALUES = st.recursive(
 @settings(max_examples=80, deadline=None)
 @given(st.lists(VALUES, max_size=8), st.integers(1, 20), st.booleans())
 def test_json_is_read_in_blocks_of_any_length(values: list[Any], block: int, is_array: bool) -> None:
-    if is_array:
-        text = json.dumps(values, indent=1)
-    else:  # an array as the first value would be the array of all values
-        values = [value for value in values if not isinstance(value, list)]
-        text = "\n".join(json.dumps(value) for value in values)
+    values = [value for value in values if not isinstance(value, list)]  # see the two tests of arrays above
+    one_by_one = "\n".join(json.dumps(value) for value in values)
+    text = json.dumps(values, indent=1) if is_array else one_by_one
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_formats, "_BLOCK_CHARACTERS", block)
         assert list(_json_values(io.StringIO(text))) == values
@@ -223,7 +264,7 @@ PLANTED: list[tuple[str, bytes, str]] = [
     ("b.csv", b"x,1,2", "too many values"),
     ("b.csv", b"x", "too few values"),
     ("b.csv", b'"x"y,1', "not csv"),
-    ("c.parquet", b"\xff", "not UTF-8"),
+    ("c.parquet", b"\xff", "stray bytes"),
 ]
 """File, bad row, reason."""
 
@@ -259,7 +300,7 @@ def test_a_bad_row_is_refused_by_its_file_and_row(folder: Path, place: int) -> N
     else:
         first = b"text,id\ngood,1" if name == "b.csv" else b'{"text": "good"}'
         (folder / name).write_bytes(first + b"\n" + row + b"\n")
-    with pytest.raises(UserError, match=rf"{name}, row 2.*(fix this row, or set download.bad_rows: skip|not csv)"):
+    with pytest.raises(UserError, match=rf"{name}, row 2.*fix this row, skip it with download.bad_rows: skip"):
         read(folder)
     written, texts = read(folder, bad_rows="skip")
     assert texts == ["good"]
@@ -285,6 +326,31 @@ def test_encodings(folder: Path, encoding: str) -> None:
     (folder / "a.jsonl").write_bytes('{"text": "naïve\\n"}\r\n{"text": "Ω"}\r\n'.replace("Ω", "o").encode(encoding))
     (folder / "b.txt").write_bytes("été\r\n".encode(encoding))
     assert read(folder, encoding=encoding)[1] == ["naïve\n", "o", "été\n"]
+
+
+def test_byte_order_marks_are_left_out_or_contradict(folder: Path) -> None:
+    (folder / "a.txt").write_bytes("\ufeffé".encode("utf-16-le"))
+    assert read(folder, encoding="utf-16-le")[1] == ["é"]
+    (folder / "a.txt").write_bytes("\ufeffé".encode())
+    assert read(folder)[1] == ["é"]
+    with pytest.raises(UserError, match=r"a\.txt is UTF-8\. .*set download.encoding: utf-8"):
+        read(folder, encoding="cp1252")
+    (folder / "a.txt").write_bytes(b"plain")
+    for encoding in ("utf-16", "utf-32"):
+        with pytest.raises(UserError, match=rf"a\.txt.* is not {encoding.upper()}"):
+            read(folder, encoding=encoding)
+
+
+def test_only_encodings_of_text_are_known() -> None:
+    assert encoding_name("UTF8") == "utf-8"
+    for name in ("base64", "hex", "rot13", "zlib", "idna", "punycode", "undefined", "nothing", "", "a\0"):
+        assert encoding_name(name) is None
+
+
+def test_a_string_column_is_utf8_whatever_the_encoding_of_files(folder: Path) -> None:
+    column = pa.array(["naïve".encode(), b"it\x92s"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), folder / "a.parquet")
+    assert read(folder, encoding="cp1252", stray_bytes="replace")[1] == ["naïve", "it\ufffds"]
 
 
 def test_chinese(folder: Path) -> None:
@@ -358,6 +424,15 @@ def test_little_text_is_cut_into_about_500_documents(folder: Path, between: str)
     assert 200 < len(texts) < 510
 
 
+@pytest.mark.parametrize("between", [" ", ""])
+def test_a_long_line_is_cut_too(folder: Path, between: str) -> None:
+    text = between.join(["word"] * 400_000)
+    (folder / "a.txt").write_text(text)
+    _, texts = read(folder, split="auto")
+    assert "".join(texts) == text
+    assert len(texts) > 100
+
+
 def test_much_text_is_cut_as_without_auto() -> None:
     assert Cut.of("auto", "", 60_000_000).characters == Cut.of("whole", "", 0).characters
     assert Cut.of("auto", "", 60_000_000).limit == Cut.of("whole", "", 0).limit
@@ -401,7 +476,36 @@ def test_files_for_validation_come_first_and_are_not_shuffled(folder: Path) -> N
     assert written.validation_documents == 20
     assert read_raw_manifest(folder.parent / "out/raw").validation_documents == 20
     (folder / "d.jsonl").write_bytes(lines({"text": "more"}))
-    assert read(folder, validation="held/*", shuffle_seed=7)[1][:20] == held
+    for pattern in ("held/*", "held/**", "held"):
+        assert read(folder, validation=pattern, shuffle_seed=7)[1][:20] == held
+
+
+def test_more_text_for_training_leaves_the_documents_for_validation(folder: Path) -> None:
+    (folder / "held.txt").write_text("a paragraph of some words\n\n" * 20_000)
+    found = []
+    for size in (10_000, 500_000):
+        (folder / "more.txt").write_text("other words\n\n" * size)
+        written, texts = read(folder, split="auto", validation="held.txt")
+        found.append(texts[: written.validation_documents])
+    assert found[0] == found[1]
+    assert len(found[0]) > 100
+
+
+def test_validation_files_without_text_are_refused(folder: Path) -> None:
+    (folder / "a.jsonl").write_bytes(lines({"text": "x"}))
+    (folder / "b.jsonl").write_bytes(lines({"text": " "}))
+    with pytest.raises(UserError, match=r"download\.validation: b\.jsonl has no text"):
+        read(folder, validation="b*")
+
+
+def test_max_tokens_counts_the_text_for_training(folder: Path) -> None:
+    for name in "ab":
+        (folder / f"{name}.jsonl").write_bytes(lines(*({"text": f"{name}{number} four"} for number in range(9))))
+    out = folder.parent / "cut"
+    options = Options(validation="b.jsonl")
+    written = LocalSource(folder, "**/*", 4, options).write(out / "raw", out / "work")
+    write_manifest(out / "raw", {}, written)
+    assert [row["text"][0] for row in iterate_raw(out / "raw")] == ["b"] * 9 + ["a"] * 2
 
 
 @pytest.mark.parametrize(("pattern", "which"), [("none*", "none"), ("**/*", "each")])

@@ -168,7 +168,7 @@ def not_utf8(*values: bytes | None) -> pa.Array:
 def test_a_row_of_parquet_that_is_not_utf8_is_named(folder: Path) -> None:
     texts = [b"x"] * 1500 + [b"\xff"]
     pq.write_table(pa.table({"text": not_utf8(*texts)}), folder / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet, row 1501: `text` is not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.parquet, row 1501: `text` has bytes that are not text"):
         read(folder)
 
 

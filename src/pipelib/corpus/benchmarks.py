@@ -30,7 +30,7 @@ from pipelib.corpus.hub_benchmarks import HUB_BENCHMARKS
 from pipelib.corpus.hub_lists import HubPin
 from pipelib.corpus.hub_transfer import HubRepo
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.parquet import iterate_raw
+from pipelib.corpus.parquet import iterate_raw, stated_text_bytes
 from pipelib.corpus.raw import damaged
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_atomic, write_json, write_text
@@ -211,7 +211,7 @@ def write_benchmarks(
     raw: Path,
     folder: Path,
     fetch: Callable[[HubPin], AbstractContextManager[Path]],
-    text_bytes: int | None,
+    at_most: int | None = None,
 ) -> dict[str, Any]:
     """Make the evaluation sets that `download.benchmarks` names.
 
@@ -220,7 +220,7 @@ def write_benchmarks(
         folder: gets one `.jsonl` per set, and `manifest.json`. `hellaswag.jsonl` is always written, with a single empty line
             if the set is not named.
         fetch: opens a verified file of the hub.
-        text_bytes: of the corpus, if known; `benchmark_documents: auto` depends on it.
+        at_most: for `benchmark_documents: auto`, the documents that are for validation.
 
     Returns:
         The manifest: for each file the number of items, the corpus documents it was made from, its SHA-256, and how it was
@@ -237,7 +237,7 @@ def write_benchmarks(
         manifest[name] = {"items": items, "documents": documents, "sha256": sha256_file(folder / name), "made": made}
 
     if "completion" in params.benchmarks:
-        head = _first_documents(raw, params.benchmark_documents, text_bytes)
+        head = _first_documents(raw, params.benchmark_documents, at_most)
         items = completion_items(head, params.seed)
         _require_items(items, len(head))
         made = f"from the first documents of the corpus, seed {params.seed}, {CHOICES} choices"
@@ -267,17 +267,17 @@ AUTO_DOCUMENTS, AUTO_BYTES = 480, 1_000_000
 """`benchmark_documents: auto` takes this many documents at most, and this many bytes of text: about 256,000 tokens."""
 
 
-def _first_documents(raw: Path, count: int | Literal["auto"], text_bytes: int | None) -> list[dict[str, Any]]:
+def _first_documents(raw: Path, count: int | Literal["auto"], at_most: int | None) -> list[dict[str, Any]]:
     """Return the first documents, with null texts as empty ones. Fail unless the corpus has more documents.
 
     Args:
         count: how many; `auto` takes a tenth of the text, and see `AUTO_DOCUMENTS`.
-        text_bytes: of the corpus; None if unknown, and then it is taken to be large.
+        at_most: for `auto`; None for no further limit.
     """
     most = AUTO_DOCUMENTS if count == "auto" else count
     rows = islice(iterate_raw(raw, ("text", "id")), most + 1)  # one more, to see whether any is left to train on
     head = [{**row, "text": row["text"] or ""} for row in rows]
-    wanted = _automatic_count(head, text_bytes) if count == "auto" else count
+    wanted = _automatic_count(head, stated_text_bytes(raw), at_most) if count == "auto" else count
     if len(head) <= wanted:
         raise UserError(
             f"download.benchmark_documents: {wanted}, but the corpus has only {len(head)} documents, so none would be "
@@ -287,26 +287,34 @@ def _first_documents(raw: Path, count: int | Literal["auto"], text_bytes: int | 
     return head[:wanted]
 
 
-def _automatic_count(head: Sequence[Row], text_bytes: int | None) -> int:
+def _automatic_count(head: Sequence[Row], text_bytes: int, at_most: int | None) -> int:
     """Return how many documents make the benchmark; see `_first_documents`."""
-    limit = AUTO_BYTES if text_bytes is None else min(AUTO_BYTES, text_bytes // 10)
     ends = list(accumulate(len(row["text"].encode("utf-8")) for row in head))
+    # If the user names the documents for validation, all of them may be in the benchmark.
+    limit = AUTO_BYTES if at_most is not None else min(AUTO_BYTES, text_bytes // 10)
     count = min(AUTO_DOCUMENTS, bisect.bisect_right(ends, limit), max(0, len(head) - 1))
+    if at_most is not None:
+        count = min(count, at_most)
     if count < CHOICES:
+        takes = "a tenth of the text" if at_most is None else "documents for validation"
         raise UserError(
-            f"download.benchmark_documents: auto takes a tenth of the text, and that is {count} documents where a benchmark "
-            f"needs {CHOICES}, so none can be made; add text, cut it into more documents (download.split), or go without: "
-            "set download.benchmarks and evaluate.tasks to []."
+            f"download.benchmark_documents: auto takes {takes}, and that is {count} documents where a benchmark needs "
+            f"{CHOICES}, so none can be made; {_MORE_DOCUMENTS}."
         )
     return count
+
+
+_MORE_DOCUMENTS = (
+    "add text, cut it into more documents (download.split), put them into another order (download.shuffle), or go without: set "
+    "download.benchmarks and evaluate.tasks to []"
+)
 
 
 def _require_items(items: Sequence[Row], documents: int) -> None:
     if not items:
         raise UserError(
             f"download.benchmark_documents: the first {documents} documents give no completion items, because fewer than "
-            f"four of them have {CONTEXT_WORDS[0] + SLOT_WORDS} words; raise it, or drop completion from "
-            "download.benchmarks."
+            f"four of them have {CONTEXT_WORDS[0] + SLOT_WORDS} words with spaces between them; {_MORE_DOCUMENTS}."
         )
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelib.corpus.local_files import visible_matches
+from pipelib.corpus.local_files import saved_parts, validation_names
 from pipelib.corpus.local_formats import Reading, read_rows
 from pipelib.corpus.local_rows import BadRowError, Tally, document_of
 from pipelib.corpus.options import Options
-from pipelib.corpus.params import PACKED
+from pipelib.corpus.params import PACKED, kind_of_name
 from pipelib.corpus.parquet import write_raw
 from pipelib.corpus.raw import Document, Written, first_documents
 from pipelib.corpus.shuffle import shuffle
@@ -36,7 +36,7 @@ def write_documents(
     Args:
         root: the folder that the names are relative to.
         names: the files, in order.
-        max_tokens: see `first_documents`.
+        max_tokens: of the text for training, see `first_documents`.
         folder: for the parquet files.
         work: for text that waits for its place in the order.
         source: what printed lines begin with.
@@ -45,32 +45,40 @@ def write_documents(
         UserError: a file or row cannot be used; the message names the file and the row.
     """
     tally, decoding = Tally(source), Decoding(options.encoding, options.stray_bytes)
-    txt_bytes = sum(_text_bytes(root / name) for name in names if ".txt" in name.lower())
-    reading = Reading(options.text_column, decoding, Cut.of(options.split, options.separator, txt_bytes))
-    for_validation = _validation_names(root, names, options.validation)
+    for_validation = validation_names(root, names, options.validation)
     for_training = [name for name in names if name not in for_validation]
+    counts: dict[str, Any] = {}
     validation_documents = 0
+
+    def read(names: Sequence[str]) -> Iterator[tuple[str, Document]]:
+        # Each split has its own `auto`, so that more text for training leaves the documents for validation as they are.
+        txt_bytes = sum(text_bytes(root / name) for name in names if kind_of_name(name) == ".txt")
+        reading = Reading(options.text_column, decoding, Cut.of(options.split, options.separator, txt_bytes))
+        return _read(root, names, reading, options, tally)
+
+    def training() -> Iterator[Document]:
+        if options.shuffle_seed is None:
+            return (document for _, document in read(for_training))
+        total = sum(text_bytes(root / name) for name in for_training)
+        return shuffle(read(for_training), options.shuffle_seed, total, work / "shuffle")
 
     def documents() -> Iterator[Document]:
         nonlocal validation_documents
-        for _, document in _read(root, for_validation, reading, options, tally):
+        for _, document in read(for_validation):
             validation_documents += 1
             yield document
-        rest = _read(root, for_training, reading, options, tally)
-        if options.shuffle_seed is None:
-            yield from (document for _, document in rest)
-        else:
-            total = sum(_text_bytes(root / name) for name in for_training)
-            yield from shuffle(rest, options.shuffle_seed, total, work / "shuffle")
+        yield from first_documents(training(), max_tokens, counts)
 
     # `documents` is lazy, so only one row group is in memory at a time.
-    counts: dict[str, Any] = {}
-    written = write_raw(first_documents(documents(), max_tokens, counts), folder)
+    written = write_raw(documents(), folder)
     tally.require_few_bad()
     tally.report(decoding)
-    counts = {**written.counts, **tally.counts(), **counts}
-    if options.stray_bytes == "replace":
-        counts["stray_bytes_replaced"] = decoding.replaced
+    if for_validation and not validation_documents:
+        raise UserError(
+            f"download.validation: {', '.join(for_validation[:5])} has no text, so nothing could be validated; name other files."
+        )
+    more = {"stray_bytes_replaced": decoding.replaced} if options.stray_bytes == "replace" else {}
+    counts = {**written.counts, **tally.counts(), **counts, **more}
     return replace(written, counts=counts, validation_documents=validation_documents if for_validation else None)
 
 
@@ -98,26 +106,7 @@ def _read(
         progress.close()
 
 
-def _text_bytes(path: Path) -> int:
+def text_bytes(path: Path) -> int:
     """Return the bytes of a file's text, about."""
-    size = path.stat().st_size
+    size = sum(part.stat().st_size for part in [path, *saved_parts(path)])
     return size * _UNPACKED if path.name.lower().endswith((*PACKED, ".parquet")) else size
-
-
-def _validation_names(root: Path, names: Sequence[str], pattern: str | None) -> list[str]:
-    """Return the files whose documents are the validation split, in order.
-
-    Raises:
-        UserError: no file matches, or all do.
-    """
-    if pattern is None:
-        return []
-    matches = {name.as_posix() for name in visible_matches(root, pattern)}
-    found = [name for name in names if name in matches]
-    if not found or len(found) == len(names):
-        which = "none" if not found else "each"
-        raise UserError(
-            f"download.validation: {pattern!r} matches {which} of the {len(names)} files that are read, so there would be no "
-            f"text for {'validation' if not found else 'training'}; name some of them, or set it to null."
-        )
-    return found

@@ -73,7 +73,7 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
         )
     # The benchmarks are made from the raw text, so its manifest must exist first.
     manifest = write_manifest(raw, origin.identity(), written)
-    benchmarks = write_benchmarks(params, raw, places.benchmarks, fetch_pinned, written.counts.get("text_bytes"))
+    benchmarks = write_benchmarks(params, raw, places.benchmarks, fetch_pinned, written.validation_documents)
     write_baselines(params.models, places.published_models, fetch_pinned)
     parquet_bytes = sum(file.bytes for file in manifest.files)
     result = {

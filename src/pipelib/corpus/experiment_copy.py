@@ -9,7 +9,7 @@ import os
 import shlex
 from pathlib import Path
 
-from pipelib.corpus.local_files import visible_matches
+from pipelib.corpus.local_files import saved_parts, visible_matches
 from pipelib.corpus.params import READABLE, DownloadParams
 from pipelib.errors import UserError, tell
 from pipelib.files import plural
@@ -58,7 +58,8 @@ def missing_files(params: DownloadParams, workspace: Path) -> list[str]:
     except UserError:
         return []  # the pattern is not a glob; the stage itself reports that
     names = [name for name in found if (folder / name).is_symlink() or not (folder / name).is_dir()]
-    read = (name for name in names if (folder / name).is_dir() or name.name.lower().endswith(READABLE))
+    parts = {part.relative_to(folder) for name in names for part in saved_parts(folder / name)}
+    read = (name for name in names if (folder / name).is_dir() or name.name.lower().endswith(READABLE) or name in parts)
     return sorted(str(name) for name in read if not (own / name).exists())
 
 

@@ -5,8 +5,9 @@ unclear error at a dangling link or a name that is not UTF-8. It does not notice
 another DVC repository. `pipelib plan --check` and `pipelib doctor` check for these before DVC runs.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,15 +32,9 @@ class LocalFiles:
 
     @property
     def all_names(self) -> list[str]:
-        """The files to read, and all files of saved datasets."""
-        own = (Path(name).parent for name in self.names if Path(name).name == SAVED_DATASET)
-        parts = (
-            path.relative_to(self.root).as_posix()
-            for folder in own
-            for path in (self.root / folder).iterdir()
-            if path.is_file()
-        )
-        return sorted({*self.names, *parts})
+        """The files to read, and the parts of saved datasets, sorted."""
+        parts = (part for name in self.names for part in saved_parts(self.root / name))
+        return sorted({*self.names, *(part.relative_to(self.root).as_posix() for part in parts)})
 
 
 def find_files(path: Path, pattern: str) -> LocalFiles:
@@ -54,10 +49,9 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
     else:
         names = sorted(name.as_posix() for name in visible_matches(path, pattern) if (path / name).is_file())
         root = path
-    saved = {Path(name).parent for name in names if _is_saved_dataset(root / name)}
-    parts = {name for name in names if Path(name).parent in saved or Path(name).name == "dataset_dict.json"}
-    readable = [name for name in names if name.lower().endswith(READABLE) and name not in parts]
-    readable = sorted([*readable, *((folder / SAVED_DATASET).as_posix() for folder in saved)])
+    parts = {part for name in names for part in saved_parts(root / name)}
+    own = [name for name in names if root / name not in parts and Path(name).name != "dataset_dict.json"]
+    readable = [name for name in own if name.lower().endswith(READABLE)]
     if not readable:
         where = (
             f"{path} is not"
@@ -68,15 +62,40 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
             f"download.path: {where} of a kind that can be read ({KINDS_IN_WORDS}), so there is no text; put files "
             "there, or set download.source: docs."
         )
-    return LocalFiles(root, readable, sorted({*names} - {*readable} - parts))
+    return LocalFiles(root, readable, sorted({*own} - {*readable}))
 
 
-def _is_saved_dataset(path: Path) -> bool:
-    """Return whether a file is the state.json of a folder that `Dataset.save_to_disk` wrote."""
-    return path.name == SAVED_DATASET and path.with_name("dataset_info.json").is_file()
+def saved_parts(path: Path) -> list[Path]:
+    """Return the other files of a dataset that `Dataset.save_to_disk` wrote, for its state.json; none for another file."""
+    info = path.with_name("dataset_info.json")
+    if path.name != SAVED_DATASET or not info.is_file():
+        return []
+    try:
+        return [info, *(path.with_name(part["filename"]) for part in json.loads(path.read_bytes())["_data_files"])]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
-def visible_matches(folder: Path, pattern: str) -> list[Path]:
+def validation_names(root: Path, names: Sequence[str], pattern: str | None) -> list[str]:
+    """Return the files that `download.validation` matches, in order. A folder stands for all files in it.
+
+    Raises:
+        UserError: no file matches, or all do.
+    """
+    if pattern is None:
+        return []
+    matches = set(visible_matches(root, pattern, "download.validation"))
+    found = [name for name in names if not matches.isdisjoint([Path(name), *Path(name).parents])]
+    if not found or len(found) == len(names):
+        which = "none" if not found else "each"
+        raise UserError(
+            f"download.validation: {pattern!r} matches {which} of the {len(names)} files that are read, so there would be no "
+            f"text for {'validation' if not found else 'training'}; name some of them, or set it to null."
+        )
+    return found
+
+
+def visible_matches(folder: Path, pattern: str, key: str = "download.pattern") -> list[Path]:
     """Return everything in a folder that matches a glob and is not hidden, as paths inside the folder.
 
     Raises:
@@ -85,7 +104,9 @@ def visible_matches(folder: Path, pattern: str) -> list[Path]:
     try:
         matches = [path.relative_to(folder) for path in folder.glob(pattern)]
     except (ValueError, NotImplementedError, IndexError) as error:
-        raise UserError(f"download.pattern: {pattern!r} is not a glob ({error}); use **/* for all files.") from None
+        raise UserError(
+            f"{key}: {pattern!r} is not a glob ({error}), so no file can be found; use **/* for all files."
+        ) from None
     return [path for path in matches if not any(part.startswith(".") for part in path.parts)]
 
 

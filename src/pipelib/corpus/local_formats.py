@@ -8,6 +8,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +16,9 @@ from typing import Any, cast
 import orjson
 import pyarrow as pa
 
+from pipelib.corpus.local_files import saved_parts
 from pipelib.corpus.local_rows import BadRowError, Row
-from pipelib.corpus.params import PACKED, SAVED_DATASET
+from pipelib.corpus.params import kind_of_name
 from pipelib.corpus.parquet import SCHEMA, open_parquet, require_text
 from pipelib.corpus.split import Cut, cut_text
 from pipelib.corpus.text_files import Decoding, damaged_file, require_intact
@@ -55,7 +57,7 @@ def read_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
             yield number, row
     except UserError:
         raise
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise reading.decoding.not_text(path, name) from None
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
         raise damaged_file(name, number, error) from None
@@ -63,14 +65,11 @@ def read_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
 
 def _reader(path: Path) -> Callable[[Path, str, Reading], Iterator[Numbered]]:
     """Return what reads a file, by the ending of its name."""
-    endings = [ending.lower() for ending in path.suffixes]
-    if endings[-1] in PACKED:
-        endings.pop()
-    if path.name == SAVED_DATASET:
+    if saved_parts(path):
         return _saved_rows
     return {
         ".parquet": _parquet_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _txt_rows,
-    }.get(endings[-1], _jsonl_rows)  # fmt: skip
+    }.get(kind_of_name(path.name), _jsonl_rows)  # fmt: skip
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -86,6 +85,8 @@ def _saved_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
     """Yield the rows of a folder that `Dataset.save_to_disk` wrote."""
     from datasets import load_from_disk
 
+    if len(saved_parts(path)) == 1:  # no rows: `datasets` fails
+        return
     dataset = load_from_disk(str(path.parent))
     require_text(dataset.features.arrow_schema, name, "set download.text_column", reading.text_column)
     chosen = dataset.select_columns(_columns(dataset.column_names, reading)).with_format("arrow")
@@ -125,18 +126,17 @@ def _values(column: pa.Array, decoding: Decoding | None) -> list[object]:
     is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if not is_string and (decoding is None or pa.types.is_null(kind)):
         return [kind if valid else None for valid in column.is_valid().to_pylist()]
-    try:
-        if is_string:
+    if is_string:
+        with suppress(UnicodeDecodeError):
             return cast("list[object]", column.to_pylist())
-    except UnicodeDecodeError:
-        pass
-    utf8 = Decoding("utf-8", "refuse")
-    return [_decoded(value, decoding or utf8) for value in column.cast(pa.large_binary()).to_pylist()]
+    decoding = decoding or Decoding("utf-8", "refuse")
+    values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
+    return [_decoded(value, decoding, is_string) for value in values]
 
 
-def _decoded(value: bytes | None, decoding: Decoding) -> str | bytes | None:
+def _decoded(value: bytes | None, decoding: Decoding, is_utf8: bool) -> str | bytes | None:
     try:
-        return None if value is None else decoding.decode(value)
+        return None if value is None else decoding.decode(value, is_utf8=is_utf8)
     except UnicodeDecodeError:
         return value
 
@@ -144,34 +144,42 @@ def _decoded(value: bytes | None, decoding: Decoding) -> str | bytes | None:
 def _csv_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
     """Yield the rows of a csv or tsv file, whose first line names the columns."""
     csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if ".tsv" in map(str.lower, path.suffixes) else ","
-    with reading.decoding.open(path, name) as file:
+    delimiter = "\t" if kind_of_name(name) == ".tsv" else ","
+    with reading.decoding.open(path, name, newline="") as file:  # a line end may be part of a text
         lines = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(lines, [])
-        if header.count(reading.text_column) != 1:
-            raise UserError(
-                f"{name} has {header.count(reading.text_column)} columns `{reading.text_column}` in its first line "
-                f"({', '.join(header):.200}), so it is unknown which is the text; set download.text_column, or add a first line "
-                "that names the columns."
-            )
+        _require_text_column(header, name, reading.text_column)
         number = 0
         while True:
+            before = lines.line_num
             try:
                 values = next(lines)
             except StopIteration:
                 return
             except csv.Error as error:
-                if "unexpected end" in str(error):  # all lines after an open quote are in this row
-                    raise ValueError(f"the quote of the row that ends in line {lines.line_num} is not closed") from None
+                if lines.line_num - before > 1:  # the lines after an open quote are in this row
+                    raise ValueError(f"line {before + 1} opens a quote that is not closed well: {error}") from None
                 number += 1
-                yield (
-                    number,
-                    BadRowError("not csv", f"{name}, row {number}: line {lines.line_num} is not csv ({error})"),
-                )
+                what = f"{name}, row {number}: line {lines.line_num} is not csv ({error}), so its text is unknown"
+                yield number, BadRowError("not csv", what)
                 continue
+            if any("\0" in value for value in values):
+                raise reading.decoding.not_text(path, name)
             if values:  # not for an empty line
                 number += 1
                 yield number, _csv_row(f"{name}, row {number}", header, values)
+
+
+def _require_text_column(header: list[str], name: str, text_column: str) -> None:
+    count = header.count(text_column)
+    if count == 1:
+        return
+    found = f"{name} has {f'{count} columns' if count else 'no column'} `{text_column}` in its first line"
+    shown = ", ".join(header)[:200].encode("unicode_escape").decode("ascii")
+    remedy = "set download.text_column, or add a first line that names the columns"
+    if len(header) == 1 and ";" in header[0]:
+        remedy = "its values seem to be separated by semicolons: write it again with commas, or with tabs as .tsv"
+    raise UserError(f"{found} ({shown}), so it is unknown which is the text; {remedy}.")
 
 
 def _csv_row(where: str, header: list[str], values: list[str]) -> Row | BadRowError:
@@ -191,12 +199,11 @@ _NUMBERS = {field.name for field in SCHEMA if not pa.types.is_string(field.type)
 
 def _number(value: str) -> object:
     """Return a number of a csv file; None if there is none, and the value itself if it is not a number."""
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
-    return value or None
+    try:
+        number = float(value.replace("_", "?"))  # Python would read 1_0 as 10
+    except ValueError:
+        return value or None
+    return int(number) if number.is_integer() else number
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -253,7 +260,7 @@ def _json_values(file: io.TextIOBase) -> Iterator[Any]:
         ValueError: something is not JSON, or the array does not end.
     """
     decoder, text, ended = json.JSONDecoder(), "", False
-    in_array: bool | None = None  # until the first value
+    in_array = False
     while not ended:
         block = file.read(max(_BLOCK_CHARACTERS, len(text)))  # twice as much each time if a value is longer
         text, position, ended = text + block, 0, not block
@@ -261,10 +268,9 @@ def _json_values(file: io.TextIOBase) -> Iterator[Any]:
             position = cast("re.Match[str]", (_BETWEEN if in_array else _SPACE).match(text, position)).end()
             if position == len(text):
                 break
-            if text[position] == ("[" if in_array is None else "]" if in_array else ""):
-                in_array, position = in_array is None, position + 1
+            if text[position] == ("]" if in_array else "["):  # several arrays may follow each other
+                in_array, position = not in_array, position + 1
                 continue
-            in_array = bool(in_array)
             try:
                 value, end = decoder.raw_decode(text, position)
             except json.JSONDecodeError as error:
@@ -273,6 +279,8 @@ def _json_values(file: io.TextIOBase) -> Iterator[Any]:
                 break
             if isinstance(value, int | float) and not ended and not _AFTER_NUMBER.match(text, end):
                 break  # it may continue in the next block
+            if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+                raise ValueError("an array is inside of an array, and it is unknown which has the documents")
             yield value
             position = end
         text = text[position:]

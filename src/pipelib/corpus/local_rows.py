@@ -27,8 +27,10 @@ class BadRowError(UserError):
     """
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(f"{message}; fix this row, or set download.bad_rows: skip.")
-        self.reason = reason
+        super().__init__(
+            f"{message}; fix this row, skip it with download.bad_rows: skip, or leave out its file with download.pattern."
+        )
+        self.reason, self.problem = reason, message
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Tally:
     def skip(self, row: BadRowError) -> None:
         """Count a bad row that is left out."""
         self.bad[row.reason] += 1
-        self.first.setdefault(row.reason, str(row))
+        self.first.setdefault(row.reason, row.problem)
 
     def separate(self, count: int, where: str) -> None:
         """Count the occurrences of `<|endoftext|>` in a text."""
@@ -158,7 +160,9 @@ def _text(value: object, what: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bytes):
-        raise BadRowError("not UTF-8", f"{what} is not UTF-8 ({value!r:.60}), so it cannot be tokenized")
+        raise BadRowError(
+            "stray bytes", f"{what} has bytes that are not text ({value!r:.60}), so it cannot be tokenized"
+        )
     if not isinstance(value, str):
         raise BadRowError(
             f"text is {kind_of(value)}", f"{what} is {value!r:.60}, not a string, so it cannot be tokenized"

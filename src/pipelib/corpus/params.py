@@ -1,6 +1,7 @@
 """The parameters of the download stage."""
 
 import codecs
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,26 @@ SAVED_DATASET = "state.json"
 """The file that stands for a folder of `datasets`' `save_to_disk`."""
 
 
+NO_TEXT_ENCODINGS = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape")
+"""Encodings that Python knows and no text file has."""
+
+
 def encoding_name(encoding: str) -> str | None:
-    """Return Python's name of a text encoding; None if there is no such encoding."""
+    """Return Python's name of an encoding of text files; None if there is no such encoding."""
     try:
-        b"".decode(encoding)
-        return codecs.lookup(encoding).name
-    except (LookupError, ValueError):  # a LookupError for codecs that do not encode text, too
+        io.TextIOWrapper(io.BytesIO(), encoding=encoding).close()
+    except (LookupError, ValueError):
         return None
+    name = codecs.lookup(encoding).name
+    return None if name.replace("-", "_") in NO_TEXT_ENCODINGS else name
+
+
+def kind_of_name(name: str) -> str:
+    """Return the ending of a file's name that says its kind, in lower case: `.csv` of `a.csv.gz`; empty if there is none."""
+    name = name.lower()
+    packed = next((ending for ending in PACKED if name.endswith(ending)), "")
+    _, dot, ending = name.removesuffix(packed).rpartition(".")
+    return dot + ending if dot else ""
 
 
 def known_sources() -> list[str]:

@@ -222,15 +222,25 @@ def iterate_raw(folder: Path, columns: Sequence[str] = (TEXT,)) -> Iterator[dict
         yield from islice(_iterate_file(folder / file.name, columns, manifest), file.rows)
 
 
+def stated_text_bytes(folder: Path) -> int:
+    """Return the bytes of text in a folder, as its files state them. Repeated texts may be counted only once."""
+    manifest = read_raw_manifest(folder)
+    total = 0
+    for file in manifest.files:
+        with open_parquet(folder / file.name, REPAIR, manifest.text_column) as parquet:
+            for group in range(parquet.num_row_groups):
+                total += text_column(parquet.metadata, group, manifest.text_column).total_uncompressed_size
+    return total
+
+
 def _iterate_file(path: Path, columns: Sequence[str], manifest: RawManifest) -> Iterator[dict[str, Any]]:
     """Yield all rows of a parquet file, with None for the columns that it does not have."""
-    stored = {manifest.text_column if name == TEXT else name: name for name in columns}
+    stored = {name: manifest.text_column if name == TEXT else name for name in columns}
     with open_parquet(path, REPAIR, manifest.text_column) as parquet:
-        here = [name for name in stored if name in parquet.schema_arrow.names]
-        missing = {stored[name]: None for name in stored if name not in here}
+        here = sorted({name for name in stored.values() if name in parquet.schema_arrow.names})
         for group in range(parquet.num_row_groups):
             for row in _read_group(parquet, group, here, path, manifest):
-                yield {**missing, **{stored[name]: value for name, value in row.items()}}
+                yield {name: row.get(column) for name, column in stored.items()}
 
 
 def _read_group(

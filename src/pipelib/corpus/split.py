@@ -39,7 +39,7 @@ class Cut:
 
 
 def cut_text(file: io.TextIOBase, cut: Cut) -> Iterator[str]:
-    """Yield the documents of a file in order. A file without text is one empty document."""
+    """Yield the documents of a file in order."""
     match cut.method:
         case "line":
             yield from (line.rstrip("\n") for line in file if not line.isspace())
@@ -65,18 +65,25 @@ def _paragraphs(file: io.TextIOBase) -> Iterator[str]:
 
 def _separated(file: io.TextIOBase, separator: str) -> Iterator[str]:
     """Yield what is between the separators, without white space at its ends."""
-    text = ""
+    document: list[str] = []  # the pieces of the document so far
+    tail = ""  # may be the start of a separator
     while block := file.read(_BLOCK_CHARACTERS):
-        *whole, text = (text + block).split(separator)
-        yield from filter(None, map(str.strip, whole))
-    if text.strip():
-        yield text.strip()
+        *ends, rest = (tail + block).split(separator)
+        for end in ends:
+            if text := "".join([*document, end]).strip():
+                yield text
+            document = []
+        cut = max(0, len(rest) - len(separator) + 1)
+        document.append(rest[:cut])
+        tail = rest[cut:]
+    if text := "".join([*document, tail]).strip():
+        yield text
 
 
 def _lengths(file: io.TextIOBase, cut: Cut) -> Iterator[str]:
-    """Yield pieces of about equal lengths, cut at empty lines where there are any."""
+    """Yield pieces of about equal lengths, cut at empty lines where there are any. A file without text is one empty piece."""
     text, is_first = "", True
-    while block := file.read(_BLOCK_CHARACTERS) + file.readline():  # whole lines, because cuts are at line ends
+    while block := file.read(_BLOCK_CHARACTERS):
         text += block
         start = 0
         while end := _end(text, start, cut):
@@ -93,6 +100,9 @@ def _end(text: str, start: int, cut: Cut) -> int:
     while end:
         line = text.rfind("\n", start, end - 1) + 1
         if end - start >= cut.limit or text[line:end].isspace():
-            return end
+            break
         end = text.find("\n", end) + 1
-    return 0
+    longest = start + 2 * cut.limit
+    if cut.method == "auto" and (end > longest or (not end and len(text) > longest)):  # a long line
+        return text.rfind(" ", start + cut.characters, longest) + 1 or longest
+    return end

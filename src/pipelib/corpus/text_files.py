@@ -16,8 +16,8 @@ import pyarrow as pa
 from pipelib.corpus.params import encoding_name
 from pipelib.errors import UserError
 
-STRAY = "\ufdd1"
-"""Stands for a stray byte while its line is looked for. Unicode promises that it is no character of any text."""
+_STRAY = "\udcff"
+"""Stands for a stray byte while its line is looked for. It cannot be in decoded text."""
 _LONGEST = 64  # bytes at the start of a file that are enough to tell its kind
 
 UNPACKERS: dict[str, Callable[[Path], Any]] = {
@@ -41,8 +41,11 @@ _FOREIGN = {
     b"%PDF-": "a PDF; extract its text",
 }
 """The first bytes of files that are not what their names say, with what they are and what to do."""
-_MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-"""The byte order marks of encodings other than UTF-8."""
+_MARKS = {
+    b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
+    b"\xef\xbb\xbf": "utf-8",
+}  # fmt: skip
+"""The byte order marks."""
 
 
 class Decoding:
@@ -54,7 +57,7 @@ class Decoding:
     """
 
     def __init__(self, encoding: str, stray_bytes: str) -> None:
-        self.encoding = encoding
+        self.encoding = encoding_name(encoding) or encoding
         self.replaced = 0
         """Stray bytes so far."""
         self.errors = "strict"
@@ -68,25 +71,24 @@ class Decoding:
         self.replaced += error.end - error.start
         return "\ufffd", error.end
 
-    @property
-    def is_utf8(self) -> bool:
-        """Whether the encoding is UTF-8."""
-        return encoding_name(self.encoding) == "utf-8"
+    def decode(self, value: bytes, *, is_utf8: bool) -> str:
+        """Decode a value of a table.
 
-    def decode(self, value: bytes) -> str:
-        """Decode bytes.
+        Args:
+            is_utf8: whether its column is of strings, which are UTF-8; bytes have the encoding of text files.
 
         Raises:
-            UnicodeDecodeError: they have stray bytes, which are not replaced.
+            UnicodeDecodeError: it has stray bytes, which are not replaced.
         """
-        return value.decode(self.encoding, self.errors)
+        return value.decode("utf-8" if is_utf8 else self.encoding, self.errors)
 
     @contextmanager
-    def open(self, path: Path, name: str) -> Iterator[io.TextIOWrapper]:
-        """Open a file as text: unpacked if its name says so, every line end as `\\n`, without a byte order mark.
+    def open(self, path: Path, name: str, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+        """Open a file as text: unpacked if its name says so, and without a byte order mark.
 
         Args:
             name: what messages call the file.
+            newline: None makes every line end `\\n`; "" leaves them as they are.
 
         Raises:
             UserError: it has another encoding, is empty although compressed, or is of another kind than its name says.
@@ -96,13 +98,16 @@ class Decoding:
             # The content may be compressed twice, or have another encoding.
             what = f"{name}, unpacked," if path.suffix.lower() in UNPACKERS else name
             require_kind(head, "", what)
-            encoding = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
-            if encoding and self.is_utf8:
+            encoding = self.encoding
+            marked = next((marked for mark, marked in _MARKS.items() if head.startswith(mark)), "")
+            if marked and not self.encoding.startswith(marked):  # utf-16 is the mark of utf-16-le, too
                 raise UserError(
-                    f"{what} is {encoding.upper()}. It was not read, because its text would be wrong; set "
-                    f"download.encoding: {encoding}, or convert it (iconv -f {encoding.upper()} -t UTF-8)."
+                    f"{what} is {marked.upper()}. It was not read, because its text would be wrong; set "
+                    f"download.encoding: {marked}, or convert it (iconv -f {marked.upper()} -t UTF-8)."
                 )
-            yield io.TextIOWrapper(file, encoding="utf-8-sig" if self.is_utf8 else self.encoding, errors=self.errors)
+            if marked:
+                encoding = "utf-8-sig" if marked == "utf-8" else marked  # these leave out the mark
+            yield io.TextIOWrapper(file, encoding=encoding, errors=self.errors, newline=newline)
 
     def not_text(self, path: Path, name: str) -> UserError:
         """Return the error for a file that has a NUL character or stray bytes, with the first such line."""
@@ -111,18 +116,18 @@ class Decoding:
         def mark(error: UnicodeError) -> tuple[str, int]:
             assert isinstance(error, UnicodeDecodeError)
             found.append(error)
-            return STRAY, error.end
+            return _STRAY, error.end
 
         codecs.register_error("pipelib find", mark)
         number = 0
         with (
-            suppress(OSError, EOFError, zlib.error, lzma.LZMAError),
+            suppress(OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError),
             open_bytes(path) as file,
             io.TextIOWrapper(file, encoding=self.encoding, errors="pipelib find") as text,
         ):
             for number, line in enumerate(text, start=1):
-                stray, nul = line.find(STRAY), line.find("\0")
-                if stray >= 0 and not 0 <= nul < stray:
+                stray, nul = line.find(_STRAY), line.find("\0")
+                if found and stray >= 0 and not 0 <= nul < stray:
                     byte = found[0].object[found[0].start]
                     return UserError(
                         f"{name}, line {number}: there is the byte 0x{byte:02x}, which is not {self.encoding.upper()}, so the "
@@ -134,7 +139,9 @@ class Decoding:
                         f"{name}, line {number}: there is a NUL byte, so the file has another encoding or is damaged, and its "
                         "text would be wrong; set download.encoding (for example utf-16), or get it again."
                     )
-        return damaged_file(name, number, ValueError(f"not {self.encoding.upper()}"))
+        return UserError(
+            f"{name} is not {self.encoding.upper()}, so its text would be wrong; set download.encoding to its encoding."
+        )
 
 
 def open_bytes(path: Path) -> Any:

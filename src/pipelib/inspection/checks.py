@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from pipelib.corpus.params import DownloadParams
 from pipelib.errors import UserError
 from pipelib.inspection.disk import Corpus, check_disk, manifest_of
 from pipelib.params import Params
@@ -46,7 +47,7 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
     Args:
         corpus: None if its size is unknown.
     """
-    from pipelib.corpus.local_files import find_files, require_readable
+    from pipelib.corpus.local_files import require_readable
     from pipelib.evaluation.baselines import require_baseline
     from pipelib.evaluation.params import is_folder
     from pipelib.training.batches import check_shares
@@ -55,7 +56,7 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
 
     path = Path(params.download.path)
     if params.download.source == "local":
-        yield partial(find_files, path, params.download.pattern)
+        yield partial(_find_text, path, params.download)
     else:  # not read, but DVC hashes it
         yield partial(require_readable, path, links=False)
     if "/" in params.model.init_from:  # other names are models that download fetches
@@ -66,6 +67,14 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
     yield partial(check_shares, params.train, ranks)
     if corpus is not None:
         yield partial(_check_tokens, params, corpus)
+
+
+def _find_text(path: Path, params: DownloadParams) -> None:
+    """Refuse a folder without text, and a `download.validation` that leaves nothing."""
+    from pipelib.corpus.local_files import find_files, validation_names
+
+    files = find_files(path, params.pattern)
+    validation_names(files.root, files.names, params.validation)
 
 
 def _check_tokens(params: Params, corpus: Corpus) -> None:

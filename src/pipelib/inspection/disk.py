@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
+from pipelib.corpus.raw import TEXT
 from pipelib.errors import UserError
 from pipelib.files import format_bytes, nearest_folder
 from pipelib.params import Params
@@ -83,6 +84,8 @@ def _made_corpus(params: Params, root: Path) -> Corpus | None:
         return None
     download, source = params.download, manifest.source
     wanted: dict[str, object] = {"kind": download.source, "max_tokens": download.max_tokens}
+    if download.source in ("hub", "local") and download.text_column != TEXT:
+        wanted["text_column"] = download.text_column
     if download.source == "hub":
         wanted |= {"repo": download.repo, "revision": download.revision, "folder": download.folder}
     # other parameters would give other tokens

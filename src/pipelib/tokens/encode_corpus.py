@@ -348,13 +348,14 @@ def require_training_data(parts: Sequence[Part], val_tokens: int, benchmark_docu
         )
     if tokens_to_start_of(parts, benchmark_documents) <= val_tokens:
         return
-    # Count the documents that start in the validation shard; the last of them may end in the next shard.
-    started = before = 0
+    # Count the documents that are entirely in the validation shard: those that end before or at its end.
+    whole = before = 0
     for part in parts:
-        started += int(np.count_nonzero(before + part.starts() < val_tokens))
+        ends = before + np.append(part.starts()[1:], part.tokens)
+        whole += int(np.count_nonzero(ends <= val_tokens))
         before += part.tokens
     raise UserError(
-        f"download.benchmark_documents = {benchmark_documents}, but only the first {started - 1} documents are entirely in the "
+        f"download.benchmark_documents = {benchmark_documents}, but only the first {whole} documents are entirely in the "
         f"validation shard of {val_tokens} tokens, so the model would be tested on training text; raise "
-        f"tokenize.shard_tokens or lower download.benchmark_documents to {started - 1}."
+        f"tokenize.shard_tokens (or name more files in download.validation), or lower download.benchmark_documents to {whole}."
     )

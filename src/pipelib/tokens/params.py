@@ -5,15 +5,15 @@ from typing import Annotated, Literal
 
 from pipelib.schema import Bounds
 
-SMALL_SHARD, LARGE_SHARD = 256_000, 100_000_000
-"""Tokens of a shard of a small and of a large corpus."""
+MIN_SHARD, SMALL_SHARD, LARGE_SHARD = 1024, 256_000, 100_000_000
+"""The fewest tokens of a shard; those of a shard of a small and of a large corpus."""
 
 
 @dataclass(frozen=True)
 class TokenizeParams:
     """Section `tokenize` of params.yaml."""
 
-    shard_tokens: Annotated[int, Bounds(minimum=1024, maximum=2**31 - 1)] | Literal["auto"]
+    shard_tokens: Annotated[int, Bounds(minimum=MIN_SHARD, maximum=2**31 - 1)] | Literal["auto"]
     """Tokens in every shard but the last; the first shard is the validation split. `auto`: see `shard_size`."""
     dedup: Literal["none", "exact"]
     """`exact` leaves out every document whose text equals that of an earlier document."""
@@ -27,4 +27,4 @@ class TokenizeParams:
         """
         if self.shard_tokens != "auto":
             return self.shard_tokens
-        return min(LARGE_SHARD, max(min(SMALL_SHARD, tokens // 10), tokens // 256, at_least))
+        return min(LARGE_SHARD, max(MIN_SHARD, min(SMALL_SHARD, tokens // 10), tokens // 256, at_least))

@@ -21,6 +21,7 @@ from pipelib.corpus.hub_transfer import DEFAULT_RETRY, HubRepo, Retry
 from pipelib.corpus.options import Options
 from pipelib.corpus.params import KINDS, DownloadParams
 from pipelib.corpus.raw import TEXT, RawFile, Source, Written
+from pipelib.errors import tell
 from pipelib.files import link_or_copy
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class HubSource:
         from pipelib.corpus.local_rows import Tally
         from pipelib.corpus.parquet import bad_texts
 
-        tally = Tally()
+        tally = Tally("hub")
         for file in files:
             bad, rows = bad_texts(folder / file.name, self.text_column)
             tally.rows += rows
@@ -143,6 +144,8 @@ class HubSource:
                 tally.bad["not UTF-8"] += bad
                 tally.first.setdefault("not UTF-8", f"in {file.name}")
         tally.require_few_bad()
+        for reason, count in tally.bad.items():
+            tell(f"hub: texts are left out ({reason}): {count:,}, the first {tally.first[reason]}")
         return {"bad_rows": dict(tally.bad)} if tally.bad else {}
 
     def _link(self, file: HubFile, path: Path, folder: Path) -> RawFile:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelib.corpus.local_files import LocalFiles, find_files
 from pipelib.corpus.options import PLAIN, Options
-from pipelib.corpus.params import DownloadParams
+from pipelib.corpus.params import DownloadParams, encoding_name, kind_of_name
 from pipelib.corpus.raw import Source, Written
 from pipelib.errors import tell
 from pipelib.files import sha256_files
@@ -31,7 +31,7 @@ def source(params: DownloadParams) -> Source:
     options = Options(
         text_column=params.text_column,
         bad_rows=params.bad_rows,
-        encoding=params.encoding,
+        encoding=encoding_name(params.encoding) or params.encoding,
         stray_bytes=params.stray_bytes,
         split=params.split,
         separator=params.separator if params.split == "separator" else Options.separator,
@@ -57,7 +57,10 @@ class LocalSource:
         Raises:
             UserError: there is no folder or no file, or something in the folder cannot be read.
         """
-        identity = {"kind": "local", "files": self._described, **self.options.decides()}
+        decides = self.options.decides()
+        if not any(kind_of_name(name) == ".txt" for name in self._files.names):
+            decides.pop("split", None)
+        identity = {"kind": "local", "files": self._described, **decides}
         return identity if self.max_tokens is None else {**identity, "max_tokens": self.max_tokens}
 
     @cached_property
