@@ -513,3 +513,16 @@ def test_validation_files_that_leave_nothing_are_refused(folder: Path, pattern: 
     (folder / "a.jsonl").write_bytes(lines({"text": "x"}))
     with pytest.raises(UserError, match=rf"download\.validation: .* matches {which} of the 1 files"):
         read(folder, validation=pattern)
+
+
+def test_one_split_of_a_saved_dataset_trains_and_another_validates(folder: Path) -> None:
+    """As docs/how-to/own-data.md has it."""
+    splits = {name: datasets.Dataset.from_dict({"text": [name] * 3}) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(str(folder / "dict"))
+    assert read(folder)[1] == ["test"] * 3 + ["train"] * 3
+    written, texts = read(folder, validation="**/test")
+    assert (written.validation_documents, texts) == (3, ["test"] * 3 + ["train"] * 3)
+    out = folder.parent / "train"
+    written = LocalSource(folder, "**/train/*").write(out / "raw", out / "work")
+    write_manifest(out / "raw", {}, written)
+    assert [row["text"] for row in iterate_raw(out / "raw")] == ["train"] * 3
