@@ -165,8 +165,10 @@ class MlflowRun:
     def _summarize(self, event: Event) -> None:
         """Complete the parent: add a child for every stage that DVC skipped, all final metrics, and the model's digest."""
         at = round(event["time"] * 1000)
-        for stage, metrics in event["metrics"].items():
+        # The last stage's first: MLflow's comparison begins with the first metric, and those of early stages seldom differ.
+        for metrics in reversed(event["metrics"].values()):
             self._log_finals(self.parent, metrics, at)
+        for stage, metrics in event["metrics"].items():
             with self.store.tracking_uri.lock():
                 found = self.store.find(mlflow__parentRunId=self.parent, pipelib__stage=stage)
                 cached = found is None or "dvc.cached" in found.data.tags
