@@ -20,6 +20,7 @@ from small_project import Project
 
 import pipelib
 from pipelib import processes
+from pipelib.files import write_json
 from pipelib.pool import Pool
 from pipelib.processes import STOP_SIGNALS, WARNING_SIGNALS, on_first_signal, signals_blocked
 from pipelib.stage import run_stage
@@ -191,6 +192,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a corpus and nothing made of it; Python has compiled its files."""
     project = Project.make(tmp_path_factory.mktemp("signals") / "project")
     write_params(project.root, download__benchmarks=[], download__benchmark_documents=0)
+    write_json(project.root / "data/benchmarks/manifest.json", {})
     (project.root / "texts").mkdir()
     (project.root / "texts/a.txt").write_text("\n\n".join(make_texts(30)))
     return project

@@ -14,7 +14,7 @@ from small_params import PARAMS, write_params
 from small_project import Project
 
 from pipelib.errors import UserError
-from pipelib.files import read_json, sha256_file
+from pipelib.files import read_json, sha256_file, write_json
 from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
 from pipelib.model.shapes.gpt2 import GPT2Section
@@ -29,6 +29,7 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with raw text and shards; tests copy it."""
     project = Project.make(tmp_path_factory.mktemp("project") / "root")
     write_raw_files(project.root / "data/raw", [make_texts(60), make_texts(40, seed=1)])
+    write_json(project.root / "data/benchmarks/manifest.json", {})
     project.runs("tokenize")
     return project
 
