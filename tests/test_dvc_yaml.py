@@ -110,9 +110,6 @@ def test_an_edit_reruns_no_more_than_it_must() -> None:
     assert rerun_by("schema.py") == set(STAGES)
 
 
-"""Single parameters of other sections that decide what a stage makes."""
-
-
 @pytest.mark.parametrize("name", STAGES)
 def test_parameters_of_each_stage(name: str) -> None:
     assert stage_of(name)["params"] == [*TABLE[name].sections]

@@ -88,7 +88,8 @@ class DownloadParams:
     revision: str
     """`hub`: the commit of the repository, 40 hexadecimal digits; a branch name would not be reproducible."""
     folder: str
-    """`hub`: the folder in the repository whose parquet files are the corpus, in the order of their names."""
+    """`hub`: the folder in the repository whose files are the corpus, in the order of their names: the parquet files, or if there
+    are none, the text files of one kind."""
     max_tokens: PositiveInt | None
     """The corpus is the shortest prefix of the documents with at least this many tokens; null for all documents. A document
     counts as its `token_count` if the dataset has one, else as its UTF-8 bytes divided by 4, rounded up."""

@@ -75,6 +75,7 @@ def evaluate(
     if baselines:
         result["baselines"] = baselines
 
+    # Read only now: `measure` has released its own copy, and two would not fit a small GPU.
     model = import_model(models, tokenizer, quiet=True).to(device)
     # Everything in `reports/` is a function of the inputs, so that equal inputs give equal bytes.
     samples = write_samples(model, tokenizer, params.sample_prompts, params.precision, seed=0)
