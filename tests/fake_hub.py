@@ -263,15 +263,20 @@ class Handler(BaseHTTPRequestHandler):
         if revision != self.hub.revision:
             self._refuse(404, "RevisionNotFound")
             return
-        names = [name for name in self.hub.files if name.rpartition("/")[0] == folder]
-        if not names:
+        query = parse_qs(urlsplit(self.path).query)
+        inside = [name for name in self.hub.files if name.startswith(f"{folder}/" if folder else "")]
+        if not inside:
             self._refuse(404, "EntryNotFound")
             return
-        first = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
+        names = inside if "recursive" in query else [name for name in inside if name.rpartition("/")[0] == folder]
+        first = int(query.get("cursor", ["0"])[0])
         last = first + self.hub.page
         host = self.hub.url if self.hub.next_at is None else self.hub.next_at
-        following = f'<{host}{urlsplit(self.path).path}?cursor={last}>; rel="next"'
+        recursive = "recursive=true&" if "recursive" in query else ""
+        following = f'<{host}{urlsplit(self.path).path}?{recursive}cursor={last}>; rel="next"'
         entries = [entry_of(name, self.hub.files[name]) for name in names[first:last]]
+        if len(names) < len(inside) or "recursive" in query:
+            entries += [{"type": "directory", "oid": "0" * 40, "size": 0, "path": f"{folder}/below".strip("/")}]
         self._send_json(entries, {"Link": following} if host and last < len(names) else {})
 
     def _file(self, revision: str, name: str, body: bool) -> None:

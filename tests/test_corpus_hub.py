@@ -30,7 +30,7 @@ from pipelib.corpus import hub_transfer
 from pipelib.corpus.benchmarks import hellaswag_items, hub_rows
 from pipelib.corpus.download import download, download_inputs
 from pipelib.corpus.hub_benchmarks import HUB_BENCHMARKS
-from pipelib.corpus.hub_lists import HubPin
+from pipelib.corpus.hub_lists import HubFolder, HubPin
 from pipelib.corpus.hub_store import fetch_pinned
 from pipelib.corpus.hub_transfer import HubRepo, Retry
 from pipelib.corpus.params import DownloadParams
@@ -349,7 +349,7 @@ def test_a_list_cannot_name_what_lies_outside_of_the_folder(hub: FakeHub) -> Non
     hub.listed, hub.files = Answer(json.dumps([entry]).encode()), {}
     with pytest.raises(UserError, match="has no file that can be read"):
         source().identity()
-    assert hub.requests == [LIST, NAMES]
+    assert hub.requests == [LIST, NAMES] * 2  # the second is for its subfolders
 
 
 def test_the_list_is_part_of_the_identity_and_asked_for_once(hub: FakeHub, tmp_path: Path) -> None:
@@ -809,3 +809,42 @@ def test_a_folder_of_text_files_becomes_parquet(hub: FakeHub, tmp_path: Path) ->
     assert [file["path"] for file in chosen.identity()["files"]] == ["text/a.jsonl", "text/b.jsonl.gz"]
     with pytest.raises(UserError, match="there is no `text`"):
         source(folder="text").write(tmp_path / "again", tmp_path / "work")
+
+
+def test_subfolders_count_if_the_folder_has_no_files_itself(
+    hub: FakeHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.page = 2
+    del hub.files["other/000_00000.parquet"]  # not parquet
+    hub.files |= {
+        "data/README.md": b"no text",
+        "data/b/part.parquet": parquet_bytes(text=["b"]),
+        "data/a/part.parquet": parquet_bytes(text=["a"]),
+        "data/a/deep/part.parquet": parquet_bytes(text=["deep"]),
+        "database/part.parquet": parquet_bytes(text=["of another folder"]),
+    }
+    written = source(folder="data/").write(tmp_path / "raw", tmp_path / "work")
+    write_manifest(tmp_path / "raw", source(folder="data").identity(), written)
+    assert [row["text"] for row in iterate_raw(tmp_path / "raw")] == ["deep", "a", "b"]
+    assert "those of its subfolders are (data/a, data/a/deep, data/b)" in capfd.readouterr().out
+    before = len(hub.requests)
+    source(folder="data").identity()
+    assert len(hub.requests) == before  # the list is stored
+    assert (
+        source(folder="").write(tmp_path / "all", tmp_path / "work").files[0].name == "data%2Fa%2Fdeep%2Fpart.parquet"
+    )
+
+
+@pytest.mark.parametrize(
+    "path", ["data/../../out.parquet", "data//out.parquet", "data/./out.parquet", "other/out.parquet"]
+)
+def test_a_list_of_subfolders_cannot_name_what_lies_elsewhere(path: str) -> None:
+    assert not HubFolder("data", is_deep=True).has(path)
+    assert HubFolder("data", is_deep=True).has("data/a/b.parquet")
+    assert not HubFolder("data").has("data/a/b.parquet")
+
+
+def test_a_folder_that_has_files_does_not_need_its_subfolders(hub: FakeHub) -> None:
+    hub.files[f"{FOLDER}/below/000.parquet"] = parquet_bytes(text=["below"])
+    assert len(source().identity()["files"]) == 3
+    assert not any("recursive" in request for request in hub.requests)

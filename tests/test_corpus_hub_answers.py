@@ -52,7 +52,7 @@ from test_corpus_hub import (
 from pipelib.cli.main import main
 from pipelib.corpus.benchmarks import hub_rows
 from pipelib.corpus.download import download
-from pipelib.corpus.hub_lists import HubFile, HubPin, list_files, parse_list
+from pipelib.corpus.hub_lists import HubFile, HubFolder, HubPin, list_files, parse_list
 from pipelib.corpus.hub_store import fetch_pinned
 from pipelib.corpus.hub_transfer import HubRepo, UnexpectedAnswerError, _retry_after, get_list
 from pipelib.corpus.parquet import iterate_raw, require_text
@@ -189,7 +189,7 @@ ENTRIES = st.lists(
 @example(answer=[ENTRY])
 def test_a_list_is_what_the_hub_would_give_or_refused(answer: list[Any]) -> None:
     try:
-        files = parse_list(json.loads(json.dumps(answer)), FOLDER)
+        files = parse_list(json.loads(json.dumps(answer)), HubFolder(FOLDER))
     except UnexpectedAnswerError:
         return
     paths = [file.path for file in files]
@@ -331,7 +331,7 @@ def test_the_next_page_is_asked_of_the_endpoint_and_the_token_goes_nowhere_else(
     with FakeHub(REPO, REVISION, hub.files) as other:
         for place in (other.url, hub.url.replace("127.0.0.1", "localhost"), "https://huggingface.co", "//host"):
             hub.page, hub.next_at = 1, place
-            assert len(parse_list(_ask(hub), FOLDER)) == 4
+            assert len(parse_list(_ask(hub), HubFolder(FOLDER))) == 4
         assert other.requests == []
     assert hub.requests == [LIST] * 16
     assert all(hub.authorized)

@@ -47,6 +47,31 @@ class HubFile:
 
 
 @dataclass(frozen=True)
+class HubFolder:
+    """A folder of a repository, with or without its subfolders."""
+
+    path: str
+    """Without a slash at its ends; empty for the top folder."""
+    is_deep: bool = False
+    """Whether its subfolders count, too."""
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the top folder'}{' and its subfolders' if self.is_deep else ''}"
+
+    def has(self, path: str) -> bool:
+        """Return whether a file is in it. A path that could lead out of the store is in no folder."""
+        *parents, name = path.split("/")
+        if {"", ".", ".."}.intersection((*parents, name)):
+            return False
+        own = self.path.split("/") if self.path else []
+        return parents == own or (self.is_deep and parents[: len(own)] == own)
+
+    def of(self, repo: HubRepo) -> str:
+        """Return how messages call it."""
+        return f"{self} of {repo.name} at {repo.revision}"
+
+
+@dataclass(frozen=True)
 class HubPin:
     """A file of the hub that is pinned in this code."""
 
@@ -79,12 +104,18 @@ class _Listing:
         return f"the list of files in {self.where} {source}"
 
 
+class _NoFileError(UserError):
+    """A folder has no file that can be read. Its subfolders may have some."""
+
+
 ListCheck = Callable[[_Listing], None]
 """Raises a UserError if a list lacks what its reader needs."""
 
 
 def list_files(repo: HubRepo, folder: str, kinds: Sequence[tuple[str, ...]], retry: Retry) -> list[HubFile]:
     """Return the files of one kind in a folder of a repository, sorted by path. There is at least one.
+
+    If the folder itself has none, those in its subfolders count.
 
     Args:
         kinds: the endings of the files of each kind; the first kind that is there counts.
@@ -96,7 +127,7 @@ def list_files(repo: HubRepo, folder: str, kinds: Sequence[tuple[str, ...]], ret
     def check(listing: _Listing) -> None:
         wanted = _of_one_kind(listing.files, kinds)
         if not wanted:
-            raise UserError(
+            raise _NoFileError(
                 f"{listing.name} has no file that can be read ({KINDS_IN_WORDS}), so there is no text; name another folder "
                 "(download.folder)."
             )
@@ -107,7 +138,15 @@ def list_files(repo: HubRepo, folder: str, kinds: Sequence[tuple[str, ...]], ret
                 "another mirror if HF_ENDPOINT names one."
             )
 
-    return _of_one_kind(_get_listing(repo, folder, check, retry).files, kinds)
+    here = HubFolder(folder.strip("/"))
+    below = replace(here, is_deep=True)
+    listing = _stored_listing(repo, here, check) or _stored_listing(repo, below, check)
+    if not listing:
+        try:
+            listing = _get_listing(repo, here, check, retry)
+        except _NoFileError:
+            listing = _get_listing(repo, below, check, retry)
+    return _of_one_kind(listing.files, kinds)
 
 
 def _of_one_kind(files: Sequence[HubFile], kinds: Sequence[tuple[str, ...]]) -> list[HubFile]:
@@ -135,27 +174,33 @@ def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
                 f"{pin.sha256 or 'one'}, so it may be another file; check HF_ENDPOINT if you use a mirror, else report this."
             )
 
-    files = _get_listing(pin.repo, pin.path.rpartition("/")[0], check, retry).files
+    files = _get_listing(pin.repo, HubFolder(pin.path.rpartition("/")[0]), check, retry).files
     found = next(file for file in files if file.path == pin.path)
     return replace(found, sha256=pin.sha256 or found.sha256)
 
 
-def _get_listing(repo: HubRepo, folder: str, check: ListCheck, retry: Retry) -> _Listing:
+def _get_listing(repo: HubRepo, folder: HubFolder, check: ListCheck, retry: Retry) -> _Listing:
     """Return a list that passes `check`: the stored one, else the hub's; offline, that of the hub's own cache."""
-    folder = folder.strip("/")
-    stored = _read_list(repo, folder)
-    if stored and stored.endpoint:
-        with suppress(UserError):  # a stored list that fails the check is requested again
-            check(stored)
-            return stored
+    if stored := _stored_listing(repo, folder, check):
+        return stored
     if client().is_offline_mode():
-        listing = stored or _cached_listing(repo, folder)
+        listing = _read_list(repo, folder) or _cached_listing(repo, folder)
         check(listing)
         return listing
     listing = _ask_hub(repo, folder, retry)
     check(listing)
     _store_list(listing, _list_path(repo, folder))
     return listing
+
+
+def _stored_listing(repo: HubRepo, folder: HubFolder, check: ListCheck) -> _Listing | None:
+    """Return the list that an earlier run stored, if it passes `check`. One of an unknown endpoint does not."""
+    stored = _read_list(repo, folder)
+    if stored and stored.endpoint:
+        with suppress(UserError):
+            check(stored)
+            return stored
+    return None
 
 
 def listed_paths(store: Path) -> set[str]:
@@ -165,7 +210,7 @@ def listed_paths(store: Path) -> set[str]:
 
 def origin_hint(repo: HubRepo, file: HubFile) -> str:
     """Return a hint for an error about a file, if its list came from another endpoint than the current one; else nothing."""
-    stored = _read_list(repo, file.path.rpartition("/")[0])
+    stored = _read_list(repo, HubFolder(file.path.rpartition("/")[0]))
     now = shown(endpoint())
     if not stored or stored.endpoint in ("", now):
         return ""
@@ -175,12 +220,8 @@ def origin_hint(repo: HubRepo, file: HubFile) -> str:
     )
 
 
-def _where(repo: HubRepo, folder: str) -> str:
-    return f"{folder or 'the top folder'} of {repo.name} at {repo.revision}"
-
-
-def _list_path(repo: HubRepo, folder: str) -> Path:
-    name = quote(folder, safe="")
+def _list_path(repo: HubRepo, folder: HubFolder) -> Path:
+    name = quote(f"{folder.path}/*" if folder.is_deep else folder.path, safe="")
     name = {"": "top", "top": "top%2F"}.get(name, name)  # a folder may itself be called "top"
     return store_folder(repo) / _LISTS / f"{name}.json"
 
@@ -191,10 +232,10 @@ def _store_list(listing: _Listing, path: Path) -> None:
     write_json(path, {**content, "sha256": sha256_json(content)})
 
 
-def _read_list(repo: HubRepo, folder: str) -> _Listing | None:
+def _read_list(repo: HubRepo, folder: HubFolder) -> _Listing | None:
     """Read the list that an earlier run stored; None if there is none or it is damaged, and then the hub is asked."""
     origin, files = _read(_list_path(repo, folder))
-    return _Listing(_where(repo, folder), origin, files) if files else None
+    return _Listing(folder.of(repo), origin, files) if files else None
 
 
 def _read(path: Path) -> tuple[str, list[HubFile]]:
@@ -207,7 +248,7 @@ def _read(path: Path) -> tuple[str, list[HubFile]]:
     return "", []
 
 
-def _ask_hub(repo: HubRepo, folder: str, retry: Retry) -> _Listing:
+def _ask_hub(repo: HubRepo, folder: HubFolder, retry: Retry) -> _Listing:
     """Get the complete list of a folder's files from the hub."""
     try:
         client().utils.validate_repo_id(repo.name)
@@ -215,14 +256,15 @@ def _ask_hub(repo: HubRepo, folder: str, retry: Retry) -> _Listing:
         raise UserError(
             f"download.repo: this is not a valid name on the hub ({error}); write OWNER/NAME as its page does."
         ) from None
-    what = f"the list of files in {_where(repo, folder)} from {shown(endpoint())}"
-    url = repo.api_url(f"tree/{repo.revision}/{quote(folder)}".rstrip("/"))
+    what = f"the list of files in {folder.of(repo)} from {shown(endpoint())}"
+    tree = f"tree/{repo.revision}/{quote(folder.path)}".rstrip("/")
+    url = repo.api_url(f"{tree}?recursive=true" if folder.is_deep else tree)
     files = with_retries(lambda: parse_list(get_list(url), folder), what, repo, retry)
     with_retries(lambda: _require_complete(files, repo, folder), what, repo, retry)
-    return _Listing(_where(repo, folder), shown(endpoint()), files)
+    return _Listing(folder.of(repo), shown(endpoint()), files)
 
 
-def parse_list(entries: Sequence[Any], folder: str) -> list[HubFile]:
+def parse_list(entries: Sequence[Any], folder: HubFolder) -> list[HubFile]:
     """Return the files of a folder, sorted by path, from the entries that the hub's API returns.
 
     Paths outside the folder are left out, because they could lead out of the store.
@@ -232,7 +274,7 @@ def parse_list(entries: Sequence[Any], folder: str) -> list[HubFile]:
     """
     if not entries:
         raise UnexpectedAnswerError("an empty list, which the hub never sends for a folder")
-    files = [file for file in map(_parse_entry, entries) if file and file.path.rpartition("/")[0] == folder]
+    files = [file for file in map(_parse_entry, entries) if file and folder.has(file.path)]
     files.sort(key=lambda file: file.path)
     twice = next((first.path for first, second in pairwise(files) if first.path == second.path), None)
     if twice is not None:
@@ -271,7 +313,7 @@ def _sha256_in(lfs: Any) -> str:
     raise UnexpectedAnswerError("it has an invalid SHA-256")
 
 
-def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: str) -> None:
+def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: HubFolder) -> None:
     """Compare the list with the names of all files, which the hub sends in one answer.
 
     The list itself comes in pages. A mirror may have only the first page, and nothing in that page shows it.
@@ -283,10 +325,10 @@ def _require_complete(files: Sequence[HubFile], repo: HubRepo, folder: str) -> N
     if known is None:
         tell(
             f"hub: {shown(endpoint())} does not name the files of {repo.name}, so it could not be checked whether its list of "
-            f"{folder or 'the top folder'} ({len(files)} files) is complete; compare it with the repository's page"
+            f"{folder} ({len(files)} files) is complete; compare it with the repository's page"
         )
         return
-    named = {name for name in known if name.rpartition("/")[0] == folder}
+    named = {name for name in known if folder.has(name)}
     left_out = sorted(named - {file.path for file in files})
     if left_out:
         raise UnexpectedAnswerError(f"it leaves out {len(left_out)} of {len(named)} files, {left_out[0]} first")
@@ -311,22 +353,23 @@ def _ask_names(repo: HubRepo) -> list[str] | None:
     return None
 
 
-def _cached_listing(repo: HubRepo, folder: str) -> _Listing:
+def _cached_listing(repo: HubRepo, folder: HubFolder) -> _Listing:
     """List the files of a folder in the hub's own cache, for offline use. This list is not stored."""
     snapshot = _snapshot(repo)
-    paths = [path for path in sorted((snapshot / folder).glob("*")) if path.is_file()] if snapshot else []
+    found = (snapshot / folder.path).glob("**/*" if folder.is_deep else "*") if snapshot else ()
+    paths = [path for path in sorted(found) if path.is_file()]
     if not paths or not snapshot:
-        raise UserError(
-            f"{_where(repo, folder)} cannot be downloaded (HF_HUB_OFFLINE is set, and neither the store nor the hub's "
+        raise _NoFileError(
+            f"{folder.of(repo)} cannot be downloaded (HF_HUB_OFFLINE is set, and neither the store nor the hub's "
             f"cache has it): unset HF_HUB_OFFLINE, or {NOT_NEEDED}."
         )
     tell(
-        f"hub: HF_HUB_OFFLINE is set, so {_where(repo, folder)} is read from the hub's cache ({len(paths)} files); "
+        f"hub: HF_HUB_OFFLINE is set, so {folder.of(repo)} is read from the hub's cache ({len(paths)} files); "
         "this could not be compared with the hub's list, so files may be missing"
     )
     hashes = sha256_files(paths)
     return _Listing(
-        _where(repo, folder),
+        folder.of(repo),
         "",
         [
             HubFile(path.relative_to(snapshot).as_posix(), path.stat().st_size, sha256)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from pipelib.corpus.hub_lists import HubFile, list_files
 from pipelib.corpus.hub_store import HubStore, open_store
@@ -76,6 +77,11 @@ class HubSource:
         Raises:
             UserError: a file cannot be downloaded or has no column of text, or the disk is too small.
         """
+        if subfolders := sorted({file.path.rpartition("/")[0] for file in self._files} - {self.folder.strip("/")}):
+            tell(
+                f"hub: {self.folder or 'the top folder'} has no files that can be read, so those of its subfolders are "
+                f"({', '.join(subfolders[:5])}{', ...' if len(subfolders) > 5 else ''}); download.folder can name one of them"
+            )
         with open_store(self._repo, self.retry) as store:
             if not self._are_parquet:
                 return self._write_text(store, folder, work)
@@ -152,8 +158,11 @@ class HubSource:
         """Link a verified file into `folder`, and return its entry for the manifest."""
         from pipelib.corpus.parquet import describe_file
 
-        link_or_copy(path, folder / path.name)
-        return describe_file(folder / path.name, file.sha256, self.text_column)
+        name = quote(
+            file.path.removeprefix(f"{self.folder.strip('/')}/"), safe=""
+        )  # subfolders may have files of one name
+        link_or_copy(path, folder / name)
+        return describe_file(folder / name, file.sha256, self.text_column)
 
     def _write_prefix(self, store: HubStore, folder: Path, max_tokens: int) -> tuple[list[RawFile], int]:
         """Download and link files, wave by wave, until their documents have `max_tokens` tokens."""
