@@ -39,6 +39,7 @@ from pipelib.tokens.encode_corpus import encode_corpus
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tokens.workers import Workers, worker_engine
 from pipelib.tracking.run import NullRun
+from pipelib.vocabulary.choice import Vocabulary
 from pipelib.vocabulary.engines import Texts, load_engine
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -114,7 +115,7 @@ def measure_ours(engine: str, workers: int, folder: Path) -> dict:
                 folder / name,
                 TokenizeParams(SHARD_TOKENS if name == "raw" else 1_000_000, "none"),
                 0,
-                GPT2_TOKENIZER,
+                Vocabulary(GPT2_TOKENIZER, None),
             )
             result[name] = {"tokens": counts["tokens"], "seconds": time.perf_counter() - began, **speed}
     result["start"] = start_seconds(workers)

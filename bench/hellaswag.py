@@ -94,7 +94,10 @@ def random_items(count: int) -> list[Item]:
     def tokens(low: int, high: int) -> tuple[int, ...]:
         return tuple(rng.integers(0, 50256, rng.integers(low, high)).tolist())
 
-    return [Item(tokens(20, 100), tuple(tokens(5, 45) for _ in range(4)), 0, number) for number in range(count)]
+    return [
+        Item(tokens(20, 100), tuple(tokens(5, 45) for _ in range(4)), 0, number, ("", "a", "b", "c", "d"))
+        for number in range(count)
+    ]
 
 
 def ours(model: Decoder, items: Sequence[Item], batch_tokens: int, precision: str) -> Predictions:

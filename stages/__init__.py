@@ -1,4 +1,4 @@
-"""The four stages of the pipeline. Run each as `python -m stages.NAME`, from the root of its checkout.
+"""The stages of the pipeline. Run each as `python -m stages.NAME`, from the root of its checkout.
 
 DVC runs a queued or temporary experiment in a copy of the repository, but an editable install points at the original.
 So this package puts the `src` of its own checkout first on Python's path, for itself and for every process it starts.

@@ -12,16 +12,15 @@ if not __package__:
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from pipelib.corpus.experiment_copy import require_corpus
-from pipelib.corpus.raw import read_raw_manifest
+from pipelib.corpus.raw import benchmark_documents, read_raw_manifest
 from pipelib.errors import tell
-from pipelib.files import read_json, sha256_file
+from pipelib.files import sha256_file
 from pipelib.params import Params, load_params
 from pipelib.schema import flatten
 from pipelib.stage import Build, WorkResult, build_outs, run_stage
-from pipelib.vocabulary.choice import chosen_tokenizer
+from pipelib.vocabulary.choice import read_vocabulary
 from pipelib.workspace.places import HERE, MANIFEST
 from pipelib.workspace.provenance import code_hashes
 
@@ -44,25 +43,24 @@ def main() -> None:
     if arguments.share is not None:
         encode_share(arguments.share, params)
         return
-    documents = benchmark_documents(HERE.benchmarks)
-    inputs = {
+    documents, vocabulary = benchmark_documents(HERE.benchmarks), read_vocabulary()
+    inputs: dict[str, object] = {
         "tokenize": asdict(params.tokenize),
         "raw": sha256_file(RAW / MANIFEST),
         "benchmark_documents": documents,  # too many of them for the validation shard are refused
     }
+    if vocabulary.validation_documents is not None:  # GPT-2's is left out, as before there were others
+        inputs |= {
+            "vocabulary": vocabulary.tokenizer.fingerprint,
+            "validation_documents": vocabulary.validation_documents,
+        }
 
     def work(build: Build) -> WorkResult:
         from pipelib.tokens.encode_corpus import encode_corpus  # not needed to link finished outs
 
-        return encode_corpus(build, RAW, params.tokenize, documents, chosen_tokenizer())
+        return encode_corpus(build, RAW, params.tokenize, documents, vocabulary)
 
     build_outs("tokenize", params, inputs, work)
-
-
-def benchmark_documents(folder: Path) -> int:
-    """Return how many documents at the start of the corpus a benchmark was made from."""
-    entry = read_json(folder / MANIFEST).get("completion.jsonl", {})
-    return int(entry.get("documents", 0))
 
 
 def encode_share(text: str, params: Params) -> None:
@@ -71,7 +69,8 @@ def encode_share(text: str, params: Params) -> None:
     from pipelib.tokens.unit_store import Share
 
     share = Share.parse(text)
-    count = encode_corpus.encode_share(code_hashes("tokenize", dict(flatten(params))), RAW, share, chosen_tokenizer())
+    code = code_hashes("tokenize", dict(flatten(params)))
+    count = encode_corpus.encode_share(code, RAW, share, read_vocabulary().tokenizer)
     tell(f"tokenize: share {text} is complete: {count} units")
 
 

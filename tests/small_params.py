@@ -18,6 +18,10 @@ PARAMS: dict[str, dict[str, Any]] = {
         "shuffle": False, "validation": None, "repo": "a/b", "revision": "a" * 40, "folder": "c",
         "max_tokens": None, "benchmarks": ["completion"], "benchmark_documents": 8, "models": [], "seed": 1,
     },
+    "vocabulary": {
+        "source": "gpt2", "size": 300, "pre_tokenizer": "gpt2", "special_tokens": [], "max_bytes": 100000,
+        "validation_documents": "auto",
+    },
     "tokenize": {"shard_tokens": 4096, "dedup": "none"},
     "model": {"architecture": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16, "init_from": "scratch"},
     "train": {

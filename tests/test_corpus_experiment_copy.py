@@ -273,7 +273,7 @@ def copy_of_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return Project.make(tmp_path_factory.mktemp("copy"))
 
 
-@pytest.mark.parametrize("stage", ["download", "tokenize", "train"])  # evaluate: see test_dvc.py
+@pytest.mark.parametrize("stage", ["download", "vocabulary", "tokenize", "train"])  # evaluate: see test_dvc.py
 def test_every_stage_asks_first(copy_of_project: Project, stage: str, tmp_path: Path) -> None:
     write(tmp_path / "texts/big.txt")
     copy_of_project.refuses(stage, "lacks 1 file of texts that neither", "git add texts", DVC_ROOT=str(tmp_path))

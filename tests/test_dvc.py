@@ -27,7 +27,7 @@ from warm_python import run_python, write_python
 
 pytestmark = pytest.mark.dvc
 
-STAGES = ("download", "tokenize", "train", "evaluate")
+STAGES = ("download", "vocabulary", "tokenize", "train", "evaluate")
 
 
 class Clone:

@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[1]
 STAGES = tuple(TABLE)
 DATA_DEPS = {
     "download": ["${download.path}", "constraints.txt"],
-    "tokenize": ["data/raw", "data/benchmarks/manifest.json"],
-    "train": ["data/tokens", "data/models/manifest.json", "data/benchmarks/hellaswag.jsonl"],
+    "vocabulary": ["data/raw", "data/benchmarks/manifest.json"],
+    "tokenize": ["data/raw", "data/benchmarks/manifest.json", "data/vocabulary"],
+    "train": ["data/vocabulary", "data/tokens", "data/models/manifest.json", "data/benchmarks/hellaswag.jsonl"],
     "evaluate": [
         "curves", "data/benchmarks", "data/models/manifest.json", "data/tokens/manifest.json",
-        "data/tokens/unigram_counts.npy", "data/tokens/val_000000.bin", "models",
+        "data/tokens/unigram_counts.npy", "data/tokens/val_000000.bin", "data/vocabulary", "models",
     ],
 }  # fmt: skip
 """Dependencies that are not code."""
@@ -139,8 +140,8 @@ def test_a_branch_has_its_own_lineage(monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands before a stage in the table is not what it depends on."""
     branch = Stage("finetune", "A tuned model", ("train",), "", ("finetune",), ())
     monkeypatch.setitem(TABLE, "finetune", branch)
-    assert [*upstream("finetune")] == ["download", "tokenize", "train"]
-    assert [*upstream("tokenize")] == ["download"]
+    assert [*upstream("finetune")] == ["download", "vocabulary", "tokenize", "train"]
+    assert [*upstream("tokenize")] == ["download", "vocabulary"]
     assert "finetune" not in upstream("evaluate")
 
 

@@ -206,13 +206,16 @@ def test_bf16_tells_the_likeliest_token_from_the_next_also_far_from_zero(model: 
     assert losses[0, -1].item() == pytest.approx(exact.losses[0], abs=0.05)
 
 
+TEXTS = ("context", "a", "b", "c", "d")
+
+
 def small_items() -> list[Item]:
     chance = np.random.default_rng(8)
 
     def tokens(most: int) -> tuple[int, ...]:
         return tuple(chance.integers(0, 500, chance.integers(1, most)).tolist())
 
-    return [Item(tokens(12), tuple(tokens(9) for _ in range(4)), 0, number) for number in range(9)]
+    return [Item(tokens(12), tuple(tokens(9) for _ in range(4)), 0, number, TEXTS) for number in range(9)]
 
 
 def test_the_shares_of_several_ranks_are_the_scores(model: GPT2) -> None:
@@ -235,7 +238,7 @@ def test_no_items_have_no_scores(model: GPT2) -> None:
 
 def test_items_whose_context_is_cut_are_counted() -> None:
     endings = ((1,), (1, 2), (1, 2, 3), (1,))
-    items = [Item((5,) * length, endings, 0, 0) for length in (20, 21, 22, 23)]  # 22 + 3 - 1 = 24
+    items = [Item((5,) * length, endings, 0, 0, TEXTS) for length in (20, 21, 22, 23)]  # 22 + 3 - 1 = 24
     assert contexts_cut(items, 24) == 1
 
 
@@ -243,7 +246,13 @@ def test_items_are_read_as_written(tmp_path: Path) -> None:
     row = {"ctx": "The sum", "endings": ["of x", "of y", "is", "not"], "label": 2, "document": 9}
     encode = GPT2_TOKENIZER.encode
     (item,) = read_items(write_lines(tmp_path / "items.jsonl", [row]), GPT2_TOKENIZER)
-    assert item == Item(tuple(encode("The sum")), tuple(tuple(encode(f" {end}")) for end in row["endings"]), 2, 9)
+    assert item == Item(
+        tuple(encode("The sum")),
+        tuple(tuple(encode(f" {end}")) for end in row["endings"]),
+        2,
+        9,
+        ("The sum", *row["endings"]),
+    )
 
 
 GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
@@ -285,7 +294,7 @@ def test_a_file_without_whole_items_is_refused(tmp_path: Path, text: str, messag
 def test_a_unigram_model_scores_by_how_often_tokens_occur() -> None:
     counts = np.zeros(GPT2_TOKENIZER.size, np.int64)
     counts[[1, 2]] = 7, 3
-    item = Item((5,), ((1,), (1, 2), (3,), (2, 2, 2)), 0, 0)
+    item = Item((5,), ((1,), (1, 2), (3,), (2, 2, 2)), 0, 0, TEXTS)
     total = GPT2_TOKENIZER.size + 10
     one, two, none = (-math.log(share / total) for share in (8, 4, 1))
     scores = score_unigram(counts, [item])
@@ -357,4 +366,4 @@ def test_scores_of_lost_weights_are_refused(model: GPT2) -> None:
     with torch.no_grad():
         lost.ln_f.bias.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
-        score(lost, [Item((1,), ((2,), (3,), (4,), (5,)), 0, 0)], 100, "fp32")
+        score(lost, [Item((1,), ((2,), (3,), (4,), (5,)), 0, 0, TEXTS)], 100, "fp32")

@@ -66,7 +66,7 @@ def test_a_benchmark(project: Project, hub: FakeHub, tmp_path: Path) -> None:
     write_jsonl(project.root / "texts/a.jsonl", make_texts(70))
     changes = {"download__benchmarks": ["completion", "riddles"], "evaluate__tasks": ["riddles"]}
     write_params(project.root, **changes)
-    for stage in ("download", "tokenize", "train", "evaluate"):
+    for stage in ("download", "vocabulary", "tokenize", "train", "evaluate"):
         project.runs(stage, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), PIPELIB_THREADS="1")
     assert read_json(project.root / "metrics/evaluate.json")["lm_eval"]["riddles"]["examples"] == len(RIDDLES)
 

@@ -217,7 +217,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def test_a_toy_goes_through_the_pipeline(project: Project) -> None:
-    for stage in ("download", "tokenize", "train", "evaluate"):
+    for stage in ("download", "vocabulary", "tokenize", "train", "evaluate"):
         project.runs(stage, PIPELIB_THREADS="1")
     metrics = read_json(project.root / "metrics/train.json")
     assert metrics["parameters"] == SIZE * 16 + 16**2

@@ -209,7 +209,7 @@ def outs(project: Project) -> dict[str, bytes]:
     ("stages", "times"),
     [
         (["tokenize"], 4),
-        pytest.param(["download", "tokenize", "train", "evaluate"], 12, marks=pytest.mark.long),
+        pytest.param(["download", "vocabulary", "tokenize", "train", "evaluate"], 12, marks=pytest.mark.long),
     ],
     ids=["tokenize", "all"],
 )

@@ -21,7 +21,7 @@ from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.stage import run_stage
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
-STAGES = ("download", "tokenize", "train", "evaluate")
+STAGES = ("download", "vocabulary", "tokenize", "train", "evaluate")
 
 
 @pytest.fixture(scope="module")

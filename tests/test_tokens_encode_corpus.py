@@ -33,6 +33,7 @@ from pipelib.tokens.shards import UNIGRAM_COUNTS, read_manifest, shard_problems
 from pipelib.tokens.unit_store import Share
 from pipelib.tokens.units import Unit, encode_unit
 from pipelib.tracking.run import NullRun
+from pipelib.vocabulary.choice import Vocabulary
 from pipelib.vocabulary.engines import TiktokenEngine
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.workspace.places import state_root
@@ -60,7 +61,9 @@ def build_in(folder: Path) -> Build:
 def run(
     raw: Path, build: Build, shard_tokens: Any = SHARD_TOKENS, benchmark_documents: int = 0, dedup: Any = "none"
 ) -> Any:
-    return encode_corpus(build, raw, TokenizeParams(shard_tokens, dedup), benchmark_documents, GPT2_TOKENIZER)
+    return encode_corpus(
+        build, raw, TokenizeParams(shard_tokens, dedup), benchmark_documents, Vocabulary(GPT2_TOKENIZER, None)
+    )
 
 
 # ---- What it makes ---------------------------------------------------------------------------------------------------
@@ -381,13 +384,14 @@ from pipelib.stage import Build
 from pipelib.tokens.encode_corpus import encode_corpus
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tracking.run import NullRun
+from pipelib.vocabulary.choice import Vocabulary
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 if __name__ == "__main__":
     folder, raw = Path(sys.argv[1]), Path(sys.argv[2])
     (folder / "outs").mkdir(exist_ok=True)
     build = Build(folder / "outs", folder / "work", NullRun(), {"folder": str(folder)}, False)
-    encode_corpus(build, raw, TokenizeParams(100_000, "none"), 0, GPT2_TOKENIZER)
+    encode_corpus(build, raw, TokenizeParams(100_000, "none"), 0, Vocabulary(GPT2_TOKENIZER, None))
 """
 
 

@@ -239,7 +239,7 @@ def test_a_whole_pipeline_in_mlflow(client: Any, root: Path) -> None:
     assert parent.data.params["train.max_lr"] == "0.0018"
     assert parent.data.params["evaluate.tasks"] == '["a", "b"]'
     assert train.data.params == {"model.n_layer": "2", "train.max_lr": "0.0018", "train.compile": "false"}
-    for stage in ("download", "tokenize"):
+    for stage in ("download", "vocabulary", "tokenize"):
         (cached,) = runs(client, stage)
         assert cached.data.tags["dvc.cached"] == "true"
         assert cached.info.status == "FINISHED"
@@ -422,7 +422,7 @@ def test_processes_that_find_no_database_make_one_together(tmp_path: Path) -> No
         subprocess.Popen(
             [sys.executable, "-c", program, str(Path(__file__).parent), stage], env=environment, stderr=subprocess.PIPE
         )
-        for stage in ("download", "tokenize")
+        for stage in ("download", "vocabulary", "tokenize")
     ]
     assert [process.communicate()[1] for process in started] == [b"", b""]
     assert not Path(".mlflow.db.tmp").exists()

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("workspace"),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]
-STAGES = ("download", "tokenize", "train", "evaluate")
+STAGES = ("download", "vocabulary", "tokenize", "train", "evaluate")
 
 
 def run_pipeline(*, mlflow: bool = False, stages: tuple[str, ...] = STAGES) -> None:
@@ -197,7 +197,7 @@ def test_what_was_deleted_stays_deleted_unless_it_is_named(client: Any, capsys: 
 
 
 def test_the_next_stage_of_a_run_sends_what_the_one_before_could_not(client: Any) -> None:
-    run_pipeline(stages=("download", "tokenize", "train"))
+    run_pipeline(stages=("download", "vocabulary", "tokenize", "train"))
     run_pipeline(mlflow=True, stages=("evaluate",))
     shown = contents(client)
     assert shown.keys() == {"pipeline", *STAGES}
@@ -298,7 +298,7 @@ def test_a_parent_that_was_removed_for_good_is_made_again(client: Any, capsys: p
 def test_a_stages_own_run_is_sent_whatever_becomes_of_the_others(
     client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_pipeline(stages=("download", "tokenize"))
+    run_pipeline(stages=("download", "vocabulary", "tokenize"))
 
     def failing(*_: object) -> None:
         raise ValueError("no, not this")

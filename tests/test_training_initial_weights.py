@@ -129,7 +129,7 @@ def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> 
     write_jsonl(tmp_path / "texts/a.jsonl", make_texts(70))
     larger = {"train__global_batch_tokens": 256, "train__micro_batch_size": 16}
     write_params(tmp_path, train__max_lr=3e-2, train__max_tokens=12_288, train__max_epochs=100, **larger)
-    for name in ("download", "tokenize", "train"):
+    for name in ("download", "vocabulary", "tokenize", "train"):
         project.runs(name, PIPELIB_THREADS="1")
     first = validation(project)
     assert first[-1] < first[0] - 1  # it starts near ln 50,257 = 10.82

@@ -16,6 +16,7 @@ from pipelib.model.params import InitialisedModelParams, published_params
 from pipelib.schema import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.tokens.params import TokenizeParams
 from pipelib.training.params import TrainParams
+from pipelib.vocabulary.params import VocabularyParams
 from pipelib.workspace.places import HERE
 
 
@@ -36,6 +37,7 @@ class Params:
     """Every section of params.yaml."""
 
     download: DownloadParams
+    vocabulary: VocabularyParams
     tokenize: TokenizeParams
     model: InitialisedModelParams
     train: TrainParams

@@ -71,9 +71,9 @@ class Sample(Command):
             )
         from pipelib.model.generate import generate
         from pipelib.model.huggingface import import_model
-        from pipelib.vocabulary.choice import chosen_tokenizer
+        from pipelib.vocabulary.choice import chosen_tokenizer, tokenizer_of_model
 
-        tokenizer = chosen_tokenizer()
+        tokenizer = tokenizer_of_model(self.model, chosen_tokenizer())
         model = import_model(self.model, tokenizer).to(_device(self.device))
         token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in self.prompt]
         texts = generate(

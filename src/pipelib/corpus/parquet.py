@@ -1,10 +1,10 @@
 """Write, open and read the parquet files of raw text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -210,37 +210,68 @@ def describe_file(path: Path, sha256: str | None = None, column: str = TEXT) -> 
     return RawFile(path.name, path.stat().st_size, rows, sha256 or sha256_file(path))
 
 
-def iterate_raw(folder: Path, columns: Sequence[str] = (TEXT,)) -> Iterator[dict[str, Any]]:
+def iterate_raw(
+    folder: Path, columns: Sequence[str] = (TEXT,), groups: Container[int] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the documents of a folder in the order of the corpus, as `{column: value}`. Memory holds one row group.
+
+    Args:
+        groups: the row groups to read, by their places in `row_groups`; None for all.
 
     Raises:
         UserError: the manifest or a file is missing or damaged.
     """
     manifest = read_raw_manifest(folder)
-    # `islice`, because only the first `rows` rows of the last file may belong to the corpus.
+    first = 0
     for file in manifest.files:
-        yield from islice(_iterate_file(folder / file.name, columns, manifest), file.rows)
+        with open_parquet(folder / file.name, REPAIR, manifest.text_column) as parquet:
+            rows = file.rows  # `download.max_tokens` may end the corpus in the middle of the file
+            for group in range(parquet.num_row_groups):
+                if groups is None or first + group in groups:
+                    yield from islice(_iterate_group(parquet, group, columns, folder / file.name, manifest), rows)
+                rows = max(0, rows - parquet.metadata.row_group(group).num_rows)
+                if not rows:
+                    break
+            first += parquet.num_row_groups
 
 
-def stated_text_bytes(folder: Path) -> int:
-    """Return the bytes of text in a folder, as its files state them. Repeated texts may be counted only once."""
+class RowGroup(NamedTuple):
+    """A row group of the corpus, as its file states it."""
+
+    rows: int
+    text_bytes: int
+    """Repeated texts may be counted only once."""
+
+
+def row_groups(folder: Path) -> list[RowGroup]:
+    """Return the row groups of a folder in the order of the corpus, from the metadata of its files.
+
+    Raises:
+        UserError: the manifest or a file is missing or damaged.
+    """
     manifest = read_raw_manifest(folder)
-    total = 0
+    found = []
     for file in manifest.files:
         with open_parquet(folder / file.name, REPAIR, manifest.text_column) as parquet:
             for group in range(parquet.num_row_groups):
-                total += text_column(parquet.metadata, group, manifest.text_column).total_uncompressed_size
-    return total
+                size = text_column(parquet.metadata, group, manifest.text_column).total_uncompressed_size
+                found.append(RowGroup(parquet.metadata.row_group(group).num_rows, size))
+    return found
 
 
-def _iterate_file(path: Path, columns: Sequence[str], manifest: RawManifest) -> Iterator[dict[str, Any]]:
-    """Yield all rows of a parquet file, with None for the columns that it does not have."""
+def stated_text_bytes(folder: Path) -> int:
+    """Return the bytes of text in a folder, as its files state them."""
+    return sum(group.text_bytes for group in row_groups(folder))
+
+
+def _iterate_group(
+    parquet: pq.ParquetFile, group: int, columns: Sequence[str], path: Path, manifest: RawManifest
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a row group, with None for the columns that the file does not have."""
     stored = {name: manifest.text_column if name == TEXT else name for name in columns}
-    with open_parquet(path, REPAIR, manifest.text_column) as parquet:
-        here = sorted({name for name in stored.values() if name in parquet.schema_arrow.names})
-        for group in range(parquet.num_row_groups):
-            for row in _read_group(parquet, group, here, path, manifest):
-                yield {name: row.get(column) for name, column in stored.items()}
+    here = sorted({name for name in stored.values() if name in parquet.schema_arrow.names})
+    for row in _read_group(parquet, group, here, path, manifest):
+        yield {name: row.get(column) for name, column in stored.items()}
 
 
 def _read_group(

@@ -102,6 +102,12 @@ class Source(Protocol):
         """
 
 
+def benchmark_documents(folder: Path) -> int:
+    """Return how many documents at the start of the corpus a benchmark was made from, from the manifest of the benchmarks."""
+    entry = read_json(folder / MANIFEST).get("completion.jsonl", {})
+    return int(entry.get("documents", 0))
+
+
 BYTES_PER_TOKEN = 4
 """UTF-8 bytes that count as one token if a document has no `token_count`. A GPT-2 token is 3.3 to 4.5 bytes of English."""
 

@@ -19,6 +19,7 @@ from pipelib.evaluation.params import is_folder
 from pipelib.files import read_json, sha256_file, sha256_json, write_json
 from pipelib.model.params import ModelParams, published_params
 from pipelib.model.weights import CONFIG, MODELS, WEIGHTS, is_file, published_sha256, require_published, weights_sha256
+from pipelib.vocabulary.choice import published_tokenizer, tokenizer_of_model
 from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.locks import LOCK, locked
 from pipelib.workspace.places import MANIFEST, StatePlaces
@@ -36,6 +37,8 @@ class Baseline:
     """The hash of its weights."""
     params: ModelParams
     """From its config.json, since the tensors do not show the number of heads."""
+    tokenizer: Tokenizer
+    """Its own, which may be another than the data's."""
 
     @property
     def identity(self) -> dict[str, object]:
@@ -68,7 +71,7 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
     """Find the models that `evaluate.baselines` names.
 
     Args:
-        tokenizer: the one whose tokens the models must have.
+        tokenizer: the data's, for models without one.
 
     Raises:
         UserError: a model is missing, or cannot be read.
@@ -77,7 +80,8 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
     for name in names:
         if is_folder(name):
             params = require_baseline(name, tokenizer)
-            found.append(Baseline(name, Path(name), weights_sha256(Path(name)), params))
+            own = tokenizer_of_model(Path(name), tokenizer)
+            found.append(Baseline(name, Path(name), weights_sha256(Path(name)), params, own))
         else:
             sha256 = published_sha256(name)
             if sha256 is None:
@@ -85,7 +89,7 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
                     f"evaluate.baselines: {name} is not in {MODELS / MANIFEST}, so its weights are missing; name it in "
                     "download.models and run dvc repro."
                 )
-            found.append(Baseline(name, MODELS / name, sha256, published_params(name)))
+            found.append(Baseline(name, MODELS / name, sha256, published_params(name), published_tokenizer()))
     return found
 
 
@@ -98,7 +102,7 @@ def require_baseline(name: str, tokenizer: Tokenizer) -> ModelParams:
     from pipelib.model.huggingface import find_model
 
     try:
-        return find_model(Path(name), tokenizer).model.params
+        return find_model(Path(name), tokenizer_of_model(Path(name), tokenizer)).model.params
     except UserError as error:
         raise UserError(f"evaluate.baselines: {error}") from None
 

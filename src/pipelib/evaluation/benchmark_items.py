@@ -22,6 +22,13 @@ class Item:
     """The index of the right ending."""
     document: int
     """The text it was made from; items of one text are not independent."""
+    texts: tuple[str, ...]
+    """The context and the endings as text."""
+
+    @property
+    def ending_bytes(self) -> list[int]:
+        """The bytes of each ending, with the space before it."""
+        return [len(f" {ending}".encode()) for ending in self.texts[1:]]
 
 
 def holds_items(path: Path) -> bool:
@@ -49,6 +56,7 @@ def read_items(path: Path, tokenizer: Tokenizer) -> list[Item]:
                     tuple(tuple(tokenizer.encode(" " + ending)) for ending in endings),
                     label,
                     number if document is None else int(document),
+                    (context, *endings),
                 )
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{path}, line {number} is not an item ({error!r}); {REPAIR}.") from None

@@ -64,7 +64,8 @@ def evaluate(
     result, seconds = dict(measured.result), dict(measured.seconds)
     for name, path in data.completions.items():
         unigram = score_unigram(np.load(tokens / UNIGRAM_COUNTS), read_items(path, tokenizer))
-        result[name] |= {"unigram": {"acc": accuracy_json(unigram.acc), "acc_norm": accuracy_json(unigram.acc_norm)}}
+        measures = {"acc": unigram.acc, "acc_norm": unigram.acc_norm, "acc_norm_bytes": unigram.acc_norm_bytes}
+        result[name] |= {"unigram": {key: accuracy_json(value) for key, value in measures.items()}}
     for name in completions_of(result):
         tell(f"evaluate: {verdict(name, result[name]['acc_norm'], result[name]['unigram']['acc_norm'])}")
 
@@ -109,14 +110,15 @@ def measure_baselines(
     }
 
     def measure_baseline(baseline: Baseline) -> Measured:
-        return measure(baseline.name, baseline.folder, params, data, scratch)
+        return measure(baseline.name, baseline.folder, params, data, scratch, baseline.tokenizer)
 
-    return {
-        baseline.name: measure_once(
-            baseline, {**decides, "code": code_that_measures(baseline, code)}, partial(measure_baseline, baseline)
-        )
-        for baseline in find_baselines(params.baselines, data.tokenizer)
-    }
+    found = {}
+    for baseline in find_baselines(params.baselines, data.tokenizer):
+        inputs = {**decides, "code": code_that_measures(baseline, code)}
+        if baseline.tokenizer != data.tokenizer:
+            inputs |= {"vocabulary": baseline.tokenizer.fingerprint, "data's": data.tokenizer.fingerprint}
+        found[baseline.name] = measure_once(baseline, inputs, partial(measure_baseline, baseline))
+    return found
 
 
 def code_that_measures(baseline: Baseline, code: Mapping[str, str]) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """Four-way completion in the style of build-nanogpt: the likeliest ending wins.
 
 An item is a context and four endings (HellaSwag, Zellers et al., 2019). Every ending is scored by the loss of its tokens
-after context + " "; `acc` takes the smallest sum, `acc_norm` the smallest mean per token. The lm-eval harness scores
-HellaSwag differently (activity label, cleaned text, per character). Its figures have other names and are never mixed with
-these.
+after context + " "; `acc` takes the smallest sum, `acc_norm` the smallest mean per token, `acc_norm_bytes` the smallest
+loss per byte, which compares between vocabularies.
+The lm-eval harness scores HellaSwag differently (activity label, cleaned text, per character). Its figures have other names
+and are never mixed with these.
 """
 
 import math
@@ -65,6 +66,12 @@ class Scores:
     items: Sequence[Item]
 
     @property
+    def per_byte(self) -> npt.NDArray[np.float64]:
+        """The same per byte of text, which does not depend on the vocabulary (items, 4)."""
+        lengths: npt.NDArray[np.int64] = np.array([item.ending_bytes for item in self.items])
+        return self.sums / lengths
+
+    @property
     def acc(self) -> Accuracy:
         """By summed loss."""
         return self._accuracy(self.sums)
@@ -73,6 +80,11 @@ class Scores:
     def acc_norm(self) -> Accuracy:
         """By mean loss per token."""
         return self._accuracy(self.means)
+
+    @property
+    def acc_norm_bytes(self) -> Accuracy:
+        """By loss per byte."""
+        return self._accuracy(self.per_byte)
 
     def _accuracy(self, losses: npt.NDArray[np.float64]) -> Accuracy:
         labels = [item.label for item in self.items]

@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import math
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from pipelib.model.huggingface import import_model
 from pipelib.pool import Pool, worker_number
 from pipelib.progress import Progress
 from pipelib.tokens.loader import Batch, validation_batches
-from pipelib.tokens.shards import VALIDATION_SHARD, count_tokens, open_shard
-from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
+from pipelib.tokens.shards import VALIDATION_SHARD, count_tokens, open_shard, write_shard
+from pipelib.vocabulary.tokenizer import MAX_SIZE, Tokenizer, Tokens
 
 COMPLETIONS = ("completion", "hellaswag")
 """Benchmarks with four endings, scored in completion style."""
@@ -51,17 +53,24 @@ class Data:
         return {name: path for name, path in paths.items() if holds_items(path)}
 
 
-def measure(name: str, folder: Path, params: EvaluateParams, data: Data, scratch: Path) -> Measured:
+def measure(
+    name: str, folder: Path, params: EvaluateParams, data: Data, scratch: Path, tokenizer: Tokenizer | None = None
+) -> Measured:
     """Measure a model on all of the data. Several GPUs measure several parts at once, with the results of one GPU.
 
     Args:
         name: the model's name in progress lines.
         folder: the model in Hugging Face's format.
         scratch: a folder for the harness's copies of the data, removed at the end.
+        tokenizer: the model's; None if it is the data's. Another one encodes the text of the validation shard anew.
 
     Raises:
         UserError: the model cannot be read, its losses are not finite, data is damaged, or a task's data is missing.
     """
+    if tokenizer and tokenizer != data.tokenizer:
+        with tempfile.TemporaryDirectory(prefix="pipelib-") as folder_of_tokens:
+            other = encoded_anew(data, tokenizer, Path(folder_of_tokens))
+            return measure(name, folder, params, other, scratch)
     calls = [(part, name, params, data, scratch) for part in parts_of(params, data)]
     processes = min(gpu_count(), len(calls))
     if processes > 1:
@@ -79,6 +88,37 @@ def measure(name: str, folder: Path, params: EvaluateParams, data: Data, scratch
         items |= part.items
         seconds.update(part.seconds)
     return Measured(result, items, dict(seconds))
+
+
+def encoded_anew(data: Data, tokenizer: Tokenizer, folder: Path) -> Data:
+    """Return the same text in the tokens of another vocabulary.
+
+    A character that is cut by the end of the validation shard is left out, three bytes at most.
+
+    Args:
+        folder: for the new validation shard.
+
+    Raises:
+        UserError: the vocabulary has more tokens than a shard can hold.
+    """
+    if data.tokens is None:
+        return Data(None, data.benchmarks, tokenizer)
+    if tokenizer.size > MAX_SIZE:
+        raise UserError(
+            f"{tokenizer.title} has {tokenizer.size:,} tokens, and shards hold at most {MAX_SIZE:,}, so the model cannot be "
+            "measured on this data; leave it out."
+        )
+    tokens = open_shard(data.tokens / VALIDATION_SHARD)
+    starts = np.flatnonzero(tokens == data.tokenizer.end_token_id)
+    progress = Progress(f"encoding the validation text with {tokenizer.title}", len(starts), "documents")
+    pieces: list[Tokens] = []
+    for start, end in pairwise([*starts.tolist(), len(tokens)]):
+        text = data.tokenizer.decode_bytes(tokens[start + 1 : end]).decode("utf-8", errors="ignore")
+        pieces.append(np.array([tokenizer.end_token_id, *tokenizer.encode(text)], np.uint16))
+        progress.add(1)
+    progress.close()
+    write_shard(folder / VALIDATION_SHARD, sum(map(len, pieces)), pieces, tokenizer)
+    return Data(folder, data.benchmarks, tokenizer)
 
 
 _model: Decoder | None = None
@@ -141,6 +181,7 @@ def _completion_part(benchmark: str, name: str, model: Decoder, params: Evaluate
     result = {
         "acc": accuracy_json(scores.acc),
         "acc_norm": accuracy_json(scores.acc_norm),
+        "acc_norm_bytes": accuracy_json(scores.acc_norm_bytes),
         "contexts_cut": contexts_cut(scores.items, model.params.context_length),
     }
     return {benchmark: result}, {benchmark: completion_items(scores)}
@@ -205,9 +246,13 @@ def completion_items(scores: Scores) -> ItemScores:
     """Per item, whether the model is right, by both measures."""
     labels = np.array([item.label for item in scores.items])
     return ItemScores(
-        item_ids(repr((item.context, item.endings, item.label)).encode("ascii") for item in scores.items),
+        item_ids(repr((item.texts, item.label)).encode("utf-8", "surrogatepass") for item in scores.items),
         np.array([item.document for item in scores.items], np.int64),
-        {"acc": scores.sums.argmin(axis=1) == labels, "acc_norm": scores.means.argmin(axis=1) == labels},
+        {
+            "acc": scores.sums.argmin(axis=1) == labels,
+            "acc_norm": scores.means.argmin(axis=1) == labels,
+            "acc_norm_bytes": scores.per_byte.argmin(axis=1) == labels,
+        },
     )
 
 

@@ -11,6 +11,7 @@ from pipelib.corpus.params import DownloadParams
 from pipelib.errors import UserError
 from pipelib.inspection.disk import Corpus, check_disk, manifest_of
 from pipelib.params import Params
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 SLACK = 1.02
 """How much larger than estimated the corpus may be: package versions and whole documents change its size."""
@@ -53,20 +54,32 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
     from pipelib.training.batches import check_shares
     from pipelib.training.inputs import require_weights
     from pipelib.vocabulary.choice import chosen_tokenizer
+    from pipelib.vocabulary.planned import planned_tokenizer
 
     path = Path(params.download.path)
     if params.download.source == "local":
         yield partial(_find_text, path, params.download)
     else:  # not read, but DVC hashes it
         yield partial(require_readable, path, links=False)
-    if "/" in params.model.init_from:  # other names are models that download fetches
-        yield partial(require_weights, params.model, chosen_tokenizer())
+    yield partial(planned_tokenizer, params.vocabulary)
+    tokenizer = _tokenizer_of(params)
+    if "/" in params.model.init_from and tokenizer:  # other names are models that download fetches
+        yield partial(require_weights, params.model, tokenizer)
     for name in params.evaluate.baselines:
         if is_folder(name):
-            yield partial(require_baseline, name, chosen_tokenizer())
+            yield partial(require_baseline, name, tokenizer or chosen_tokenizer())
     yield partial(check_shares, params.train, ranks)
     if corpus is not None:
         yield partial(_check_tokens, params, corpus)
+
+
+def _tokenizer_of(params: Params) -> Tokenizer | None:
+    """Return the tokenizer that the parameters ask for; None if it has yet to be trained, or cannot be read."""
+    from pipelib.vocabulary.planned import planned_tokenizer
+
+    with suppress(UserError):
+        return planned_tokenizer(params.vocabulary)
+    return None
 
 
 def _find_text(path: Path, params: DownloadParams) -> None:

@@ -13,7 +13,7 @@ from pipelib.progress import format_seconds
 from pipelib.training.batches import check_shares
 from pipelib.training.launch.machines import Machines
 from pipelib.training.memory import USABLE, Footprint
-from pipelib.vocabulary.choice import chosen_tokenizer
+from pipelib.vocabulary.planned import planned_size
 from pipelib.workspace.places import state_root
 
 
@@ -42,11 +42,11 @@ def with_micro_batch(params: Params, machines: Machines) -> Params:
 
 
 def _footprint(params: Params, machines: Machines) -> Footprint:
-    return Footprint(params.model, chosen_tokenizer().size, params.train, machines.world_size)
+    return Footprint(params.model, planned_size(params.vocabulary), params.train, machines.world_size)
 
 
 def _model_and_steps(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
-    model, train, vocab_size = params.model, params.train, chosen_tokenizer().size
+    model, train, vocab_size = params.model, params.train, planned_size(params.vocabulary)
     yield "model", f"{model.title}, {model.parameters(vocab_size):,} parameters: {model.description}"
     tokens = train.max_steps * train.global_batch_tokens
     yield "steps", f"{train.max_steps:,} of {train.global_batch_tokens:,} tokens = {tokens:,} tokens"

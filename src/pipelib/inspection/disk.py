@@ -15,7 +15,7 @@ from pipelib.params import Params
 from pipelib.tokens.shards import HEADER_BYTES, Manifest, Shard, read_manifest
 from pipelib.training.checkpoint import checkpoint_bytes
 from pipelib.training.memory import Footprint
-from pipelib.vocabulary.choice import chosen_tokenizer
+from pipelib.vocabulary.planned import planned_size
 from pipelib.workspace.places import HERE, MANIFEST, Places, state_root
 
 
@@ -126,7 +126,7 @@ def disk_of(params: Params, corpus: Corpus | None) -> Disk:
     """Compute the bytes: 2 per token and a header per shard; 12 per parameter in each checkpoint (fp32 weight and AdamW's
     two moments); 4 per parameter in models/.
     """
-    vocab_size = chosen_tokenizer().size
+    vocab_size = planned_size(params.vocabulary)
     footprint = Footprint(params.model, vocab_size, params.train)
     checkpoints = checkpoint_bytes(footprint, params.logging.checkpoint_every)
     model = 4 * params.model.parameters(vocab_size)

@@ -25,7 +25,7 @@ from pipelib.model.device import pick_device
 from pipelib.model.huggingface import find_model, import_model
 from pipelib.model.weights import weights_sha256
 from pipelib.tokens.shards import VALIDATION_SHARD, read_manifest
-from pipelib.vocabulary.choice import chosen_tokenizer
+from pipelib.vocabulary.choice import chosen_tokenizer, tokenizer_of_model
 from pipelib.workspace.places import HERE
 from pipelib.workspace.provenance import code_hashes
 
@@ -54,17 +54,18 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
     find_baselines(params.baselines, data.tokenizer)  # fail before anything is computed
     manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
-    found = find_model(folder, data.tokenizer).model
+    tokenizer = tokenizer_of_model(folder, data.tokenizer)
+    found = find_model(folder, tokenizer).model
     if out:
         make_out(out, empty=False)  # fail before the long work
     # measure the model, then the baselines on the same items
     code = code_hashes("evaluate", {"model.architecture": found.params.architecture}, CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
-        measured = measure(str(folder), folder, params, data, Path(scratch) / "harness")
+        measured = measure(str(folder), folder, params, data, Path(scratch) / "harness", tokenizer)
         others = measure_baselines(params, data, code, device, Path(scratch) / "harness")
     baselines = {name: other.result for name, other in others.items()}
-    model = import_model(folder, data.tokenizer, quiet=True).to(device)
-    samples = write_samples(model, data.tokenizer, params.sample_prompts, params.precision, seed=0) if out else []
+    model = import_model(folder, tokenizer, quiet=True).to(device)
+    samples = write_samples(model, tokenizer, params.sample_prompts, params.precision, seed=0) if out else []
     # what the report says about the model
     facts = {
         "model": f"`{folder}`",

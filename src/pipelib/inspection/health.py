@@ -296,10 +296,10 @@ def check_results() -> Iterator[Finding]:
 
 def check_params() -> Iterator[Finding]:
     """params.yaml, as strictly as the stages read it."""
-    from pipelib.vocabulary.choice import chosen_tokenizer
+    from pipelib.vocabulary.planned import planned_size
 
     params = _params()
-    parameters = params.model.parameters(chosen_tokenizer().size)
+    parameters = params.model.parameters(planned_size(params.vocabulary))
     yield Finding("ok", f"params.yaml is valid: {parameters:,} parameters, {params.train.max_steps:,} steps")
 
 
@@ -321,7 +321,7 @@ def check_vocabulary() -> Iterator[Finding]:
     load_engine("gigatoken", tokenizer)  # raises for a wrong vocabulary, or if the engine differs from tiktoken
     yield Finding(
         "ok",
-        f"{tokenizer.title}'s, with the right SHA-256; gigatoken and tiktoken agree on {len(HARD_STRINGS)} hard strings",
+        f"{tokenizer.title}, with the right SHA-256; gigatoken and tiktoken agree on {len(HARD_STRINGS)} hard strings",
     )
 
 

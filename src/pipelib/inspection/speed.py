@@ -17,7 +17,7 @@ from pipelib.training.memory import Footprint
 from pipelib.training.objectives import NextToken
 from pipelib.training.optimizer import make_optimizer
 from pipelib.training.step import take_step
-from pipelib.vocabulary.choice import chosen_tokenizer
+from pipelib.vocabulary.planned import planned_size
 
 SECONDS = 2.0
 """How long to measure after warming up, about."""
@@ -41,7 +41,7 @@ class Speed:
 
 def measure_speed(params: Params, ranks: int) -> Speed:
     """Train this model on random tokens for a few seconds; if it is too big for that, guess from the hardware's peak."""
-    model, train, vocab_size = params.model, params.train, chosen_tokenizer().size
+    model, train, vocab_size = params.model, params.train, planned_size(params.vocabulary)
     device = pick_device(local_world_size=ranks)
     peak = peak_of(device, train.precision).flops
     flops = model.flops_per_token(vocab_size, train.sequence_length)

@@ -9,6 +9,7 @@ from typing import Any
 from pipelib.errors import UserError
 from pipelib.files import read_json
 from pipelib.model.weights import restore
+from pipelib.vocabulary.folder import TOKENIZER, read_tokenizer
 from pipelib.vocabulary.tokenizer import Tokenizer
 
 
@@ -38,10 +39,11 @@ def require_same_tokens(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
     Raises:
         UserError: with the tokens that differ.
     """
+    _require_same_rules(folder, tokenizer)
     ours: dict[str, int] = {}
     named: dict[int, str] = {}
     for path, vocabulary in _vocabularies(folder):
-        ours = ours or json.loads(tokenizer.files(0)["vocab.json"])
+        ours = ours or _spellings(tokenizer)
         differing = [token for token, number in ours.items() if vocabulary.get(token) != number]
         if differing:
             raise UserError(
@@ -60,14 +62,47 @@ def require_same_tokens(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
         )
 
 
+def _require_same_rules(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a folder whose tokenizer.json is that of another vocabulary of our own, or splits text otherwise.
+
+    Raises:
+        UserError: with both vocabularies.
+    """
+    if "vocab.json" in tokenizer.files(0) or not (folder / TOKENIZER).is_file():
+        return
+    found = read_tokenizer(folder)
+    if found.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder / TOKENIZER} is another vocabulary ({found.title}, {found.fingerprint[:16]}) than the data's "
+            f"({tokenizer.title}, {tokenizer.fingerprint[:16]}), so the model would mistake the data's tokens for others; use a "
+            f"model with the data's, or set vocabulary.source: {folder}."
+        )
+
+
+def _spellings(tokenizer: Tokenizer) -> dict[str, int]:
+    """Each token's id by its spelling in Hugging Face's files."""
+    files = tokenizer.files(0)
+    if "vocab.json" in files:
+        spelled: dict[str, int] = json.loads(files["vocab.json"])
+        return spelled
+    return _all_tokens(json.loads(files[TOKENIZER]))
+
+
+def _all_tokens(value: dict[str, Any]) -> dict[str, Any]:
+    """The ids in the content of a tokenizer.json, those of added tokens included."""
+    model, added = value.get("model"), value.get("added_tokens")
+    found = model.get("vocab") if isinstance(model, dict) else None
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    more = {str(entry.get("content")): entry.get("id") for entry in entries}
+    return {**(found if isinstance(found, dict) else {}), **more}
+
+
 def _vocabularies(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Each file with a vocabulary, and its token ids by token."""
     if (path := folder / "vocab.json").is_file():
         yield path, read_json(path, restore(folder))
     if (path := folder / "tokenizer.json").is_file():
-        model = read_json(path, restore(folder)).get("model")
-        found = model.get("vocab") if isinstance(model, dict) else None
-        yield path, found if isinstance(found, dict) else {}
+        yield path, _all_tokens(read_json(path, restore(folder)))
 
 
 def _added(folder: Path) -> Iterator[tuple[int, str]]:

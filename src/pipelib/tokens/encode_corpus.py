@@ -30,13 +30,14 @@ from pipelib.tokens.unit_file import UnitCounts, check_unit, read_documents, rea
 from pipelib.tokens.unit_store import Share, unit_store
 from pipelib.tokens.units import Seconds, Unit, encode_unit, plan_units
 from pipelib.tokens.workers import Workers, worker_engine
+from pipelib.vocabulary.choice import Vocabulary
 from pipelib.vocabulary.engines import load_engine
 from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
 from pipelib.workspace.places import Places
 
 
 def encode_corpus(
-    build: Build, raw: Path, params: TokenizeParams, benchmark_documents: int, tokenizer: Tokenizer
+    build: Build, raw: Path, params: TokenizeParams, benchmark_documents: int, vocabulary: Vocabulary
 ) -> tuple[Mapping[str, object], Mapping[str, object]]:
     """Encode `raw/*.parquet` into `data/tokens`.
 
@@ -45,6 +46,7 @@ def encode_corpus(
         raw: the folder of parquet files with a `text` column, and its manifest.
         benchmark_documents: how many documents at the start of the corpus benchmarks were made of. All of them must be in
             the validation shard.
+        vocabulary: its documents for validation, if it has some, are the validation shard.
 
     Returns:
         The stage's result and its speed.
@@ -53,7 +55,7 @@ def encode_corpus(
         UserError: there is no text or text that cannot be read, or the validation shard is larger than the corpus or
             smaller than the documents of the benchmarks.
     """
-    source = read_raw_manifest(raw)
+    source, tokenizer = read_raw_manifest(raw), vocabulary.tokenizer
     units = plan_units(raw, source)
     out = Places(build.outs).tokens
     started = time.monotonic()
@@ -72,8 +74,9 @@ def encode_corpus(
         tokens = sum(part.tokens for part in parts)
         size = params.shard_size(tokens, at_least=tokens_to_start_of(parts, benchmark_documents))
         val_tokens = size
-        if source.validation_documents is not None:
-            val_tokens = tokens_to_start_of(parts, source.validation_documents)
+        for documents in (vocabulary.validation_documents, source.validation_documents):  # equal if both are there
+            if documents is not None:
+                val_tokens = tokens_to_start_of(parts, documents)
         require_training_data(parts, val_tokens, benchmark_documents)
         shards, counts = write_shards(out, parts, val_tokens, size, workers, tokenizer)
 

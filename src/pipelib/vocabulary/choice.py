@@ -1,31 +1,105 @@
-"""Choose the tokenizer: the one that encodes text here, or the one that made some tokens."""
+"""Choose the tokenizer: the one that encodes the corpus, the one that made some tokens, the one of a model."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, how_to_repair
+from pipelib.files import read_json, write_json
+from pipelib.vocabulary.folder import TOKENIZER, fingerprint, read_tokenizer
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.vocabulary.tokenizer import Tokenizer
+from pipelib.workspace.places import HERE, MANIFEST
 
-KNOWN = (GPT2_TOKENIZER,)
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the vocabulary stage makes."""
+
+    tokenizer: Tokenizer
+    validation_documents: int | None
+    """Documents at the start of the corpus that are the validation split; None if the first shard is, as for GPT-2's."""
+
+
+def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    """Write the manifest of a folder that has the other files of a vocabulary; GPT-2's has no other file."""
+    tokenizer = vocabulary.tokenizer
+    more = {"validation_documents": vocabulary.validation_documents}
+    write_json(
+        folder / MANIFEST,
+        {
+            **tokenizer.encoding,
+            "size": tokenizer.size,
+            "end_token_id": tokenizer.end_token_id,
+            **({} if vocabulary.validation_documents is None else more),
+        },
+    )
+
+
+def read_vocabulary(folder: Path = HERE.vocabulary) -> Vocabulary:
+    """Read what the vocabulary stage made.
+
+    Raises:
+        UserError: it is missing, or its files are not those of its manifest.
+    """
+    manifest = read_json(folder / MANIFEST)
+    documents = manifest.get("validation_documents")
+    encoding = {key: manifest.get(key) for key in GPT2_TOKENIZER.encoding}
+    tokenizer = GPT2_TOKENIZER if encoding == GPT2_TOKENIZER.encoding else read_tokenizer(folder)
+    if tokenizer.encoding != encoding:
+        raise UserError(
+            f"{folder / TOKENIZER} is not the vocabulary of its {MANIFEST}, so every token could be wrong; "
+            f"{how_to_repair(str(folder))}."
+        )
+    return Vocabulary(tokenizer, documents if isinstance(documents, int) else None)
 
 
 def chosen_tokenizer() -> Tokenizer:
-    """Return the tokenizer that encodes the corpus, and that a newly trained model will use."""
-    return GPT2_TOKENIZER
+    """Return the tokenizer that encodes the corpus: that of data/vocabulary, or GPT-2's before the stage has run."""
+    return read_vocabulary().tokenizer if (HERE.vocabulary / MANIFEST).is_file() else GPT2_TOKENIZER
 
 
 def find_tokenizer(encoding: Mapping[str, object]) -> Tokenizer:
-    """Return the tokenizer that the `encoding` of a manifest names.
+    """Return the tokenizer that the `encoding` of a manifest of shards names.
 
     Raises:
         UserError: there is no such tokenizer.
     """
-    for tokenizer in KNOWN:
+    known = [GPT2_TOKENIZER]
+    if encoding != GPT2_TOKENIZER.encoding and (HERE.vocabulary / MANIFEST).is_file():
+        known.append(read_vocabulary().tokenizer)
+    for tokenizer in known:
         if tokenizer.encoding == encoding:
             return tokenizer
-    name, fingerprint = encoding.get("name"), str(encoding.get("vocabulary_sha256"))[:16]
-    known = ", ".join(f"{tokenizer.name} ({tokenizer.fingerprint[:16]})" for tokenizer in KNOWN)
+    name, sha256 = encoding.get("name"), str(encoding.get("vocabulary_sha256"))[:16]
+    here = ", ".join(f"{tokenizer.name} ({tokenizer.fingerprint[:16]})" for tokenizer in known)
     raise UserError(
-        f"the tokens were made with the vocabulary {name} ({fingerprint}), and this code has {known}, so they cannot be "
+        f"the tokens were made with the vocabulary {name} ({sha256}), and here are {here}, so they cannot be "
         "decoded; run dvc repro to make them again."
     )
+
+
+def published_tokenizer() -> Tokenizer:
+    """Return the tokenizer of the models that OpenAI published."""
+    return GPT2_TOKENIZER
+
+
+def tokenizer_of_model(folder: Path, otherwise: Tokenizer) -> Tokenizer:
+    """Return the tokenizer in a model's folder.
+
+    Args:
+        otherwise: what a model without a tokenizer has, or one whose tokenizer cannot be read here; checks follow that say more.
+    """
+    if not (folder / TOKENIZER).is_file():
+        return GPT2_TOKENIZER if (folder / "vocab.json").is_file() else otherwise
+    try:
+        found = read_tokenizer(folder)
+    except UserError:
+        return otherwise
+    return GPT2_TOKENIZER if found.size == GPT2_TOKENIZER.size and is_gpt2(found) else found
+
+
+def is_gpt2(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer gives every text the tokens of GPT-2."""
+    gpt2 = GPT2_TOKENIZER
+    return tokenizer.fingerprint == fingerprint(gpt2.ranks(), gpt2.pre_tokenizer, gpt2.special_tokens)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from pipelib.errors import UserError
 from pipelib.files import format_json, sha256_file
-from pipelib.vocabulary.tokenizer import Tokenizer
+from pipelib.vocabulary.tokenizer import END, Tokenizer, byte_characters
 
-END = "<|endoftext|>"
 MERGES, NUMBERS = "vocab.bpe", "encoder.json"
 """OpenAI's file names: the merges in order, and the id of each token."""
 SHA256 = {
@@ -43,15 +42,10 @@ def vocabulary_file(name: str) -> Path:
 
 @cache
 def ranks() -> dict[bytes, int]:
-    """Return the id of every token except `<|endoftext|>`, by its bytes: 0 to 255 for single bytes, then the merges in order.
-
-    The files write each byte as a character: a printable byte as itself, the others as U+0100, U+0101 and so on.
-    """
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    """Return the id of every token except `<|endoftext|>`, by its bytes: 0 to 255 for single bytes, then the merges in order."""
+    byte_of = byte_characters()
     merges = vocabulary_file(MERGES).read_text(encoding="utf-8").split("\n")[1:-1]  # the first line is the version
-    found = {bytes([byte]): number for number, byte in enumerate(printable + others)}  # GPT-2's order of single bytes
+    found = {bytes([byte]): number for number, byte in enumerate(byte_of.values())}
     for merge in merges:
         found[bytes(byte_of[character] for character in merge.replace(" ", ""))] = len(found)
     return found

