@@ -10,6 +10,7 @@ it. The text that is scored is the same for all: the documents that the completi
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.workspace.places import HERE
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-TRIAL_STEPS = 40
+TRIAL_STEPS = 160
 
 
 def main() -> None:
@@ -88,9 +89,11 @@ class Run:
         """Return how many tokens the model reads in a time, from a short run."""
         kept, step = self.params["train"]["max_tokens"], self.params["train"]["global_batch_tokens"]
         self.train(TRIAL_STEPS * step)
-        speed = json.loads((self.root / HERE.speed("train")).read_text())
+        with (self.root / HERE.speed("train", "csv")).open(newline="") as file:
+            speeds = [float(row["tokens_per_second"]) for row in csv.DictReader(file)]
         self.params["train"]["max_tokens"] = kept
-        return int(seconds * speed["tokens_per_second"]) // step * step
+        warm = speeds[len(speeds) // 2 :]  # the first steps are slower
+        return int(seconds * np.mean(warm)) // step * step
 
     def train(self, max_tokens: int | None) -> None:
         """Train; None for the tokens of params.yaml."""

@@ -24,6 +24,8 @@ from pipelib.files import write_json
 from pipelib.pool import Pool
 from pipelib.processes import STOP_SIGNALS, WARNING_SIGNALS, on_first_signal, signals_blocked
 from pipelib.stage import run_stage
+from pipelib.vocabulary.choice import Vocabulary, write_vocabulary
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 SIGNALS = (*STOP_SIGNALS, *WARNING_SIGNALS)
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
@@ -221,6 +223,7 @@ def test_signalled_at_any_phase_it_ends_quietly_and_the_next_run_resumes(
     shutil.copytree(source.root, project.root)
     if "download" not in stages:
         write_raw_files(project.root / "data/raw", [make_texts(60), make_texts(40, seed=1)])
+        write_vocabulary(project.root / "data/vocabulary", Vocabulary(GPT2_TOKENIZER, None))
     for name in stages:
         before = outs(project)
         done = project.stage(name, PYTHONPATH=str(watched), TEST_SIGNAL="0 0")

@@ -30,6 +30,7 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project.make(tmp_path_factory.mktemp("project") / "root")
     write_raw_files(project.root / "data/raw", [make_texts(60), make_texts(40, seed=1)])
     write_json(project.root / "data/benchmarks/manifest.json", {})
+    project.runs("vocabulary")
     project.runs("tokenize")
     return project
 

@@ -27,6 +27,7 @@ from pipelib.tokens.unit_store import Share
 from pipelib.tokens.units import Unit, encode_unit, plan_units
 from pipelib.vocabulary.engines import HARD_STRINGS, GigatokenEngine, Texts, TiktokenEngine
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from pipelib.vocabulary.tokenizer import PATTERNS
 
 RUNS = 10 * int(os.environ.get("PIPELIB_TEST_RUNS", "5"))
 
@@ -199,15 +200,16 @@ documents = st.lists(st.lists(alphabet, min_size=1, max_size=60).map("".join), m
 
 
 @settings(max_examples=20 * RUNS, deadline=None, database=None)
-@given(texts=documents, piece=st.integers(1, 12), chunk=st.integers(1, 40))
-@example(texts=["a's b's 'll \n\n x"], piece=1, chunk=1)
-@example(texts=[text for text in HARD_STRINGS if text], piece=5, chunk=100)
-def test_pieces_change_no_token(texts: list[str], piece: int, chunk: int) -> None:
-    encoding = GPT2_TOKENIZER
+@given(texts=documents, piece=st.integers(1, 12), chunk=st.integers(1, 40), rule=st.sampled_from(sorted(PATTERNS)))
+@example(texts=["a's b's 'll \n\n x"], piece=1, chunk=1, rule="gpt2")
+@example(texts=[text for text in HARD_STRINGS if text], piece=5, chunk=100, rule="gpt2")
+@example(texts=["a;\n\nb 日，\n，\r\n x1\n"], piece=1, chunk=10, rule="gpt4")
+def test_pieces_change_no_token(texts: list[str], piece: int, chunk: int, rule: str) -> None:
+    encoding = replace(GPT2_TOKENIZER, pre_tokenizer=rule)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts_module, "PIECE_BYTES", piece)
         patch.setattr(texts_module, "CHUNK_BYTES", chunk)
-        parts = list(chunks(Texts.of(texts)))
+        parts = list(chunks(Texts.of(texts), rule))
     assert "".join(text for part in parts for text in part.texts) == "".join(texts)
     tokens: list[list[int]] = []
     for part in parts:
@@ -221,10 +223,10 @@ def test_pieces_change_no_token(texts: list[str], piece: int, chunk: int) -> Non
 
 def test_a_long_document_comes_in_pieces_and_a_word_without_end_in_one() -> None:
     text = "word " * 500_000
-    pieces = [text for part in chunks(Texts.of([text])) for text in part.texts]
+    pieces = [text for part in chunks(Texts.of([text]), "gpt2") for text in part.texts]
     assert max(map(len, pieces)) < 1.1 * texts_module.PIECE_BYTES
     assert len(pieces) == 3
-    (part,) = chunks(Texts.of(["x" * 2_500_000]))
+    (part,) = chunks(Texts.of(["x" * 2_500_000]), "gpt2")
     assert len(part.texts) == 1
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from small_corpus import make_texts, write_raw_files
 from small_params import PARAMS
 from small_project import CHECKOUT
 
-from pipelib.corpus.parquet import iterate_raw, row_groups
+from pipelib.corpus.parquet import iterate_groups, iterate_raw, row_groups
 from pipelib.errors import UserError
 from pipelib.files import read_json, sha256_file, write_json
 from pipelib.schema import parse
@@ -98,6 +98,7 @@ def test_the_folder_says_what_is_in_it(made: tuple[Path, dict[str, Any]]) -> Non
     folder, result = made
     vocabulary = read_vocabulary(folder)
     assert vocabulary.validation_documents == result["validation_documents"]
+    assert result["vocabulary_sha256"] == vocabulary.tokenizer.fingerprint
     assert read_json(folder / "manifest.json") == {
         **vocabulary.tokenizer.encoding, "size": 400, "end_token_id": 397, "validation_documents": result["validation_documents"],
     }  # fmt: skip
@@ -244,6 +245,37 @@ def test_the_files_that_the_user_names_are_the_split(raw: Path, tmp_path: Path) 
     assert len([*held_out(named, vocabulary_params(validation_documents=5), 8)]) == 17
 
 
+def test_a_prefix_of_a_file_is_all_that_counts(raw: Path, tmp_path: Path) -> None:
+    """`download.max_tokens` ends the corpus in the middle of a file that stays whole."""
+    short = tmp_path / "raw"
+    shutil.copytree(raw, short)
+    manifest = read_json(short / "manifest.json")
+    files = [{**manifest["files"][0], "rows": 120}]
+    write_json(short / "manifest.json", {**manifest, "files": files})
+    groups = row_groups(short)
+    assert [group.rows for group in groups] == [50, 50, 20, 0, 0, 0]
+    size = sum(len(text.encode()) for text in TEXTS[:120])
+    assert sum(group.text_bytes for group in groups) == pytest.approx(size, rel=0.2)
+    held = [*held_out(short, vocabulary_params(), 4)]
+    assert 8 < len(held) < 30  # a tenth
+    assert [*training_texts(short, len(held), 10**9)] == TEXTS[len(held) : 120]
+
+
+@pytest.mark.parametrize("max_bytes", [65536, 100_000])
+def test_one_row_group_is_enough(tmp_path: Path, max_bytes: int) -> None:
+    whole = write_raw_files(tmp_path / "raw", [TEXTS], row_group_rows=1000)
+    found = "".join(training_texts(whole, 40, max_bytes))
+    assert max_bytes - 4 < len(found.encode()) <= max_bytes
+    assert "".join(TEXTS[40:]).startswith(found)
+
+
+def test_a_long_document_is_cut_and_ends_nothing_early(tmp_path: Path) -> None:
+    whole = write_raw_files(tmp_path / "raw", [["held out", "a short one", "日本" * 100_000]])
+    found = [*training_texts(whole, 1, 65536)]
+    assert found[0] == "a short one"
+    assert 65536 - 3 <= sum(len(text.encode()) for text in found) <= 65536
+
+
 @pytest.mark.parametrize("max_bytes", [65536, 100_000, 200_000])
 def test_the_sample_is_bounded_and_spread_over_the_corpus(raw: Path, max_bytes: int) -> None:
     found = [*training_texts(raw, 40, max_bytes)]
@@ -260,7 +292,9 @@ def test_the_sample_is_bounded_and_spread_over_the_corpus(raw: Path, max_bytes: 
 
 def test_row_groups_are_read_by_their_places(raw: Path) -> None:
     whole = [row["text"] for row in iterate_raw(raw)]
-    assert [row["text"] for row in iterate_raw(raw, groups={0, 7})] == [*whole[:50], *whole[350:400]]
+    found = [*iterate_groups(raw, groups={0, 7})]
+    assert [row["text"] for _, row in found] == [*whole[:50], *whole[350:400]]
+    assert [number for number, _ in found] == [0] * 50 + [7] * 50
     assert sum(group.rows for group in row_groups(raw)) == len(whole) == 602
 
 
@@ -286,7 +320,13 @@ def test_an_end_token_may_have_another_name(made: tuple[Path, Any], raw: Path, t
         read_tokenizer(given)
     write_json(given / "tokenizer_config.json", {"eos_token": {"content": "</s>"}})
     folder, _ = make(tmp_path, raw, source=str(given))
-    assert read_vocabulary(folder).tokenizer.end_token_id == 397
+    first = read_vocabulary(folder).tokenizer
+    assert first.end_token_id == 397
+    write_json(given / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    assert read_tokenizer(given).encoding != first.encoding  # documents begin with another token
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="no end token"):
+        read_vocabulary(folder)
 
 
 def test_gpt2s_own_file_is_gpt2s_vocabulary(made: tuple[Path, Any], tmp_path: Path) -> None:
@@ -297,13 +337,23 @@ def test_gpt2s_own_file_is_gpt2s_vocabulary(made: tuple[Path, Any], tmp_path: Pa
     assert tokenizer_of_model(tmp_path / "none", GPT2_TOKENIZER) is GPT2_TOKENIZER
 
 
-def gpt2_folder(folder: Path) -> None:
-    """GPT-2's vocabulary as transformers saves it for its fast tokenizers."""
+def gpt2_folder(folder: Path, vocab_size: int = 50257, added: Sequence[str] = ()) -> None:
+    """GPT-2's vocabulary as transformers saves it for its fast tokenizers, and the config of a model."""
     import transformers
 
     for name, content in GPT2_TOKENIZER.files(1024).items():
         (folder / name).write_bytes(content)
-    transformers.GPT2TokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*added]})
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "config.json", {"vocab_size": vocab_size})
+
+
+def test_tokens_added_without_rows_are_not_the_models(tmp_path: Path) -> None:
+    gpt2_folder(tmp_path, added=["[PAD]"])
+    assert tokenizer_of_model(tmp_path, GPT2_TOKENIZER) is GPT2_TOKENIZER
+    gpt2_folder(tmp_path, vocab_size=50304 + 1, added=["[PAD]"])
+    assert tokenizer_of_model(tmp_path, GPT2_TOKENIZER).size == 50258
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------
@@ -324,6 +374,10 @@ def bad_files() -> Iterator[Any]:
     yield case("order", lambda v: v["model"]["merges"].reverse(), "has merges in another order")
     yield case("a missing byte", lambda v: v["model"]["vocab"].pop("!"), "has no token for 1 of the 256 bytes")
     yield case("not bytes", lambda v: v["model"]["vocab"].update({"日": 0}), "is not a tokenizer of bytes")
+    yield case(
+        "an added word", lambda v: v["added_tokens"][1].update(special=False), "has the added token .* not special"
+    )
+    yield case("a stripping token", lambda v: v["added_tokens"][1].update(lstrip=True), "has the added token .* lstrip")
     yield case("no model", lambda v: v.pop("model"), "is not a tokenizer of bytes")
 
 
@@ -338,12 +392,12 @@ def test_a_tokenizer_of_another_kind_is_refused(
         read_tokenizer(tmp_path)
 
 
-def test_what_is_no_vocabulary_is_refused(tmp_path: Path, raw: Path, made: tuple[Path, Any]) -> None:
+def test_what_is_no_vocabulary_is_refused(tmp_path: Path, made: tuple[Path, Any]) -> None:
     with pytest.raises(UserError, match=r"none/tokenizer.json does not exist"):
         planned_size(vocabulary_params(source=str(tmp_path / "none")))
     gpt2_folder(tmp_path)
     with pytest.raises(UserError, match=r"has GPT-2's vocabulary.*set vocabulary\.source: gpt2"):
-        make(tmp_path / "a", raw, source=str(tmp_path))
+        planned_size(vocabulary_params(source=str(tmp_path)))
     shutil.copytree(made[0], tmp_path / "b")
     (tmp_path / "b/tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
     with pytest.raises(UserError, match=r"is not the vocabulary of its manifest\.json"):
@@ -363,7 +417,9 @@ def test_a_corpus_that_is_too_small_is_refused(raw: Path, tmp_path: Path) -> Non
 
 def test_a_special_token_that_text_has_too_is_refused(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'document' occurs in the text so often"):
-        make(tmp_path, raw, special_tokens=["document"])
+        make(tmp_path / "a", raw, special_tokens=["document"])
+    with pytest.raises(UserError, match=r"'é' is how tokenizer\.json writes an ordinary token"):
+        make(tmp_path / "b", raw, special_tokens=["é"])
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def make_parser() -> Parser:
     """Build the parser with all subcommands."""
     parser = Parser(
         "pipelib",
-        description="Tools for the pipeline download -> tokenize -> train -> evaluate. Run them in the root of the repository.",
+        description="Tools for the pipeline download -> vocabulary -> tokenize -> train -> evaluate. Run them in the root of "
+        "the repository.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {versions('pipelib')['pipelib']}")

@@ -210,37 +210,40 @@ def describe_file(path: Path, sha256: str | None = None, column: str = TEXT) -> 
     return RawFile(path.name, path.stat().st_size, rows, sha256 or sha256_file(path))
 
 
-def iterate_raw(
-    folder: Path, columns: Sequence[str] = (TEXT,), groups: Container[int] | None = None
-) -> Iterator[dict[str, Any]]:
+def iterate_raw(folder: Path, columns: Sequence[str] = (TEXT,)) -> Iterator[dict[str, Any]]:
     """Yield the documents of a folder in the order of the corpus, as `{column: value}`. Memory holds one row group.
-
-    Args:
-        groups: the row groups to read, by their places in `row_groups`; None for all.
 
     Raises:
         UserError: the manifest or a file is missing or damaged.
     """
+    return (row for _, row in iterate_groups(folder, columns))
+
+
+def iterate_groups(
+    folder: Path, columns: Sequence[str] = (TEXT,), groups: Container[int] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield documents as `iterate_raw` does, each with the number of its row group in the corpus.
+
+    Args:
+        groups: the row groups to read; None for all.
+    """
     manifest = read_raw_manifest(folder)
-    first = 0
+    number = 0
     for file in manifest.files:
         with open_parquet(folder / file.name, REPAIR, manifest.text_column) as parquet:
-            rows = file.rows  # `download.max_tokens` may end the corpus in the middle of the file
-            for group in range(parquet.num_row_groups):
-                if groups is None or first + group in groups:
-                    yield from islice(_iterate_group(parquet, group, columns, folder / file.name, manifest), rows)
-                rows = max(0, rows - parquet.metadata.row_group(group).num_rows)
-                if not rows:
-                    break
-            first += parquet.num_row_groups
+            for group, rows in enumerate(_rows_of_groups(parquet, file)):
+                if rows and (groups is None or number in groups):
+                    found = _iterate_group(parquet, group, columns, folder / file.name, manifest)
+                    yield from ((number, row) for row in islice(found, rows))
+                number += 1
 
 
 class RowGroup(NamedTuple):
-    """A row group of the corpus, as its file states it."""
+    """A row group of the corpus."""
 
     rows: int
     text_bytes: int
-    """Repeated texts may be counted only once."""
+    """As the file states it; repeated texts may be counted only once."""
 
 
 def row_groups(folder: Path) -> list[RowGroup]:
@@ -253,10 +256,19 @@ def row_groups(folder: Path) -> list[RowGroup]:
     found = []
     for file in manifest.files:
         with open_parquet(folder / file.name, REPAIR, manifest.text_column) as parquet:
-            for group in range(parquet.num_row_groups):
+            for group, rows in enumerate(_rows_of_groups(parquet, file)):
                 size = text_column(parquet.metadata, group, manifest.text_column).total_uncompressed_size
-                found.append(RowGroup(parquet.metadata.row_group(group).num_rows, size))
+                found.append(RowGroup(rows, size * rows // max(1, parquet.metadata.row_group(group).num_rows)))
     return found
+
+
+def _rows_of_groups(parquet: pq.ParquetFile, file: RawFile) -> Iterator[int]:
+    """Yield how many rows of each row group belong to the corpus: `download.max_tokens` may end it in the middle of a file."""
+    left = file.rows
+    for group in range(parquet.num_row_groups):
+        rows = min(left, parquet.metadata.row_group(group).num_rows)
+        yield rows
+        left -= rows
 
 
 def stated_text_bytes(folder: Path) -> int:

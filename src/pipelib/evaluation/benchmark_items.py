@@ -28,7 +28,7 @@ class Item:
     @property
     def ending_bytes(self) -> list[int]:
         """The bytes of each ending, with the space before it."""
-        return [len(f" {ending}".encode()) for ending in self.texts[1:]]
+        return [len(f" {ending}".encode("utf-8", "surrogatepass")) for ending in self.texts[1:]]
 
 
 def holds_items(path: Path) -> bool:

@@ -29,6 +29,8 @@ from pipelib.model.huggingface import import_model
 from pipelib.model.weights import weights_sha256
 from pipelib.stage import Build
 from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, Manifest, read_manifest, shard_problems
+from pipelib.vocabulary.choice import published_tokenizer
+from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.places import Places
 from pipelib.workspace.provenance import chosen_files, code_hash, import_closure
 
@@ -82,7 +84,7 @@ def evaluate(
     samples = write_samples(model, tokenizer, params.sample_prompts, params.precision, seed=0)
     subject = Subject(
         result, baselines, model.params.parameters(model.vocab_size), model.vocab_size, manifest.source,
-        facts(models, model, manifest, build.code, curves), samples, curves,
+        facts(models, model, manifest, build.code, curves), samples, curves, tokenizer != published_tokenizer(),
     )  # fmt: skip
     made = Places(build.outs)
     write_report(made.reports, subject)
@@ -110,7 +112,9 @@ def measure_baselines(
     }
 
     def measure_baseline(baseline: Baseline) -> Measured:
-        return measure(baseline.name, baseline.folder, params, data, scratch, baseline.tokenizer)
+        measured = measure(baseline.name, baseline.folder, params, data, scratch, baseline.tokenizer)
+        own = {} if baseline.tokenizer == data.tokenizer else {"vocabulary": baseline.tokenizer.name}
+        return replace(measured, result=measured.result | own)
 
     found = {}
     for baseline in find_baselines(params.baselines, data.tokenizer):
@@ -149,9 +153,15 @@ def facts(models: Path, model: Decoder, manifest: Manifest, code: Mapping[str, s
         "formula of `ModelParams.flops_per_token`; `device_hours` are in `metrics/speed/train.json`",
         "data fingerprint": f"`{manifest.fingerprint[:16]}`",
         "data source": describe_source(manifest.source),
+        "vocabulary": describe_vocabulary(manifest.tokenizer),
         "code of this stage": f"`{sha256_json(dict(code))[:16]}`; the commit is in `metrics/speed/evaluate.json`",
         **describe_environment(model, code),
     }
+
+
+def describe_vocabulary(tokenizer: Tokenizer) -> str:
+    """A vocabulary's name, size and fingerprint."""
+    return f"{tokenizer.title}: {tokenizer.size:,} tokens, `{tokenizer.fingerprint[:16]}`"
 
 
 def describe_model(model: Decoder) -> dict[str, str]:

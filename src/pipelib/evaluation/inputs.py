@@ -30,8 +30,12 @@ def evaluation_inputs(
         if not path.is_file():
             raise UserError(f"{path} does not exist, so there is nothing to evaluate; run dvc repro.")
     hashes = {path.as_posix(): sha256_file(path) for path in files}
-    found = find_baselines(params.baselines, read_manifest(tokens).tokenizer) if params.baselines else []
-    baselines = {baseline.name: baseline.identity for baseline in found}
+    tokenizer = read_manifest(tokens).tokenizer
+    baselines = {
+        baseline.name: baseline.identity
+        | ({} if baseline.tokenizer == tokenizer else {"vocabulary": baseline.tokenizer.fingerprint})
+        for baseline in find_baselines(params.baselines, tokenizer)
+    }
     return {"evaluate": asdict(params), "files": hashes | task_hashes(params), "baselines": baselines}
 
 

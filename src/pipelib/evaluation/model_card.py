@@ -146,6 +146,8 @@ def _data(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if "files" in source:
         yield "files", f"{len(source['files']):,}, with their SHA-256 in the manifest"
     yield "fingerprint", f"`{manifest.fingerprint}` (SHA-256 of `data/tokens/manifest.json`)"
+    tokenizer = manifest.tokenizer
+    yield "vocabulary", f"{tokenizer.title}, {tokenizer.size:,} tokens, `{tokenizer.fingerprint}`"
     for split in ("train", "val"):
         yield f"tokens, {split}", f"{manifest.tokens(split):,}"
 

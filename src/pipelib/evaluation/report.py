@@ -40,6 +40,8 @@ class Subject:
     """(prompt, continuation)."""
     curves: Path | None
     """The folder of the training's curves, if there is one."""
+    has_own_vocabulary: bool = False
+    """Whether the vocabulary is another than GPT-2's, to which published losses belong."""
 
 
 def interval(accuracy: AccuracyJson) -> str:
@@ -75,9 +77,11 @@ def _blocks(folder: Path, subject: Subject) -> Iterator[Block]:
         yield Paragraph(verdict(name, found["acc_norm"], found.get("unigram", {}).get("acc_norm")))
     yield Paragraph(
         "Brackets hold the 95 % interval; ± is followed by one standard error. `completion` and `hellaswag` are in completion "
-        "style: four endings, chance 0.25, `acc` takes the smallest summed loss and `acc_norm` the smallest mean loss per token; "
-        "intervals treat texts as independent, not the items made from one text. `lm_eval` is the lm-eval harness, with its own "
-        "scorers. A validation loss is over every token of the validation shard but the first, in rows of the model's own "
+        "style: four endings, chance 0.25, `acc` takes the smallest summed loss, `acc_norm` the smallest mean loss per token, "
+        "`acc_norm_bytes` per byte of text; intervals treat texts as independent, not the items made from one text. Losses "
+        "per token compare only between models of one vocabulary; bits per byte compare always. `lm_eval` is the lm-eval "
+        "harness, with its own scorers. A validation loss is over every token of the validation shard but the first, in rows "
+        "of the model's own "
         "context. Published figures were not measured here. `items.npz` beside this file has the scores of every item and row; "
         "`pipelib.evaluation.items` reads it."
     )
@@ -104,16 +108,18 @@ def rows_of(subject: Subject) -> Iterator[Sequence[str]]:
                     name,
                     model,
                     _number(measure, result[measure]),
-                    f"{result['val_tokens']:,} tokens",
+                    f"{result['val_tokens']:,} tokens{_of_which_vocabulary(result)}",
                     "measured here",
                 )
-        yield from _published(measure, name, subject)
+        if not subject.has_own_vocabulary:
+            yield from _published(measure, name, subject)
     for benchmark in completions_of(subject.result):
-        for metric in ("acc", "acc_norm"):
+        for metric in ("acc", "acc_norm", "acc_norm_bytes"):
             measure = f"{benchmark}.{metric}"
             for model, result in results.items():
-                yield _accuracy(measure, model, result[benchmark][metric])
-            if "unigram" in subject.result[benchmark]:
+                if metric in result[benchmark]:
+                    yield _accuracy(measure, model, result[benchmark][metric])
+            if metric in subject.result[benchmark].get("unigram", {}):
                 yield _accuracy(measure, "unigram model", subject.result[benchmark]["unigram"][metric])
             yield from _published(measure, measure, subject)
     for task, scores in subject.result.get("lm_eval", {}).items():
@@ -123,6 +129,11 @@ def rows_of(subject: Subject) -> Iterator[Sequence[str]]:
             for model, result in results.items():
                 yield _task_score(measure, model, metric, result["lm_eval"][task], result["lm_eval_version"])
             yield from _published(measure, measure, subject)
+
+
+def _of_which_vocabulary(result: Mapping[str, Any]) -> str:
+    """The vocabulary of a model that has another one than the data; losses per token do not compare then."""
+    return f" of {result['vocabulary']}; compare bits per byte" if "vocabulary" in result else ""
 
 
 def _accuracy(measure: str, model: str, accuracy: AccuracyJson) -> Sequence[str]:
@@ -166,9 +177,16 @@ def _pictures(folder: Path, subject: Subject) -> Iterator[Block]:
 def _levels(measure: str, subject: Subject) -> list[Line]:
     """The values of the baselines that were measured; if none was, published figures."""
     name, _, metric = measure.partition(".")
-    found = {model: result[name] for model, result in subject.baselines.items() if name in result}
+    is_loss = measure in LOSSES
+    found = {
+        model: result[name]
+        for model, result in subject.baselines.items()
+        if name in result and not (is_loss and "vocabulary" in result)
+    }
     if found:
         return [(f"{model}, measured", value[metric]["value"] if metric else value) for model, value in found.items()]
+    if is_loss and subject.has_own_vocabulary:
+        return []
     return [_level(figure) for figure in published_beside(measure, subject.parameters, subject.source)]
 
 

@@ -69,7 +69,7 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
         if is_folder(name):
             yield partial(require_baseline, name, tokenizer or chosen_tokenizer())
     yield partial(check_shares, params.train, ranks)
-    if corpus is not None:
+    if corpus is not None and (corpus.is_exact or params.vocabulary.source == "gpt2"):
         yield partial(_check_tokens, params, corpus)
 
 

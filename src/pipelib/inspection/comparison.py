@@ -44,6 +44,7 @@ def _params(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
 def _metrics(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
     """Metrics of train and evaluate, and measures on items that have no metric of their own."""
     scores = [_scores(run) for run in runs]
+    same = [vocabulary_of(run) == vocabulary_of(runs[0]) for run in runs]
     shown = set()
     for stage in ("train", "evaluate"):
         for key in dict.fromkeys(key for run in runs for key in run.metrics[stage]):
@@ -52,10 +53,24 @@ def _metrics(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
             shown.add(name)
             if len(set(values)) == 1 or is_part(key):
                 continue
-            yield [f"{stage} {key.removesuffix('.value')}", *_cells(values, name, scores)]
+            comparable = same if is_per_token(key) else [True] * len(runs)
+            yield [f"{stage} {key.removesuffix('.value')}", *_cells(values, name, scores, comparable)]
     for name in dict.fromkeys(name for score in scores for name in measures(score)):
         if name not in shown:
-            yield [f"items {name}", *_cells([mean(s, name) if name in s else None for s in scores], name, scores)]
+            values = [mean(s, name) if name in s else None for s in scores]
+            comparable = same if is_per_token(name) else [True] * len(runs)
+            yield [f"items {name}", *_cells(values, name, scores, comparable)]
+
+
+def vocabulary_of(run: RunFiles) -> str:
+    """What identifies a run's vocabulary: its name and fingerprint."""
+    found = run.metrics.get("vocabulary", {})  # earlier runs have none: they are GPT-2's
+    return f"{found.get('name', 'gpt2')} {found.get('vocabulary_sha256', '')}"
+
+
+def is_per_token(key: str) -> bool:
+    """Whether a metric is a loss per token, which means nothing for another vocabulary. The harness's are per byte or word."""
+    return key == "perplexity" or ("loss" in key and not key.startswith("lm_eval"))
 
 
 def is_part(key: str) -> bool:
@@ -68,13 +83,15 @@ def measure_of(key: str) -> str:
     return "validation/loss" if key == "val_loss" else key.removesuffix(".value").replace(".", "/")
 
 
-def _cells(values: Sequence[float | None], name: str, scores: Sequence[Scores]) -> Iterator[str]:
-    """The value of each run; from the second on, with the difference from the first."""
+def _cells(
+    values: Sequence[float | None], name: str, scores: Sequence[Scores], comparable: Sequence[bool]
+) -> Iterator[str]:
+    """The value of each run; from the second on, with the difference from the first if the two can be compared."""
     for number, value in enumerate(values):
         first = values[0]
         if value is None:
             yield ""
-        elif number == 0 or first is None:
+        elif number == 0 or first is None or not comparable[number]:
             yield _plain(value)
         else:
             found = paired_difference(scores[0], scores[number], name)
@@ -115,6 +132,11 @@ def _notes(runs: Sequence[RunFiles]) -> Iterator[str]:
                 "`dvc fetch` gets them, or dvc repro makes them."
             )
     for other in runs[1:]:
+        if vocabulary_of(first) != vocabulary_of(other):
+            yield (
+                f"{other.name} has another vocabulary than {first.name}: losses and perplexities are per token, so they are not "
+                "subtracted; compare bits per byte and acc_norm_bytes."
+            )
         if changed := changed_code(first, other):
             yield f"{other.name} ran other code than {first.name}: {', '.join(changed)}."
         unpaired = [

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
 
@@ -15,7 +15,8 @@ from pipelib.params import Params
 from pipelib.tokens.shards import HEADER_BYTES, Manifest, Shard, read_manifest
 from pipelib.training.checkpoint import checkpoint_bytes
 from pipelib.training.memory import Footprint
-from pipelib.vocabulary.planned import planned_size
+from pipelib.vocabulary.params import VocabularyParams
+from pipelib.vocabulary.planned import planned_size, planned_tokenizer
 from pipelib.workspace.places import HERE, MANIFEST, Places, state_root
 
 
@@ -74,6 +75,8 @@ def _known_corpus(params: Params) -> Corpus | None:
             known = _HUB.get((download.repo, download.folder))
         case _:
             known = None
+    if known and params.vocabulary.source != "gpt2":
+        known = replace(known, origin=f"{known.origin}; in GPT-2's tokens", is_exact=False)
     return known.prefix(download.max_tokens) if known else None
 
 
@@ -89,12 +92,22 @@ def _made_corpus(params: Params, root: Path) -> Corpus | None:
     if download.source == "hub":
         wanted |= {"repo": download.repo, "revision": download.revision, "folder": download.folder}
     # other parameters would give other tokens
+    if not _is_of(manifest, params.vocabulary):
+        return None
     has_dedup = manifest.dedup.get("method") if manifest.dedup else "none"
     if has_dedup != params.tokenize.dedup or any(source.get(key) != value for key, value in wanted.items()):
         return None
     raw_bytes = sum(path.stat().st_size for path in Places(root).raw.glob("*.parquet"))
     tokens = sum(shard.tokens for shard in manifest.shards)
     return Corpus(tokens, raw_bytes, f"as {HERE.tokens / MANIFEST} says", is_exact=True)
+
+
+def _is_of(manifest: Manifest, params: VocabularyParams) -> bool:
+    """Whether shards were made with the vocabulary that the parameters ask for, as far as it is known before it is trained."""
+    tokenizer = planned_tokenizer(params)
+    if tokenizer:
+        return manifest.encoding == tokenizer.encoding
+    return manifest.encoding["name"] == f"bpe-{params.size}"
 
 
 def manifest_of(corpus: Corpus, shard_tokens: int) -> Manifest:

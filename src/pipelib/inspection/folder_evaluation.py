@@ -10,6 +10,7 @@ from pipelib.evaluation.evaluate import (
     describe_environment,
     describe_model,
     describe_source,
+    describe_vocabulary,
     measure_baselines,
     require_validation,
 )
@@ -25,7 +26,7 @@ from pipelib.model.device import pick_device
 from pipelib.model.huggingface import find_model, import_model
 from pipelib.model.weights import weights_sha256
 from pipelib.tokens.shards import VALIDATION_SHARD, read_manifest
-from pipelib.vocabulary.choice import chosen_tokenizer, tokenizer_of_model
+from pipelib.vocabulary.choice import chosen_tokenizer, published_tokenizer, tokenizer_of_model
 from pipelib.workspace.places import HERE
 from pipelib.workspace.provenance import code_hashes
 
@@ -64,6 +65,7 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
         measured = measure(str(folder), folder, params, data, Path(scratch) / "harness", tokenizer)
         others = measure_baselines(params, data, code, device, Path(scratch) / "harness")
     baselines = {name: other.result for name, other in others.items()}
+    result = measured.result | ({} if tokenizer == data.tokenizer else {"vocabulary": tokenizer.name})
     model = import_model(folder, tokenizer, quiet=True).to(device)
     samples = write_samples(model, tokenizer, params.sample_prompts, params.precision, seed=0) if out else []
     # what the report says about the model
@@ -71,6 +73,7 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
         "model": f"`{folder}`",
         "weights": f"SHA-256 `{weights_sha256(folder)}`",
         **describe_model(model),
+        "vocabulary": describe_vocabulary(tokenizer),
         **describe_environment(model, code),
     }
     if manifest:
@@ -80,9 +83,10 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
         }
     source = manifest.source if manifest else {}
     parameters, vocab_size = model.params.parameters(model.vocab_size), model.vocab_size
-    subject = Subject(measured.result, baselines, parameters, vocab_size, source, facts, samples, None)
+    own = tokenizer != published_tokenizer()
+    subject = Subject(result, baselines, parameters, vocab_size, source, facts, samples, None, own)
     if out:
         write_report(out, subject)
         write_items(out / "items.npz", measured.items)
-        write_json(out / "evaluation.json", measured.result | ({"baselines": baselines} if baselines else {}))
+        write_json(out / "evaluation.json", result | ({"baselines": baselines} if baselines else {}))
     return subject

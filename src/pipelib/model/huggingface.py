@@ -18,7 +18,7 @@ from pipelib.files import read_json, write_atomic, write_json
 from pipelib.model.decoder import HEAD, Decoder, family_of
 from pipelib.model.params import ModelParams, family_params, known_families
 from pipelib.model.recipe import write_recipe
-from pipelib.model.tokenizer import how_to_cut_off, require_same_tokens
+from pipelib.model.tokenizer import how_to_cut_off, require_same_tokens, require_same_vocabulary
 from pipelib.model.weights import (
     CONFIG,
     WEIGHTS,
@@ -175,6 +175,7 @@ def _describe(folder: Path, tokenizer: Tokenizer) -> _Described:
                 f"{path} has {key} = {config[key]!r} where {title} has {allowed[0]!r}, so its logits would be wrong; "
                 f"use a {title} as published."
             )
+    require_same_vocabulary(folder, tokenizer)
     if config["vocab_size"] not in _sizes(tokenizer):
         raise UserError(
             f"{path} has vocab_size = {config['vocab_size']!r} where {tokenizer.title} has {tokenizer.size}, so its tokens are "

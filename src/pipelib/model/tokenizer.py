@@ -9,6 +9,7 @@ from typing import Any
 from pipelib.errors import UserError
 from pipelib.files import read_json
 from pipelib.model.weights import restore
+from pipelib.vocabulary.choice import published_tokenizer, tokenizer_of_model
 from pipelib.vocabulary.folder import TOKENIZER, read_tokenizer
 from pipelib.vocabulary.tokenizer import Tokenizer
 
@@ -39,7 +40,6 @@ def require_same_tokens(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
     Raises:
         UserError: with the tokens that differ.
     """
-    _require_same_rules(folder, tokenizer)
     ours: dict[str, int] = {}
     named: dict[int, str] = {}
     for path, vocabulary in _vocabularies(folder):
@@ -62,20 +62,25 @@ def require_same_tokens(folder: Path, rows: int, tokenizer: Tokenizer) -> None:
         )
 
 
-def _require_same_rules(folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a folder whose tokenizer.json is that of another vocabulary of our own, or splits text otherwise.
+def require_same_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a folder whose tokenizer has another fingerprint than one of our own.
+
+    For GPT-2's, `require_same_tokens` says more.
 
     Raises:
         UserError: with both vocabularies.
     """
-    if "vocab.json" in tokenizer.files(0) or not (folder / TOKENIZER).is_file():
+    if tokenizer == published_tokenizer():
         return
-    found = read_tokenizer(folder)
-    if found.fingerprint != tokenizer.fingerprint:
+    found = tokenizer_of_model(folder, tokenizer)
+    if found == tokenizer and (folder / TOKENIZER).is_file():
+        read_tokenizer(folder)  # raises if it was taken for the data's because it cannot be read
+    if found != tokenizer:
+        source = "gpt2" if found == published_tokenizer() else str(folder)
         raise UserError(
-            f"{folder / TOKENIZER} is another vocabulary ({found.title}, {found.fingerprint[:16]}) than the data's "
+            f"{folder} has another vocabulary ({found.title}, {found.fingerprint[:16]}) than the data's "
             f"({tokenizer.title}, {tokenizer.fingerprint[:16]}), so the model would mistake the data's tokens for others; use a "
-            f"model with the data's, or set vocabulary.source: {folder}."
+            f"model with the data's, or set vocabulary.source: {source}."
         )
 
 

@@ -77,7 +77,8 @@ def encode_corpus(
         for documents in (vocabulary.validation_documents, source.validation_documents):  # equal if both are there
             if documents is not None:
                 val_tokens = tokens_to_start_of(parts, documents)
-        require_training_data(parts, val_tokens, benchmark_documents)
+        by_documents = vocabulary.validation_documents is not None or source.validation_documents is not None
+        require_training_data(parts, val_tokens, benchmark_documents, by_documents=by_documents)
         shards, counts = write_shards(out, parts, val_tokens, size, workers, tokenizer)
 
     dropped = sum(len(part.dropped) for part in parts)
@@ -337,8 +338,13 @@ def _write_shard(task: tuple[Path, Sequence[Span]], tokenizer: Tokenizer) -> tup
     return write_shard(path, sum(end - start for _, start, end in spans), pieces, tokenizer)
 
 
-def require_training_data(parts: Sequence[Part], val_tokens: int, benchmark_documents: int) -> None:
+def require_training_data(
+    parts: Sequence[Part], val_tokens: int, benchmark_documents: int, *, by_documents: bool
+) -> None:
     """Refuse a corpus that leaves no training data, and benchmarks that are made of training text.
+
+    Args:
+        by_documents: the validation split is documents and not `tokenize.shard_tokens` tokens.
 
     Raises:
         UserError: one of the two is the case.
@@ -347,7 +353,7 @@ def require_training_data(parts: Sequence[Part], val_tokens: int, benchmark_docu
     if tokens <= val_tokens:
         raise UserError(
             f"the corpus has {tokens} tokens and the validation shard takes {val_tokens}, so no training data is left; lower "
-            "tokenize.shard_tokens or add text."
+            f"{'vocabulary.validation_documents' if by_documents else 'tokenize.shard_tokens'} or add text."
         )
     if tokens_to_start_of(parts, benchmark_documents) <= val_tokens:
         return
@@ -357,8 +363,13 @@ def require_training_data(parts: Sequence[Part], val_tokens: int, benchmark_docu
         ends = before + np.append(part.starts()[1:], part.tokens)
         whole += int(np.count_nonzero(ends <= val_tokens))
         before += part.tokens
+    remedy = (
+        "hold more documents out (vocabulary.validation_documents, download.validation)"
+        if by_documents
+        else "raise tokenize.shard_tokens (or name files in download.validation)"
+    )
     raise UserError(
         f"download.benchmark_documents = {benchmark_documents}, but only the first {whole} documents are entirely in the "
-        f"validation shard of {val_tokens} tokens, so the model would be tested on training text; raise "
-        f"tokenize.shard_tokens (or name more files in download.validation), or lower download.benchmark_documents to {whole}."
+        f"validation shard of {val_tokens} tokens, so the model would be tested on training text; {remedy}, or lower "
+        f"download.benchmark_documents to {whole}."
     )

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Manifest:
     shards: tuple[Shard, ...]
     dedup: dict[str, Any] | None = None
     """How duplicates were found, and how many documents were left out; None without deduplication."""
+    vocabulary: Path | None = field(default=None, compare=False)
+    """The folder of the vocabulary, if it is not data/vocabulary. It is not part of the file."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -62,7 +64,7 @@ class Manifest:
         Raises:
             UserError: this code does not have that tokenizer.
         """
-        return find_tokenizer(self.encoding)
+        return find_tokenizer(self.encoding, *([self.vocabulary] if self.vocabulary else []))
 
     @property
     def fingerprint(self) -> str:
@@ -83,7 +85,7 @@ class Manifest:
 
     def _text(self) -> str:
         fields = asdict(self)
-        dedup = fields.pop("dedup")
+        dedup, _ = fields.pop("dedup"), fields.pop("vocabulary")
         return format_json({"version": VERSION, **fields, **({"dedup": dedup} if dedup else {})})
 
 
@@ -103,7 +105,8 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         shards = tuple(Shard(**shard) for shard in value["shards"])
-        manifest = Manifest(value["encoding"], value["source"], shards, value.get("dedup"))
+        beside = folder.with_name(HERE.vocabulary.name)
+        manifest = Manifest(value["encoding"], value["source"], shards, value.get("dedup"), beside)
         # JSON may hold values of any type; a wrong one would fail much later, and less clearly.
         for shard in shards:
             for name, kind in Shard.__annotations__.items():

@@ -137,9 +137,13 @@ class Chunk:
     """Whether each piece is the first of its document (pieces,)."""
 
 
-def chunks(texts: Texts) -> Iterator[Chunk]:
-    """Yield all texts, about CHUNK_BYTES at a time."""
-    offsets, document = _pieces(texts)
+def chunks(texts: Texts, pre_tokenizer: str) -> Iterator[Chunk]:
+    """Yield all texts, about CHUNK_BYTES at a time.
+
+    Args:
+        pre_tokenizer: the name of the rule that splits text into words; a cut must not change them.
+    """
+    offsets, document = _pieces(texts, pre_tokenizer)
     leads = np.diff(document, prepend=-1) > 0
     start = 0
     while start < len(document):
@@ -151,10 +155,11 @@ def chunks(texts: Texts) -> Iterator[Chunk]:
         start = end
 
 
-def _pieces(texts: Texts) -> tuple[Offsets, npt.NDArray[np.int64]]:
+def _pieces(texts: Texts, pre_tokenizer: str) -> tuple[Offsets, npt.NDArray[np.int64]]:
     """Return the offset of every piece, and the index of its document. Most documents are one piece."""
     long = np.diff(texts.offsets) > PIECE_BYTES
-    cuts = [_cuts(texts.data, *texts.offsets[index : index + 2].tolist()) for index in np.flatnonzero(long)]
+    ends = texts.offsets.tolist()
+    cuts = [_cuts(texts.data, ends[index], ends[index + 1], pre_tokenizer) for index in np.flatnonzero(long).tolist()]
     document = np.arange(len(texts), dtype=np.int64)
     if not any(cuts):
         return texts.offsets, document
@@ -165,12 +170,13 @@ def _pieces(texts: Texts) -> tuple[Offsets, npt.NDArray[np.int64]]:
     return offsets, np.repeat(document, pieces)
 
 
-def _cuts(data: npt.NDArray[np.uint8], start: int, end: int) -> list[int]:
+def _cuts(data: npt.NDArray[np.uint8], start: int, end: int, pre_tokenizer: str) -> list[int]:
     """Find places, about every PIECE_BYTES, where a long text can be cut without changing a token.
 
-    GPT-2 splits text into words before it merges bytes. Its rule looks ahead only within white space, and never looks back.
-    So these are always the end of a word, whatever follows: a character before white space, an ASCII letter before a digit,
-    and a digit before an ASCII letter. A text without such a place stays one piece.
+    Text is split into words before bytes are merged. The rules look ahead only within white space, and never look back. So
+    these are always the end of a word, whatever follows: a character before white space, an ASCII letter before a digit, and
+    a digit before an ASCII letter. Rules other than GPT-2's put line ends into the word of the punctuation before them, so
+    only letters and digits end a word there. A text without such a place stays one piece.
     """
     # Search the window after each piece for a place; without one, the piece grows by a window.
     places: list[int] = []
@@ -178,7 +184,12 @@ def _cuts(data: npt.NDArray[np.uint8], start: int, end: int) -> list[int]:
     while at < end:
         window = data[at - 1 : min(end, at + PIECE_BYTES)]
         place = next(
-            (at + int(found) for found in _candidates(window) if _ends_word(data, start, at + int(found))), None
+            (
+                at + int(found)
+                for found in _candidates(window)
+                if _ends_word(data, start, at + int(found), pre_tokenizer)
+            ),
+            None,
         )
         if place is not None:
             places.append(place)
@@ -204,10 +215,11 @@ def _is_digit(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     return (data >= 0x30) & (data <= 0x39)
 
 
-def _ends_word(data: npt.NDArray[np.uint8], start: int, place: int) -> bool:
-    """Return whether the character before a place is not white space. Python's definition includes all that is in GPT-2's."""
-    if data[place - 1] < 0x80:
+def _ends_word(data: npt.NDArray[np.uint8], start: int, place: int, pre_tokenizer: str) -> bool:
+    """Return whether the character before a place ends a word. Python's white space includes all that is in GPT-2's."""
+    before_line_end = pre_tokenizer != "gpt2" and data[place] in b"\r\n"
+    if data[place - 1] < 0x80 and not before_line_end:
         return True
     # A character has at most 4 bytes; "ignore" drops the rest of the one before.
     tail = data[max(start, place - 4) : place].tobytes().decode("utf-8", "ignore")
-    return bool(tail) and not tail[-1].isspace()
+    return bool(tail) and (tail[-1].isalnum() if before_line_end else not tail[-1].isspace())

@@ -129,7 +129,7 @@ def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, S
             if not documents:  # once per unit: comparing all documents would be as slow as tiktoken
                 assert_same_tokens(engine, _heads(batch))
             lengths = np.ones(len(batch), np.uint32)  # 1 for the end token
-            for chunk in chunks(batch):
+            for chunk in chunks(batch, engine.tokenizer.pre_tokenizer):
                 clock.add("join")
                 tokens, offsets = engine.encode(chunk.texts)
                 clock.add("encode")

@@ -19,7 +19,7 @@ from pipelib.workspace.places import StatePlaces, mlflow_database
 EXPERIMENT = "pipelib"
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # MLflow's name for model training, as opposed to chats
-    "mlflow.note.content": "A run here is a pass through the pipeline: download, tokenize, train, evaluate, each a run below it. "
+    "mlflow.note.content": "A run here is a pass through the pipeline; each of its stages is a run below it. "
     "Comparing the upper ones is enough.",
 }
 LOCAL_WAIT_SECONDS, SERVER_WAIT_SECONDS = 10.0, 0.8

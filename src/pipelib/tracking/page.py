@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pipelib.workspace.stages import STAGES
 
 HEADLINES = (
+    ("evaluate.bits_per_byte", "bits per byte", ".3f"),
     ("evaluate.val_loss", "validation loss", ".4f"),
     ("evaluate.perplexity", "perplexity", ",.1f"),
-    ("evaluate.bits_per_byte", "bits per byte", ".3f"),
     ("evaluate.hellaswag.acc_norm.value", "HellaSwag acc_norm", ".4f"),
     ("evaluate.completion.acc_norm.value", "completion acc_norm", ".4f"),
     ("train.parameters", "parameters", ",.0f"),

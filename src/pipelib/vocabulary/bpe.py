@@ -78,8 +78,14 @@ def _require_size(tokenizer: "HuggingFaceTokenizer", ordinary: int, size: int) -
 def _require_free(tokenizer: "HuggingFaceTokenizer", special: list[str]) -> None:
     character_of = {byte: character for character, byte in byte_characters().items()}
     for token in special:
-        if tokenizer.token_to_id("".join(character_of[byte] for byte in token.encode("utf-8"))) is not None:
+        spelled = "".join(character_of[byte] for byte in token.encode("utf-8"))
+        if tokenizer.token_to_id(spelled) is not None:
             raise UserError(
                 f"vocabulary.special_tokens: {token!r} occurs in the text so often that it became an ordinary token, so the two "
                 "could not be told apart; use another spelling, or clean the text."
+            )
+        if tokenizer.token_to_id(token) is not None:  # it is how the file writes one: é stands for a byte
+            raise UserError(
+                f"vocabulary.special_tokens: {token!r} is how tokenizer.json writes an ordinary token, so the two could not be "
+                "told apart; use another spelling, such as <|name|>."
             )

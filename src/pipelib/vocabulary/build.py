@@ -1,6 +1,7 @@
 """The vocabulary stage: GPT-2's vocabulary, one trained on the corpus, or that of a folder; and how well it compresses."""
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -14,13 +15,14 @@ from pipelib.files import format_bytes, write_atomic
 from pipelib.progress import Progress
 from pipelib.stage import Build, WorkResult
 from pipelib.vocabulary.bpe import train_bpe
-from pipelib.vocabulary.choice import Vocabulary, is_gpt2, write_vocabulary
+from pipelib.vocabulary.choice import Vocabulary, write_vocabulary
 from pipelib.vocabulary.engines import HARD_STRINGS, load_engine
 from pipelib.vocabulary.folder import TOKENIZER, model_files, read_tokenizer, tiktoken_lines
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.vocabulary.params import VocabularyParams
+from pipelib.vocabulary.planned import planned_tokenizer
 from pipelib.vocabulary.sample import HeldOut, held_out, training_texts
-from pipelib.vocabulary.tokenizer import END, MAX_SIZE, Tokenizer
+from pipelib.vocabulary.tokenizer import END, Tokenizer
 from pipelib.workspace.places import Places
 
 RANKS, TOKEN_BYTES = "vocabulary.tiktoken", "token_bytes.npy"
@@ -46,14 +48,14 @@ def make_vocabulary(build: Build, params: VocabularyParams, raw: Path, benchmark
     if params.source == "gpt2":
         write_vocabulary(out, Vocabulary(GPT2_TOKENIZER, None))
         return {"name": GPT2_TOKENIZER.name, "size": GPT2_TOKENIZER.size}, {}
-    documents = list(held_out(raw, params, benchmark_documents))
+    documents, count = _keep_first(held_out(raw, params, benchmark_documents))
     sample: dict[str, int] = {}
     if params.source == "train":
         path, end = out / TOKENIZER, END
-        content, sample = _train(raw, params, len(documents))
+        content, sample = _train(raw, params, count)
     else:
-        given = read_tokenizer(Path(params.folder))
-        require_usable(given, params.folder)
+        given = planned_tokenizer(params)
+        assert given is not None
         end = next(token for token, number in given.special_tokens.items() if number == given.end_token_id)
         path, content = out / TOKENIZER, (Path(params.folder) / TOKENIZER).read_bytes()
     with write_atomic(path) as file:
@@ -67,14 +69,13 @@ def make_vocabulary(build: Build, params: VocabularyParams, raw: Path, benchmark
     with write_atomic(out / TOKEN_BYTES) as file:
         np.save(file, tokenizer.byte_lengths())
     require_same_engines(tokenizer, out, _first(documents, PROVED_BYTES))
-    write_vocabulary(out, Vocabulary(tokenizer, len(documents)))
-    compression = compare_compression(tokenizer, list(_first(documents, MEASURED_BYTES)))
+    write_vocabulary(out, Vocabulary(tokenizer, count))
     result = {
-        "name": tokenizer.name,
+        **tokenizer.encoding,
         "size": tokenizer.size,
-        "validation_documents": len(documents),
+        "validation_documents": count,
         **sample,
-        **compression,
+        **compare_compression(tokenizer, documents),
     }
     return result, {}
 
@@ -87,7 +88,8 @@ def _train(raw: Path, params: VocabularyParams, skip: int) -> tuple[bytes, dict[
     if first is None:
         raise UserError(
             f"the corpus has no text behind the {skip} documents of the validation split, so no vocabulary can be trained; add "
-            "text, or lower vocabulary.validation_documents."
+            "text, or hold fewer documents out (vocabulary.validation_documents, download.validation, "
+            "download.benchmark_documents)."
         )
     progress = Progress("vocabulary: reading text", None, "bytes")
 
@@ -104,24 +106,6 @@ def _train(raw: Path, params: VocabularyParams, skip: int) -> tuple[bytes, dict[
     return train_bpe(texts(), params), counts
 
 
-def require_usable(tokenizer: Tokenizer, folder: str) -> None:
-    """Refuse the vocabulary of a folder if it is GPT-2's or too large.
-
-    Raises:
-        UserError: with what to write instead.
-    """
-    if is_gpt2(tokenizer):
-        raise UserError(
-            f"vocabulary.source: {folder} has GPT-2's vocabulary, whose validation split is cut otherwise, so losses would not "
-            "compare with those of others; set vocabulary.source: gpt2."
-        )
-    if tokenizer.size > MAX_SIZE:
-        raise UserError(
-            f"vocabulary.source: {folder} has {tokenizer.size:,} tokens, and shards hold at most {MAX_SIZE:,}, so the corpus "
-            "could not be written; use a smaller vocabulary."
-        )
-
-
 def require_same_engines(tokenizer: Tokenizer, folder: Path, texts: Iterable[HeldOut]) -> None:
     """Compare what `tokenizers`, tiktoken and gigatoken make of hard strings and of held-out text.
 
@@ -133,9 +117,11 @@ def require_same_engines(tokenizer: Tokenizer, folder: Path, texts: Iterable[Hel
     from pipelib.vocabulary.engines import assert_same_tokens
 
     strings = [*HARD_STRINGS, *(document.text for document in texts)]
-    assert_same_tokens(load_engine("gigatoken", tokenizer), strings)
+    assert_same_tokens(load_engine(os.environ.get("PIPELIB_TOKENIZER", "gigatoken"), tokenizer), strings)
     theirs = HuggingFaceTokenizer.from_file(str(folder / TOKENIZER))
     theirs.encode_special_tokens = True  # the spelling of a special token is text
+    theirs.no_padding()
+    theirs.no_truncation()
     for text, encoded in zip(strings, theirs.encode_batch(strings, add_special_tokens=False), strict=True):
         if encoded.ids != tokenizer.encode(text):
             raise UserError(
@@ -179,6 +165,18 @@ def _ratio(sizes: Counts, tokens: Counts) -> dict[str, float]:
     count = len(sizes)
     spread = math.sqrt(((sizes - value * tokens) ** 2).sum() * count / max(1, count - 1)) / max(1, tokens.sum())
     return {"value": round(value, 4), "low": round(value - 1.96 * spread, 4), "high": round(value + 1.96 * spread, 4)}
+
+
+def _keep_first(documents: Iterable[HeldOut]) -> tuple[list[HeldOut], int]:
+    """Return the documents that compression is measured on, and the number of all."""
+    kept: list[HeldOut] = []
+    size = count = 0
+    for document in documents:
+        count += 1
+        if size < MEASURED_BYTES:
+            kept.append(document)
+            size += len(document.text)
+    return kept, count
 
 
 def _first(documents: Iterable[HeldOut], most: int) -> Iterator[HeldOut]:

@@ -59,20 +59,24 @@ def chosen_tokenizer() -> Tokenizer:
     return read_vocabulary().tokenizer if (HERE.vocabulary / MANIFEST).is_file() else GPT2_TOKENIZER
 
 
-def find_tokenizer(encoding: Mapping[str, object]) -> Tokenizer:
+def find_tokenizer(encoding: Mapping[str, object], *folders: Path) -> Tokenizer:
     """Return the tokenizer that the `encoding` of a manifest of shards names.
+
+    Args:
+        folders: of vocabularies, besides data/vocabulary.
 
     Raises:
         UserError: there is no such tokenizer.
     """
     known = [GPT2_TOKENIZER]
-    if encoding != GPT2_TOKENIZER.encoding and (HERE.vocabulary / MANIFEST).is_file():
-        known.append(read_vocabulary().tokenizer)
+    if encoding != GPT2_TOKENIZER.encoding:
+        there = [folder for folder in (HERE.vocabulary, *folders) if (folder / MANIFEST).is_file()]
+        known += [read_vocabulary(folder).tokenizer for folder in there]
     for tokenizer in known:
         if tokenizer.encoding == encoding:
             return tokenizer
     name, sha256 = encoding.get("name"), str(encoding.get("vocabulary_sha256"))[:16]
-    here = ", ".join(f"{tokenizer.name} ({tokenizer.fingerprint[:16]})" for tokenizer in known)
+    here = ", ".join(dict.fromkeys(f"{tokenizer.name} ({tokenizer.fingerprint[:16]})" for tokenizer in known))
     raise UserError(
         f"the tokens were made with the vocabulary {name} ({sha256}), and here are {here}, so they cannot be "
         "decoded; run dvc repro to make them again."
@@ -94,12 +98,16 @@ def tokenizer_of_model(folder: Path, otherwise: Tokenizer) -> Tokenizer:
         return GPT2_TOKENIZER if (folder / "vocab.json").is_file() else otherwise
     try:
         found = read_tokenizer(folder)
+        rows = read_json(folder / "config.json").get("vocab_size")
     except UserError:
         return otherwise
-    return GPT2_TOKENIZER if found.size == GPT2_TOKENIZER.size and is_gpt2(found) else found
+    # Tokens that were added without rows in the embedding, [PAD] for example, are not the model's.
+    has_no_more = isinstance(rows, int) and rows <= GPT2_TOKENIZER.padded_size
+    return GPT2_TOKENIZER if has_no_more and found.ranks() == GPT2_TOKENIZER.ranks() else found
 
 
 def is_gpt2(tokenizer: Tokenizer) -> bool:
-    """Return whether a tokenizer gives every text the tokens of GPT-2."""
+    """Return whether a tokenizer is GPT-2's, without tokens added to it."""
     gpt2 = GPT2_TOKENIZER
-    return tokenizer.fingerprint == fingerprint(gpt2.ranks(), gpt2.pre_tokenizer, gpt2.special_tokens)
+    own = fingerprint(gpt2.ranks(), gpt2.pre_tokenizer, gpt2.special_tokens, gpt2.end_token_id)
+    return tokenizer.fingerprint == own

@@ -29,23 +29,25 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """
     found = _read(folder / TOKENIZER)
     end = _end_token(folder, found.special_tokens)
-    size = len(found.ranks) + len(found.special_tokens)
+    end_token_id, size = found.special_tokens[end], len(found.ranks) + len(found.special_tokens)
     return Tokenizer(
         name=f"bpe-{size}",
         title=f"BPE {size:,}",
         size=size,
-        end_token_id=found.special_tokens[end],
+        end_token_id=end_token_id,
         pre_tokenizer=found.pre_tokenizer,
         special_tokens=found.special_tokens,
-        fingerprint=fingerprint(found.ranks, found.pre_tokenizer, found.special_tokens),
+        fingerprint=fingerprint(found.ranks, found.pre_tokenizer, found.special_tokens, end_token_id),
         ranks=partial(_ranks, folder / TOKENIZER),
         files=partial(model_files, folder / TOKENIZER, end),
     )
 
 
-def fingerprint(ranks: Mapping[bytes, int], pre_tokenizer: str, special_tokens: Mapping[str, int]) -> str:
-    """Return the SHA-256 of what decides the tokens of a text."""
-    others = {"pre_tokenizer": pre_tokenizer, "special_tokens": dict(special_tokens)}
+def fingerprint(
+    ranks: Mapping[bytes, int], pre_tokenizer: str, special_tokens: Mapping[str, int], end_token_id: int
+) -> str:
+    """Return the SHA-256 of what decides the tokens of documents."""
+    others = {"pre_tokenizer": pre_tokenizer, "special_tokens": dict(special_tokens), "end_token_id": end_token_id}
     return hashlib.sha256(tiktoken_lines(ranks) + format_json(others).encode("utf-8")).hexdigest()
 
 
@@ -102,10 +104,11 @@ def _read(path: Path) -> _File:
 @cache
 def _parse(path: Path, _size: int, _modified: int) -> _File:
     """Parse a tokenizer.json. What an earlier call found holds as long as the file has the same size and date."""
-    value = read_json(path)
+    value = read_json(path, "get the file again")
     try:
         model = _require_byte_level_bpe(path, value)
-        special = {str(token["content"]): int(token["id"]) for token in value.get("added_tokens") or ()}
+        added = value.get("added_tokens") or ()
+        special = {str(token["content"]): int(token["id"]) for token in added}
         byte_of = byte_characters()
         ranks = {
             bytes(byte_of[character] for character in token): int(number)
@@ -116,6 +119,13 @@ def _parse(path: Path, _size: int, _modified: int) -> _File:
         merged = [model["vocab"][first + second] for first, second in merges]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _unusable(path, f"is not a tokenizer of bytes ({error!r})") from None
+    for token in added:
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+        if flags or token.get("special") is not True:
+            why = " and ".join(flags) or "not special"
+            raise _unusable(
+                path, f"has the added token {token['content']!r}, which is {why} and so changes ordinary text"
+            )
     if missing := [byte for byte in range(BYTES) if bytes([byte]) not in ranks]:
         raise _unusable(
             path, f"has no token for {len(missing)} of the {BYTES} bytes, so some texts could not be encoded"
@@ -173,7 +183,7 @@ def _end_token(folder: Path, special_tokens: Mapping[str, int]) -> str:
         UserError: neither is a special token.
     """
     config = folder / CONFIG
-    named: Any = read_json(config).get("eos_token") if config.is_file() else None
+    named: Any = read_json(config, "get the file again").get("eos_token") if config.is_file() else None
     end = named.get("content") if isinstance(named, dict) else named
     for token in (end, END):
         if isinstance(token, str) and token in special_tokens:

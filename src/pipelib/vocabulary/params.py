@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from pipelib.schema import Bounds, NaturalInt
+from pipelib.schema import Bounds, PositiveInt
 from pipelib.vocabulary.tokenizer import BYTES, END, MAX_SIZE
 
 
@@ -23,7 +23,7 @@ class VocabularyParams:
     """`train`: tokens that text is never encoded to, besides `<|endoftext|>`."""
     max_bytes: Annotated[int, Bounds(minimum=1 << 16)]
     """`train`: text to train on, spread over the corpus. Memory grows with it."""
-    validation_documents: NaturalInt | Literal["auto"]
+    validation_documents: PositiveInt | Literal["auto"]
     """`train` and a folder: documents at the start of the corpus that are the validation split, and that no vocabulary is
     trained on. `auto`: as many as have a tenth of the text, at most 1 MB of a small corpus. If `download.validation` names
     files, these are the split. For `gpt2`, `tokenize.shard_tokens` decides."""

@@ -2,20 +2,24 @@
 
 from pathlib import Path
 
+from pipelib.errors import UserError
+from pipelib.vocabulary.choice import is_gpt2
 from pipelib.vocabulary.folder import read_tokenizer
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.vocabulary.params import VocabularyParams
-from pipelib.vocabulary.tokenizer import Tokenizer
+from pipelib.vocabulary.tokenizer import MAX_SIZE, Tokenizer
 
 
 def planned_tokenizer(params: VocabularyParams) -> Tokenizer | None:
     """Return the tokenizer that the parameters ask for; None if it has yet to be trained.
 
     Raises:
-        UserError: they name a folder without a vocabulary.
+        UserError: they name a folder without a vocabulary that can be used.
     """
     if params.folder:
-        return read_tokenizer(Path(params.folder))
+        found = read_tokenizer(Path(params.folder))
+        _require_usable(found, params.folder)
+        return found
     return GPT2_TOKENIZER if params.source == "gpt2" else None
 
 
@@ -23,7 +27,25 @@ def planned_size(params: VocabularyParams) -> int:
     """Return how many tokens the vocabulary has that the parameters ask for.
 
     Raises:
-        UserError: they name a folder without a vocabulary.
+        UserError: they name a folder without a vocabulary that can be used.
     """
     tokenizer = planned_tokenizer(params)
     return tokenizer.size if tokenizer else params.size
+
+
+def _require_usable(tokenizer: Tokenizer, folder: str) -> None:
+    """Refuse the vocabulary of a folder if it is GPT-2's or too large.
+
+    Raises:
+        UserError: with what to write instead.
+    """
+    if is_gpt2(tokenizer):
+        raise UserError(
+            f"vocabulary.source: {folder} has GPT-2's vocabulary, whose validation split is cut otherwise, so losses would not "
+            "compare with those of others; set vocabulary.source: gpt2."
+        )
+    if tokenizer.size > MAX_SIZE:
+        raise UserError(
+            f"vocabulary.source: {folder} has {tokenizer.size:,} tokens, and shards hold at most {MAX_SIZE:,}, so the corpus "
+            "could not be written; use a smaller vocabulary."
+        )

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from pipelib.corpus.parquet import RowGroup, iterate_raw, row_groups
+from pipelib.corpus.parquet import iterate_groups, iterate_raw, row_groups
 from pipelib.corpus.raw import TEXT, read_raw_manifest
 from pipelib.errors import UserError
 from pipelib.vocabulary.params import VocabularyParams
@@ -32,13 +33,13 @@ def held_out(raw: Path, params: VocabularyParams, benchmark_documents: int) -> I
     Raises:
         UserError: it would be too small for the benchmark.
     """
-    count = read_raw_manifest(raw).validation_documents
+    count, key = read_raw_manifest(raw).validation_documents, "download.validation"
     if count is None and params.validation_documents != "auto":
-        count = params.validation_documents
+        count, key = params.validation_documents, "vocabulary.validation_documents"
     if count is not None and count < benchmark_documents:
         raise UserError(
-            f"vocabulary.validation_documents: {count} documents are fewer than the {benchmark_documents} that the benchmark is "
-            "made of, so the model would be tested on training text; raise it, or lower download.benchmark_documents."
+            f"{key}: {count} documents are fewer than the {benchmark_documents} that the benchmark is made of, so the model "
+            "would be tested on training text; take more, or lower download.benchmark_documents."
         )
     total = sum(group.text_bytes for group in row_groups(raw))
     wanted = min(LARGE_BYTES, max(LEAST_BYTES, min(SMALL_BYTES, total // 10), total // 256))
@@ -48,45 +49,46 @@ def held_out(raw: Path, params: VocabularyParams, benchmark_documents: int) -> I
             return
         if row[TEXT]:
             found, size = found + 1, size + len(row[TEXT].encode("utf-8"))
-            yield HeldOut(row[TEXT], row[KIND] or "")
+            yield HeldOut(row[TEXT], row[KIND] if isinstance(row[KIND], str) else "")
 
 
 def training_texts(raw: Path, skip: int, max_bytes: int) -> Iterator[str]:
-    """Yield the texts behind the first `skip` documents, or row groups spread over them that have about `max_bytes`.
+    """Yield texts behind the first `skip` documents: all of them, or row groups spread over them. They have `max_bytes` at most.
 
-    They are a function of the corpus and the numbers, and end before the text that passes `max_bytes`, except the first.
+    They are a function of the corpus and the numbers.
     """
-    size = 0
+    left = max_bytes
     for text in _texts(raw, skip, max_bytes):
-        size += len(text.encode("utf-8"))
-        if size > max_bytes and size > len(text.encode("utf-8")):
+        content = text.encode("utf-8")
+        if len(content) > left:  # the start of the text that does not fit
+            if text := content[:left].decode("utf-8", errors="ignore"):
+                yield text
             return
+        left -= len(content)
         yield text
 
 
 def _texts(raw: Path, skip: int, max_bytes: int) -> Iterator[str]:
     groups = row_groups(raw)
-    seen = 0  # documents in the row groups so far
-    for number in range(len(groups)):
-        texts = [row[TEXT] for row in iterate_raw(raw, groups={number}) if row[TEXT]]
-        if seen + len(texts) > skip:
-            break
-        seen += len(texts)
+    boundary, inside = _find(raw, skip)
+    later = range(boundary + 1, len(groups))
+    if sum(group.text_bytes for group in groups[boundary:]) > max_bytes and later:
+        sizes = [groups[number].text_bytes for number in later]
+        count = max(1, min(len(later), max_bytes * len(later) // max(1, sum(sizes))))
+        chosen, inside = {later[place * len(later) // count] for place in range(count)}, 0
     else:
-        return
-    rest, later = texts[skip - seen :], groups[number + 1 :]
-    chosen = _spread(later, max_bytes - sum(map(len, rest)))
-    if len(chosen) == len(later):
-        yield from rest
-    else:
-        chosen = _spread(later, max_bytes)
-    yield from (row[TEXT] for row in iterate_raw(raw, groups={number + 1 + place for place in chosen}) if row[TEXT])
+        chosen = set(range(boundary, len(groups)))
+    texts = (row[TEXT] for _, row in iterate_groups(raw, (TEXT,), chosen) if row[TEXT])
+    return islice(texts, inside, None)
 
 
-def _spread(groups: list[RowGroup], max_bytes: int) -> list[int]:
-    """Return the places of row groups with about `max_bytes` of text, spread evenly; all of them if they have no more."""
-    total = sum(group.text_bytes for group in groups)
-    if total <= max_bytes:
-        return list(range(len(groups)))
-    count = max(1, max_bytes * len(groups) // total)
-    return [place * len(groups) // count for place in range(count)]
+def _find(raw: Path, document: int) -> tuple[int, int]:
+    """Return the row group of a document, and how many documents are before it in the row group. Empty ones do not count."""
+    current, inside = 0, 0
+    for number, (group, _) in enumerate(item for item in iterate_groups(raw) if item[1][TEXT]):
+        if group != current:
+            current, inside = group, 0
+        if number == document:
+            return current, inside
+        inside += 1
+    return len(row_groups(raw)), 0
