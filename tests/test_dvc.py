@@ -191,6 +191,8 @@ def test_a_second_repro_runs_nothing(clone: Clone) -> None:
         ("src/pipelib/model/families/gpt2.py", {"train", "evaluate"}),
         ("src/pipelib/model/decoder.py", {"train", "evaluate"}),
         ("src/pipelib/tokens/encode_corpus.py", {"tokenize"}),
+        ("src/pipelib/vocabulary/bpe.py", {"vocabulary"}),
+        ("src/pipelib/vocabulary/folder.py", {"vocabulary", "tokenize", "train", "evaluate"}),
         ("texts/a.jsonl", {"download"}),
     ],
 )
@@ -206,6 +208,22 @@ def test_reformatting_params_and_changing_logging_rerun_nothing(clone: Clone) ->
     clone.edit("params.yaml", "log_every: 1", "log_every:    2   # more lines")
     assert clone.changed_stages() == set()
     (clone.root / "params.yaml").write_text(before, encoding="utf-8")
+
+
+def test_a_vocabulary_reruns_what_follows_and_nothing_before(clone: Clone) -> None:
+    """GPT-2's is the same for every corpus, so a new corpus changes nothing of it."""
+    before = clone.text("params.yaml")
+    clone.edit("params.yaml", "size: 300", "size: 310")  # not used by gpt2, but DVC watches the section
+    assert clone.changed_stages() == {"vocabulary"}
+    assert "linked again" in clone.dvc("repro", "vocabulary")
+    assert clone.changed_stages() == set()
+    clone.edit("params.yaml", "source: gpt2", "source: train")
+    said = clone.dvc("repro", "tokenize")
+    assert ran(said) == ["vocabulary", "tokenize"]
+    assert clone.changed_stages() == {"train", "evaluate"}
+    (clone.root / "params.yaml").write_text(before, encoding="utf-8")
+    assert ran(clone.dvc("repro")) == []  # DVC's run cache has the outs of before
+    assert clone.changed_stages() == set()
 
 
 def docstrings_edited(program: str) -> str:
@@ -317,6 +335,7 @@ def test_a_new_benchmark_starts_two_stages_which_link_what_they_have(clone: Clon
     assert clone.changed_stages() == set()
 
 
+@pytest.mark.long
 def test_a_new_family_reruns_nothing_and_one_message_says_how_to_choose_it(clone: Clone) -> None:
     for folder in ("families", "shapes"):
         code = (CHECKOUT / "tests/toy_family" / folder / "toy.py").read_bytes()
@@ -511,6 +530,7 @@ def test_an_experiment_in_a_copy_leaves_the_workspace_alone_and_can_be_applied_a
     clone.dvc("checkout", "--quiet")
 
 
+@pytest.mark.long
 def test_an_experiment_in_a_copy_refuses_to_leave_text_behind(clone: Clone) -> None:
     """Only evaluate has anything to do, and the text would go missing in download, which DVC skips."""
     write_jsonl(clone.root / "texts/more.jsonl", make_texts(30, seed=1))

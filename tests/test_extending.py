@@ -60,6 +60,7 @@ def hub() -> Iterator[FakeHub]:
         yield fake
 
 
+@pytest.mark.long
 def test_a_benchmark(project: Project, hub: FakeHub, tmp_path: Path) -> None:
     add(project.root, "src/pipelib/corpus/hub_benchmarks.yaml")
     add(project.root, "src/pipelib/evaluation/tasks/riddles.yaml")

@@ -177,6 +177,7 @@ def typed(command: str, *arguments: str) -> None:
     subprocess.run([sys.executable, *words[1:], *arguments], check=True, capture_output=True)
 
 
+@pytest.mark.long
 def test_the_commands_of_the_messages_make_folders_that_can_be_read(tmp_path: Path) -> None:
     """`pytorch_model.bin`, and a vocabulary with a token added; both as the messages have them."""
     from transformers import GPT2LMHeadModel

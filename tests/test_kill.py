@@ -193,7 +193,6 @@ PLACES_OF_TWO_RANKS = [
     [
         pytest.param(1, FEW_PLACES, id="1"),
         pytest.param(1, list(PLACES), id="1, everywhere", marks=pytest.mark.long),
-        pytest.param(2, PLACES_OF_TWO_RANKS[1:4:2], id="2"),
         pytest.param(2, PLACES_OF_TWO_RANKS, id="2, everywhere", marks=pytest.mark.long),
     ],
 )

@@ -123,6 +123,7 @@ def validation(project: Project) -> list[float]:
         return [float(row["val_loss"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.long
 def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> None:
     """The recipe of docs/how-it-works/training.md: source local, init_from a folder, a lower max_lr."""
     project = Project.make(tmp_path)

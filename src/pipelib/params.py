@@ -98,6 +98,11 @@ class Params:
                 f"a slash in its name; {hint}"
             )
         elif self.model.init_is_published:
+            if self.vocabulary.source != "gpt2":
+                yield (
+                    f"model.init_from: {name} has GPT-2's vocabulary, and vocabulary.source = {self.vocabulary.source!r} makes "
+                    "another, so its weights could not read the data; set vocabulary.source: gpt2."
+                )
             if name not in self.download.models:
                 yield (
                     f"model.init_from: {name} needs weights from the hub, and download.models = "
