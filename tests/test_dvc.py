@@ -215,7 +215,7 @@ def test_a_vocabulary_reruns_what_follows_and_nothing_before(clone: Clone) -> No
     before = clone.text("params.yaml")
     clone.edit("params.yaml", "size: 300", "size: 310")  # not used by gpt2, but DVC watches the section
     assert clone.changed_stages() == {"vocabulary"}
-    assert "linked again" in clone.dvc("repro", "vocabulary")
+    clone.dvc("repro", "vocabulary")
     assert clone.changed_stages() == set()
     clone.edit("params.yaml", "source: gpt2", "source: train")
     said = clone.dvc("repro", "tokenize")
