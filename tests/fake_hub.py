@@ -366,4 +366,5 @@ def _split(path: str) -> tuple[str, str]:
 def entry_of(name: str, content: bytes) -> dict[str, object]:
     """What a list says of a file."""
     lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-    return {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": name, "lfs": lfs}
+    oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return {"type": "file", "oid": oid, "size": len(content), "path": name, "lfs": lfs}

@@ -22,7 +22,7 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import Answer, FakeHub, cut, flip, stall
+from fake_hub import Answer, FakeHub, cut, entry_of, flip, stall
 from small_params import PARAMS
 from small_project import hold
 
@@ -234,7 +234,7 @@ def test_a_flipped_bit_is_found_and_fetched_again(
 @pytest.mark.usefixtures("one_file")
 def test_bytes_that_stay_wrong_end_in_an_error_and_are_not_kept(hub: FakeHub, tmp_path: Path) -> None:
     hub.faults = [flip] * 1000
-    with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts \(its SHA-256 differs"):
+    with pytest.raises(UserError, match=r"could not be downloaded in 4 attempts \(its hash differs"):
         fetch(tmp_path / "raw")
     assert hub.requests == [*ASKED, *[GET] * 4]
     assert not list(tmp_path.rglob("*.parquet"))
@@ -848,3 +848,26 @@ def test_a_folder_that_has_files_does_not_need_its_subfolders(hub: FakeHub) -> N
     hub.files[f"{FOLDER}/below/000.parquet"] = parquet_bytes(text=["below"])
     assert len(source().identity()["files"]) == 3
     assert not any("recursive" in request for request in hub.requests)
+
+
+def test_small_files_in_plain_git_are_verified_by_gits_hash(hub: FakeHub, tmp_path: Path) -> None:
+    content = b'{"text": "one"}\n{"text": "two"}\n'
+    hub.files["text/a.jsonl"] = content
+    hub.listed = Answer(json.dumps([{**entry_of("text/a.jsonl", content), "lfs": None}]).encode())
+    chosen = source(folder="text")
+    (file,) = chosen.identity()["files"]
+    assert file == {
+        "path": "text/a.jsonl", "bytes": len(content), "sha256": "",
+        "git_sha1": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+    }  # fmt: skip
+    write_manifest(tmp_path / "raw", chosen.identity(), chosen.write(tmp_path / "raw", tmp_path / "work"))
+    assert [row["text"] for row in iterate_raw(tmp_path / "raw")] == ["one", "two"]
+    hub.served["text/a.jsonl"] = content.replace(b"two", b"too")
+    next((tmp_path / "state/hub").rglob("a.jsonl")).unlink()
+    with pytest.raises(UserError, match="its hash differs from the hub's list"):
+        chosen.write(tmp_path / "again", tmp_path / "work")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_file_with_a_sha256_is_identified_as_before() -> None:
+    assert source().identity()["files"][0].keys() == {"path", "bytes", "sha256"}

@@ -237,18 +237,18 @@ def test_any_answer_ends_in_a_list_or_in_a_message(
     assert len(hub.requests) - before < 50
 
 
-def test_a_list_without_the_sha256_of_a_file_that_is_needed_is_not_kept(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_list_without_a_hash_of_a_file_that_is_needed_is_not_kept(hub: FakeHub, tmp_path: Path) -> None:
     repo = HubRepo(REPO, REVISION)
     hub.files = {FILE: b"12345", f"{FOLDER}/note.md": b"12345"}
     listed = [entry_of(name, content) for name, content in hub.files.items()]
-    hub.listed = Answer(json.dumps([{**listed[0], "lfs": None}, listed[1]]).encode())
-    with pytest.raises(UserError, match=rf"from {hub.url} has no SHA-256 of {FILE}, .*another mirror"):
+    hub.listed = Answer(json.dumps([{**listed[0], "lfs": None, "oid": None}, listed[1]]).encode())
+    with pytest.raises(UserError, match=rf"from {hub.url} has no hash of {FILE}, .*another mirror"):
         source().identity()
     assert no_list_is_kept(tmp_path)
-    hub.listed = Answer(json.dumps([listed[0], {**listed[1], "lfs": None}]).encode())
+    hub.listed = Answer(json.dumps([listed[0], {**listed[1], "lfs": None, "oid": "not SHA-1"}]).encode())
     assert len(source().identity()["files"]) == 1
     before = len(hub.requests)
-    with pytest.raises(UserError, match=r"has no SHA-256 of .*note\.md"):  # the list that is kept does not do
+    with pytest.raises(UserError, match=r"has no hash of .*note\.md"):  # the list that is kept does not do
         list_files(repo, FOLDER, ".md", QUICK)
     hub.listed = None
     assert len(list_files(repo, FOLDER, ".md", QUICK)) == 1
@@ -390,7 +390,7 @@ def test_a_wrong_list_of_another_endpoint_is_named_and_can_be_deleted(
     message = (
         rf"came from {mirror.url}; .*`pipelib clean --stage lists` deletes them, and the next run asks {hub.url}\."
     )
-    with pytest.raises(UserError, match=rf"its SHA-256 differs .* {message}"):
+    with pytest.raises(UserError, match=rf"its hash differs .* {message}"):
         fetch(tmp_path / "raw")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
     assert main(["clean", "--stage", "lists", "--yes"]) == 0

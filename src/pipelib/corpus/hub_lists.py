@@ -7,6 +7,7 @@ gets what it needs. The endpoint that sent the list is stored with it, for messa
 only the lists.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ from pipelib.corpus.hub_transfer import (
 )
 from pipelib.corpus.params import KINDS_IN_WORDS
 from pipelib.errors import UserError, tell
-from pipelib.files import read_json, sha256_files, sha256_json, write_json
+from pipelib.files import read_json, sha256_file, sha256_files, sha256_json, write_json
 from pipelib.workspace.places import StatePlaces
 
 _LISTS = ".lists"
@@ -44,6 +45,22 @@ class HubFile:
     bytes: int
     sha256: str
     """Empty in a list if the hub publishes none. It publishes one only for files in git LFS or Xet."""
+    git_sha1: str = ""
+    """The SHA-1 that git knows a smaller file by, of its length and content; empty if there is a SHA-256."""
+
+    def identity(self) -> dict[str, object]:
+        """Return what pins the file."""
+        return {name: value for name, value in asdict(self).items() if value or name != "git_sha1"}
+
+    def is_at(self, path: Path) -> bool:
+        """Return whether a path holds this file."""
+        if not path.is_file() or path.stat().st_size != self.bytes:
+            return False
+        if self.sha256:
+            return sha256_file(path) == self.sha256
+        content = path.read_bytes()  # files outside of git LFS are small
+        digest = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        return digest == self.git_sha1
 
 
 @dataclass(frozen=True)
@@ -131,10 +148,10 @@ def list_files(repo: HubRepo, folder: str, kinds: Sequence[tuple[str, ...]], ret
                 f"{listing.name} has no file that can be read ({KINDS_IN_WORDS}), so there is no text; name another folder "
                 "(download.folder)."
             )
-        unknown = next((file.path for file in wanted if not file.sha256), None)
+        unknown = next((file.path for file in wanted if not (file.sha256 or file.git_sha1)), None)
         if unknown is not None:
             raise UserError(
-                f"{listing.name} has no SHA-256 of {unknown}, so it could not be verified; use another repository, or "
+                f"{listing.name} has no hash of {unknown}, so it could not be verified; use another repository, or "
                 "another mirror if HF_ENDPOINT names one."
             )
 
@@ -176,7 +193,7 @@ def pinned_file(pin: HubPin, retry: Retry) -> HubFile:
 
     files = _get_listing(pin.repo, HubFolder(pin.path.rpartition("/")[0]), check, retry).files
     found = next(file for file in files if file.path == pin.path)
-    return replace(found, sha256=pin.sha256 or found.sha256)
+    return replace(found, sha256=pin.sha256 or found.sha256, git_sha1="")
 
 
 def _get_listing(repo: HubRepo, folder: HubFolder, check: ListCheck, retry: Retry) -> _Listing:
@@ -289,7 +306,8 @@ def _parse_entry(entry: Any) -> HubFile | None:
             size >= 0 and size is not True and size is not False  # a bool is an int for `match`
         ):
             if _is_path(path):
-                return HubFile(path, size, _sha256_in(entry.get("lfs")))
+                sha256 = _sha256_in(entry.get("lfs"))
+                return HubFile(path, size, sha256, "" if sha256 else _git_sha1_in(entry.get("oid")))
         case {"type": str(kind)} if kind != "file":
             return None
     raise UnexpectedAnswerError("it has an entry that is not like the hub's")
@@ -301,6 +319,11 @@ def _is_path(path: str) -> bool:
         return not re.search(r"[\x00-\x1f\x7f]", path) and len(path.encode("utf-8")) < 1000
     except UnicodeEncodeError:
         return False
+
+
+def _git_sha1_in(oid: Any) -> str:
+    """Return the SHA-1 of a file in plain git; empty if there is none."""
+    return oid if isinstance(oid, str) and re.fullmatch("[0-9a-f]{40}", oid) else ""
 
 
 def _sha256_in(lfs: Any) -> str:

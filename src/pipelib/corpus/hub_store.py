@@ -38,7 +38,6 @@ from pipelib.files import (
     format_bytes,
     link_or_copy,
     require_free_space,
-    sha256_file,
     sync_folder,
 )
 from pipelib.processes import available_cores, positive_int_from_env
@@ -151,7 +150,7 @@ class HubStore:
         progress = Progress("hub: verifying stored files", sum(file.bytes for file in here), "bytes")
 
         def is_right(file: HubFile) -> bool:
-            right = _matches(self._path(file), file)
+            right = file.is_at(self._path(file))
             progress.add(file.bytes)
             return right
 
@@ -165,7 +164,7 @@ class HubStore:
         cached = client().try_to_load_from_cache(
             self._repo.name, file.path, revision=self._repo.revision, repo_type=self._repo.kind
         )
-        if not isinstance(cached, str) or not _matches(Path(cached), file):
+        if not isinstance(cached, str) or not file.is_at(Path(cached)):
             return False
         link_or_copy(Path(cached).resolve(), self._path(file))
         return True
@@ -222,8 +221,8 @@ class HubStore:
                 if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                     raise WrongBytesError("its size differs from the hub's list") from None
                 raise
-            if not _matches(part, file):
-                raise WrongBytesError("its SHA-256 differs from the hub's list")
+            if not file.is_at(part):
+                raise WrongBytesError("its hash differs from the hub's list")
         except WrongBytesError:
             part.unlink(missing_ok=True)
             meter.restart()
@@ -246,11 +245,6 @@ class HubStore:
             )
         except RuntimeError as error:  # what hf_xet raises when a transfer fails
             raise ConnectionError(str(error)) from None
-        if not _matches(self._path(file), file):
+        if not file.is_at(self._path(file)):
             self._path(file).unlink()
-            raise WrongBytesError("its SHA-256 differs from the hub's list")
-
-
-def _matches(path: Path, file: HubFile) -> bool:
-    """Return whether a path holds the file of the hub's list."""
-    return path.is_file() and path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
+            raise WrongBytesError("its hash differs from the hub's list")

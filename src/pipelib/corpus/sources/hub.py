@@ -10,7 +10,7 @@ known only after the first one. So files are downloaded in waves, and each wave 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ class HubSource:
             "repo": self.repo,
             "revision": self.revision,
             "folder": self.folder,
-            "files": [asdict(file) for file in self._files],
+            "files": [file.identity() for file in self._files],
         }
         more: dict[str, Any] = {"max_tokens": self.max_tokens} if self.max_tokens is not None else {}
         # What is usual is left out, so that the corpora of earlier versions are those of today.
@@ -162,7 +162,7 @@ class HubSource:
             file.path.removeprefix(f"{self.folder.strip('/')}/"), safe=""
         )  # subfolders may have files of one name
         link_or_copy(path, folder / name)
-        return describe_file(folder / name, file.sha256, self.text_column)
+        return describe_file(folder / name, file.sha256 or None, self.text_column)
 
     def _write_prefix(self, store: HubStore, folder: Path, max_tokens: int) -> tuple[list[RawFile], int]:
         """Download and link files, wave by wave, until their documents have `max_tokens` tokens."""
