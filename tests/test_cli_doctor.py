@@ -76,7 +76,7 @@ def test_an_empty_folder_fails_with_remedies(capsys: pytest.CaptureFixture[str])
     assert "fatal: not a git repository" in said
     assert "FAIL dvc        `dvc cache dir` fails here" in said
     assert "FAIL params     params.yaml does not exist" in said
-    assert "ok   vocabulary GPT-2's" in said
+    assert "ok   vocabulary GPT-2," in said
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:

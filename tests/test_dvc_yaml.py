@@ -31,9 +31,15 @@ DATA_DEPS = {
     ],
 }  # fmt: skip
 """Dependencies that are not code."""
+ROTARY = ["src/pipelib/model/rotary.py", "src/pipelib/model/rotary_params.py"]
+"""What the families chosen by name import: a file that is there for them alone."""
 BESIDE_CODE = {
+    "train": ROTARY,
     "download": ["src/pipelib/corpus/hub_benchmarks.yaml", "src/pipelib/corpus/published_models.yaml"],
-    "evaluate": [path.relative_to(ROOT).as_posix() for path in (ROOT / "src/pipelib/evaluation/tasks").glob("*.yaml")],
+    "evaluate": [
+        *ROTARY,
+        *(path.relative_to(ROOT).as_posix() for path in (ROOT / "src/pipelib/evaluation/tasks").glob("*.yaml")),
+    ],
 }
 """Files that code reads as if they were code."""
 

@@ -38,7 +38,15 @@ SIZE = GPT2_TOKENIZER.size
 SHAPES = {
     "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 24},
     "toy": {"width": 16, "context_length": 24},
-}
+    **{
+        family: {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "context_length": 24, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+        }
+        for family in ("llama", "qwen3", "arcee")
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +161,7 @@ def test_a_model_comes_back_from_its_folder(family: str, tmp_path: Path) -> None
     back = import_model(tmp_path, GPT2_TOKENIZER)
     assert (type(back), back.params) == (type(model), model.params)
     assert all(map(torch.equal, back.state_dict().values(), model.state_dict().values()))
-    context_length = "n_positions" if family == "gpt2" else "context_length"
+    context_length = {"gpt2": "n_positions", "toy": "context_length"}.get(family, "max_position_embeddings")
     write_json(tmp_path / CONFIG, {**read_json(tmp_path / CONFIG), context_length: -1})
     with pytest.raises(UserError, match=f"does not describe a {model.params.title}: {context_length}: -1 "):
         find_model(tmp_path, GPT2_TOKENIZER)
@@ -252,7 +260,7 @@ def test_gpt2s_names_stand_in_its_own_files_alone() -> None:
                 r"\bwpe\b",
                 r"\.h\b(?!\")",
                 "n_embd",
-                "n_layer",
+                r"\bn_layer\b",
                 "c_proj",
                 r"import GPT2\b",
                 "GPT2Params",

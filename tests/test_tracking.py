@@ -203,8 +203,11 @@ def test_the_module_needs_neither_torch_nor_mlflow() -> None:
 
 
 def test_a_whole_pipeline_in_mlflow(client: Any, root: Path) -> None:
-    """Download and tokenize were cached; train and evaluate ran."""
-    for stage, result in (("download", {"documents": 5}), ("tokenize", {"tokens": 70}), ("train", {"val_loss": 3.25})):
+    """Download, vocabulary and tokenize were cached; train and evaluate ran."""
+    for stage, result in (
+        ("download", {"documents": 5}), ("vocabulary", {"size": 300}), ("tokenize", {"tokens": 70}),
+        ("train", {"val_loss": 3.25}),
+    ):  # fmt: skip
         write(f"metrics/{stage}.json", {**result, "note": "text", "yes": True})
     write("data/tokens/manifest.json", {"shards": []})
     outs = {"tokenize": ("data/tokens", "11.dir"), "train": ("models", "22.dir")}
@@ -230,6 +233,7 @@ def test_a_whole_pipeline_in_mlflow(client: Any, root: Path) -> None:
     assert parent.info.status == train.info.status == evaluate.info.status == "FINISHED"
     finals = {
         "download.documents": 5,
+        "vocabulary.size": 300,
         "tokenize.tokens": 70,
         "train.val_loss": 3.25,
         "evaluate.hellaswag.acc_none": 0.28,
@@ -258,7 +262,7 @@ def test_a_whole_pipeline_in_mlflow(client: Any, root: Path) -> None:
     with start("evaluate") as run:  # the same again changes nothing
         run.log_outs(Path("evaluate/final"))
     assert len(runs(client, "evaluate")) == len(runs(client, "download")) == 1
-    assert [steps(client, runs(client, "pipeline")[0], key) for key in sorted(finals)] == [[0]] * 4
+    assert [steps(client, runs(client, "pipeline")[0], key) for key in sorted(finals)] == [[0]] * 5
 
 
 def test_a_running_stages_own_lock_entry_is_never_asked(client: Any) -> None:
@@ -422,7 +426,7 @@ def test_processes_that_find_no_database_make_one_together(tmp_path: Path) -> No
         subprocess.Popen(
             [sys.executable, "-c", program, str(Path(__file__).parent), stage], env=environment, stderr=subprocess.PIPE
         )
-        for stage in ("download", "vocabulary", "tokenize")
+        for stage in ("download", "tokenize")
     ]
     assert [process.communicate()[1] for process in started] == [b"", b""]
     assert not Path(".mlflow.db.tmp").exists()

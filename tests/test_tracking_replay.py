@@ -118,8 +118,8 @@ def test_twice_is_once(client: Any, capsys: pytest.CaptureFixture[str], monkeypa
     assert contents(client) == once
     assert track() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines[1:5]] == list(STAGES)
-    assert all(line.endswith("finished  8       all of it") for line in lines[1:5])
+    assert [line.split()[1] for line in lines[1:6]] == list(STAGES)
+    assert all(line.endswith("finished  8       all of it") for line in lines[1:6])
     assert lines[-1].endswith("has everything that was not deleted there")
 
 
@@ -202,7 +202,7 @@ def test_the_next_stage_of_a_run_sends_what_the_one_before_could_not(client: Any
     shown = contents(client)
     assert shown.keys() == {"pipeline", *STAGES}
     assert shown["train"][4]["train/loss"] == [[0, 4.0], [1, 3.0], [2, 2.0]]
-    assert [shown[stage][0] for stage in shown] == ["FINISHED"] * 5
+    assert [shown[stage][0] for stage in shown] == ["FINISHED"] * 6
     assert "dvc.cached" not in shown["train"][3]
 
 
@@ -305,9 +305,10 @@ def test_a_stages_own_run_is_sent_whatever_becomes_of_the_others(
 
     monkeypatch.setattr(MlflowRun, "complete", failing)
     run_pipeline(mlflow=True, stages=("train",))
-    first, second = capsys.readouterr().err.splitlines()
-    assert "MLflow did not accept download-ffff" in first
-    assert "MLflow did not accept tokenize-ffff" in second
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    for stage, line in zip(("download", "vocabulary", "tokenize"), said, strict=True):
+        assert f"MLflow did not accept {stage}-ffff" in line
     (train,) = runs(client, "train")
     assert train.info.status == "FINISHED"
     assert train.data.tags["pipelib.sent"] == str(record_path().stat().st_size)

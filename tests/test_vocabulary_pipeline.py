@@ -1,4 +1,4 @@
-"""A vocabulary of our own through the pipeline: shards, model, evaluation, and models that have another one."""
+"""A vocabulary of our own and a Llama through the pipeline: shards, model, evaluation, and models that have others."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_corpus import make_texts, write_jsonl
-from small_params import model_params, write_params
+from small_params import PARAMS, model_params, write_params
 from small_project import Project
 from small_run import random_model
 
@@ -22,14 +22,25 @@ from pipelib.vocabulary.choice import find_tokenizer, tokenizer_of_model
 from pipelib.vocabulary.folder import read_tokenizer
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
+LLAMA = {
+    "architecture": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "context_length": 16, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "init_from": "scratch",
+}  # fmt: skip
 STAGES = ("download", "vocabulary", "tokenize", "train", "evaluate")
 TEXTS = make_texts(200, words=60)
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """All stages with 400 tokens of our own, beside a baseline with GPT-2's."""
-    project = Project.make(tmp_path_factory.mktemp("own"))
+    """All stages with 400 tokens of our own and a Llama, beside a baseline that is a GPT-2 with GPT-2's tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PARAMS, "model", LLAMA)
+        return make_project(tmp_path_factory.mktemp("own"))
+
+
+def make_project(root: Path) -> Project:
+    project = Project.make(root)
     write_jsonl(project.root / "texts/a.jsonl", TEXTS)
     export_model(random_model(model_params()), GPT2_TOKENIZER, project.root / "other", {})
     write_params(
@@ -62,6 +73,7 @@ def test_the_model_and_its_tokenizer_load_in_transformers(project: Project) -> N
     ids = auto("The gradient of document 7")["input_ids"][:16]
     assert ids == tokenizer.encode("The gradient of document 7")[:16]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(theirs).__name__ == "LlamaForCausalLM"
     assert theirs.config.vocab_size == 400
     assert theirs.config.eos_token_id == auto.eos_token_id == tokenizer.end_token_id
     ours = import_model(folder, tokenizer)
@@ -97,6 +109,7 @@ def test_a_baseline_of_another_vocabulary_is_measured_on_the_same_bytes(project:
         (["summary"], "it starts near ln 400 = 5.99"),
         (["plan", "--no-measure"], "parameters"),
         (["evaluate", "--model", "other"], "of gpt2"),
+        (["export", "--out", "new.gguf"], "f16, SHA-256"),
     ],
 )
 def test_commands_know_it(project: Project, command: list[str], words: str) -> None:
@@ -106,11 +119,14 @@ def test_commands_know_it(project: Project, command: list[str], words: str) -> N
     assert "Traceback" not in done.stderr
 
 
-def test_another_size_makes_other_tokens_and_the_first_again_makes_nothing(project: Project, tmp_path: Path) -> None:
+def test_another_size_makes_other_tokens_and_the_first_again_makes_nothing(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "project"
     shutil.copytree(project.root, root)
     copy = Project(root)
     first = sha256_file(root / "data/tokens/manifest.json")
+    monkeypatch.setitem(PARAMS, "model", LLAMA)
     write_params(root, vocabulary__source="train", vocabulary__size=390)
     assert "linked again" in copy.stage("download").stdout
     for stage in ("vocabulary", "tokenize"):

@@ -15,6 +15,7 @@ from pipelib.cli.command import Command, Parser, positional
 from pipelib.cli.compare import Compare
 from pipelib.cli.doctor import Doctor
 from pipelib.cli.evaluate import Evaluate
+from pipelib.cli.export import Export
 from pipelib.cli.export_tokens import ExportTokens
 from pipelib.cli.plan import Plan
 from pipelib.cli.plots_page import PlotsPage
@@ -70,6 +71,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Compare,
     Doctor,
     Verify,
+    Export,
     ExportTokens,
     Sample,
     Evaluate,

@@ -58,7 +58,7 @@ class Decoder(nn.Module, ABC):
 
     architecture: ClassVar[str]
     """The family's name: of its files, in `model.architecture`, and as `model_type` in config.json."""
-    embedding_names: ClassVar[tuple[str, ...]]
+    embedding_names: tuple[str, ...]
     """The tensors with one row per token, padding included. The first one is the input embedding."""
 
     def __init__(self, params: ModelParams, vocab_size: int) -> None:

@@ -68,7 +68,7 @@ def to_huggingface(model: Decoder) -> dict[str, Tensor]:
             tensor = tensor[: model.vocab_size]  # transformers expects exactly vocab_size rows
         elif name.endswith(model.transposed_names):
             tensor = tensor.t()
-        renamed[model.name_prefix + name] = tensor.contiguous()
+        renamed[name if name == HEAD else model.name_prefix + name] = tensor.contiguous()
     return renamed
 
 

@@ -94,12 +94,12 @@ def tokenizer_of_model(folder: Path, otherwise: Tokenizer) -> Tokenizer:
     Args:
         otherwise: what a model without a tokenizer has, or one whose tokenizer cannot be read here; checks follow that say more.
     """
-    if not (folder / TOKENIZER).is_file():
-        return GPT2_TOKENIZER if (folder / "vocab.json").is_file() else otherwise
     try:
+        if not (folder / TOKENIZER).is_file():
+            return GPT2_TOKENIZER if (folder / "vocab.json").is_file() else otherwise
         found = read_tokenizer(folder)
         rows = read_json(folder / "config.json").get("vocab_size")
-    except UserError:
+    except (UserError, OSError, ValueError):  # the last two: a name that no file can have
         return otherwise
     # Tokens that were added without rows in the embedding, [PAD] for example, are not the model's.
     has_no_more = isinstance(rows, int) and rows <= GPT2_TOKENIZER.padded_size
