@@ -95,7 +95,10 @@ def test_what_cannot_be_measured_is_refused(
     [
         ({"vocab_size": 50258}, "config.json has vocab_size = 50258 where GPT-2 has 50257"),
         ({"n_positions": 48}, "does not fit its config.json (wpe.weight is (24, 16), not (48, 16))"),
-        ({"model_type": "llama"}, "config.json has model_type = 'llama', and this code knows only gpt2"),
+        (
+            {"model_type": "mamba"},
+            "config.json has model_type = 'mamba', and this code knows only arcee, gpt2, llama, qwen3",
+        ),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(

@@ -161,7 +161,7 @@ def test_a_check_of_models_that_are_there_is_a_line(capsys: pytest.CaptureFixtur
         ({"model.init_from": "./mine"}, "./mine has n_layer = 1, not 2"),
         ({"model.init_from": "./broken"}, "model.init_from: broken/model.safetensors is missing"),
         ({"evaluate.baselines": ["./nowhere"]}, "evaluate.baselines: nowhere is not a folder with a model"),
-        ({"evaluate.baselines": ["./llama"]}, "llama/config.json has model_type = 'llama', and this code knows only gpt2"),
+        ({"evaluate.baselines": ["./mamba"]}, "mamba/config.json has model_type = 'mamba', and this code knows only arcee, gpt2"),
         ({"evaluate.baselines": ["gpt2"]}, "evaluate.baselines: gpt2 is not in download.models"),
         ({"evaluate.tasks": ["piqa"]}, "evaluate.tasks: piqa needs the data of the benchmark piqa"),
         ({"train.max_tokens": 30 * 7_400_214}, "passes over the 7,"),
@@ -173,7 +173,7 @@ def test_a_check_finds_what_a_later_stage_would_refuse(
     capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
 ) -> None:
     make_model("mine")
-    for name, kind in (("broken", "gpt2"), ("llama", "llama")):
+    for name, kind in (("broken", "gpt2"), ("mamba", "mamba")):
         make_model(name)
         config = read_json(Path(name) / "config.json")
         write_json(Path(name) / "config.json", {**config, "model_type": kind})

@@ -369,7 +369,7 @@ def test_a_list_of_an_earlier_version_is_asked_for_again_and_does_offline(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / f"state/hub/someone--corpus/{REVISION}/.lists/sample%2Ftiny.json"
-    short = [dataclasses.asdict(HubFile(FILE, 1, "0" * 64))]
+    short = [HubFile(FILE, 1, "0" * 64).identity()]  # as before there was `git_sha1`
     write_json(path, {"files": short, "sha256": sha256_json(short)})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert source().identity()["files"] == short

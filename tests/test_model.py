@@ -163,7 +163,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another shape": (change_config(n_embd=32), "does not fit its config.json"),
     "more blocks": (change_config(n_layer=3), "it has 2 blocks, and n_layer is 3"),
     "no shape": (change_config(n_layer="two"), "does not describe a GPT-2"),
-    "another architecture": (change_config(model_type="llama"), "model_type = 'llama'"),
+    "another architecture": (change_config(model_type="mamba"), "model_type = 'mamba'"),
     "another vocabulary": (change_config(vocab_size=32000), "vocab_size = 32000"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), "config.json does not exist"),
     "a torn config": (lambda folder: (folder / CONFIG).write_text('{"model_type"'), "config.json is not JSON"),

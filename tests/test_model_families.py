@@ -246,8 +246,8 @@ def test_a_toy_goes_through_the_pipeline(project: Project) -> None:
 
 # ---- Words -----------------------------------------------------------------------------------------------------------
 
-OWN = ("model/families/gpt2.py", "model/shapes/gpt2.py", "corpus/baselines.py")
-"""GPT-2's files, and the config that download wants of OpenAI's models."""
+OWN = ("model/families/gpt2.py", "model/shapes/gpt2.py", "corpus/baselines.py", "inspection/gguf_file.py")
+"""GPT-2's files, the config that download wants of OpenAI's models, and what GGUF calls the shape of each family."""
 
 
 def test_gpt2s_names_stand_in_its_own_files_alone() -> None:

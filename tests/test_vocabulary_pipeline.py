@@ -16,6 +16,7 @@ from small_run import random_model
 from pipelib.errors import UserError
 from pipelib.evaluation.measure import Data, count_text_bytes, encoded_anew
 from pipelib.files import read_json, sha256_file
+from pipelib.model.decoder import Decoder
 from pipelib.model.huggingface import export_model, find_model, import_model
 from pipelib.tokens.shards import open_shard
 from pipelib.vocabulary.choice import find_tokenizer, tokenizer_of_model
@@ -34,15 +35,16 @@ TEXTS = make_texts(200, words=60)
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """All stages with 400 tokens of our own and a Llama, beside a baseline that is a GPT-2 with GPT-2's tokens."""
+    other = random_model(model_params())
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PARAMS, "model", LLAMA)
-        return make_project(tmp_path_factory.mktemp("own"))
+        return make_project(tmp_path_factory.mktemp("own"), other)
 
 
-def make_project(root: Path) -> Project:
+def make_project(root: Path, other: Decoder) -> Project:
     project = Project.make(root)
     write_jsonl(project.root / "texts/a.jsonl", TEXTS)
-    export_model(random_model(model_params()), GPT2_TOKENIZER, project.root / "other", {})
+    export_model(other, GPT2_TOKENIZER, project.root / "other", {})
     write_params(
         project.root, vocabulary__source="train", vocabulary__size=400, evaluate__baselines=["./other"],
         evaluate__tasks=["heldout"], evaluate__task_limit=4,
