@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from small_run import random_model
 
 from pipelib.errors import UserError
 from pipelib.evaluation.measure import Data, count_text_bytes, encoded_anew
+from pipelib.evaluation.report import Subject, _levels
 from pipelib.files import read_json, sha256_file
+from pipelib.inspection.disk import corpus_of
 from pipelib.model.decoder import Decoder
 from pipelib.model.huggingface import export_model, find_model, import_model
-from pipelib.tokens.shards import open_shard
+from pipelib.params import load_params
+from pipelib.tokens.shards import open_shard, read_manifest
 from pipelib.vocabulary.choice import find_tokenizer, tokenizer_of_model
 from pipelib.vocabulary.folder import read_tokenizer
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
@@ -167,6 +171,35 @@ def test_shards_of_another_vocabulary_are_refused(project: Project) -> None:
     encoding = read_json(project.root / "data/tokens/manifest.json")["encoding"]
     with pytest.raises(UserError, match=r"made with the vocabulary bpe-400 \(\w{16}\), and here are gpt2"):
         find_tokenizer(encoding)
+    tokens = read_manifest(project.root / "data/tokens")  # of another clone: its vocabulary is beside them
+    assert tokens.tokenizer.encoding == encoding
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_taken_for_the_datas(project: Project, tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(project.root / "data/vocabulary")
+    shutil.copytree(project.root / "models", tmp_path / "normed")
+    value = json.loads((tmp_path / "normed/tokenizer.json").read_bytes())
+    (tmp_path / "normed/tokenizer.json").write_text(json.dumps({**value, "normalizer": {"type": "NFC"}}))
+    with pytest.raises(UserError, match=r"changes the text first \(normalizer NFC\)"):
+        find_model(tmp_path / "normed", tokenizer)
+
+
+def test_a_loss_of_another_vocabulary_is_not_drawn_beside_ours() -> None:
+    result = {"val_loss": 4.0}
+    others = {"same": {"val_loss": 5.0}, "other": {"val_loss": 6.0, "vocabulary": "gpt2"}}
+    source = {"kind": "hub", "repo": "HuggingFaceFW/fineweb-edu"}
+    subject = Subject(result, others, 124_000_000, 400, source, {}, [], None, has_own_vocabulary=True)
+    assert [name for name, _ in _levels("val_loss", subject)] == ["same, measured"]
+    alone = replace(subject, baselines={})
+    assert _levels("val_loss", alone) == []
+    assert _levels("val_loss", replace(alone, has_own_vocabulary=False)) != []
+
+
+def test_plan_does_not_take_the_shards_of_another_vocabulary_for_the_corpus(project: Project) -> None:
+    params = load_params(project.root / "params.yaml")
+    assert corpus_of(params, project.root) is not None
+    other = replace(params, vocabulary=replace(params.vocabulary, size=390))
+    assert corpus_of(other, project.root) is None
 
 
 def test_text_that_is_cut_in_a_character_is_encoded_anew(project: Project, tmp_path: Path) -> None:
