@@ -95,6 +95,10 @@ def test_published_weights_are_those_that_download_verified(here: Path) -> None:
         ({"model__init_from": "mine"}, "write ./mine if it is a folder"),
         ({"model__init_from": "gpt2"}, "download.models = [] does not name it; add it there"),
         (
+            {"model__init_from": "gpt2", "vocabulary__source": "train"},
+            "gpt2 has GPT-2's vocabulary, and vocabulary.source",
+        ),
+        (
             {"model__init_from": "gpt2", "download__models": ["gpt2"]},
             "has n_layer = 12, not 2, n_head = 12, not 2, n_embd = 768, not 16, context_length = 1024, not 16, so its",
         ),
