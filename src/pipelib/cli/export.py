@@ -11,7 +11,7 @@ EXAMPLES = """examples:
   pipelib export --out model.gguf
   pipelib export --type q8_0 --out model-q8.gguf --model ../other-clone/models
 
-models/ itself is a Hugging Face folder, which transformers and vLLM load as it is.
+models/ itself is a Hugging Face folder, which transformers loads as it is.
 """
 
 
