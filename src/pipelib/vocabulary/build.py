@@ -16,8 +16,8 @@ from pipelib.progress import Progress
 from pipelib.stage import Build, WorkResult
 from pipelib.vocabulary.bpe import train_bpe
 from pipelib.vocabulary.choice import Vocabulary, write_vocabulary
-from pipelib.vocabulary.engines import HARD_STRINGS, load_engine
-from pipelib.vocabulary.folder import TOKENIZER, model_files, read_tokenizer, tiktoken_lines
+from pipelib.vocabulary.engines import HARD_STRINGS, assert_same_tokens, load_engine
+from pipelib.vocabulary.folder import CONFIG, TOKENIZER, model_files, read_tokenizer, tiktoken_lines
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.vocabulary.params import VocabularyParams
 from pipelib.vocabulary.planned import planned_tokenizer
@@ -60,9 +60,8 @@ def make_vocabulary(build: Build, params: VocabularyParams, raw: Path, benchmark
         path, content = out / TOKENIZER, (Path(params.folder) / TOKENIZER).read_bytes()
     with write_atomic(path) as file:
         file.write(content)
-    for name, content in model_files(path, end, None).items():
-        with write_atomic(out / name) as file:
-            file.write(content)
+    with write_atomic(out / CONFIG) as file:
+        file.write(model_files(path, end, None)[CONFIG])
     tokenizer = read_tokenizer(out)
     with write_atomic(out / RANKS) as file:
         file.write(tiktoken_lines(tokenizer.ranks()))
@@ -113,8 +112,6 @@ def require_same_engines(tokenizer: Tokenizer, folder: Path, texts: Iterable[Hel
         UserError: they differ; names the text.
     """
     from tokenizers import Tokenizer as HuggingFaceTokenizer
-
-    from pipelib.vocabulary.engines import assert_same_tokens
 
     strings = [*HARD_STRINGS, *(document.text for document in texts)]
     assert_same_tokens(load_engine(os.environ.get("PIPELIB_TOKENIZER", "gigatoken"), tokenizer), strings)
