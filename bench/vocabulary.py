@@ -10,31 +10,15 @@ it. The text that is scored is the same for all: the documents that the completi
 """
 
 import argparse
-import csv
-import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
+from checkout import CHECKOUT, Checkout, benchmark_texts
 
-from pipelib.corpus.parquet import iterate_raw
-from pipelib.corpus.raw import benchmark_documents
-from pipelib.evaluation.measure import Data, measure_loss
-from pipelib.model.huggingface import import_model
-from pipelib.params import load_params
-from pipelib.tokens.shards import VALIDATION_SHARD, write_shard
-from pipelib.vocabulary.choice import tokenizer_of_model
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from pipelib.schema import read_yaml
 from pipelib.workspace.places import HERE
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 TRIAL_STEPS = 160
 
 
@@ -43,6 +27,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="tokens")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each vocabulary; default: 1")
     parser.add_argument("--same-tokens", action="store_true", help="train on as many tokens as params.yaml says")
+    parser.add_argument("--params", type=Path, default=CHECKOUT / HERE.params, help="default: params.yaml")
     arguments = parser.parse_args()
     texts = benchmark_texts()
     print(f"{len(texts)} documents, {sum(len(text.encode()) for text in texts):,} bytes")
@@ -53,92 +38,36 @@ def main() -> None:
     for size in (None, *arguments.sizes):
         for seed in range(arguments.seeds):
             with tempfile.TemporaryDirectory(prefix="bench-vocabulary-") as folder:
-                run = Run(Path(folder), size, 1337 + seed)
-                tokens = None if size is None or arguments.same_tokens else run.tokens_in(np.mean(seconds).item())
-                run.train(tokens)
+                run = Checkout(Path(folder), read_yaml(arguments.params))
+                run.params["vocabulary"] |= {"source": "train", "size": size} if size else {"source": "gpt2"}
+                run.params["train"]["seed"] = 1337 + seed
+                run.tokenize()
+                tokens = run.params["train"]["max_tokens"]
+                if size is not None and not arguments.same_tokens:
+                    tokens = tokens_in(run, np.mean(seconds).item())
+                run.train(max_tokens=tokens)
                 if size is None:
                     seconds.append(run.seconds)
-                print(run.line(texts), flush=True)
+                print(line(run, size, texts), flush=True)
 
 
-def benchmark_texts() -> list[str]:
-    """The documents of the benchmark."""
-    count = benchmark_documents(CHECKOUT / HERE.benchmarks)
-    return [row["text"] for row in islice(iterate_raw(CHECKOUT / HERE.raw), count) if row["text"]]
+def tokens_in(run: Checkout, seconds: float) -> int:
+    """How many tokens the model reads in a time, from a short run."""
+    step = run.params["train"]["global_batch_tokens"]
+    run.train(max_tokens=TRIAL_STEPS * step)
+    warm = run.speeds[len(run.speeds) // 2 :]  # the first steps are slower
+    return int(seconds * np.mean(warm)) // step * step
 
 
-class Run:
-    """A copy of the checkout with a vocabulary."""
-
-    def __init__(self, root: Path, size: int | None, seed: int) -> None:
-        self.root, self.size, self.seed = root, size, seed
-        for name in ("src", "stages"):
-            shutil.copytree(CHECKOUT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for out in (HERE.raw, HERE.benchmarks, HERE.published_models):
-            shutil.copytree(CHECKOUT / out, root / out, copy_function=os.link)
-        shutil.copytree(CHECKOUT / "corpus", root / "corpus")
-        self.params: dict[str, Any] = yaml.safe_load((CHECKOUT / HERE.params).read_text(encoding="utf-8"))
-        self.params["vocabulary"] |= {"source": "train", "size": size} if size else {"source": "gpt2"}
-        self.params["train"] |= {"seed": seed, "max_epochs": 1000.0}
-        self.params["logging"]["mlflow"] = False
-        self._write()
-        for stage in ("vocabulary", "tokenize"):
-            self._stage(stage)
-
-    def tokens_in(self, seconds: float) -> int:
-        """Return how many tokens the model reads in a time, from a short run."""
-        kept, step = self.params["train"]["max_tokens"], self.params["train"]["global_batch_tokens"]
-        self.train(TRIAL_STEPS * step)
-        with (self.root / HERE.speed("train", "csv")).open(newline="") as file:
-            speeds = [float(row["tokens_per_second"]) for row in csv.DictReader(file)]
-        self.params["train"]["max_tokens"] = kept
-        warm = speeds[len(speeds) // 2 :]  # the first steps are slower
-        return int(seconds * np.mean(warm)) // step * step
-
-    def train(self, max_tokens: int | None) -> None:
-        """Train; None for the tokens of params.yaml."""
-        self.params["train"]["max_tokens"] = max_tokens or self.params["train"]["max_tokens"]
-        self._write()
-        self._stage("train")
-
-    @property
-    def seconds(self) -> float:
-        """The seconds of the steps alone."""
-        speed = json.loads((self.root / HERE.speed("train")).read_text())
-        return float(self.params["train"]["max_tokens"] / speed["tokens_per_second"])
-
-    def line(self, texts: list[str]) -> str:
-        """Return the figures of this run."""
-        folder = self.root / HERE.model
-        tokenizer = tokenizer_of_model(folder, GPT2_TOKENIZER)
-        model = import_model(folder, tokenizer)
-        pieces = [np.array([tokenizer.end_token_id, *tokenizer.encode(text)], np.uint16) for text in texts]
-        total = sum(map(len, pieces))
-        write_shard(self.root / VALIDATION_SHARD, total, pieces, tokenizer)
-        size = sum(len(text.encode()) for text in texts)
-        params = load_params(CHECKOUT / HERE.params).evaluate
-        loss, _ = measure_loss("", model, params, Data(self.root, self.root, tokenizer))
-        return (
-            f"{self.size or 'gpt2':<12}{self.seed:>5}{size / (total - len(texts)):>12.3f}"
-            f"{model.params.parameters(tokenizer.size):>12,}{self.params['train']['max_tokens']:>10,}{self.seconds:>9.0f}"
-            f"{loss.bits_per_byte(size):>10.3f}"
-        )
-
-    def _write(self) -> None:
-        (self.root / HERE.params).write_text(yaml.safe_dump(self.params, sort_keys=False), encoding="utf-8")
-
-    def _stage(self, name: str) -> None:
-        environment = {**os.environ, "PIPELIB_STATE_DIR": str(self.root / "state")}
-        done = subprocess.run(
-            [sys.executable, "-m", f"stages.{name}"],
-            cwd=self.root,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise SystemExit(done.stderr)
+def line(run: Checkout, size: int | None, texts: list[str]) -> str:
+    """The figures of a run."""
+    bits, bytes_per_token = run.bits_per_byte(texts)
+    model, tokenizer = run.model
+    return (
+        f"{size or 'gpt2':<12}{run.params['train']['seed']:>5}{bytes_per_token:>12.3f}"
+        f"{model.params.parameters(tokenizer.size):>12,}{run.params['train']['max_tokens']:>10,}{run.seconds:>9.0f}"
+        f"{bits:>10.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import yaml
 
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.model.shapes.gpt2 import GPT2Params
-from pipelib.training.params import TrainParams
+from pipelib.training.params import MuonParams, TrainParams
 
 PARAMS: dict[str, dict[str, Any]] = {
     "download": {
@@ -26,7 +26,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "model": {"architecture": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16, "init_from": "scratch"},
     "train": {
         "seed": 7, "max_tokens": 2560, "max_epochs": 1.0, "global_batch_tokens": 64, "sequence_length": 16,
-        "micro_batch_size": 2, "optimizer": "adamw",
+        "micro_batch_size": 2, "optimizer": "adamw", "muon": None, "schedule": "cosine", "cooldown": None,
         "max_lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4, "weight_decay": 0.1, "beta1": 0.9,
         "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False, "deterministic": True,
         "activation_checkpointing": False, "spike": None, "experiments": None, "hellaswag_every": None,
@@ -40,16 +40,29 @@ PARAMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """params.yaml: 40 steps of 4 rows of 16 tokens, in 2 micro-steps; a second or two."""
 
+MUON = {"momentum": 0.9, "weight_decay": 0.1, "embedding_lr": 0.02, "head_lr": 0.02, "vector_lr": 0.02}
+"""Section `train.muon`, for `optimizer: muon` with `max_lr: 0.02`."""
+ROTARY = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 4, "context_length": 16, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "init_from": "scratch",
+}  # fmt: skip
+"""Section `model` of a family of rotary positions, without `architecture`."""
+
 assert {entry.name for entry in fields(TrainParams)} == PARAMS["train"].keys(), (
     "PARAMS has to name every parameter of train"
 )
 
 
 def write_params(folder: Path, **changes: object) -> None:
-    """params.yaml, with `section__key=value` changed."""
+    """params.yaml, with `section__key=value` changed, or `section=values` replaced."""
     values = copy.deepcopy(PARAMS)
     for path, value in changes.items():
-        section, key = path.split("__")
+        section, _, key = path.partition("__")
+        if not key:
+            assert isinstance(value, dict)
+            values[section] = value
+            continue
         assert key in values[section], f"{section}.{key} is not a parameter"
         values[section][key] = value
     (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -64,6 +77,8 @@ def model_params(**changes: int) -> GPT2Params:
 def train_params(**changes: Any) -> TrainParams:
     """The section `train`."""
     values = {**PARAMS["train"], **changes}
+    if isinstance(values["muon"], dict):
+        values["muon"] = MuonParams(**values["muon"])
     return TrainParams(**{**values, "sample_prompts": tuple(values["sample_prompts"])})
 
 

@@ -187,7 +187,7 @@ def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_params(old: str = "", new: str = "") -> None:
-    text = (Path(__file__).parents[1] / "params.yaml").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "presets/gpt2-quick.yaml").read_text(encoding="utf-8")
     assert old in text
     Path("params.yaml").write_text(text.replace(old, new), encoding="utf-8")
 

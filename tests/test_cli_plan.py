@@ -38,9 +38,12 @@ PRESET = {
 }  # fmt: skip
 
 
+QUICK = Path(__file__).parents[1] / "presets/gpt2-quick.yaml"
+
+
 def write_params(changes: dict[str, Any]) -> Path:
-    """The repository's parameters with some changed, as params.yaml of the current folder."""
-    params = read_yaml(Path(__file__).parents[1] / "params.yaml")
+    """presets/gpt2-quick.yaml with some parameters changed, as params.yaml of the current folder."""
+    params = read_yaml(QUICK)
     for key, value in changes.items():
         section, name = key.split(".")
         params[section][name] = value
@@ -217,7 +220,7 @@ def test_the_plan_refuses_what_the_check_refuses(capsys: pytest.CaptureFixture[s
 
 def test_an_estimate_refuses_nothing_that_could_fit(capsys: pytest.CaptureFixture[str]) -> None:
     """The offline corpus varies with versions; what the hub counted does not."""
-    params = read_yaml(Path(__file__).parents[1] / "params.yaml")
+    params = read_yaml(QUICK)
     step = params["train"]["global_batch_tokens"]
     tokens = 7_400_214 - 256_000
     for factor, status in ((1.015, 0), (1.04, 1)):

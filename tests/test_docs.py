@@ -164,7 +164,11 @@ def parameters() -> str:
         if head := re.match(r"^([a-z_]+):", line):
             section = head[1]
         elif key := re.match(r"^  ([a-z0-9_]+): *([^#]*?) *(?:# (.*))?$", line):
-            rows.append([f"{section}.{key[1]}", key[2] or "a list", key[3] or ""])
+            outer = [f"{section}.{key[1]}", key[2] or "a list", key[3] or ""]
+            rows.append(outer)
+        elif key := re.match(r"^    ([a-z0-9_]+): *([^#]*?) *(?:# (.*))?$", line):
+            outer[1] = "keys"
+            rows.append([f"{outer[0]}.{key[1]}", key[2], key[3] or ""])
         elif more := re.match(r"^ {20,}# (.*)$", line):
             rows[-1][2] += f" {more[1]}"
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from small_params import MUON, ROTARY
 from small_run import SmallProject, Training, kill, same
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a training in /proc")
@@ -59,6 +60,28 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(project: SmallPro
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_instants_a_compiled_one_does_too(compiled: SmallProject, ranks: int) -> None:
     kill_and_go_on(compiled, ranks, max(4, RUNS // 8))
+
+
+MUON_RECIPE = {"train__optimizer": "muon", "train__muon": MUON, "train__max_lr": 0.02, "train__min_lr": 0.0}
+RECIPES: dict[str, dict[str, object]] = {
+    "gpt2, muon, linear": {**MUON_RECIPE, "train__schedule": "linear"},
+    "qwen3, muon, wsd": {
+        **MUON_RECIPE, "train__schedule": "wsd", "train__cooldown": 0.5, "model": {"architecture": "qwen3", **ROTARY},
+    },
+    "llama, adamw, wsd": {
+        "train__schedule": "wsd", "train__cooldown": 0.3, "model": {"architecture": "llama", **ROTARY},
+    },
+    "arcee, adamw, linear": {"train__schedule": "linear", "model": {"architecture": "arcee", **ROTARY}},
+}  # fmt: skip
+"""Every optimizer, schedule and family."""
+
+
+@pytest.mark.random
+@pytest.mark.parametrize(
+    "recipe", [name if name.startswith("qwen3") else pytest.param(name, marks=pytest.mark.long) for name in RECIPES]
+)
+def test_killed_at_random_instants_other_recipes_do_too(tmp_path: Path, recipe: str) -> None:
+    kill_and_go_on(SmallProject.make(tmp_path, **RECIPES[recipe]), 1, RUNS // 2)
 
 
 def kill_and_go_on(project: SmallProject, ranks: int, count: int) -> None:

@@ -1,6 +1,7 @@
 """params.yaml and every preset are read whole; what is wrong in one is said in one message, before any work."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+QUICK = ROOT / "presets/gpt2-quick.yaml"
 SIZES = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "1558m": 1_557_611_200}
 """Parameters of OpenAI's four models (https://huggingface.co/openai-community/gpt2, and -medium, -large, -xl)."""
 
 
-def load_changed(tmp_path: Path, *changes: tuple[str, object], source: Path = ROOT / "params.yaml") -> Params:
-    """params.yaml with some keys set, as `load_params` reads it."""
+def load_changed(tmp_path: Path, *changes: tuple[str, object], source: Path = QUICK) -> Params:
+    """presets/gpt2-quick.yaml with some keys set, as `load_params` reads it."""
     values: dict[str, Any] = copy.deepcopy(yaml.safe_load(source.read_text(encoding="utf-8")))
     for key, value in changes:
         section, name = key.split(".")
@@ -34,7 +36,8 @@ def load_changed(tmp_path: Path, *changes: tuple[str, object], source: Path = RO
 def test_every_parameter_file_is_good(path: Path) -> None:
     params = load_params(path)
     assert params.train.max_steps > params.train.warmup_steps
-    assert params.train.gradient_accumulation_steps(1) >= 1
+    if params.train.micro_batch_size != "auto":
+        assert params.train.gradient_accumulation_steps(1) >= 1
 
 
 def test_every_key_of_params_yaml_has_a_comment() -> None:
@@ -45,13 +48,15 @@ def test_every_key_of_params_yaml_has_a_comment() -> None:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
 def test_presets_have_the_keys_of_params_yaml_in_its_order_and_say_where_these_are_explained(path: Path) -> None:
-    text, explained = path.read_text(encoding="utf-8"), (ROOT / "params.yaml").read_text(encoding="utf-8")
+    """A family has keys of its own in section `model`: those of GPT-2 stand in gpt2-quick.yaml, those of Qwen3 in params.yaml."""
+    text = path.read_text(encoding="utf-8")
+    is_gpt2 = yaml.safe_load(text)["model"]["architecture"] == "gpt2"
     keys, explained_keys = (
         [(section, key) for section, values in yaml.safe_load(source).items() for key in values]
-        for source in (text, explained)
+        for source in (text, (QUICK if is_gpt2 else ROOT / "params.yaml").read_text(encoding="utf-8"))
     )
     assert keys == explained_keys
-    assert "# Keys      explained in docs/reference.md#parameters" in text
+    assert path == QUICK or "# Keys      explained in docs/reference.md#parameters" in text
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -67,7 +72,22 @@ def test_presets_are_the_published_models(size: str) -> None:
 
 
 def test_there_is_a_preset_of_every_size() -> None:
-    assert {path.stem for path in PRESETS} == {"gpt3-125m", *(f"gpt2-{size}" for size in SIZES)}
+    others = {"gpt3-125m", "gpt2-quick", "modern-124m", "modern-350m", "modern-24gb"}
+    assert {path.stem for path in PRESETS} == {*others, *(f"gpt2-{size}" for size in SIZES)}
+
+
+@pytest.mark.parametrize(("name", "size"), [("124m", 162_151_680), ("24gb", 162_151_680), ("350m", 411_264_000)])
+def test_modern_presets_are_what_their_headers_say(name: str, size: int) -> None:
+    path = ROOT / f"presets/modern-{name}.yaml"
+    params, text = load_params(path), path.read_text(encoding="utf-8")
+    assert params.model.parameters(GPT2_TOKENIZER.size) == size
+    assert f"# Size      {size:,} parameters" in text
+    flops = params.model.flops_per_token(GPT2_TOKENIZER.size, 1024)
+    found = re.search(r"# Compute +([\d.]+) GFLOP per token, ([\d.]+) EFLOP in ([\d,]+) steps", text)
+    assert found
+    assert float(found[1]) == pytest.approx(flops / 1e9, rel=0.01)
+    assert float(found[2]) == pytest.approx(flops * params.train.max_tokens / 1e18, rel=0.02)
+    assert found[3] == f"{params.train.max_steps:,}"
 
 
 def test_gpt3s_preset_is_the_published_shape_and_recipe() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_params import model_params, train_params, write_params
+from small_params import MUON, model_params, train_params, write_params
 from small_run import ALONE, curve, train_small, write_tokens
 from torch import Tensor, nn
 
@@ -28,8 +28,8 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 TOYS = Path(__file__).with_name("toy_optimizer")
 OPTIMIZERS = sorted(path.stem for folder in (*optim.__path__, TOYS) for path in Path(folder).glob("[a-z]*.py"))
-RATES = {"sgd": 0.5}
-"""`max_lr` for those that learn too slowly with AdamW's."""
+NEEDS: dict[str, dict[str, Any]] = {"sgd": {"max_lr": 0.5}, "muon": {"max_lr": 0.02, "muon": MUON}}
+"""What they need beside their name."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def toy_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_training_with_any_optimizer_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
-    params = train_params(max_tokens=1280, optimizer=name, max_lr=RATES.get(name, 1e-2))
+    params = train_params(max_tokens=1280, optimizer=name, **NEEDS.get(name, {}))
     models = []
     for run in ("whole", "resumed"):
         (tmp_path / run).mkdir()
@@ -78,7 +78,7 @@ def test_an_unknown_optimizer_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
-    params, model = train_params(optimizer=name), nn.Linear(3, 3)
+    params, model = train_params(optimizer=name, **NEEDS.get(name, {})), nn.Linear(3, 3)
     optimizer = make_optimizer(model, params)
     for value, finite in ((1.0, True), (float("nan"), False)):
         before = [tensor.clone() for tensor in tensors_of((model.state_dict(), optimizer.state_dict()))]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_params import train_params
+from small_params import MUON, train_params
 from small_project import CHECKOUT
 from small_run import ALONE
 from warm_python import run_python
@@ -100,6 +100,18 @@ def test_losses_and_norms_depend_neither_on_the_ranks_nor_on_the_micro_batches(f
     assert tables[0][0, 2] - tables[0][-1, 2] > 0.5  # it did learn
     for other in tables[1:]:
         assert np.allclose(other, tables[0], rtol=1e-5, atol=0)
+
+
+def test_muon_is_the_same_for_any_ranks_up_to_rounding(folder: Path) -> None:
+    """It amplifies the smallest parts of a gradient, so sums of another order show more than with AdamW."""
+    losses = []
+    for world_size in (1, 2, 4):
+        train_ranks(folder, world_size, max_tokens=1280, optimizer="muon", muon=MUON, max_lr=0.02)
+        losses.append(table(folder)[:, 2])
+        shutil.rmtree(folder / "checkpoints")
+    for other in losses[1:]:
+        assert np.allclose(other[:2], losses[0][:2], rtol=1e-5, atol=0)  # the second one has seen one update
+        assert np.allclose(other, losses[0], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(4, 2, marks=pytest.mark.long)])

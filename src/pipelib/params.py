@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.evaluation.params import EvaluateParams, benchmark_of, is_folder, known_tasks
-from pipelib.model.params import InitialisedModelParams, published_params
+from pipelib.model.params import RANDOM, InitialisedModelParams, published_params
 from pipelib.schema import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.tokens.params import TokenizeParams
 from pipelib.training.params import TrainParams
@@ -91,10 +91,10 @@ class Params:
         """Yield what the parameters alone show to be wrong with `model.init_from`. The train stage checks folders."""
         name = self.model.init_from
         if self.model.init_is_published and name not in PUBLISHED_MODELS:
-            near = difflib.get_close_matches(name, ["scratch", *PUBLISHED_MODELS], n=1)
+            near = difflib.get_close_matches(name, [*RANDOM, *PUBLISHED_MODELS], n=1)
             hint = f"did you mean {near[0]}?" if near else f"write ./{name} if it is a folder."
             yield (
-                f"model.init_from: {name!r} is neither scratch nor one of {', '.join(PUBLISHED_MODELS)}, and a folder needs "
+                f"model.init_from: {name!r} is none of {', '.join([*RANDOM, *PUBLISHED_MODELS])}, and a folder needs "
                 f"a slash in its name; {hint}"
             )
         elif self.model.init_is_published:

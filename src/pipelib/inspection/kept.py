@@ -14,19 +14,20 @@ from pipelib.workspace.places import StatePlaces
 from pipelib.workspace.stages import STAGES
 from pipelib.workspace.workdir import META, finished_files
 
-LISTS, HUB, UNITS, BASELINES = "lists", "hub", "units", "baselines"
+LISTS, HUB, UNITS, BASELINES, TRUNKS = "lists", "hub", "units", "baselines", "trunks"
 """Kinds of kept state that belong to no single stage: the hub's lists of files, files downloaded from the hub, the encoded text
-that tokenize makes shards of, and the results that evaluate measured for baselines."""
+that tokenize makes shards of, the results that evaluate measured for baselines, and the states that trainings had before their
+cooldown."""
 
 
 @dataclass(frozen=True)
 class Kept:
     """One folder that is kept: the state of a stage, STAGE/FINGERPRINT; the files of one revision of a repository,
-    hub/OWNER--NAME/REVISION; the lists of files in it, .lists; the units of one version of the code, units/CODE; or the
-    result of a baseline, baselines/KEY."""
+    hub/OWNER--NAME/REVISION; the lists of files in it, .lists; the units of one version of the code, units/CODE; the result of a
+    baseline, baselines/KEY; or the state of a training before its cooldown, trunks/KEY."""
 
     stage: str
-    """Its kind, one of `KINDS`: the stage that it belongs to, or `lists`, `hub`, `units` or `baselines`."""
+    """Its kind, one of `KINDS`: the stage that it belongs to, or `lists`, `hub`, `units`, `baselines` or `trunks`."""
     folder: Path
     finished: bool
     locked: bool
@@ -50,7 +51,7 @@ class Kept:
         return "stored" if self.stage not in STAGES else "finished" if self.finished else "unfinished"
 
 
-KINDS = (*STAGES, LISTS, HUB, UNITS, BASELINES)
+KINDS = (*STAGES, LISTS, HUB, UNITS, BASELINES, TRUNKS)
 """All values of `Kept.stage`."""
 
 
@@ -62,6 +63,7 @@ def state_folders(state: StatePlaces) -> Iterator[tuple[str, Path]]:
         HUB: (state.hub, f"*/*/{LOCK}"),
         UNITS: (state.units, f"*/{LOCK}*"),
         BASELINES: (state.baselines, f"*/{LOCK}"),
+        TRUNKS: (state.trunks, f"*/{LOCK}"),
     }
     for kind in KINDS:
         root, pattern = patterns[kind]

@@ -130,17 +130,27 @@ class Decoder(nn.Module, ABC):
 
     # ---- Initial weights ---------------------------------------------------------------------------------------------
 
-    def initialise(self, seed: int) -> None:
+    projection_names: ClassVar[tuple[str, ...]] = ()
+    """Name endings of the matrices that write into the residual stream."""
+
+    def initialise(self, seed: int, *, zero_projections: bool = False) -> None:
         """Set the initial weights, the same on every device and for any number of ranks.
 
         Matrices are normal with standard deviation `initial_std`, biases are zero, and norms are the identity. The loss then
         starts near ln(vocab_size): 10.82 for GPT-2's 50,257 tokens.
+
+        Args:
+            zero_projections: start with `projection_names`, and an output layer that is not tied, at zero: no block changes
+                anything yet, and the loss is ln(vocab_size).
         """
+        zeros = (*self.projection_names, HEAD) if zero_projections else ()
         # Numbers are drawn on the CPU, in the order of the parameters: no device or rank changes them.
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.dim() >= 2:
+                if zeros and name.endswith(zeros):
+                    parameter.zero_()
+                elif parameter.dim() >= 2:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * self.initial_std(name))
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -159,6 +169,8 @@ class Decoder(nn.Module, ABC):
     """Name endings of the matrices that Hugging Face stores as (in, out); ours are (out, in)."""
     derived_names: ClassVar[tuple[str, ...]] = ()
     """Name endings of tensors that some files contain although they follow from the others; see `derived_problem`."""
+    stacked_names: ClassVar[Mapping[str, int]] = {}
+    """Name endings of parameters that are several matrices, one below another, and how many: Muon takes them apart."""
     block_list: ClassVar[tuple[str, str] | None] = None
     """The name of the list of blocks, and the parameter that gives its length."""
     config_settings: ClassVar[Mapping[str, tuple[object, ...]]] = {}

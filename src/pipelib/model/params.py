@@ -85,18 +85,24 @@ def _section(name: str) -> type:
     return section
 
 
+SCRATCH, ZERO_PROJECTIONS = "scratch", "zero_projections"
+RANDOM = (SCRATCH, ZERO_PROJECTIONS)
+"""The values of `model.init_from` for random weights."""
+
+
 @dataclass(frozen=True)
 class InitialisedModelParams(ModelParams):
     """Section `model` of params.yaml: the parameters of the family that `architecture` names, and the initial weights."""
 
     choice: ClassVar[Choice] = Choice("architecture", known_families, _section)
     init_from: str
-    """`scratch` for random weights, a name in `download.models`, or a Hugging Face folder, which has a slash in it."""
+    """`scratch` for random weights; `zero_projections` for random weights with zeros where blocks and an untied output layer
+    write; a name in `download.models`; or a Hugging Face folder, which has a slash in it."""
 
     @property
     def init_is_published(self) -> bool:
         """Whether the weights are OpenAI's, from data/models."""
-        return self.init_from != "scratch" and "/" not in self.init_from
+        return self.init_from not in RANDOM and "/" not in self.init_from
 
     def difference(self, found: ModelParams) -> str:
         """How weights with the parameters `found` differ from this section, and what to write; empty if they fit."""

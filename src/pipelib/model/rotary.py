@@ -123,6 +123,7 @@ class RotaryDecoder(Decoder):
     class_name: ClassVar[str]
     """The class of transformers that loads an exported model."""
     embedding_names: tuple[str, ...] = ("embed_tokens.weight",)
+    projection_names = ("o_proj.weight", "down_proj.weight")
     params: RotaryParams
 
     def __init__(self, params: RotaryParams, vocab_size: int) -> None:
@@ -159,7 +160,7 @@ class RotaryDecoder(Decoder):
 
     def initial_std(self, name: str) -> float:
         """0.02. Projections into the residual stream are scaled by (2·layers)^-0.5, since 2·layers of them add up."""
-        into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+        into_stream = name.endswith(self.projection_names)
         return INIT_STD * (2 * self.params.num_hidden_layers) ** -0.5 if into_stream else INIT_STD
 
     # ---- Hugging Face's form -----------------------------------------------------------------------------------------

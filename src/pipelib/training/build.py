@@ -32,6 +32,7 @@ from pipelib.training.schedule import Cadence, Schedule
 from pipelib.training.spikes import Spikes
 from pipelib.training.state import DeviceHours, TrainState
 from pipelib.training.training_log import TrainingLog
+from pipelib.training.update_sizes import UpdateSizes
 
 
 def build_trainer(
@@ -68,11 +69,11 @@ def build_trainer(
     free = world.min(footprint.free_per_rank(world.device, world.local_ranks))
     identity = {
         "model": model_params.decides(),
-        "train": params.decides(),
+        "train": params.trunk(),
         "data": manifest.fingerprint,
         "objective": objective_of.__qualname__,
     }
-    checkpoints = Checkpoints(work / CHECKPOINTS, identity, spikes.rollback_depth)
+    checkpoints = Checkpoints(work / CHECKPOINTS, identity, spikes.rollback_depth, params.cooldown_start)
     with footprint.explain_out_of_memory(free):
         model = initial_model(model_params, tokenizer, params.seed, initial, draw=world.is_main)
         set_arithmetic(model, params)
@@ -102,6 +103,7 @@ def build_trainer(
         objective=objective,
         network=network,
         optimizer=optimizer,
+        update_sizes=UpdateSizes(model, optimizer),
         loss_scale=scale,
         loader=loader,
         plan=plan,
@@ -111,7 +113,7 @@ def build_trainer(
         states=states,
         previous_world_size=state.world_size,
         checkpoints=checkpoints,
-        guards=Guards(params, plan, spikes, checkpoints, world),
+        guards=Guards(params, model, plan, spikes, checkpoints, world),
         validation=validation,
         probes=probes,
         log=log,

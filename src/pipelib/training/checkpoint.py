@@ -30,10 +30,16 @@ CHECKPOINTS = "checkpoints"
 """The name of the checkpoint folder in a training's work folder."""
 
 
+def checkpoint_name(step: int) -> str:
+    """The folder of a checkpoint; names are in the order of the steps."""
+    return f"step_{step:08d}"
+
+
 def checkpoint_bytes(footprint: Footprint, checkpoint_every: int) -> int:
     """The most bytes that a training's checkpoints take on disk at the same time."""
-    spike = footprint.train.spike
-    return most_checkpoints(spike.batches if spike else 0, checkpoint_every) * footprint.checkpoint
+    train = footprint.train
+    most = most_checkpoints(train.spike.batches if train.spike else 0, checkpoint_every)
+    return (most + (train.schedule == "wsd")) * footprint.checkpoint
 
 
 def most_checkpoints(reach: int, checkpoint_every: int) -> int:
@@ -66,10 +72,12 @@ class Checkpoints:
         identity: what they belong to (configuration, fingerprint of the data). A checkpoint with another identity is never
             loaded.
         reach: how many steps a training may roll back from any later step. One checkpoint from before them always stays.
+        stays: the step of a checkpoint that always stays, see `trunk.py`; 0 for none.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, object], reach: int = 0) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, object], reach: int = 0, stays: int = 0) -> None:
         self.folder, self.identity, self._reach = folder, dict(identity), reach
+        self._stays = checkpoint_name(stays)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -129,8 +137,8 @@ class Checkpoints:
     def _write(self, step: int, saved: dict[str, Any], meta: Mapping[str, object], before: Callable[[], None]) -> None:
         before()
         # Write both files under a hidden name, the state first: meta.json holds its hash.
-        target = self.folder / f"step_{step:08d}"
-        temporary = self.folder / f".step_{step:08d}.tmp"
+        target = self.folder / checkpoint_name(step)
+        temporary = self.folder / f".{target.name}.tmp"
         remove(temporary)
         temporary.mkdir(parents=True)
         with write_atomic(temporary / "state.pt") as file:
@@ -149,7 +157,7 @@ class Checkpoints:
         sync_folder(self.folder)
         # Only now remove old ones, so that a kill at any moment leaves a checkpoint to resume from.
         for old in self._all(step + 1 - self._reach)[:-1]:
-            if old != best and old not in self._all()[-KEPT:]:
+            if old != best and old.name != self._stays and old not in self._all()[-KEPT:]:
                 shutil.rmtree(old)
 
     def load_latest(

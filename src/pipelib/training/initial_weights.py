@@ -23,7 +23,7 @@ def initial_model(
         return import_model(Path(weights.folder), tokenizer, quiet=True).train()
     model = build(params, tokenizer.size)
     if draw:
-        model.initialise(seed)
+        model.initialise(seed, zero_projections=weights.zero_projections)
     else:
         with torch.no_grad():
             for parameter in model.parameters():

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipelib.errors import UserError
 from pipelib.evaluation.benchmark_items import holds_items
 from pipelib.files import sha256_file
-from pipelib.model.params import InitialisedModelParams
+from pipelib.model.params import RANDOM, ZERO_PROJECTIONS, InitialisedModelParams
 from pipelib.model.weights import MODELS, require_published, weights_sha256
 from pipelib.training.params import TrainParams
 from pipelib.vocabulary.choice import chosen_tokenizer
@@ -24,6 +24,8 @@ class InitialWeights:
     """A Hugging Face folder; empty for random weights, which follow from `train.seed`."""
     sha256: str
     """The hash of the weights, which decide the result; empty for random weights."""
+    zero_projections: bool = False
+    """Random weights, but zero where blocks and an untied output layer write."""
 
 
 RANDOM_WEIGHTS = InitialWeights("", "")
@@ -35,8 +37,8 @@ def find_initial_weights(model: InitialisedModelParams) -> InitialWeights:
     Raises:
         UserError: they are missing, or are not those that download verified.
     """
-    if model.init_from == "scratch":
-        return RANDOM_WEIGHTS
+    if model.init_from in RANDOM:
+        return InitialWeights("", "", zero_projections=model.init_from == ZERO_PROJECTIONS)
     folder = _folder_of(model)
     try:
         found = weights_sha256(folder)
@@ -60,7 +62,7 @@ def require_weights(model: InitialisedModelParams, tokenizer: Tokenizer) -> str:
     Raises:
         UserError: with what to write in section `model` instead.
     """
-    if model.init_from == "scratch":
+    if model.init_from in RANDOM:
         return ""
     from pipelib.model.huggingface import find_model  # here, since it imports torch
 

@@ -29,11 +29,12 @@ from pipelib.training.objectives import Objective
 from pipelib.training.optimizer import Optimizer
 from pipelib.training.params import TrainParams
 from pipelib.training.probes import Probe, Validation
-from pipelib.training.schedule import LOG, SAVE, Schedule
+from pipelib.training.schedule import LOG, SAVE, VALIDATE, Schedule
 from pipelib.training.spikes import Spike, Spikes
 from pipelib.training.state import DeviceHours, TrainState
 from pipelib.training.step import take_step
 from pipelib.training.training_log import TrainingLog
+from pipelib.training.update_sizes import UpdateSizes
 
 
 @dataclass
@@ -51,6 +52,8 @@ class Trainer:
     network: nn.Module
     """The objective as this rank runs it: compiled if `train.compile` is set, and wrapped if there are several ranks."""
     optimizer: Optimizer
+    update_sizes: UpdateSizes
+    """Takes the steps of the optimizer that are measured."""
     loss_scale: NoLossScale
     loader: Loader[TensorBatch]
     plan: BatchPlan
@@ -133,10 +136,11 @@ class Trainer:
         # All ranks have equal shares, so this rank's share gives the global batch.
         tokens = self.world.world_size * sum(targets.numel() for _, targets in micro_batches)
         assert tokens == params.global_batch_tokens, f"step {step + 1} has {tokens} tokens"
+        measures = self.world.is_main and VALIDATE in self.schedule.due(step + 1)
         result = take_step(
             self.network,
             self.objective,
-            self.optimizer,
+            self.update_sizes if measures else self.optimizer,
             micro_batches,
             learning_rate,
             params,
@@ -147,6 +151,8 @@ class Trainer:
         state.step, state.tokens = step + 1, state.tokens + tokens
         assert state.tokens == state.step * params.global_batch_tokens
         self.log.step(state, result, learning_rate, self.loader.wait)
+        if measures:
+            self.log.updated(state, self.update_sizes.last)
         self.guards.note(state.step, learning_rate, result)
 
     def _save_checkpoint(self) -> None:

@@ -13,8 +13,6 @@ from pipelib.model.params import ModelParams
 from pipelib.training.params import TrainParams
 from pipelib.vocabulary.tokenizer import padded_size
 
-CHECKPOINT_BYTES = 12
-"""For one parameter: the weight and Adam's two moments, in fp32."""
 NCCL_BYTES = 10**9
 """What the connections between GPUs take on each, about."""
 USABLE = 0.9
@@ -28,7 +26,7 @@ class Memory:
     weights: int
     gradients: int
     moments: int
-    """AdamW's two."""
+    """The optimizer's state."""
     copies: int
     """bf16 or fp16 copies of the matrices, which autocast keeps until the backward pass is done."""
     activations: int
@@ -60,14 +58,20 @@ class Footprint:
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: on disk, and in rank 0's main memory while it is written."""
-        return CHECKPOINT_BYTES * self.parameters
+        return 4 * self.parameters + self._moments
+
+    @property
+    def _moments(self) -> int:
+        """Bytes of the optimizer's state: AdamW keeps two numbers for a parameter, Muon one for a number in a block's matrix."""
+        fewer = self.model.matrix_parameters(vocab_size=0) if self.train.optimizer == "muon" else 0
+        return 8 * self.parameters - 4 * fewer
 
     def memory(self, rows: int, length: int = 0) -> Memory:
         """Memory for a micro-batch of `rows` rows of `length` tokens.
 
-        Weights and gradients take 4 bytes per parameter each, moments 8. If gradients accumulate over micro-steps, there are
-        two of each: a compiled backward pass returns all of them at once, and DDP keeps those of its buckets. The family says
-        what its layers keep for the backward pass (`ModelParams.activation_bytes`).
+        Weights and gradients take 4 bytes per parameter each, AdamW's moments 8. If gradients accumulate over micro-steps, there
+        are two of each: a compiled backward pass returns all of them at once, and DDP keeps those of its buckets. The family
+        says what its layers keep for the backward pass (`ModelParams.activation_bytes`).
 
         The output layer peaks in the backward pass, padding included. There the log-probabilities, their gradient and the
         logits' gradient exist at once: 3 fp32 numbers for each logit of a token. torch.compile keeps only the logits and their
@@ -84,7 +88,7 @@ class Footprint:
         return Memory(
             weights=4 * self.parameters,
             gradients=(8 if twice else 4) * self.parameters,
-            moments=8 * self.parameters,
+            moments=self._moments,
             copies=2 * self.model.matrix_parameters(self.vocab_size) if half else 0,
             activations=tokens * self.model.activation_bytes(half, train.activation_checkpointing),
             logits=tokens * padded_size(self.vocab_size) * logit_bytes,

@@ -8,9 +8,12 @@ from typing import Annotated, Literal
 from pipelib.schema import Bounds, NaturalFloat, NaturalInt, OneOf, PositiveFloat, PositiveInt
 from pipelib.training import optim
 
+Share = Annotated[float, Bounds(above=0, maximum=1)]
 Beta = Annotated[float, Bounds(minimum=0, maximum=0.9999999)]
-DEFAULTS = {"optimizer": "adamw", "experiments": None}
+DEFAULTS = {"optimizer": "adamw", "muon": None, "schedule": "cosine", "cooldown": None, "experiments": None}
 """What versions did before these parameters existed; see `TrainParams.decides`."""
+HORIZON = ("max_tokens", "max_epochs", "cooldown", "min_lr")
+"""What decides nothing before the cooldown of wsd."""
 
 
 def known_optimizers() -> list[str]:
@@ -53,6 +56,25 @@ class ExperimentParams:
 
 
 @dataclass(frozen=True)
+class MuonParams:
+    """Section `train.muon` of params.yaml. `train.max_lr` is the peak rate of the matrices, and the others are in proportion."""
+
+    momentum: Beta
+    """Decay of the gradient's mean."""
+    weight_decay: NaturalFloat
+    """Decoupled decay of the matrices; `train.weight_decay` is that of embeddings and of an untied output layer."""
+    embedding_lr: PositiveFloat
+    """AdamW's peak rate for embeddings, and for an output layer that is tied to them."""
+    head_lr: PositiveFloat
+    """AdamW's peak rate for an output layer of its own."""
+    vector_lr: PositiveFloat
+    """AdamW's peak rate for the scales of norms and for biases."""
+
+
+MUON_EXAMPLE = "{momentum: 0.95, weight_decay: 0.0, embedding_lr: 0.01, head_lr: 0.01, vector_lr: 0.01}"
+
+
+@dataclass(frozen=True)
 class TrainParams:
     """Section `train` of params.yaml."""
 
@@ -70,6 +92,13 @@ class TrainParams:
     """Rows that one rank runs at a time, but no more than its share of a step. `auto`: as many as fit into its memory."""
     optimizer: Annotated[str, OneOf(known_optimizers)]
     """The optimizer: the name of a file in `training/optim`."""
+    muon: MuonParams | None
+    """What `optimizer: muon` needs; null for other optimizers."""
+    schedule: Literal["cosine", "linear", "wsd"]
+    """How the learning rate falls from `max_lr` to `min_lr` after warmup. wsd (warmup, stable, decay) keeps it at `max_lr` until
+    the cooldown."""
+    cooldown: Share | None
+    """The share of all steps in which wsd's rate falls linearly, the last ones; null for other schedules."""
     max_lr: PositiveFloat
     """Peak learning rate, reached after warmup."""
     min_lr: NaturalFloat
@@ -116,6 +145,7 @@ class TrainParams:
                 f"experiments.bf16_residual: true needs precision: bf16, not {self.precision}, so its products would fail; "
                 "set it to false."
             )
+        yield from self._choice_problems()
         rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size  # `auto` chooses a size that divides
         micro_batch_tokens = self.sequence_length * rows
         if self.global_batch_tokens % micro_batch_tokens:
@@ -145,6 +175,30 @@ class TrainParams:
                 f"warmup_steps: {self.warmup_steps} of {self.max_steps} steps, so max_lr would never be reached; "
                 "lower it or raise max_tokens."
             )
+        elif self.cooldown and self.warmup_steps > self.cooldown_start:
+            yield (
+                f"cooldown: {self.cooldown:g} of {self.max_steps} steps begins before the {self.warmup_steps} steps of warmup "
+                "end, so max_lr would never be reached; lower one of them or raise max_tokens."
+            )
+
+    def _choice_problems(self) -> Iterator[str]:
+        """Keys that the chosen optimizer or schedule needs, or does not have."""
+        if self.optimizer == "muon" and self.muon is None:
+            yield (
+                "optimizer: muon has rates and a momentum of its own, and muon is null, so it could not start; set them, for "
+                f"example `-S train.optimizer=muon -S train.max_lr=0.02 -S 'train.muon={MUON_EXAMPLE}'`."
+            )
+        if self.optimizer != "muon" and self.muon is not None:
+            yield (
+                f"muon: its keys would be ignored, since the optimizer is {self.optimizer}; set muon: null, or optimizer: muon."
+            )
+        if self.schedule == "wsd" and self.cooldown is None:
+            yield "cooldown: null, and schedule: wsd must know when the rate begins to fall; 0.4 is a good start."
+        if self.schedule != "wsd" and self.cooldown is not None:
+            yield (
+                f"cooldown: {self.cooldown:g} would be ignored, since the schedule is {self.schedule}; set cooldown: null, or "
+                "schedule: wsd."
+            )
 
     def decides(self) -> dict[str, object]:
         """The parameters that decide the result, as JSON values.
@@ -153,6 +207,11 @@ class TrainParams:
         """
         fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {key: value for key, value in fields.items() if key not in DEFAULTS or value != DEFAULTS[key]}
+
+    def trunk(self) -> dict[str, object]:
+        """The parameters that decide a training up to the cooldown of wsd; for other schedules, those that decide all of it."""
+        left_out = HORIZON if self.schedule == "wsd" else ()
+        return {key: value for key, value in self.decides().items() if key not in left_out}
 
     @property
     def tried(self) -> ExperimentParams:
@@ -163,6 +222,11 @@ class TrainParams:
     def max_steps(self) -> int:
         """Optimizer steps in the run."""
         return self.max_tokens // self.global_batch_tokens  # rounded down: never more tokens than `max_tokens`
+
+    @property
+    def cooldown_start(self) -> int:
+        """The steps that wsd finishes before its cooldown; 0 for other schedules."""
+        return self.max_steps - round(self.cooldown * self.max_steps) if self.cooldown else 0
 
     @property
     def max_batches(self) -> int:

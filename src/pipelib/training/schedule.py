@@ -23,6 +23,8 @@ class Schedule:
     every: Mapping[str, int | None]
     """Steps between two events, by their name; None: never."""
     last: int
+    cooldown_start: int = 0
+    """The step whose checkpoint stays, for a longer training; 0: none."""
 
     @classmethod
     def of(cls, params: TrainParams, cadence: Cadence) -> "Schedule":
@@ -34,8 +36,9 @@ class Schedule:
             SAMPLE: params.sample_every,
             SAVE: cadence.checkpoint_every,
         }
-        return cls(every, params.max_steps)
+        return cls(every, params.max_steps, params.cooldown_start)
 
     def due(self, step: int) -> set[str]:
         """The events that are due after `step` finished steps."""
-        return {name for name, every in self.every.items() if every and (step == self.last or step % every == 0)}
+        due = {name for name, every in self.every.items() if every and (step == self.last or step % every == 0)}
+        return due | {SAVE} if step == self.cooldown_start else due

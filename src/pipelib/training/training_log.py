@@ -6,7 +6,7 @@ that no step appears twice and the curves end up byte-identical to those of an u
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from pipelib.tracking.run import Run
 from pipelib.training.curves import Curve
 from pipelib.training.hardware import Peak, peak_gpu_memory
 from pipelib.training.params import TrainParams
+from pipelib.training.roles import ROLES
 from pipelib.training.spikes import Spikes
 from pipelib.training.state import TrainState
 from pipelib.training.step import StepResult
@@ -40,6 +41,9 @@ class TrainingLog(Protocol):
 
     def step(self, state: TrainState, result: StepResult, learning_rate: float, data_wait: float) -> None:
         """Note a finished step and the seconds it waited for its batch, without waiting for the device."""
+
+    def updated(self, state: TrainState, sizes: Mapping[str, Tensor]) -> None:
+        """Record how far a step moved the weights of each role, relative to their size."""
 
     def flush(self) -> None:
         """Write the noted steps; show the last one, and the speed since the previous flush."""
@@ -74,6 +78,9 @@ class NullLog:
         """See `TrainingLog`."""
 
     def step(self, state: TrainState, result: StepResult, learning_rate: float, data_wait: float) -> None:
+        """See `TrainingLog`."""
+
+    def updated(self, state: TrainState, sizes: Mapping[str, Tensor]) -> None:
         """See `TrainingLog`."""
 
     def flush(self) -> None:
@@ -117,6 +124,7 @@ class MainLog:
         self.hellaswag = Curve(
             folder / "hellaswag.csv", ("step", "tokens", "acc_norm", "low", "high", "acc", "acc_low", "acc_high")
         )
+        self.updates = Curve(folder / "update_sizes.csv", ("step", "tokens", *ROLES))
         self.spikes = Curve(folder / "spikes.csv", ("step", "loss", "limit", "batches"))
         self.speed = Curve(folder / "speed.csv", ("step", "tokens_per_second", "mfu", "data_wait_ms"))
         self._noted: list[tuple[int, int, float, Tensor, Tensor]] = []
@@ -128,7 +136,7 @@ class MainLog:
     @property
     def curves(self) -> list[Curve]:
         """The reproducible curves. hellaswag.csv exists even if it is unused, because dvc.yaml plots it."""
-        every = [self.train, self.validation, self.samples, self.hellaswag]
+        every = [self.train, self.validation, self.samples, self.hellaswag, self.updates]
         return every if self._params.spike is None else [*every, self.spikes]
 
     def export(self, curves: Path, speed: Path) -> None:
@@ -139,7 +147,7 @@ class MainLog:
 
     @property
     def _cut_with_steps(self) -> tuple[Curve, ...]:
-        return (self.train, self.validation, self.samples, self.hellaswag, self.speed)
+        return (self.train, self.validation, self.samples, self.hellaswag, self.updates, self.speed)
 
     def begin(self, step: int, spikes: Spikes) -> None:
         """See `TrainingLog`."""
@@ -177,6 +185,12 @@ class MainLog:
         """See `TrainingLog`."""
         self.throughput.waited(data_wait)
         self._noted.append((state.step, state.tokens, learning_rate, result.loss, result.grad_norm))
+
+    def updated(self, state: TrainState, sizes: Mapping[str, Tensor]) -> None:
+        """See `TrainingLog`. A role without parameters has an empty cell."""
+        found = {role: size.item() for role, size in sizes.items()}
+        self.updates.append([(state.step, state.tokens, *(found.get(role, "") for role in ROLES))])
+        self._run.log({f"update_size/{role}": size for role, size in found.items()}, state.step)
 
     def flush(self) -> None:
         """See `TrainingLog`."""

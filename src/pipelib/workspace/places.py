@@ -182,6 +182,11 @@ class StatePlaces:
         return self.root / "baselines"
 
     @property
+    def trunks(self) -> Path:
+        """States of trainings before their cooldown, by the hash of what decides them."""
+        return self.root / "trunks"
+
+    @property
     def vocabulary(self) -> Path:
         """Vocabularies in the format of the fast engine."""
         return self.root / "vocabulary"

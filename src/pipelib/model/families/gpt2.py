@@ -84,6 +84,7 @@ class GPT2(Decoder):
 
     architecture = "gpt2"
     embedding_names = ("wte.weight",)
+    projection_names = ("c_proj.weight",)
     params: GPT2Params
 
     def __init__(self, params: GPT2Params, vocab_size: int) -> None:
@@ -112,13 +113,14 @@ class GPT2(Decoder):
 
     def initial_std(self, name: str) -> float:
         """0.02. Projections into the residual stream are scaled by (2·n_layer)^-0.5, since 2·n_layer of them add up."""
-        return INIT_STD * (2 * self.params.n_layer) ** -0.5 if name.endswith("c_proj.weight") else INIT_STD
+        return INIT_STD * (2 * self.params.n_layer) ** -0.5 if name.endswith(self.projection_names) else INIT_STD
 
     # ---- Hugging Face's form -----------------------------------------------------------------------------------------
 
     name_prefix = "transformer."
     transposed_names = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     derived_names = (HEAD, ".attn.bias", ".attn.masked_bias")  # the tied head, and causal masks
+    stacked_names: ClassVar[Mapping[str, int]] = {"attn.c_attn.weight": 3}  # query, key and value
     block_list = ("h", "n_layer")
     config_settings: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

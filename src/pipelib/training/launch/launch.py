@@ -15,7 +15,7 @@ from pipelib.stage import Build
 from pipelib.tokens.shards import read_manifest, verify_shards
 from pipelib.training.batches import check_plan
 from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
-from pipelib.training.inputs import InitialWeights, require_weights
+from pipelib.training.inputs import InitialWeights, require_hellaswag, require_weights
 from pipelib.training.launch.distributed import join_world
 from pipelib.training.launch.job import ERROR, RESULT, Job, run_job
 from pipelib.training.launch.machines import Machines, find_machines, require_gpu, wait_for_file
@@ -24,6 +24,7 @@ from pipelib.training.launch.torchrun import start_torchrun
 from pipelib.training.memory import Footprint
 from pipelib.training.params import TrainParams
 from pipelib.training.schedule import Cadence
+from pipelib.training.trunk import Trunk
 from pipelib.workspace.workdir import WorkDir
 
 
@@ -69,12 +70,20 @@ def launch(
     # An earlier attempt may have left these; the ranks would take them for their own.
     for leftover in (RESULT, ERROR, STOP):
         remove(build.work / leftover)
+    decides = {
+        "model": model.decides(), "data": manifest.fingerprint, "initial weights": initial.sha256, "code": job.code,
+        **require_hellaswag(train, benchmarks),
+    }  # fmt: skip
+    trunk = Trunk(train, decides, build.work)
+    trunk.take_over()
     if machines.world_size == 1 and not machines.restarts:
         with join_world() as world:
             run_job(job, build.work, world, build.run)
     else:
         job.write(build.work)
         _run_ranks(build.work, machines, first=True)
+    if not build.resumed_with_other_code:
+        trunk.keep()
     result = read_json(build.work / RESULT)
     return result["result"], result["speed"]
 
