@@ -74,7 +74,8 @@ class Checkout:
     def train(self, **changes: object) -> None:
         """Train from the start, with parameters of section `train` changed from here on."""
         self.params["train"] |= changes
-        shutil.rmtree(self.root / "state" / "train", ignore_errors=True)
+        for kept in ("train", "trunks"):
+            shutil.rmtree(self.root / "state" / kept, ignore_errors=True)
         self.stage("train")
 
     @property

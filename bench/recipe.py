@@ -42,7 +42,10 @@ def main() -> None:
     arguments = parser.parse_args()
     texts = benchmark_texts()
     with tempfile.TemporaryDirectory(prefix="bench-recipe-") as folder:
-        recipes = [Recipe(Path(folder, path.stem), read_yaml(path)) for path in arguments.recipes]
+        recipes = [
+            Recipe(Path(folder, str(number)), path.stem, read_yaml(path))
+            for number, path in enumerate(arguments.recipes)
+        ]
         print(
             f"{'recipe':<20}{'seed':>5}{'tokens':>11}{'seconds':>9}{'validation':>11}{'documents':>10}"
             f"{'tokens to':>11}{'seconds to':>11}"
@@ -51,7 +54,7 @@ def main() -> None:
         for seed in range(arguments.seeds):
             target = arguments.target
             for recipe, found in zip(recipes, rows, strict=True):
-                recipe.checkout.train(seed=1337 + seed)
+                recipe.checkout.train(seed=1337 + seed, max_tokens=recipe.max_tokens)
                 target = target or recipe.final
                 if arguments.ends and recipe is recipes[1]:
                     recipe.shorten(target)
@@ -74,8 +77,9 @@ def interval(values: Sequence[float]) -> str:
 class Recipe:
     """A parameter file, with the shards that it asks for."""
 
-    def __init__(self, root: Path, params: dict[str, Any]) -> None:
+    def __init__(self, root: Path, name: str, params: dict[str, Any]) -> None:
         root.mkdir()
+        self.name, self.max_tokens = name, params["train"]["max_tokens"]
         self.checkout = Checkout(root, params)
         self.checkout.tokenize()
         train = self.checkout.params["train"]
@@ -103,8 +107,7 @@ class Recipe:
     def shorten(self, target: float) -> None:
         """Train on fewer tokens, as few as still end at the target."""
         train = self.checkout.params["train"]
-        step, whole = train["global_batch_tokens"], train["max_tokens"]
-        reached, missed = whole, 0
+        step, reached, missed = train["global_batch_tokens"], self.max_tokens, 0
         for _ in range(HALVINGS):
             tokens = (reached + missed) // 2 // step * step
             self.checkout.train(max_tokens=tokens)
@@ -116,7 +119,7 @@ class Recipe:
         train, (tokens, seconds) = self.checkout.params["train"], self.to(target)
         bits, _ = self.checkout.bits_per_byte(texts)
         return (
-            f"{self.checkout.root.name:<20}{train['seed']:>5}{train['max_tokens']:>11,}{self.checkout.seconds:>9.1f}"
+            f"{self.name:<20}{train['seed']:>5}{train['max_tokens']:>11,}{self.checkout.seconds:>9.1f}"
             f"{self.final:>11.4f}{bits:>10.4f}{tokens:>11,.0f}{seconds:>11.1f}"
         )
 

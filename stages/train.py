@@ -45,7 +45,7 @@ def main() -> None:
         from pipelib.training.schedule import Cadence
 
         cadence = Cadence(params.logging.log_every, params.logging.checkpoint_every)
-        return launch(build, params.model, params.train, cadence, TOKENS, BENCHMARKS, initial)
+        return launch(build, params.model, params.train, cadence, TOKENS, BENCHMARKS, initial, inputs(params, initial))
 
     build_outs("train", params, inputs(params, initial), work)
 

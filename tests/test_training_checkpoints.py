@@ -206,7 +206,7 @@ def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
         (folder / "work/checkpoints/step_00000001").mkdir(parents=True, exist_ok=True)
         (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))
         with pytest.raises(UserError, match="enough"):
-            launch(build, shape, train_params(), Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS)
+            launch(build, shape, train_params(), Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS, {})
     assert asked[0] == checkpoint_bytes(Footprint(shape, GPT2_TOKENIZER.size, train_params()), 5) == asked[1] + 1000
 
 

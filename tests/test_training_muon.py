@@ -170,18 +170,30 @@ def test_a_training_shows_the_size_of_updates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "role"), [("embedding_lr", "embedding"), ("vector_lr", "vectors"), ("max_lr", "matrices")]
+    ("key", "role"),
+    [("embedding_lr", "embedding"), ("vector_lr", "vectors"), ("head_lr", "head"), ("max_lr", "matrices")],
 )
 def test_a_rate_at_which_a_role_diverges_is_named(tmp_path: Path, key: str, role: str) -> None:
+    """The others have rates as in the presets: an embedding's weights grow a hundred times in a healthy training."""
     write_tokens(tmp_path / "tokens")
-    rates = {"embedding_lr": 1e-3, "head_lr": 1e-3, "vector_lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0}
-    if key == "max_lr":
-        params = muon_params(muon=MuonParams(**rates), max_lr=1e25, warmup_steps=0)
-    else:
-        params = muon_params(muon=MuonParams(**{**rates, key: 1e25}), warmup_steps=0)
-    trainer = small_trainer(tmp_path, params)
-    with pytest.raises(UserError, match=rf"grown most are of role {role}: .* Lower train\.(muon\.)?{key} or "):
+    muon = {"embedding_lr": 0.7, "head_lr": 0.004, "vector_lr": 0.015, "momentum": 0.9, "weight_decay": 0.0}
+    rates = {"max_lr": 0.02, **({"max_lr": 1e25} if key == "max_lr" else {})}
+    params = muon_params(muon=MuonParams(**{**muon, **({key: 1e25} if key in muon else {})}), warmup_steps=0, **rates)
+    shape = family_params("llama")(**SHAPE, tie_word_embeddings=False)  # no norm between queries and softmax
+    trainer = small_trainer(tmp_path, params, shape=shape)
+    with pytest.raises(UserError, match=rf"weights of role {role} have grown most .* Lower train\.(muon\.)?{key} or "):
         trainer.run()
+
+
+def test_a_rollback_to_before_the_first_step_forgets_the_momentum() -> None:
+    model = new_model()
+    optimizer = Muon(model, muon_params())
+    before = copy.deepcopy(optimizer.state_dict())
+    with_gradients(model, 1)
+    optimizer.step(0.01, torch.tensor(True))
+    assert optimizer.state_dict()["momenta"]
+    optimizer.load_state_dict(before)
+    assert optimizer.state_dict() == before
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------

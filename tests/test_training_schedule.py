@@ -1,6 +1,7 @@
 """Schedules of the learning rate, and longer trainings that go on from the trunk of a shorter one."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from pipelib.files import files_under
 from pipelib.params import load_params
 from pipelib.schema import ParamsError
 from pipelib.stage import Build
-from pipelib.tracking.run import NullRun
+from pipelib.tokens.shards import read_manifest
+from pipelib.tracking.run import NullRun, Run
 from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.launch.launch import launch
 from pipelib.training.learning_rate import learning_rate_at
@@ -49,19 +51,23 @@ def test_the_state_before_the_cooldown_is_saved() -> None:
     assert [step for step in range(1, 101) if SAVE in schedule.due(step)] == [60, 100]
 
 
-def test_a_cosine_goes_without_saying() -> None:
+def test_defaults_are_left_out_of_what_decides() -> None:
     assert {"schedule", "cooldown", "muon"}.isdisjoint(train_params().decides())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__schedule": "wsd"}, r"train\.cooldown: null, and schedule: wsd must know .* 0\.4 is a good start"),
+        ({"train__schedule": "wsd"}, r"train\.cooldown: null, but schedule: wsd needs it, .* 0\.4 is a good start"),
         ({"train__cooldown": 0.4}, r"train\.cooldown: 0\.4 would be ignored, since the schedule is cosine"),
         ({"train__schedule": "wsd", "train__cooldown": 1.5}, r"train\.cooldown: 1\.5 must be at most 1"),
         (
             {"train__schedule": "wsd", "train__cooldown": 0.95},
             r"train\.cooldown: 0\.95 of 40 steps begins before the 4 steps of warmup end",
+        ),
+        (
+            {"train__schedule": "wsd", "train__cooldown": 0.01},
+            r"train\.cooldown: 0\.01 of 40 steps is less than one step, so the rate would never fall",
         ),
         ({"train__schedule": "cosin"}, r"train\.schedule: 'cosin' is not one of .*did you mean cosine"),
     ],
@@ -75,7 +81,9 @@ def test_a_cooldown_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[s
 # ---- Going on --------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, max_tokens: int, cooldown: float, **changes: object) -> dict[str, bytes]:
+def train(
+    folder: Path, max_tokens: int, cooldown: float, run: Run | None = None, **changes: object
+) -> dict[str, bytes]:
     """Run the stage's work in `folder`, with the shards in its parent; the model and the curves."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "outs").mkdir(parents=True)
@@ -84,9 +92,10 @@ def train(folder: Path, max_tokens: int, cooldown: float, **changes: object) -> 
         **changes,
     )  # fmt: skip
     params = load_params(folder / "params.yaml")
-    build = Build(folder / "outs", folder, NullRun(), {"code": "1"}, resumed_with_other_code=False)
+    build = Build(folder / "outs", folder, run or NullRun(), {"code": "1"}, resumed_with_other_code=False)
     tokens = folder.parent / "tokens"
-    launch(build, params.model, params.train, Cadence(1, 7), tokens, folder, RANDOM_WEIGHTS)
+    inputs = {"train": params.train.decides(), "data": read_manifest(tokens).fingerprint}
+    launch(build, params.model, params.train, Cadence(1, 7), tokens, folder, RANDOM_WEIGHTS, inputs)
     files = [path for path in files_under(folder / "outs") if "speed" not in path.parts and "pipelib" not in path.name]
     assert files
     return {path.relative_to(folder / "outs").as_posix(): path.read_bytes() for path in files}
@@ -117,35 +126,78 @@ def test_a_longer_training_goes_on_from_the_trunk_with_the_bytes_of_one_that_was
     capsys.readouterr()
     longer = train(tmp_path / "long", 2560, 0.25)
     said = capsys.readouterr().out
-    assert "goes on from" in said
+    assert "which a shorter training left before its cooldown" in said
     assert "training resumes after step 10:" in said
     assert kept(state) == ["step_00000030"], "the later trunk takes the place of the earlier one"
     shutil.rmtree(state)
     whole = train(tmp_path / "whole", 2560, 0.25)
-    assert "goes on from" not in capsys.readouterr().out
+    assert "shorter training" not in capsys.readouterr().out
     assert "model.safetensors" in {Path(name).name for name in whole}
     assert len([name for name in whole if name.startswith("curves/")]) == 5
     assert differing(longer, whole) == []
 
 
 def test_a_trunk_is_not_taken_where_it_does_not_fit(
-    tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other data, another rate, another seed, or a training whose own cooldown begins before the trunk ends."""
     train(tmp_path / "first", 1280, 0.5)
     for changes in ({"train__max_lr": 2e-2}, {"train__seed": 8}, {"train__max_tokens": 960}):
         tokens = int(str(changes.pop("train__max_tokens", 2560)))
         train(tmp_path / "other", tokens, 0.5, **changes)
-        assert "goes on from" not in capsys.readouterr().out
+        assert "shorter training" not in capsys.readouterr().out
     write_tokens(tmp_path / "tokens", vocabulary=400)
     train(tmp_path / "data", 2560, 0.25)
-    assert "goes on from" not in capsys.readouterr().out
+    assert "shorter training" not in capsys.readouterr().out
     assert len(list(state.glob("trunks/*"))) == 4
+    monkeypatch.setenv("PIPELIB_RESUME", "fresh")
+    train(tmp_path / "data", 2560, 0.25)
+    assert "shorter training" not in capsys.readouterr().out
+
+
+def test_a_shorter_training_leaves_the_trunk_of_a_longer_one_as_it_is(tmp_path: Path, state: Path) -> None:
+    train(tmp_path / "long", 1280, 0.5)
+    before = {path: path.read_bytes() for path in state.glob("trunks/*/step_*/*.csv")}
+    train(tmp_path / "short", 768, 0.5)
+    assert kept(state) == ["step_00000010"]
+    assert before == {path: path.read_bytes() for path in state.glob("trunks/*/step_*/*.csv")}
+    longer = train(tmp_path / "longer", 2560, 0.25)
+    shutil.rmtree(state)
+    assert differing(longer, train(tmp_path / "whole", 2560, 0.25)) == []
+
+
+@pytest.mark.parametrize("changes", [{"train__min_lr": 0.0}, {"train__max_epochs": 3.0}])
+def test_what_is_not_in_the_key_decides_nothing_before_the_cooldown(
+    tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object]
+) -> None:
+    """`min_lr` is a tenth of `max_lr` before, and the sum and difference of the two would round."""
+    train(tmp_path / "short", 1280, 0.5)
+    longer = train(tmp_path / "long", 2560, 0.25, **changes)
+    assert "shorter training" in capsys.readouterr().out
+    shutil.rmtree(state)
+    assert differing(longer, train(tmp_path / "whole", 2560, 0.25, **changes)) == []
+
+
+def test_the_record_of_a_longer_training_has_all_points(tmp_path: Path, state: Path) -> None:  # noqa: ARG001
+    points: dict[str, list[int]] = {}
+
+    class Note(NullRun):
+        def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+            assert step is not None
+            for name in metrics:
+                points.setdefault(name, []).append(step)
+
+    train(tmp_path / "short", 1280, 0.5)
+    run = Note()
+    train(tmp_path / "long", 2560, 0.25, run=run)
+    assert points["train/loss"] == list(range(1, 41))
+    assert points["val_loss"] == [0, 10, 20, 30, 40]
+    assert points["update_size/matrices"] == [10, 20, 30, 40]
 
 
 def test_a_damaged_trunk_is_not_used(tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "short", 1280, 0.5)
-    (found,) = state.glob("trunks/*/step_*/state.pt")
+    (found,) = state.glob("trunks/*/step_*/checkpoint/state.pt")
     content = bytearray(found.read_bytes())
     content[-100] ^= 1
     found.unlink()

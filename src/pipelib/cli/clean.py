@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   pipelib clean --stage hub           delete downloaded files; the next download fetches them again
   pipelib clean --stage units         delete encoded text; only a changed corpus needs it again
   pipelib clean --stage baselines     delete baselines' results; the next evaluation measures again
+  pipelib clean --stage trunks        delete what longer trainings would resume from
 
 "frees" is the space that you get back now. Bytes with another hard link (in the workspace or DVC's
 cache) are freed once that link is deleted too: dvc gc -w. The runs' records and the vocabulary are

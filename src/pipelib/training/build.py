@@ -92,6 +92,7 @@ def build_trainer(
         params = resolve_micro_batch_size(footprint, trained, world, free, state.micro_batch_size)
         network = world.wrap(trained)
         reset_peak_gpu_memory()
+    update_sizes = UpdateSizes(model, optimizer)
     loader, plan = make_loader(params, tokens, manifest, world)
     validation = Validation(params, tokens, world)
     probes = (validation, HellaSwag(params, benchmarks, tokenizer, world), Samples(params, tokenizer, world))
@@ -103,7 +104,7 @@ def build_trainer(
         objective=objective,
         network=network,
         optimizer=optimizer,
-        update_sizes=UpdateSizes(model, optimizer),
+        update_sizes=update_sizes,
         loss_scale=scale,
         loader=loader,
         plan=plan,
@@ -113,7 +114,7 @@ def build_trainer(
         states=states,
         previous_world_size=state.world_size,
         checkpoints=checkpoints,
-        guards=Guards(params, model, plan, spikes, checkpoints, world),
+        guards=Guards(params, update_sizes, plan, spikes, checkpoints, world),
         validation=validation,
         probes=probes,
         log=log,

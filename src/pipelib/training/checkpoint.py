@@ -72,12 +72,12 @@ class Checkpoints:
         identity: what they belong to (configuration, fingerprint of the data). A checkpoint with another identity is never
             loaded.
         reach: how many steps a training may roll back from any later step. One checkpoint from before them always stays.
-        stays: the step of a checkpoint that always stays, see `trunk.py`; 0 for none.
+        pinned_step: the step of a checkpoint that always stays, see `trunk.py`; 0 for none.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, object], reach: int = 0, stays: int = 0) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, object], reach: int = 0, pinned_step: int = 0) -> None:
         self.folder, self.identity, self._reach = folder, dict(identity), reach
-        self._stays = checkpoint_name(stays)
+        self._pinned = checkpoint_name(pinned_step) if pinned_step else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -157,7 +157,7 @@ class Checkpoints:
         sync_folder(self.folder)
         # Only now remove old ones, so that a kill at any moment leaves a checkpoint to resume from.
         for old in self._all(step + 1 - self._reach)[:-1]:
-            if old != best and old.name != self._stays and old not in self._all()[-KEPT:]:
+            if old != best and old.name != self._pinned and old not in self._all()[-KEPT:]:
                 shutil.rmtree(old)
 
     def load_latest(

@@ -9,6 +9,14 @@ from pathlib import Path
 from pipelib.files import write_text
 
 
+def rows_up_to(text: str, step: int) -> str:
+    """The content of a curve's file, with its rows up to `step` only. A half-written last line is dropped."""
+    header, *lines = text.split("\n")
+    # After the last newline comes an empty string or a half-written line: both are dropped.
+    rows = [line for line in lines[:-1] if int(line.split(",", 1)[0]) <= step]
+    return "\n".join([header, *rows]) + "\n"
+
+
 class Curve:
     """A CSV file of numbers; the first column is the step."""
 
@@ -21,12 +29,8 @@ class Curve:
 
     def cut(self, step: int) -> None:
         """Keep only the rows up to `step`."""
-        rows = [",".join(self.columns)]
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            # After the last newline comes an empty string or a half-written line: both are dropped.
-            rows += [line for line in lines[1:-1] if int(line.split(",", 1)[0]) <= step]
-        write_text(self.path, "\n".join(rows) + "\n")
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ",".join(self.columns)
+        write_text(self.path, rows_up_to(text, step))
 
     def append(self, rows: Sequence[Sequence[float | int | str]]) -> None:
         """Add rows. They survive the end of this process, but not a power cut: see `sync`."""
@@ -40,7 +44,11 @@ class Curve:
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
 
+    def rows(self) -> list[dict[str, float]]:
+        """The rows by column, of a curve that holds numbers; empty cells are left out."""
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
     def last(self) -> dict[str, float]:
         """The last row by column; empty if there is none."""
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return dict(zip(self.columns, map(float, lines[-1].split(",")), strict=True)) if len(lines) > 1 else {}
+        return (self.rows() or [{}])[-1]

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelib.errors import UserError
 from pipelib.tokens.loader import BatchPlan
 from pipelib.training.checkpoint import Checkpoints
 from pipelib.training.launch.distributed import World
 from pipelib.training.params import TrainParams
-from pipelib.training.roles import EMBEDDING, HEAD, MATRICES, VECTORS, most_grown
+from pipelib.training.roles import EMBEDDING, HEAD, MATRICES, VECTORS
 from pipelib.training.spikes import Spike, Spikes
 from pipelib.training.step import StepResult
+from pipelib.training.update_sizes import UpdateSizes
 
 RATES = {MATRICES: "max_lr", EMBEDDING: "muon.embedding_lr", HEAD: "muon.head_lr", VECTORS: "muon.vector_lr"}
 """Muon's rate of each role. AdamW has only the first."""
@@ -52,13 +53,13 @@ class Guards:
     def __init__(
         self,
         params: TrainParams,
-        model: nn.Module,
+        update_sizes: UpdateSizes,
         plan: BatchPlan,
         spikes: Spikes,
         checkpoints: Checkpoints,
         world: World,
     ) -> None:
-        self._params, self._model, self._plan, self._spikes = params, model, plan, spikes
+        self._params, self._update_sizes, self._plan, self._spikes = params, update_sizes, plan, spikes
         self._checkpoints, self._world = checkpoints, world
         self._waiting: list[tuple[int, float, Tensor]] = []
 
@@ -108,13 +109,13 @@ class Guards:
         self._checkpoints.wait()
         self._world.barrier()  # rank 0 has written its checkpoint before any rank names the last one
         last = self._checkpoints.newest()
-        role, weight = most_grown(self._model)
+        role, growth = self._update_sizes.most_grown()
         rate = f"train.{RATES[role] if self._params.muon else RATES[MATRICES]}"
         return (
             f"step {step} has {', '.join(found) or 'a finite loss'} and gradient norm {norm} at learning rate "
             f"{learning_rate:g}, so its update was skipped and training stopped; its batch was {', '.join(rows)}. "
             f"{f'The last checkpoint is {last}, from before this step' if last else 'There is no checkpoint yet'}. The "
-            f"weights that have grown most are of role {role}: their root mean square is {weight:.3g}. Lower {rate} or "
+            f"weights of role {role} have grown most since the last validation, by a factor of {growth:.3g}. Lower {rate} or "
             "train.grad_clip_norm, or look at the text of these rows."
         )
 

@@ -13,7 +13,9 @@ def learning_rate_at(step: int, params: TrainParams) -> float:
     """
     if step < params.warmup_steps:
         return params.max_lr * (step + 1) / params.warmup_steps
+    if step < params.cooldown_start:
+        return params.max_lr
     first = params.cooldown_start or params.warmup_steps
-    progress = max(0, step - first) / (params.max_steps - first)
+    progress = (step - first) / (params.max_steps - first)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if params.schedule == "cosine" else 1 - progress
     return params.min_lr + (params.max_lr - params.min_lr) * left

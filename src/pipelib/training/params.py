@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pipelib.schema import Bounds, NaturalFloat, NaturalInt, OneOf, PositiveFloat, PositiveInt
 from pipelib.training import optim
 
-Share = Annotated[float, Bounds(above=0, maximum=1)]
+Fraction = Annotated[float, Bounds(above=0, maximum=1)]
 Beta = Annotated[float, Bounds(minimum=0, maximum=0.9999999)]
 DEFAULTS = {"optimizer": "adamw", "muon": None, "schedule": "cosine", "cooldown": None, "experiments": None}
 """What versions did before these parameters existed; see `TrainParams.decides`."""
@@ -97,8 +97,8 @@ class TrainParams:
     schedule: Literal["cosine", "linear", "wsd"]
     """How the learning rate falls from `max_lr` to `min_lr` after warmup. wsd (warmup, stable, decay) keeps it at `max_lr` until
     the cooldown."""
-    cooldown: Share | None
-    """The share of all steps in which wsd's rate falls linearly, the last ones; null for other schedules."""
+    cooldown: Fraction | None
+    """The part of all steps in which wsd's rate falls linearly, the last ones; null for other schedules."""
     max_lr: PositiveFloat
     """Peak learning rate, reached after warmup."""
     min_lr: NaturalFloat
@@ -175,6 +175,11 @@ class TrainParams:
                 f"warmup_steps: {self.warmup_steps} of {self.max_steps} steps, so max_lr would never be reached; "
                 "lower it or raise max_tokens."
             )
+        elif self.cooldown and self.cooldown_start == self.max_steps:
+            yield (
+                f"cooldown: {self.cooldown:g} of {self.max_steps} steps is less than one step, so the rate would never fall; "
+                "raise it or max_tokens."
+            )
         elif self.cooldown and self.warmup_steps > self.cooldown_start:
             yield (
                 f"cooldown: {self.cooldown:g} of {self.max_steps} steps begins before the {self.warmup_steps} steps of warmup "
@@ -193,7 +198,7 @@ class TrainParams:
                 f"muon: its keys would be ignored, since the optimizer is {self.optimizer}; set muon: null, or optimizer: muon."
             )
         if self.schedule == "wsd" and self.cooldown is None:
-            yield "cooldown: null, and schedule: wsd must know when the rate begins to fall; 0.4 is a good start."
+            yield "cooldown: null, but schedule: wsd needs it, since its rate would never fall; 0.4 is a good start."
         if self.schedule != "wsd" and self.cooldown is not None:
             yield (
                 f"cooldown: {self.cooldown:g} would be ignored, since the schedule is {self.schedule}; set cooldown: null, or "
@@ -209,7 +214,7 @@ class TrainParams:
         return {key: value for key, value in fields.items() if key not in DEFAULTS or value != DEFAULTS[key]}
 
     def trunk(self) -> dict[str, object]:
-        """The parameters that decide a training up to the cooldown of wsd; for other schedules, those that decide all of it."""
+        """The parameters that decide a training up to the cooldown of wsd; for other schedules, all that `decides` returns."""
         left_out = HORIZON if self.schedule == "wsd" else ()
         return {key: value for key, value in self.decides().items() if key not in left_out}
 

@@ -1,18 +1,13 @@
 """The roles of a model's parameters: Muon treats them differently, and the sizes of updates are shown by role."""
 
-import math
-
-import torch
 from torch import nn
 
-from pipelib.model.decoder import INIT_STD, Decoder
+from pipelib.model.decoder import Decoder
 
 MATRICES, EMBEDDING, HEAD, VECTORS = "matrices", "embedding", "head", "vectors"
 ROLES = (MATRICES, EMBEDDING, HEAD, VECTORS)
 """Matrices of blocks; embeddings of tokens and positions, with the output layer where it is tied to them; an output layer of its
 own; scales of norms, and biases."""
-INITIAL_SIZE = {MATRICES: INIT_STD, EMBEDDING: INIT_STD, HEAD: INIT_STD, VECTORS: 1.0}
-"""The root mean square of random initial weights, about."""
 
 
 def roles_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -29,14 +24,3 @@ def roles_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
             role = HEAD if parameter is head else MATRICES
         found[role][name] = parameter
     return {role: parameters for role, parameters in found.items() if parameters}
-
-
-def most_grown(model: nn.Module) -> tuple[str, float]:
-    """The role whose weights are largest compared with random initial weights, and the root of their mean square."""
-    sizes = {}
-    for role, parameters in roles_of(model).items():
-        count = sum(parameter.numel() for parameter in parameters.values())
-        norm = torch.stack([parameter.detach().norm() for parameter in parameters.values()]).norm().item()
-        sizes[role] = norm / math.sqrt(count)
-    role = max(sizes, key=lambda role: sizes[role] / INITIAL_SIZE[role])
-    return role, sizes[role]

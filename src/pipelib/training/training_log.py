@@ -42,7 +42,7 @@ class TrainingLog(Protocol):
     def step(self, state: TrainState, result: StepResult, learning_rate: float, data_wait: float) -> None:
         """Note a finished step and the seconds it waited for its batch, without waiting for the device."""
 
-    def updated(self, state: TrainState, sizes: Mapping[str, Tensor]) -> None:
+    def updated(self, state: TrainState, sizes: Mapping[str, float]) -> None:
         """Record how far a step moved the weights of each role, relative to their size."""
 
     def flush(self) -> None:
@@ -80,7 +80,7 @@ class NullLog:
     def step(self, state: TrainState, result: StepResult, learning_rate: float, data_wait: float) -> None:
         """See `TrainingLog`."""
 
-    def updated(self, state: TrainState, sizes: Mapping[str, Tensor]) -> None:
+    def updated(self, state: TrainState, sizes: Mapping[str, float]) -> None:
         """See `TrainingLog`."""
 
     def flush(self) -> None:
@@ -186,11 +186,35 @@ class MainLog:
         self.throughput.waited(data_wait)
         self._noted.append((state.step, state.tokens, learning_rate, result.loss, result.grad_norm))
 
-    def updated(self, state: TrainState, sizes: Mapping[str, Tensor]) -> None:
+    def updated(self, state: TrainState, sizes: Mapping[str, float]) -> None:
         """See `TrainingLog`. A role without parameters has an empty cell."""
-        found = {role: size.item() for role, size in sizes.items()}
-        self.updates.append([(state.step, state.tokens, *(found.get(role, "") for role in ROLES))])
-        self._run.log({f"update_size/{role}": size for role, size in found.items()}, state.step)
+        self.updates.append([(state.step, state.tokens, *(sizes.get(role, "") for role in ROLES))])
+        self._log_updated(state.step, sizes)
+
+    def replay(self, log_every: int) -> None:
+        """Send the points of the curves to the run, if they are from another one: see `trunk.py`."""
+        for row in self.train.rows():
+            if row["step"] % log_every == 0:
+                self._log_step(**row)
+        for row in self.validation.rows():
+            self._log_validated(int(row["step"]), Loss(row["val_loss"], 1))
+        for row in self.hellaswag.rows():
+            self._log_scored(int(row["step"]), row["acc_norm"], row["acc"])
+        for row in self.updates.rows():
+            self._log_updated(int(row["step"]), {role: row[role] for role in ROLES if role in row})
+
+    def _log_step(self, step: float, tokens: float, loss: float, learning_rate: float, grad_norm: float) -> None:
+        point = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, "tokens": tokens}
+        self._run.log({f"train/{name}": value for name, value in point.items()}, int(step))
+
+    def _log_validated(self, step: int, loss: Loss) -> None:
+        self._run.log({"val_loss": loss.mean, "val_perplexity": loss.perplexity}, step)
+
+    def _log_scored(self, step: int, acc_norm: float, acc: float) -> None:
+        self._run.log({"hellaswag/acc_norm": acc_norm, "hellaswag/acc": acc}, step)
+
+    def _log_updated(self, step: int, sizes: Mapping[str, float]) -> None:
+        self._run.log({f"update_size/{role}": size for role, size in sizes.items()}, step)
 
     def flush(self) -> None:
         """See `TrainingLog`."""
@@ -223,12 +247,9 @@ class MainLog:
             f"{rate:,.0f} tokens/s | MFU {mfu:.1%} | {format_seconds(left)} left"
             + (f" | {format_bytes(memory)} of GPU memory" if memory else "")
         )
+        self._log_step(step, tokens, loss, learning_rate, norm)
         self._run.log(
             {
-                "train/loss": loss,
-                "train/learning_rate": learning_rate,
-                "train/grad_norm": norm,
-                "train/tokens": tokens,
                 "speed/tokens_per_second": rate,
                 "speed/mfu": mfu,
                 "speed/data_wait_ms": window.wait_ms,
@@ -256,7 +277,7 @@ class MainLog:
     def validated(self, state: TrainState, loss: Loss) -> None:
         """See `TrainingLog`."""
         self.validation.append([(state.step, state.tokens, loss.mean)])
-        self._run.log({"val_loss": loss.mean, "val_perplexity": loss.perplexity}, state.step)
+        self._log_validated(state.step, loss)
         self.say(f"step {state.step:,}: validation loss {loss.mean:.4f}, perplexity {loss.perplexity:,.1f}")
 
     def scored(self, state: TrainState, scores: Scores) -> None:
@@ -264,7 +285,7 @@ class MainLog:
         norm, acc = scores.acc_norm, scores.acc
         accuracies = (norm.value, norm.low, norm.high, acc.value, acc.low, acc.high)
         self.hellaswag.append([(state.step, state.tokens, *accuracies)])
-        self._run.log({"hellaswag/acc_norm": norm.value, "hellaswag/acc": acc.value}, state.step)
+        self._log_scored(state.step, norm.value, acc.value)
         self.say(f"step {state.step:,}: HellaSwag acc_norm {norm.value:.4f} ({norm.low:.4f} to {norm.high:.4f})")
 
     def sampled(self, state: TrainState, texts: Sequence[tuple[str, str]]) -> None:

@@ -53,6 +53,8 @@ class Job:
     """Whether the user chose to resume unfinished work of other code."""
     initial: InitialWeights
     """The weights that the model starts from."""
+    trunk_step: int = 0
+    """The step of the trunk that a fresh training has taken over: see `trunk.py`."""
 
     def write(self, work: Path) -> None:
         """Write the job for the ranks to read."""
@@ -80,6 +82,8 @@ def run_job(job: Job, work: Path, world: World, run: Run) -> None:
     trainer = build_trainer(
         job.model, job.train, job.cadence, tokens, manifest, work, world, log or NullLog(), job.initial, Path(job.benchmarks)
     )  # fmt: skip
+    if log and job.trunk_step:
+        log.replay(job.cadence.log_every)
     model = trainer.run()
     if log:
         places = Places(work / "outs")

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pipelib.stage import Build
 from pipelib.tokens.shards import read_manifest, verify_shards
 from pipelib.training.batches import check_plan
 from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
-from pipelib.training.inputs import InitialWeights, require_hellaswag, require_weights
+from pipelib.training.inputs import InitialWeights, require_weights
 from pipelib.training.launch.distributed import join_world
 from pipelib.training.launch.job import ERROR, RESULT, Job, run_job
 from pipelib.training.launch.machines import Machines, find_machines, require_gpu, wait_for_file
@@ -36,11 +36,13 @@ def launch(
     tokens: Path,
     benchmarks: Path,
     initial: InitialWeights,
+    inputs: Mapping[str, object],
 ) -> tuple[Any, Any]:
     """Train on the shards in `tokens`, build `models/` and `curves/`, and return the stage's result and speed.
 
     Args:
         benchmarks: the folder of the items that `train.hellaswag_every` scores.
+        inputs: everything that decides the result.
 
     Raises:
         UserError: the data and the parameters do not fit together, or the training failed.
@@ -56,6 +58,10 @@ def launch(
     needed = checkpoint_bytes(Footprint(model, manifest.tokenizer.size, train), cadence.checkpoint_every)
     have = sum(path.stat().st_size for path in files_under(build.work / CHECKPOINTS))  # if the training resumes
     require_free_space(build.work, needed - have, "training, with its checkpoints,")
+    trunk = Trunk(train, {**inputs, "code": build.code, "world_size": machines.world_size}, build.work)
+    trunk_step = 0 if os.environ.get("PIPELIB_RESUME") == "fresh" else trunk.take_over()
+    if trunk_step:
+        build.run.log_params({"trunk_step": trunk_step})
     job = Job(
         model,
         train,
@@ -66,16 +72,11 @@ def launch(
         sha256_json(build.code),
         build.resumed_with_other_code,
         initial,
+        trunk_step,
     )
     # An earlier attempt may have left these; the ranks would take them for their own.
     for leftover in (RESULT, ERROR, STOP):
         remove(build.work / leftover)
-    decides = {
-        "model": model.decides(), "data": manifest.fingerprint, "initial weights": initial.sha256, "code": job.code,
-        **require_hellaswag(train, benchmarks),
-    }  # fmt: skip
-    trunk = Trunk(train, decides, build.work)
-    trunk.take_over()
     if machines.world_size == 1 and not machines.restarts:
         with join_world() as world:
             run_job(job, build.work, world, build.run)

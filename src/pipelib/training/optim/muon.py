@@ -6,6 +6,7 @@ of its own.
 """
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -67,9 +68,9 @@ class Matrices:
         torch._foreach_mul_(weights, 1 - learning_rate * weight_decay * taken)
         torch._foreach_add_(weights, update.unbind())
 
-    def restore(self, momentum: Tensor) -> None:
-        """Restore the momentum of a checkpoint."""
-        self.momentum = momentum.to(self._parts[0][0].device)
+    def restore(self, momentum: Tensor | None) -> None:
+        """Restore the momentum of a checkpoint; None if it is from before the first step."""
+        self.momentum = None if momentum is None else momentum.to(self._parts[0][0].device)
 
 
 def _rows(matrix: Tensor | None, first: int, last: int) -> Tensor:
@@ -117,7 +118,7 @@ class Muon:
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """See `Stateful`."""
         restore_states(self._groups.values(), state)
-        for matrices, saved in zip(self._shapes, state["momenta"], strict=False):
+        for matrices, saved in zip_longest(self._shapes, state["momenta"]):
             matrices.restore(saved)
 
 
