@@ -415,7 +415,7 @@ def test_compare_reads_both_from_git_and_the_cache(clone: Clone) -> None:
 def test_plots_show_the_curves_of_both(clone: Clone) -> None:
     shown = clone.json("plots", "show", "--json", "--out", "../plots")["data"]
     assert {name.split(":")[-1] for name in shown} == {
-        "loss", "hellaswag", "learning_rate", "grad_norm", "throughput"
+        "loss", "hellaswag", "learning_rate", "grad_norm", "update_sizes", "throughput"
     }  # fmt: skip
     (loss,) = (value for name, value in shown.items() if name.endswith("loss"))
     points = json.loads(loss[0]["content"]) if isinstance(loss[0]["content"], str) else loss[0]["content"]
@@ -429,7 +429,7 @@ def test_the_page_of_the_plots_loads_nothing(clone: Clone) -> None:
     assert "dvc plots works without a network now" in clone.run([".venv/bin/pipelib", "plots-page"])
     clone.dvc("plots", "diff", "HEAD", "workspace", "--out", "../plots")
     page = clone.text("../plots/index.html")
-    assert page.count("vegaEmbed('#") == 5, "one of them has no data, and the page leaves it out"
+    assert page.count("vegaEmbed('#") == 6, "one of them has no data, and the page leaves it out"
     assert "<script src" not in page
     assert "dots: validation" in page, "our template of the loss"
     assert not clone.git("status", "--porcelain", ".dvc"), "the page and its setting are this clone's own"

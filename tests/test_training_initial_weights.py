@@ -1,6 +1,7 @@
 """Training goes on from weights that are there: which ones count, on every rank, and what is refused."""
 
 import csv
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_corpus import make_texts, write_jsonl
-from small_params import PARAMS, model_params, train_params, write_params
+from small_params import PARAMS, ROTARY, model_params, train_params, write_params
 from small_project import Project
 from small_run import random_model, train_small, write_tokens
 
@@ -16,11 +17,12 @@ from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.errors import UserError
 from pipelib.files import sha256_file, write_json
 from pipelib.model.huggingface import WEIGHTS, export_model
+from pipelib.model.params import family_params
 from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.params import load_params
 from pipelib.schema import ParamsError
 from pipelib.training.initial_weights import initial_model
-from pipelib.training.inputs import find_initial_weights, require_weights
+from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights, find_initial_weights, require_weights
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
@@ -57,6 +59,29 @@ def test_from_scratch_nothing_has_to_be_there(tmp_path: Path, monkeypatch: pytes
     assert find_initial_weights(section("scratch")).sha256 == ""
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "arcee"])
+def test_with_zero_projections_no_block_changes_anything_yet(family: str) -> None:
+    rotary = {key: value for key, value in ROTARY.items() if key != "init_from"}
+    shape = model_params() if family == "gpt2" else family_params(family)(**rotary)  # the output layer is not tied
+    weights = InitialWeights("", "", zero_projections=True)
+    model = initial_model(shape, GPT2_TOKENIZER, 7, weights)
+    assert model.block_list is not None
+    blocks = model.get_submodule(model.block_list[0])
+    seen = []
+    for block in blocks.children():
+        block.register_forward_hook(lambda _, inputs, out: seen.append(torch.equal(inputs[0], out)))
+    tokens = torch.randint(0, 500, (2, 9), generator=torch.Generator().manual_seed(1))
+    losses = model.token_losses(tokens[:, :-1], tokens[:, 1:])
+    assert seen == [True] * 2
+    if family == "gpt2":
+        assert losses.mean().item() == pytest.approx(math.log(50257), abs=0.05)
+    else:
+        torch.testing.assert_close(losses, torch.full_like(losses, math.log(50257)))
+    other = initial_model(shape, GPT2_TOKENIZER, 7, RANDOM_WEIGHTS)
+    name = model.embedding_names[0]
+    assert torch.equal(model.get_parameter(name), other.get_parameter(name)), "the rest is drawn as ever"
+
+
 def test_a_checkpoint_wins_over_the_initial_weights(here: Path) -> None:
     write_tokens(here / "tokens")
     first = train_small(here, train_params(), shape=section("./mine"), initial=find_initial_weights(section("./mine")))
@@ -90,7 +115,7 @@ def test_published_weights_are_those_that_download_verified(here: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model__init_from": "gpt2-medum"}, "'gpt2-medum' is neither scratch nor one of gpt2, gpt2-medium"),
+        ({"model__init_from": "gpt2-medum"}, "'gpt2-medum' is none of scratch, zero_projections, gpt2, gpt2-medium"),
         ({"model__init_from": "gpt2-medum"}, "did you mean gpt2-medium?"),
         ({"model__init_from": "mine"}, "write ./mine if it is a folder"),
         ({"model__init_from": "gpt2"}, "download.models = [] does not name it; add it there"),
