@@ -443,7 +443,7 @@ def test_a_browser_draws_the_page_of_the_plots(clone: Clone, tmp_path: Path) -> 
             "Loss of training and validation", "Learning rate", "Gradient norm", "tokens/s", "workspace", "HEAD"
         )
         assert browser.evaluate("performance.getEntriesByType('resource').length") == 0, "it loaded something"
-        assert browser.evaluate("document.querySelectorAll('.vega-embed').length") == 4, "HellaSwag has no data"
+        assert browser.evaluate("document.querySelectorAll('.vega-embed').length") == 5, "HellaSwag has no data"
 
 
 def test_exp_show_has_a_row_for_the_baseline_and_the_experiment(clone: Clone) -> None:
