@@ -136,8 +136,8 @@ class Disk:
 
 
 def disk_of(params: Params, corpus: Corpus | None) -> Disk:
-    """Compute the bytes: 2 per token and a header per shard; 12 per parameter in each checkpoint (fp32 weight and AdamW's
-    two moments); 4 per parameter in models/.
+    """Compute the bytes: 2 per token and a header per shard; a checkpoint's fp32 weights and optimizer state, 12 per parameter
+    with AdamW; 4 per parameter in models/.
     """
     vocab_size = planned_size(params.vocabulary)
     footprint = Footprint(params.model, vocab_size, params.train)

@@ -43,7 +43,7 @@ def _forget_compiled(params: TrainParams) -> None:
 
 
 def _fits(footprint: Footprint, network: nn.Module, world: World, rows: int) -> bool:
-    """Whether two micro-steps fit beside the memory that AdamW's moments, and the exchange between ranks, will need.
+    """Whether two micro-steps fit beside the memory that the optimizer's state, and the exchange between ranks, will need.
 
     The second one adds to the gradients of the first, so both exist. DDP's buckets come on top.
     """
