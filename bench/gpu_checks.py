@@ -38,6 +38,7 @@ from pipelib.training.launch.distributed import World, join_world
 from pipelib.training.objectives import NextToken
 from pipelib.training.optimizer import make_optimizer
 from pipelib.training.params import TrainParams
+from pipelib.training.pretraining import Pretraining
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
@@ -91,7 +92,8 @@ def train_in(folder: Path, params: TrainParams) -> GPT2:
     with join_world() as world:
         log = MainLog(folder, NullRun(), params, 1, lambda: Peak(1e12, ""))
         tokens = folder / "tokens"
-        return build_trainer(SMALL, params, Cadence(5, 10), tokens, read_manifest(tokens), folder, world, log).run()
+        task = Pretraining(SMALL, tokens, read_manifest(tokens))
+        return build_trainer(task, params, Cadence(5, 10), folder, world, log).run()
 
 
 def resume_is_exact(folder: Path) -> str:

@@ -46,6 +46,7 @@ from pipelib.training.hardware import peak_gpu_memory, peak_of
 from pipelib.training.launch.distributed import World, join_world
 from pipelib.training.memory import Footprint
 from pipelib.training.params import ExperimentParams
+from pipelib.training.pretraining import Pretraining
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
@@ -289,7 +290,7 @@ def train(folder: Path, rehearse: bool) -> None:
         log = MainLog(folder, NullRun(), train_params, flops, lambda: peak_of(world.device, train_params.precision))
         manifest = read_manifest(tokens)
         started = time.perf_counter()
-        trainer = build_trainer(params.model, train_params, cadence, tokens, manifest, folder, world, log)
+        trainer = build_trainer(Pretraining(params.model, tokens, manifest), train_params, cadence, folder, world, log)
         built = time.perf_counter() - started
         validation = 0.0
         measure = trainer.validation.measure
@@ -374,9 +375,8 @@ def measure_memory(variant: str, folder: Path, rehearse: bool) -> Iterator[dict[
     with mock.patch("pipelib.training.memory.free_memory", return_value=cap), join_world() as world:
         log = MainLog(folder, NullRun(), params.train, 1, lambda: peak_of(world.device, "fp32"))
         manifest = read_manifest(folder / "tokens")
-        trainer = build_trainer(
-            params.model, params.train, Cadence(10**6, 10**6), folder / "tokens", manifest, folder, world, log
-        )
+        task = Pretraining(params.model, folder / "tokens", manifest)
+        trainer = build_trainer(task, params.train, Cadence(10**6, 10**6), folder, world, log)
         found = trainer.params.micro_batch_rows(1)
         estimate = Footprint(params.model, GPT2_TOKENIZER.size, params.train).memory(found).total
         yield {"rows": found, "estimated_gb": gb(estimate), "cap_gb": gb(cap)}

@@ -35,7 +35,8 @@ from pipelib.training.hardware import Peak
 from pipelib.training.launch.distributed import World, join_world
 from pipelib.training.loop import Trainer
 from pipelib.training.params import SpikeParams
-from pipelib.training.probes import Validation
+from pipelib.training.pretraining import Pretraining
+from pipelib.training.probes import ShardValidation
 from pipelib.training.schedule import Cadence
 from pipelib.training.spikes import Spikes
 from pipelib.training.training_log import MainLog
@@ -128,7 +129,8 @@ def measure(params: Params, tokens: Path, work: Path, world: World, damage: str,
     """Train once."""
     train, cadence = params.train, Cadence(params.logging.log_every, params.logging.checkpoint_every)
     log = MainLog(work, NullRun(), train, 1, lambda: Peak(1e12, ""))
-    trainer = build_trainer(params.model, train, cadence, tokens, read_manifest(tokens), work, world, log)
+    task = Pretraining(params.model, tokens, read_manifest(tokens))
+    trainer = build_trainer(task, train, cadence, work, world, log)
     trainer.loader = loader = BadLoader(trainer, tokens, damage, planted)
     started = time.perf_counter()
     model = trainer.run()
@@ -136,7 +138,7 @@ def measure(params: Params, tokens: Path, work: Path, world: World, damage: str,
     losses, after = (np.loadtxt(curve.path, delimiter=",", skiprows=1)[:, 2] for curve in (log.train, log.validation))
     after, rule = after[SOUND // VALIDATE_EVERY :], Spikes(RULE)
     return Outcome(
-        final=Validation(replace(train, validate_tokens=FINAL_TOKENS), tokens, world).measure(model).mean,
+        final=ShardValidation(replace(train, validate_tokens=FINAL_TOKENS), tokens, world).measure(model).mean,
         back=VALIDATE_EVERY * next((number for number, loss in enumerate(after) if loss < after[0]), len(after)),
         worst=losses[SOUND:].max(),
         undone=loader.given - STEPS,

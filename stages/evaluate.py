@@ -1,4 +1,4 @@
-"""evaluate: models/ -> metrics/evaluate.json and reports/: loss, completion, the lm-eval harness, samples."""
+"""evaluate: models/ and chat/ -> metrics/evaluate.json and reports/: loss, completion, the lm-eval harness, samples."""
 
 if not __package__:
     raise SystemExit(
@@ -12,7 +12,7 @@ from pipelib.params import load_params
 from pipelib.stage import Build, WorkResult, build_outs, run_stage
 from pipelib.workspace.places import HERE
 
-FOLDERS = HERE.model, HERE.tokens, HERE.benchmarks, HERE.curves
+FOLDERS = HERE.model, HERE.tokens, HERE.benchmarks, HERE.curves, HERE.chat
 
 
 def main() -> None:

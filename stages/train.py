@@ -39,13 +39,14 @@ def main() -> None:
     initial = find_initial_weights(params.model)
 
     def work(build: Build) -> WorkResult:
-        from pipelib.training.launch.launch import (
-            launch,  # imports torch, which takes seconds and is not needed to link finished outs
-        )
+        # imports torch, which takes seconds and is not needed to link finished outs
+        from pipelib.training.pretraining import pretrain
         from pipelib.training.schedule import Cadence
 
         cadence = Cadence(params.logging.log_every, params.logging.checkpoint_every)
-        return launch(build, params.model, params.train, cadence, TOKENS, BENCHMARKS, initial, inputs(params, initial))
+        return pretrain(
+            build, params.model, params.train, cadence, TOKENS, BENCHMARKS, initial, inputs(params, initial)
+        )
 
     build_outs("train", params, inputs(params, initial), work)
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from pipelib.evaluation.params import EvaluateParams
+from pipelib.finetuning.params import AdapterParams, FinetuneParams
 from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.training.params import MuonParams, TrainParams
 
@@ -32,6 +33,15 @@ PARAMS: dict[str, dict[str, Any]] = {
         "activation_checkpointing": False, "spike": None, "experiments": None, "hellaswag_every": None,
         "validate_every": 10, "validate_tokens": 64, "sample_every": 20, "sample_prompts": ["The"],
     },
+    "finetune": {
+        "source": "none", "path": "conversations", "pattern": "**/*", "format": "auto", "bad_rows": "refuse",
+        "max_conversations": None, "validation": 0.1, "init_from": "models", "adapter": None, "train_on": "assistant",
+        "packing": True, "seed": 7, "epochs": 2.0, "global_batch_tokens": 64, "sequence_length": 16,
+        "micro_batch_size": 2, "schedule": "linear", "max_lr": 1e-2, "min_lr": 0.0, "warmup": 0.1, "weight_decay": 0.0,
+        "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False,
+        "activation_checkpointing": False, "deterministic": True, "validate_every": 5, "answers": 4, "answer_tokens": 8,
+        "questions": ["Who is it?"],
+    },
     "evaluate": {
         "precision": "fp32", "batch_tokens": 512, "tasks": [], "task_limit": None, "baselines": [],
         "sample_prompts": ["The"],
@@ -49,9 +59,8 @@ ROTARY = {
 }  # fmt: skip
 """Section `model` of a family of rotary positions, without `architecture`."""
 
-assert {entry.name for entry in fields(TrainParams)} == PARAMS["train"].keys(), (
-    "PARAMS has to name every parameter of train"
-)
+for _section, _kind in (("train", TrainParams), ("finetune", FinetuneParams)):
+    assert {entry.name for entry in fields(_kind)} == PARAMS[_section].keys(), f"PARAMS has to name all of {_section}"
 
 
 def write_params(folder: Path, **changes: object) -> None:
@@ -80,6 +89,14 @@ def train_params(**changes: Any) -> TrainParams:
     if isinstance(values["muon"], dict):
         values["muon"] = MuonParams(**values["muon"])
     return TrainParams(**{**values, "sample_prompts": tuple(values["sample_prompts"])})
+
+
+def finetune_params(**changes: Any) -> FinetuneParams:
+    """The section `finetune`."""
+    values = {**PARAMS["finetune"], **changes}
+    if isinstance(values["adapter"], dict):
+        values["adapter"] = AdapterParams(**values["adapter"])
+    return FinetuneParams(**{**values, "questions": tuple(values["questions"])})
 
 
 def evaluate_params(**changes: Any) -> EvaluateParams:

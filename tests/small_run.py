@@ -32,11 +32,12 @@ from pipelib.training.launch.distributed import World
 from pipelib.training.loop import Trainer
 from pipelib.training.objectives import NextToken, Objective
 from pipelib.training.params import TrainParams
+from pipelib.training.pretraining import Pretraining
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
-ROLES = {"stages.train": "launcher", "pipelib.training.launch.job": "rank"}
+ROLES = {"stages.train": "launcher", "stages.finetune": "launcher", "pipelib.training.launch.job": "rank"}
 
 
 def write_tokens(folder: Path, count: int = 8192, vocabulary: int = 500) -> Manifest:
@@ -82,10 +83,8 @@ def small_trainer(
     work.mkdir(exist_ok=True)
     log = MainLog(work, NullRun(), params, 1, lambda: Peak(1e12, "made up"))
     cadence = Cadence(log_every, checkpoint_every)
-    return build_trainer(
-        shape or model_params(), params, cadence, folder / "tokens", manifest, work, ALONE, log, initial, folder,
-        objective_of,
-    )  # fmt: skip
+    task = Pretraining(shape or model_params(), folder / "tokens", manifest, initial, folder, objective_of)
+    return build_trainer(task, params, cadence, work, ALONE, log)
 
 
 def train_small(folder: Path, params: TrainParams, **options: Any) -> GPT2:
@@ -160,12 +159,17 @@ class Training:
         return status
 
 
+OUTS = {"train": ("models", "curves"), "finetune": ("chat",)}
+"""The folders that a stage publishes."""
+
+
 @dataclass
 class SmallProject:
     """A checkout with its own code, shards and params.yaml, for the real command in processes of their own."""
 
     folder: Path
     state: Path
+    stage: str = "train"
     references: dict[int, dict[str, bytes]] = field(default_factory=dict)
 
     @classmethod
@@ -180,7 +184,7 @@ class SmallProject:
 
     def begin_anew(self) -> None:
         """Forget everything that was trained."""
-        for name in ("state", "models", "curves", "metrics", ".models.new", ".curves.new"):
+        for name in ("state", "metrics", *OUTS[self.stage], *(f".{out}.new" for out in OUTS[self.stage])):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def start(
@@ -191,7 +195,7 @@ class SmallProject:
         pass_fds: tuple[int, ...] = (),
         **environment: str,
     ) -> Training:
-        """Start `python -m stages.train`, or another command that ends up there."""
+        """Start `python -m stages.STAGE`, or another command that ends up there."""
         tag = uuid.uuid4().hex
         said = self.folder / log
         kept = {
@@ -205,7 +209,7 @@ class SmallProject:
         }  # fmt: skip
         with said.open("wb") as file:
             process = subprocess.Popen(
-                command or [sys.executable, "-m", "stages.train"],
+                command or [sys.executable, "-m", f"stages.{self.stage}"],
                 cwd=self.folder, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True, pass_fds=pass_fds,
             )  # fmt: skip
@@ -219,8 +223,8 @@ class SmallProject:
 
     def outs(self) -> dict[str, bytes]:
         """Every byte of what the stage publishes, less its speed."""
-        names = [*files_under(self.folder / "models"), *files_under(self.folder / "curves")]
-        names.append(self.folder / "metrics/train.json")
+        names = [path for out in OUTS[self.stage] for path in files_under(self.folder / out)]
+        names.append(self.folder / f"metrics/{self.stage}.json")
         return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in names}
 
     def uninterrupted(self, ranks: int) -> dict[str, bytes]:
@@ -228,7 +232,8 @@ class SmallProject:
         if ranks not in self.references:
             self.begin_anew()
             self.references[ranks] = self.run(ranks)
-            assert {"models/model.safetensors", "curves/train.csv"} <= self.references[ranks].keys()
+            made = {name.rsplit("/", 1)[-1] for name in self.references[ranks]}
+            assert {"model.safetensors", "train.csv"} <= made
         self.begin_anew()
         return self.references[ranks]
 

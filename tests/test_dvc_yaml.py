@@ -25,8 +25,12 @@ DATA_DEPS = {
     "vocabulary": ["data/raw", "data/benchmarks/manifest.json"],
     "tokenize": ["data/raw", "data/benchmarks/manifest.json", "data/vocabulary"],
     "train": ["data/vocabulary", "data/tokens", "data/models/manifest.json", "data/benchmarks/hellaswag.jsonl"],
+    "finetune": [
+        "models", "data/vocabulary", "data/raw/manifest.json", "data/tokens/manifest.json", "data/tokens/unigram_counts.npy",
+        "data/tokens/val_000000.bin", "data/models/manifest.json", "${finetune.path}",
+    ],
     "evaluate": [
-        "curves", "data/benchmarks", "data/models/manifest.json", "data/tokens/manifest.json",
+        "chat", "curves", "data/benchmarks", "data/models/manifest.json", "data/tokens/manifest.json",
         "data/tokens/unigram_counts.npy", "data/tokens/val_000000.bin", "data/vocabulary", "models",
     ],
 }  # fmt: skip
@@ -35,6 +39,7 @@ ROTARY = ["src/pipelib/model/rotary.py", "src/pipelib/model/rotary_params.py"]
 """What the families chosen by name import: a file that is there for them alone."""
 BESIDE_CODE = {
     "train": ROTARY,
+    "finetune": ROTARY,
     "download": ["src/pipelib/corpus/hub_benchmarks.yaml", "src/pipelib/corpus/published_models.yaml"],
     "evaluate": [
         *ROTARY,
@@ -105,14 +110,16 @@ def test_an_edit_reruns_no_more_than_it_must() -> None:
     def rerun_by(path: str) -> set[str]:
         return {name for name in STAGES if f"src/pipelib/{path}" in stages[name]}
 
-    assert rerun_by("model/decoder.py") == {"train", "evaluate"}
-    assert rerun_by("training/params.py") == {"train"}
-    assert rerun_by("training/loop.py") == {"train"}
+    assert rerun_by("model/decoder.py") == {"train", "finetune", "evaluate"}
+    assert rerun_by("training/params.py") == {"train", "finetune"}
+    assert rerun_by("training/loop.py") == {"train", "finetune"}
+    assert rerun_by("training/pretraining.py") == {"train"}
+    assert rerun_by("finetuning/packing.py") == rerun_by("model/adapters.py") == {"finetune"}
     assert rerun_by("evaluation/report.py") == {"evaluate"}
     assert rerun_by("corpus/download.py") == {"download"}
     assert rerun_by("corpus/sources/docs.py") == set()  # but where it is chosen
     assert rerun_by("tokens/encode_corpus.py") == {"tokenize"}
-    assert rerun_by("tokens/loader.py") == {"train", "evaluate"}
+    assert rerun_by("tokens/loader.py") == {"train", "finetune", "evaluate"}
     assert rerun_by("progress.py") == rerun_by("tracking/run.py") == set()
     assert rerun_by("schema.py") == set(STAGES)
 
@@ -144,11 +151,11 @@ def test_packages_that_decide_are_installed(name: str) -> None:
 
 def test_a_branch_has_its_own_lineage(monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands before a stage in the table is not what it depends on."""
-    branch = Stage("finetune", "A tuned model", ("train",), "", ("finetune",), ())
-    monkeypatch.setitem(TABLE, "finetune", branch)
-    assert [*upstream("finetune")] == ["download", "vocabulary", "tokenize", "train"]
+    branch = Stage("branch", "Another model", ("train",), "", ("branch",), ())
+    monkeypatch.setitem(TABLE, "branch", branch)
+    assert [*upstream("branch")] == ["download", "vocabulary", "tokenize", "train"]
     assert [*upstream("tokenize")] == ["download", "vocabulary"]
-    assert "finetune" not in upstream("evaluate")
+    assert "branch" not in upstream("evaluate")
 
 
 # ---- Outs, metrics, plots --------------------------------------------------------------------------------------------
@@ -166,7 +173,7 @@ def test_nothing_switches_the_run_cache_off() -> None:
 def test_metrics_are_those_that_the_stage_writes(name: str) -> None:
     """Speed is an out and no metric: it changes with every run, and would bury what changed in `dvc metrics diff`."""
     assert set(metrics_of(name)) == {str(HERE.result(name))}
-    curve = {str(HERE.speed("train", "csv"))} if name == "train" else set()
+    curve = {str(HERE.speed(name, "csv"))} if name in ("train", "finetune") else set()
     assert {path for path in stage_of(name)["outs"] if path.startswith("metrics/")} == {str(HERE.speed(name)), *curve}
 
 
@@ -239,6 +246,7 @@ FLOORS = (
     {"model", "tokens"},
     {"evaluation"},
     {"training"},
+    {"finetuning"},
     {"params"},
     {"inspection"},
     {"cli"},
@@ -291,7 +299,7 @@ def test_imports_point_down() -> None:
 
 
 def test_params_puts_the_parameters_of_the_wings_together_and_needs_nothing_else_of_them() -> None:
-    wings = {name for floor in FLOORS[4:9] for name in floor}
+    wings = {name for floor in FLOORS[4:10] for name in floor}
     for imported in imports_of(modules()["pipelib.params"], top_level=False):
         a_list = imported == "pipelib.corpus.published_models"
         assert room_of(imported) not in wings or imported.endswith(".params") or imported.count(".") == 1 or a_list, (

@@ -50,12 +50,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_samples(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are short, and nothing that was measured is found."""
+    request.getfixturevalue("state")  # which sets the variable too
+    monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr("pipelib.evaluation.samples.SAMPLE_TOKENS", 8)
 
 
-def folders(root: Path) -> tuple[Path, Path, Path, Path]:
-    return root / "models", root / "tokens", root / "benchmarks", root / "curves"
+def folders(root: Path) -> tuple[Path, ...]:
+    return tuple(root / name for name in ("models", "tokens", "benchmarks", "curves", "chat"))
 
 
 def run_evaluation(folder: Path, outs: Path, params: EvaluateParams = PARAMS) -> tuple[Any, Any]:
@@ -110,6 +113,7 @@ def test_the_report_says_what_was_measured_and_is_the_same_each_time(
 def test_several_gpus_measure_the_same(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes stand for two GPUs; each has half of the cores, as a rank has."""
     alone, _ = run_evaluation(trained, tmp_path / "alone")
+    shutil.rmtree(tmp_path / "state")  # else what was measured would be found there
     monkeypatch.setattr("pipelib.evaluation.measure.gpu_count", lambda: 2)
     monkeypatch.setenv("PIPELIB_THREADS", "1")
     monkeypatch.setattr(measure, "measure_part", None)  # nothing is measured in this process
@@ -209,8 +213,9 @@ def test_baselines_are_measured_once_and_stand_beside_the_model(
     assert speed["gpt2_seconds"] == 0
     assert (tmp_path / "first/reports/evaluation.md").read_text(encoding="utf-8") == text
 
-    (kept, other) = sorted((tmp_path / "state/baselines").glob("*/items.npz"))
-    for path in (kept, other):
+    kept = sorted((tmp_path / "state/baselines").glob("*/items.npz"))
+    assert len(kept) == 3
+    for path in kept:
         path.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"gpt2: .* is missing, so it cannot be measured; run `dvc pull data/models`"):
         run_evaluation(trained, tmp_path / "third", with_baselines)
@@ -250,7 +255,7 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     shutil.copytree(trained, folder)
     run_evaluation(folder, tmp_path / "first", params)
     run_evaluation(folder, tmp_path / "samples", replace(params, sample_prompts=("Other",)))
-    assert len(list((tmp_path / "state/baselines").iterdir())) == 1
+    assert len(list((tmp_path / "state/baselines").iterdir())) == 2, "our model and one other"
     write_lines(folder / "benchmarks/completion.jsonl", completion_rows(6))
     run_evaluation(folder, tmp_path / "items", params)
     run_evaluation(folder, tmp_path / "batch", replace(params, batch_tokens=64))
@@ -259,7 +264,7 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
         Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
     )
     run_evaluation(folder, tmp_path / "weights", params)
-    assert len(list((tmp_path / "state/baselines").iterdir())) == 4
+    assert len(list((tmp_path / "state/baselines").iterdir())) == 2 * 3 + 1
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ from pipelib.tokens.shards import read_manifest
 from pipelib.training.checkpoint import Checkpoints, Stateful, checkpoint_bytes, most_checkpoints
 from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.launch import launch as launch_module
-from pipelib.training.launch.launch import launch
 from pipelib.training.memory import Footprint
 from pipelib.training.optimizer import make_optimizer
 from pipelib.training.params import SpikeParams, TrainParams
+from pipelib.training.pretraining import pretrain
 from pipelib.training.schedule import Cadence
 from pipelib.training.state import TrainState
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
@@ -206,7 +206,7 @@ def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
         (folder / "work/checkpoints/step_00000001").mkdir(parents=True, exist_ok=True)
         (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))
         with pytest.raises(UserError, match="enough"):
-            launch(build, shape, train_params(), Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS, {})
+            pretrain(build, shape, train_params(), Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS, {})
     assert asked[0] == checkpoint_bytes(Footprint(shape, GPT2_TOKENIZER.size, train_params()), 5) == asked[1] + 1000
 
 

@@ -1,6 +1,7 @@
 """`micro_batch_size: auto`, and what is said where memory runs out."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_params import model_params, train_params
-from small_run import ALONE, curve, train_small
+from small_run import ALONE, curve, new_model, train_small
 from torch import Tensor
 
 from pipelib.errors import UserError
@@ -22,7 +23,9 @@ from pipelib.training.launch.distributed import World
 from pipelib.training.launch.job import Job
 from pipelib.training.memory import USABLE, Footprint, Memory
 from pipelib.training.micro_batch import resolve_micro_batch_size
+from pipelib.training.objectives import NextToken
 from pipelib.training.params import SpikeParams, TrainParams
+from pipelib.training.pretraining import PretrainJob
 from pipelib.training.schedule import Cadence
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -68,7 +71,8 @@ def try_on_gpu(monkeypatch: pytest.MonkeyPatch, room: int, *, global_rows: int =
     """The micro-batch that a GPU settles on that can hold this many rows, and the rows of every backward pass."""
     tried: list[int] = []
 
-    def backward(_: object, rows: int, *__: object) -> None:
+    def backward(_: object, batch: Sequence[Tensor], *__: object) -> None:
+        rows = len(batch[0])
         tried.append(rows)
         if rows > room:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
@@ -76,7 +80,9 @@ def try_on_gpu(monkeypatch: pytest.MonkeyPatch, room: int, *, global_rows: int =
     monkeypatch.setattr("pipelib.training.micro_batch.warmup_backward", backward)
     monkeypatch.setattr(World, "runs_ahead", True)
     footprint = Footprint(model_params(), GPT2_TOKENIZER.size, params(global_batch_tokens=16 * global_rows))
-    settled = resolve_micro_batch_size(footprint, torch.nn.Linear(1, 1), ALONE, 10**12, restored=0)
+    settled = resolve_micro_batch_size(
+        footprint, NextToken(new_model()), torch.nn.Linear(1, 1), ALONE, 10**12, restored=0
+    )
     return settled.micro_batch_size, tried
 
 
@@ -95,7 +101,7 @@ def test_other_errors_of_a_trial_are_not_hidden(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(World, "runs_ahead", True)
     footprint = Footprint(model_params(), GPT2_TOKENIZER.size, params())
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        resolve_micro_batch_size(footprint, torch.nn.Linear(1, 1), ALONE, 10**12, restored=0)
+        resolve_micro_batch_size(footprint, NextToken(new_model()), torch.nn.Linear(1, 1), ALONE, 10**12, restored=0)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -179,7 +185,17 @@ def test_ranks_read_the_job_that_the_launcher_wrote(tmp_path: Path) -> None:
     model = GPT2Section(**vars(model_params()), init_from="scratch")
     rule = SpikeParams(window=4, deviations=6.0, batches=2, rollbacks=3)
     for train in (params(), params(micro_batch_size=4, spike=rule, hellaswag_every=7)):
-        job = Job(model, train, Cadence(1, 5), "data/tokens", "data/benchmarks", "", "", False, RANDOM_WEIGHTS)
+        job = PretrainJob(
+            train=train,
+            cadence=Cadence(1, 5),
+            record="",
+            code="",
+            resumed_with_other_code=False,
+            model=model,
+            tokens="data/tokens",
+            benchmarks="data/benchmarks",
+            initial=RANDOM_WEIGHTS,
+        )
         job.write(tmp_path)
         assert Job.read(tmp_path) == job
 

@@ -31,6 +31,7 @@ from pipelib.training.launch.distributed import World
 from pipelib.training.hardware import Peak
 from pipelib.training.build import build_trainer
 from pipelib.training.objectives import NextToken
+from pipelib.training.pretraining import Pretraining
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog, NullLog
 
@@ -39,7 +40,7 @@ poisoned_rank, poisoned_call, checkpoint_every = (options.pop(name) for name in 
 params, calls, forward = train_params(**options), 0, NextToken.forward
 torch.set_num_threads(1)
 
-def poison(self, inputs, targets):
+def poison(self, inputs, targets, *more):
     global calls
     calls += 1
     return forward(self, inputs, targets) * (float("nan") if calls == poisoned_call else 1.0)
@@ -52,7 +53,7 @@ def run(rank):
     if rank == poisoned_rank:
         NextToken.forward = poison
     try:
-        build_trainer(model_params(), params, cadence, tokens, read_manifest(tokens), folder, world, log).run()
+        build_trainer(Pretraining(model_params(), tokens, read_manifest(tokens)), params, cadence, folder, world, log).run()
     except UserError as error:
         print(f"rank {rank}: {error}", flush=True)
     dist.destroy_process_group()

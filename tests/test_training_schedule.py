@@ -15,8 +15,8 @@ from pipelib.stage import Build
 from pipelib.tokens.shards import read_manifest
 from pipelib.tracking.run import NullRun, Run
 from pipelib.training.inputs import RANDOM_WEIGHTS
-from pipelib.training.launch.launch import launch
 from pipelib.training.learning_rate import learning_rate_at
+from pipelib.training.pretraining import pretrain
 from pipelib.training.schedule import SAVE, Cadence, Schedule
 
 # ---- Rates -----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def train(
     build = Build(folder / "outs", folder, run or NullRun(), {"code": "1"}, resumed_with_other_code=False)
     tokens = folder.parent / "tokens"
     inputs = {"train": params.train.decides(), "data": read_manifest(tokens).fingerprint}
-    launch(build, params.model, params.train, Cadence(1, 7), tokens, folder, RANDOM_WEIGHTS, inputs)
+    pretrain(build, params.model, params.train, Cadence(1, 7), tokens, folder, RANDOM_WEIGHTS, inputs)
     files = [path for path in files_under(folder / "outs") if "speed" not in path.parts and "pipelib" not in path.name]
     assert files
     return {path.relative_to(folder / "outs").as_posix(): path.read_bytes() for path in files}

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.evaluation.params import EvaluateParams, benchmark_of, is_folder, known_tasks
+from pipelib.finetuning.params import BASE, FinetuneParams
 from pipelib.model.params import RANDOM, InitialisedModelParams, published_params
 from pipelib.schema import ParamsError, PositiveInt, parse, read_yaml
 from pipelib.tokens.params import TokenizeParams
@@ -41,6 +42,7 @@ class Params:
     tokenize: TokenizeParams
     model: InitialisedModelParams
     train: TrainParams
+    finetune: FinetuneParams
     evaluate: EvaluateParams
     logging: LoggingParams
 
@@ -86,6 +88,7 @@ class Params:
                 f"{self.model.context_length} tokens (model.context_length); raise it."
             )
         yield from self._problems_of_initial_weights()
+        yield from self._problems_of_finetuning()
 
     def _problems_of_initial_weights(self) -> Iterator[str]:
         """Yield what the parameters alone show to be wrong with `model.init_from`. The train stage checks folders."""
@@ -114,6 +117,31 @@ class Params:
             yield (
                 f"model.init_from: {name} is the output of train, and DVC removes it before train runs; copy the folder, and "
                 "name the copy."
+            )
+
+    def _problems_of_finetuning(self) -> Iterator[str]:
+        """Yield what does not fit the other sections. The finetune stage checks other bases than `models`."""
+        finetune = self.finetune
+        if finetune.source == "none":
+            return
+        if finetune.source == "docs" and self.download.source != "docs":
+            yield (
+                f"finetune.source: docs makes conversations from docstrings, and download.source is {self.download.source}, so "
+                "there are none; name your own conversations (finetune.source: local), or set it to none."
+            )
+        if finetune.init_from == BASE and finetune.sequence_length > self.model.context_length:
+            yield (
+                f"finetune.sequence_length: {finetune.sequence_length} is longer than model.context_length = "
+                f"{self.model.context_length}, so the model could not read a whole row; lower it."
+            )
+        if (
+            finetune.init_from != BASE
+            and not finetune.init_is_folder
+            and finetune.init_from not in self.download.models
+        ):
+            yield (
+                f"finetune.init_from: {finetune.init_from!r} is neither {BASE} nor one of download.models = "
+                f"{list(self.download.models)}, and a folder needs a slash in its name; write ./{finetune.init_from} if it is."
             )
 
 

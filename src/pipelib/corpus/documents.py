@@ -93,7 +93,7 @@ def _read(
             try:
                 if isinstance(row, BadRowError):
                     raise row
-                document = document_of(row, reading.text_column, name, number, tally)
+                document = document_of(row, options.text_column, name, number, tally)
             except BadRowError as bad:
                 if options.bad_rows == "refuse":
                     raise

@@ -37,17 +37,21 @@ class LocalFiles:
         return sorted({*self.names, *(part.relative_to(self.root).as_posix() for part in parts)})
 
 
-def find_files(path: Path, pattern: str) -> LocalFiles:
+def find_files(path: Path, pattern: str, section: str = "download") -> LocalFiles:
     """Find the files under a folder that match a glob, without hidden ones. A single file need not match it.
+
+    Args:
+        section: of params.yaml, whose `path` and `pattern` these are.
 
     Raises:
         UserError: there is no such folder or no file in it, or DVC could not read something there or notice its changes.
     """
-    require_readable(path, links=True)
+    require_readable(path, links=True, section=section)
     if path.is_file():
         names, root = [path.name], path.parent
     else:
-        names = sorted(name.as_posix() for name in visible_matches(path, pattern) if (path / name).is_file())
+        matches = visible_matches(path, pattern, f"{section}.pattern")
+        names = sorted(name.as_posix() for name in matches if (path / name).is_file())
         root = path
     parts = {part for name in names for part in saved_parts(root / name)}
     own = [name for name in names if root / name not in parts and Path(name).name != "dataset_dict.json"]
@@ -56,11 +60,11 @@ def find_files(path: Path, pattern: str) -> LocalFiles:
         where = (
             f"{path} is not"
             if path.is_file()
-            else f"{path} has no file that matches download.pattern = {pattern!r} and is"
+            else f"{path} has no file that matches {section}.pattern = {pattern!r} and is"
         )
         raise UserError(
-            f"download.path: {where} of a kind that can be read ({KINDS_IN_WORDS}), so there is no text; put files "
-            "there, or set download.source: docs."
+            f"{section}.path: {where} of a kind that can be read ({KINDS_IN_WORDS}), so there is no text; put files "
+            f"there, or set {section}.source: docs."
         )
     return LocalFiles(root, readable, sorted({*own} - {*readable}))
 
@@ -110,8 +114,8 @@ def visible_matches(folder: Path, pattern: str, key: str = "download.pattern") -
     return [path for path in matches if not any(part.startswith(".") for part in path.parts)]
 
 
-def require_readable(path: Path, links: bool) -> None:
-    """Refuse a `download.path` that does not exist, or that contains something that cannot be read.
+def require_readable(path: Path, links: bool, section: str = "download") -> None:
+    """Refuse a `download.path`, or that of another section, that does not exist or contains something that cannot be read.
 
     Args:
         links: whether to refuse linked folders. They matter only to the local source, which reads the folder.
@@ -120,17 +124,17 @@ def require_readable(path: Path, links: bool) -> None:
         UserError: lists every problem with its remedy.
     """
     if not path.exists():
-        raise UserError(f"download.path: {path} {_why_missing(path)}")
+        raise UserError(f"{section}.path: {path} {_why_missing(path)}")
     if not path.is_file() and not path.is_dir():
         raise UserError(
-            f"download.path: {path} is neither a folder nor a file, so there is no text; name a folder or a file."
+            f"{section}.path: {path} is neither a folder nor a file, so there is no text; name a folder or a file."
         )
     # One more than is shown tells whether there are more; the folder may have millions of files.
     found = list(islice(_problems(path, links), _SHOWN + 1)) if path.is_dir() else []
     if found:
         more = [f"and more, after these {_SHOWN}"] if len(found) > _SHOWN else []
         raise UserError(
-            f"download.path: DVC cannot track {path} as it is, so the corpus could be incomplete:\n"
+            f"{section}.path: DVC cannot track {path} as it is, so the corpus could be incomplete:\n"
             + "\n".join(f"  - {line}" for line in [*found[:_SHOWN], *more])
         )
 

@@ -7,7 +7,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,8 @@ Numbered = tuple[int, Row | BadRowError]
 class Reading:
     """How files are read."""
 
-    text_column: str
+    text_column: str | None
+    """The column of a document's text; None reads all columns as they are, for rows that are not documents."""
     decoding: Decoding
     cut: Cut
     """How txt files are cut into documents."""
@@ -77,6 +78,9 @@ def _reader(path: Path) -> Callable[[Path, str, Reading], Iterator[Numbered]]:
 
 def _parquet_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:  # noqa: ARG001  (the signature of all readers)
     with open_parquet(path, column=reading.text_column) as parquet:
+        if reading.text_column is None:
+            yield from _whole_rows(parquet.iter_batches(_BATCH_ROWS))
+            return
         columns = _columns(parquet.schema_arrow.names, reading)
         yield from _arrow_rows(parquet.iter_batches(_BATCH_ROWS, columns=columns), reading)
 
@@ -88,14 +92,22 @@ def _saved_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
     if len(saved_parts(path)) == 1:  # no rows: `datasets` fails
         return
     dataset = load_from_disk(str(path.parent))
+    if reading.text_column is None:
+        tables = dataset.with_format("arrow").iter(_BATCH_ROWS)
+        yield from _whole_rows(batch for table in tables for batch in table.to_batches())
+        return
     require_text(dataset.features.arrow_schema, name, "set download.text_column", reading.text_column)
     chosen = dataset.select_columns(_columns(dataset.column_names, reading)).with_format("arrow")
     yield from _arrow_rows((batch for table in chosen.iter(_BATCH_ROWS) for batch in table.to_batches()), reading)
 
 
+def _whole_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[Numbered]:
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+
+
 def _columns(names: list[str], reading: Reading) -> list[str]:
     """Return which of a table's columns are read. Ambiguous ones are not."""
-    return [name for name in dict.fromkeys((*SCHEMA.names, reading.text_column)) if names.count(name) == 1]
+    return [name for name in dict.fromkeys((*SCHEMA.names, reading.text_column)) if names.count(str(name)) == 1]
 
 
 def _arrow_rows(batches: Iterator[pa.RecordBatch], reading: Reading) -> Iterator[Numbered]:
@@ -170,7 +182,9 @@ def _csv_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
                 yield number, _csv_row(f"{name}, row {number}", header, values)
 
 
-def _require_text_column(header: list[str], name: str, text_column: str) -> None:
+def _require_text_column(header: list[str], name: str, text_column: str | None) -> None:
+    if text_column is None:
+        return
     count = header.count(text_column)
     if count == 1:
         return
@@ -300,4 +314,4 @@ def _txt_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
         for number, text in enumerate(cut_text(file, reading.cut), start=1):
             if "\0" in text:
                 raise reading.decoding.not_text(path, name)
-            yield number, {reading.text_column: text}
+            yield number, {str(reading.text_column): text}

@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelib.corpus.raw import Document
-from pipelib.corpus.text_files import Decoding
 from pipelib.errors import UserError, tell
 from pipelib.files import is_unicode
 from pipelib.schema import kind_of
+
+if TYPE_CHECKING:
+    from pipelib.corpus.text_files import Decoding
 
 END_OF_TEXT = "<|endoftext|>"
 BAD_SHARE, BAD_ROWS = 0.01, 10
@@ -39,6 +41,8 @@ class Tally:
 
     source: str = "local"
     """What printed lines begin with."""
+    remedy: str = "fix the files, or download.text_column or download.encoding"
+    """What to do if too many rows are bad."""
     rows: int = 0
     """Rows of all files."""
     empty: int = 0
@@ -81,7 +85,7 @@ class Tally:
             lines = [f"  - {count:,} {reason}: {self.first[reason]}" for reason, count in self.bad.most_common()]
             raise UserError(
                 f"{bad:,} of {self.rows:,} rows are bad, more than {BAD_SHARE:.0%}, so this may not be the corpus that you mean; "
-                "fix the files, or download.text_column or download.encoding:\n" + "\n".join(lines)
+                f"{self.remedy}:\n" + "\n".join(lines)
             )
 
     def counts(self) -> dict[str, Any]:
@@ -93,7 +97,7 @@ class Tally:
             **({"bad_rows": dict(sorted(self.bad.items()))} if self.bad else {}),
         }
 
-    def report(self, decoding: Decoding) -> None:
+    def report(self, decoding: "Decoding") -> None:
         """Print what the user should know."""
         from pipelib.corpus.parquet import SCHEMA
 

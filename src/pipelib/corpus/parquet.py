@@ -302,12 +302,12 @@ def _read_group(
     return rows
 
 
-def open_parquet(path: Path, remedy: str = "download or make it again", column: str = TEXT) -> pq.ParquetFile:
+def open_parquet(path: Path, remedy: str = "download or make it again", column: str | None = TEXT) -> pq.ParquetFile:
     """Open a parquet file that has a column of text.
 
     Args:
         remedy: what to do about a damaged one, for the message.
-        column: the column's name.
+        column: the column's name; None if the file need not have one.
 
     Raises:
         UserError: the file is missing, damaged or cut short, or has no such column of strings.
@@ -319,7 +319,8 @@ def open_parquet(path: Path, remedy: str = "download or make it again", column: 
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, str(error), remedy) from None
     try:
-        require_text(parquet.schema_arrow, path, "set download.text_column, or convert the column", column)
+        if column is not None:
+            require_text(parquet.schema_arrow, path, "set download.text_column, or convert the column", column)
     except UserError:
         parquet.close()
         raise

@@ -1,4 +1,4 @@
-"""Baselines: models that ours is compared with, measured once, by the same code on the same data.
+"""Models as the evaluation sees them: ours, and the baselines that it is compared with. Each is measured once, by the same code.
 
 Results are kept in `STATE/baselines/KEY/`, where KEY is a hash of the weights, the data, the parameters and the code that
 measures. So other experiments and other models of ours find them there, even without the baseline's weights.
@@ -27,10 +27,10 @@ from pipelib.workspace.places import MANIFEST, StatePlaces
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model to compare with, checked but not loaded."""
+    """A model to measure, checked but not loaded."""
 
     name: str
-    """Its name in `evaluate.baselines`."""
+    """Its name in `evaluate.baselines`, or the path of its folder."""
     folder: Path
     """A Hugging Face folder. A published model's may be missing if its result is kept."""
     sha256: str
@@ -39,6 +39,8 @@ class Baseline:
     """From its config.json, since the tensors do not show the number of heads."""
     tokenizer: Tokenizer
     """Its own, which may be another than the data's."""
+    is_published: bool = False
+    """Whether download fetched it."""
 
     @property
     def identity(self) -> dict[str, object]:
@@ -51,11 +53,10 @@ class Baseline:
         Raises:
             UserError: with how to get them.
         """
-        if is_folder(self.name):
+        if not self.is_published:
             if weights_sha256(self.folder) != self.sha256:
                 raise UserError(
-                    f"evaluate.baselines: {self.name} has changed since this run began, so its scores would belong to other "
-                    "weights; run it again."
+                    f"{self.name} has changed since this run began, so its scores would belong to other weights; run it again."
                 )
             return
         path = self.folder / WEIGHTS
@@ -79,9 +80,8 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
     found = []
     for name in names:
         if is_folder(name):
-            params = require_baseline(name, tokenizer)
-            own = tokenizer_of_model(Path(name), tokenizer)
-            found.append(Baseline(name, Path(name), weights_sha256(Path(name)), params, own))
+            require_baseline(name, tokenizer)
+            found.append(of_folder(name, Path(name), tokenizer))
         else:
             sha256 = published_sha256(name)
             if sha256 is None:
@@ -89,8 +89,25 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
                     f"evaluate.baselines: {name} is not in {MODELS / MANIFEST}, so its weights are missing; name it in "
                     "download.models and run dvc repro."
                 )
-            found.append(Baseline(name, MODELS / name, sha256, published_params(name), published_tokenizer()))
+            found.append(
+                Baseline(name, MODELS / name, sha256, published_params(name), published_tokenizer(), is_published=True)
+            )
     return found
+
+
+def of_folder(name: str, folder: Path, tokenizer: Tokenizer) -> Baseline:
+    """Find the model in a Hugging Face folder.
+
+    Args:
+        tokenizer: the data's, for a model without one.
+
+    Raises:
+        UserError: it is missing, or cannot be read.
+    """
+    from pipelib.model.huggingface import find_model  # imports torch
+
+    own = tokenizer_of_model(folder, tokenizer)
+    return Baseline(name, folder, weights_sha256(folder), find_model(folder, own).model.params, own)
 
 
 def require_baseline(name: str, tokenizer: Tokenizer) -> ModelParams:

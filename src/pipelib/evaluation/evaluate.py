@@ -1,7 +1,7 @@
 """The evaluate stage: measure the exported model and the baselines, and write the reports."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipelib.errors import UserError, tell
-from pipelib.evaluation.baselines import Baseline, find_baselines, measure_once
+from pipelib.evaluation.baselines import Baseline, find_baselines, measure_once, of_folder
 from pipelib.evaluation.benchmark_items import read_items
 from pipelib.evaluation.curves import read_curve
 from pipelib.evaluation.hellaswag import score_unigram
@@ -31,7 +31,7 @@ from pipelib.stage import Build
 from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, Manifest, read_manifest, shard_problems
 from pipelib.vocabulary.choice import published_tokenizer
 from pipelib.vocabulary.tokenizer import Tokenizer
-from pipelib.workspace.places import Places
+from pipelib.workspace.places import ChatPlaces, Places
 from pipelib.workspace.provenance import chosen_files, code_hash, import_closure
 
 CHECKOUT = Path(__file__).absolute().parents[3]
@@ -54,15 +54,24 @@ def require_validation(tokens: Path) -> Manifest:
 
 
 def evaluate(
-    build: Build, params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path
+    build: Build, params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path, chat: Path
 ) -> tuple[Mapping[str, object], Mapping[str, object]]:
-    """Evaluate the model in `models`, build `reports/`, and return the stage's result and speed."""
+    """Evaluate the model in `models`, and that in `chat` if there is one.
+
+    Returns:
+        The stage's result and speed. `reports/` is built.
+    """
     # Our model, and a unigram model beside it on the four-way benchmarks.
     device = pick_device()
     manifest = require_validation(tokens)
     tokenizer = manifest.tokenizer
     data = Data(tokens, benchmarks, tokenizer)
-    measured = measure(models.name, models, params, data, build.work / "harness")
+    # What was measured of a model is kept: a change of `finetune` measures the chat model alone.
+    chat_model = ChatPlaces(chat).model
+    ours = [of_folder(str(path), path, tokenizer) for path in (models, chat_model) if path.is_dir()]
+    baselines = find_baselines(params.baselines, tokenizer)
+    others = measure_all([*ours, *baselines], params, data, build.code, device, build.work / "harness")
+    measured = others.pop(str(models))
     result, seconds = dict(measured.result), dict(measured.seconds)
     for name, path in data.completions.items():
         unigram = score_unigram(np.load(tokens / UNIGRAM_COUNTS), read_items(path, tokenizer))
@@ -71,19 +80,19 @@ def evaluate(
     for name in completions_of(result):
         tell(f"evaluate: {verdict(name, result[name]['acc_norm'], result[name]['unigram']['acc_norm'])}")
 
-    # The same measurements of every baseline, or their kept results.
-    others = measure_baselines(params, data, build.code, device, build.work / "harness")
     seconds |= {f"{name}_seconds": sum(other.seconds.values()) for name, other in others.items()}
-    baselines = {name: other.result for name, other in others.items()}
+    if answering := others.get(str(chat_model)):
+        result["chat"] = answering.result
     if baselines:
-        result["baselines"] = baselines
+        result["baselines"] = {baseline.name: others[baseline.name].result for baseline in baselines}
 
     # Read only now: `measure` has released its own copy, and two would not fit a small GPU.
     model = import_model(models, tokenizer, quiet=True).to(device)
     # Everything in `reports/` is a function of the inputs, so that equal inputs give equal bytes.
     samples = write_samples(model, tokenizer, params.sample_prompts, params.precision, seed=0)
     subject = Subject(
-        result, baselines, model.params.parameters(model.vocab_size), model.vocab_size, manifest.source,
+        result, {name: other.result for name, other in others.items()}, model.params.parameters(model.vocab_size),
+        model.vocab_size, manifest.source,
         facts(models, model, manifest, build.code, curves), samples, curves, tokenizer != published_tokenizer(),
     )  # fmt: skip
     made = Places(build.outs)
@@ -94,10 +103,15 @@ def evaluate(
     return result, {name: round(value, 2) for name, value in seconds.items()} | {"device": device.type}
 
 
-def measure_baselines(
-    params: EvaluateParams, data: Data, code: Mapping[str, str], device: torch.device, scratch: Path
+def measure_all(
+    models: Sequence[Baseline],
+    params: EvaluateParams,
+    data: Data,
+    code: Mapping[str, str],
+    device: torch.device,
+    scratch: Path,
 ) -> dict[str, Measured]:
-    """Measure each baseline, or read its kept result; by name.
+    """Measure each model, or read its kept result; by name.
 
     Args:
         code: the hashes of the stage's code, see `provenance.code_hashes`. Files that measuring does not need do not count.
@@ -117,7 +131,7 @@ def measure_baselines(
         return replace(measured, result=measured.result | own)
 
     found = {}
-    for baseline in find_baselines(params.baselines, data.tokenizer):
+    for baseline in models:
         inputs = {**decides, "code": code_that_measures(baseline, code)}
         if baseline.tokenizer != data.tokenizer:
             inputs |= {"vocabulary": baseline.tokenizer.fingerprint, "data's": data.tokenizer.fingerprint}

@@ -10,11 +10,11 @@ from pipelib.evaluation.params import TASKS, EvaluateParams, benchmark_of
 from pipelib.files import files_under, sha256_file
 from pipelib.model.weights import CONFIG
 from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, read_manifest
-from pipelib.workspace.places import MANIFEST
+from pipelib.workspace.places import MANIFEST, ChatPlaces
 
 
 def evaluation_inputs(
-    params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path
+    params: EvaluateParams, models: Path, tokens: Path, benchmarks: Path, curves: Path, chat: Path
 ) -> dict[str, object]:
     """Everything that decides an evaluation: its parameters, the hash of every file it reads, and the baselines' weights.
 
@@ -23,7 +23,7 @@ def evaluation_inputs(
     """
     require_data(params, benchmarks)
     files = [
-        *files_under(models), *files_under(benchmarks), *files_under(curves),
+        *files_under(models), *files_under(ChatPlaces(chat).model), *files_under(benchmarks), *files_under(curves),
         tokens / VALIDATION_SHARD, tokens / UNIGRAM_COUNTS, tokens / MANIFEST,
     ]  # fmt: skip
     for path in (*files, models / CONFIG):

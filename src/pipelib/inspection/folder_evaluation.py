@@ -11,7 +11,7 @@ from pipelib.evaluation.evaluate import (
     describe_model,
     describe_source,
     describe_vocabulary,
-    measure_baselines,
+    measure_all,
     require_validation,
 )
 from pipelib.evaluation.inputs import require_data
@@ -52,7 +52,7 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
             f"there is no validation shard in {HERE.tokens}, no benchmark in {benchmarks} and no task, so there is nothing to "
             "measure; run dvc repro tokenize."
         )
-    find_baselines(params.baselines, data.tokenizer)  # fail before anything is computed
+    others = find_baselines(params.baselines, data.tokenizer)  # fail before anything is computed
     manifest = require_validation(data.tokens) if data.tokens else None
     device = pick_device()
     tokenizer = tokenizer_of_model(folder, data.tokenizer)
@@ -63,8 +63,8 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
     code = code_hashes("evaluate", {"model.architecture": found.params.architecture}, CHECKOUT)
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(str(folder), folder, params, data, Path(scratch) / "harness", tokenizer)
-        others = measure_baselines(params, data, code, device, Path(scratch) / "harness")
-    baselines = {name: other.result for name, other in others.items()}
+        found_of_others = measure_all(others, params, data, code, device, Path(scratch) / "harness")
+    baselines = {name: other.result for name, other in found_of_others.items()}
     result = measured.result | ({} if tokenizer == data.tokenizer else {"vocabulary": tokenizer.name})
     model = import_model(folder, tokenizer, quiet=True).to(device)
     samples = write_samples(model, tokenizer, params.sample_prompts, params.precision, seed=0) if out else []

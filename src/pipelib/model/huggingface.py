@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipelib.errors import UserError, tell
-from pipelib.files import read_json, write_atomic, write_json
+from pipelib.files import read_json, write_atomic, write_json, write_text
 from pipelib.model.decoder import HEAD, Decoder, family_of
 from pipelib.model.params import ModelParams, family_params, known_families
 from pipelib.model.recipe import write_recipe
@@ -31,18 +31,27 @@ from pipelib.model.weights import (
     restore,
     weight_files,
 )
+from pipelib.vocabulary.chat import ChatTemplate
 from pipelib.vocabulary.tokenizer import Tokenizer
 
+GENERATION, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path, recipe: Mapping[str, object]) -> None:
+def export_model(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    folder: Path,
+    recipe: Mapping[str, object],
+    chat: ChatTemplate | None = None,
+) -> None:
     """Write config, weights (fp32, without the vocabulary's padding), tokenizer, generation config, recipe and README.
 
     The bytes depend only on the model, its tokenizer and the recipe.
 
     Args:
         recipe: everything that decided the weights, as JSON values; see `recipe.py`.
+        chat: the template of the conversations that the model was trained on; None for a model that continues text.
     """
     from safetensors.torch import save
 
@@ -50,13 +59,17 @@ def export_model(model: Decoder, tokenizer: Tokenizer, folder: Path, recipe: Map
     with write_atomic(folder / WEIGHTS) as file:
         file.write(save(to_huggingface(model), metadata={"format": "pt"}))
     write_json(folder / CONFIG, model.config(model.params, model.vocab_size, tokenizer.end_token_id))
-    ends = {"bos_token_id": tokenizer.end_token_id, "eos_token_id": tokenizer.end_token_id}
-    write_json(folder / "generation_config.json", ends)
+    end = tokenizer.end_token_id
+    # A text ends with the end token, an answer with that of its turn.
+    stops = end if chat is None or chat.stop_token_id == end else [chat.stop_token_id, end]
+    write_json(folder / GENERATION, {"bos_token_id": end, "eos_token_id": stops})
+    if chat:
+        write_text(folder / CHAT_TEMPLATE, chat.jinja)
     for name, content in tokenizer.files(model.params.context_length).items():
         with write_atomic(folder / name) as file:
             file.write(content)
     title = f"{model.params.title}, {model.params.parameters(model.vocab_size):,} parameters"
-    write_recipe(folder, recipe, title, model.architecture)
+    write_recipe(folder, recipe, title, model.architecture, "Fine-tuned" if chat else "Pretrained")
 
 
 def to_huggingface(model: Decoder) -> dict[str, Tensor]:

@@ -15,14 +15,16 @@ from pipelib.schema import flatten
 RECIPE, README = "recipe.json", "README.md"
 
 
-def write_recipe(folder: Path, recipe: Mapping[str, object], title: str, architecture: str) -> None:
+def write_recipe(
+    folder: Path, recipe: Mapping[str, object], title: str, architecture: str, how: str = "Pretrained"
+) -> None:
     """Write recipe.json and README.md into a model's folder."""
     write_json(folder / RECIPE, recipe)
     rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in flatten(recipe))
     text = (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{architecture}, pipelib]\n---\n\n"
         f"# {title}\n\n"
-        "Pretrained by pipelib. Load it with transformers:\n\n"
+        f"{how} by pipelib. Load it with transformers:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("models")\n'
         'tokenizer = AutoTokenizer.from_pretrained("models")\n```\n\n'

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,16 @@ class TokenStream:
             pieces.append(piece)
             start, count, index = start + len(piece), count - len(piece), index + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class RowSource(Protocol):
+    """Rows of equal length, by their number."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+        """Return the inputs and targets of the given rows, each (rows, T), and whatever else the objective takes."""
+        ...
 
 
 class Rows:
@@ -167,12 +177,12 @@ class Loader(Generic[T]):
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RowSource,
         plan: BatchPlan,
         micro_batch_size: int,
         rank: int,
         world_size: int,
-        prepare: Callable[[Batch], T],
+        prepare: Callable[[tuple[npt.NDArray[np.int64], ...]], T],
     ) -> None:
         self._rows, self._plan, self._size, self._prepare = rows, plan, micro_batch_size, prepare
         self._rank, self._world_size = rank, world_size

@@ -3,36 +3,48 @@
 import math
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipelib.errors import UserError
-from pipelib.tokens.loader import Batch, BatchPlan, Loader, training_rows
+from pipelib.tokens.loader import BatchPlan, Loader, RowSource, training_rows
 from pipelib.tokens.shards import Manifest
 from pipelib.training.launch.distributed import World
 from pipelib.training.params import TrainParams
 
-TensorBatch = tuple[Tensor, Tensor]
-"""`inputs` and `targets`, each (rows, T), int64 in host memory."""
+TensorBatch = tuple[Tensor, ...]
+"""`inputs` and `targets`, each (rows, T), int64 in host memory, and whatever else the objective takes."""
 
 
 def make_loader(
     params: TrainParams, tokens: Path, manifest: Manifest, world: World
 ) -> tuple[Loader[TensorBatch], BatchPlan]:
-    """Make this rank's loader, and the plan of the global batches that all ranks share."""
-    rows = training_rows(tokens, manifest, params.sequence_length)
-    plan = BatchPlan(manifest.fingerprint, params.seed, len(rows), params.rows_per_step)
+    """Make this rank's loader of the rows of shards, see `load_rows`."""
+    return load_rows(params, training_rows(tokens, manifest, params.sequence_length), manifest.fingerprint, world)
+
+
+def load_rows(
+    params: TrainParams, rows: RowSource, fingerprint: str, world: World
+) -> tuple[Loader[TensorBatch], BatchPlan]:
+    """Make this rank's loader, and the plan of the global batches that all ranks share.
+
+    Args:
+        fingerprint: of the data. It decides the order of the rows, with `params.seed`.
+    """
+    plan = BatchPlan(fingerprint, params.seed, len(rows), params.rows_per_step)
     size = params.micro_batch_rows(world.world_size)
     return Loader(rows, plan, size, world.rank, world.world_size, lambda batch: tensors(batch, world.device)), plan
 
 
-def tensors(batch: Batch, device: torch.device) -> TensorBatch:
+def tensors(batch: tuple[npt.NDArray[np.int64], ...], device: torch.device) -> TensorBatch:
     """Turn a batch into tensors, pinned for a GPU, so that the copy to the device does not block. Runs on the loader's thread."""
-    inputs, targets = map(torch.from_numpy, batch)
+    made = tuple(map(torch.from_numpy, batch))
     if device.type == "cuda":
         with torch.cuda.device(device):  # else pinning on this thread would create a context on GPU 0
-            return inputs.pin_memory(), targets.pin_memory()
-    return inputs, targets
+            return tuple(tensor.pin_memory() for tensor in made)
+    return made
 
 
 def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None:

@@ -113,7 +113,8 @@ class Trainer:
             self.checkpoints,
         ):
             rows = self.params.micro_batch_rows(self.world.world_size)
-            self.world.warm_up(self.network, rows, self.params.sequence_length, self.params.precision)
+            dummy = self.objective.dummy_batch(rows, self.params.sequence_length)
+            self.world.warm_up(self.network, dummy, self.params.precision)
             if not self.state.step:
                 # The loss before any training: near ln(vocab_size) for random weights.
                 self.validation.run(self.model, self.state, self.log)
@@ -128,13 +129,12 @@ class Trainer:
         batch = self.spikes.batch_of(step)
         if step and self.spikes.batch_of(step - 1) < self.plan.first_step(epoch=1) <= batch:
             self.log.say(
-                f"step {step + 1:,}: epoch 2 of {self.plan.epochs(params.max_steps):.2f} begins, so rows repeat from here "
-                f"on; train.max_epochs = {params.max_epochs:g} allows it"
+                f"step {step + 1:,}: epoch 2 of {self.plan.epochs(params.max_steps):.2f} begins, so rows repeat from here on"
             )
         learning_rate = learning_rate_at(step, params)
         micro_batches = self.loader.micro_batches(batch)
         # All ranks have equal shares, so this rank's share gives the global batch.
-        tokens = self.world.world_size * sum(targets.numel() for _, targets in micro_batches)
+        tokens = self.world.world_size * sum(batch[1].numel() for batch in micro_batches)
         assert tokens == params.global_batch_tokens, f"step {step + 1} has {tokens} tokens"
         measures = self.world.is_main and VALIDATE in self.schedule.due(step + 1)
         result = take_step(

@@ -23,8 +23,13 @@ class Objective(nn.Module, ABC):
         self.model = model
 
     @abstractmethod
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The summed nats of the targets that count, a scalar. `inputs` and `targets` are (B, T)."""
+    def forward(self, inputs: Tensor, targets: Tensor, *more: Tensor) -> Tensor:
+        """The summed nats of the targets that count, a scalar. `inputs` and `targets` are (B, T), `more` is the rest."""
+
+    def dummy_batch(self, rows: int, length: int) -> tuple[Tensor, ...]:
+        """A batch of the shapes that training has, in which no number means anything."""
+        tokens = torch.zeros(rows, length, dtype=torch.long)
+        return tokens, tokens.clone()  # torch.compile would specialize on the same tensor passed twice
 
     @abstractmethod
     def target_count(self, targets: Tensor) -> int:
@@ -44,7 +49,7 @@ class Objective(nn.Module, ABC):
 class NextToken(Objective):
     """Predict every token from the tokens before it."""
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor, *more: Tensor) -> Tensor:  # noqa: ARG002
         """See `Objective.forward`."""
         logits = self.model.logits(self.model.hidden(inputs).flatten(0, 1))  # (B·T, padded vocabulary)
         return F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")

@@ -1,6 +1,7 @@
 """What is measured while a training runs: validation loss, HellaSwag, samples. Each probe shares its work among the ranks."""
 
 import gc
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -38,15 +39,11 @@ class Probe(Protocol):
         """Measure now. All ranks call it."""
 
 
-class Validation:
-    """The loss on the first `validate_tokens` tokens of the validation shard, shared among the ranks."""
+class Validation(ABC):
+    """The loss on data that the model is not trained on."""
 
     event = VALIDATE
-
-    def __init__(self, params: TrainParams, tokens: Path, world: World) -> None:
-        self._params, self._shard, self._world = params, tokens / VALIDATION_SHARD, world
-        self._last: tuple[int, float] = (-1, 0.0)
-        self._compiled: TokenLosses | None = None
+    _last: tuple[int, float] = (-1, 0.0)
 
     def loss_at(self, step: int) -> float | None:
         """The loss after exactly this step; None if it was not measured then."""
@@ -61,8 +58,20 @@ class Validation:
             log.validated(state, loss)
         self._last = (state.step, loss.mean)
 
+    @abstractmethod
     def measure(self, model: Decoder) -> Loss:
         """The loss, the same on every rank."""
+
+
+class ShardValidation(Validation):
+    """The loss on the first `validate_tokens` tokens of the validation shard, shared among the ranks."""
+
+    def __init__(self, params: TrainParams, tokens: Path, world: World) -> None:
+        self._params, self._shard, self._world = params, tokens / VALIDATION_SHARD, world
+        self._compiled: TokenLosses | None = None
+
+    def measure(self, model: Decoder) -> Loss:
+        """See `Validation`."""
         params, world = self._params, self._world
         rows = params.micro_batch_rows(1)
         batches = validation_batches(self._shard, params.sequence_length, rows, params.validate_tokens)

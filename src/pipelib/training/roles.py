@@ -11,11 +11,13 @@ own; scales of norms, and biases."""
 
 
 def roles_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of each role by their names, in the order of `ROLES`; a role without parameters is left out."""
+    """The trained parameters of each role by their names, in the order of `ROLES`; a role without any is left out."""
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.head if isinstance(model, Decoder) else None
     found: dict[str, dict[str, nn.Parameter]] = {role: {} for role in ROLES}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.dim() < 2:
             role = VECTORS
         elif any(parameter is weight for weight in embeddings):

@@ -50,15 +50,15 @@ def take_step(
         stop: the signal that asked this rank to stop, 0 for none; all ranks learn of it.
         scale: keeps small gradients from becoming zero in fp16.
     """
-    counts = [objective.target_count(targets) for _, targets in micro_batches]
+    counts = [objective.target_count(batch[1]) for batch in micro_batches]
     targets_per_rank = objective.targets_per_rank(counts, world)
     losses = []
-    for micro_step, ((inputs, targets), count) in enumerate(zip(micro_batches, counts, strict=True), start=1):
+    for micro_step, (batch, count) in enumerate(zip(micro_batches, counts, strict=True), start=1):
         # Gradients are averaged over ranks only in the backward pass of the last micro-step.
         with world.sync_when(micro_step == len(micro_batches), network), autocast(world.device, params.precision):
             # Divide twice: equal micro-batches then give exactly the bits of a mean of their means.
             divisor = count or 1  # the loss is 0 if no target counts
-            loss = network(world.to_device(inputs), world.to_device(targets)) / divisor / (targets_per_rank / divisor)
+            loss = network(*map(world.to_device, batch)) / divisor / (targets_per_rank / divisor)
         scale.scaled(loss).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     scale.unscale(network.parameters())

@@ -76,6 +76,11 @@ class Places:
         return self.root / "curves"
 
     @property
+    def chat(self) -> Path:
+        """What fine-tuning makes; see `ChatPlaces`."""
+        return self.root / "chat"
+
+    @property
     def reports(self) -> Path:
         """The evaluation reports, for people to read."""
         return self.root / "reports"
@@ -126,6 +131,43 @@ class Places:
 
 HERE = Places()
 """The workspace. It is the current folder: stages and commands run in the workspace's root."""
+
+
+@dataclass(frozen=True)
+class ChatPlaces:
+    """The files of the out of fine-tuning. Only the manifest is there if `finetune.source` is none."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        """What identifies the conversations and the base."""
+        return self.root / MANIFEST
+
+    @property
+    def model(self) -> Path:
+        """The model that answers, a Hugging Face folder."""
+        return self.root / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter, as PEFT writes it; it is there if one was trained."""
+        return self.root / "adapter"
+
+    @property
+    def curves(self) -> Path:
+        """The curves of the training, as CSV."""
+        return self.root / "curves"
+
+    @property
+    def masks(self) -> Path:
+        """A page that shows which tokens were trained."""
+        return self.root / "masks.html"
+
+    @property
+    def answers(self) -> Path:
+        """Questions and the model's answers, as JSON."""
+        return self.root / "answers.json"
 
 
 def containing_out(path: Path) -> Path | None:

@@ -68,9 +68,18 @@ STAGES = {
             chosen=(*_FAMILY, _OPTIMIZER),
         ),
         Stage(
+            "finetune",
+            makes="The model that answers",
+            reads=("download", "vocabulary", "tokenize", "train"),
+            dataset="data/tokens",
+            sections=("finetune",),
+            packages=("datasets", "numpy", "pyarrow", "safetensors", "tiktoken", "torch"),
+            chosen=(*_FAMILY, "src/pipelib/training/optim/adamw.py"),
+        ),
+        Stage(
             "evaluate",
             makes="The evaluation of the model",
-            reads=("download", "vocabulary", "tokenize", "train"),
+            reads=("download", "vocabulary", "tokenize", "train", "finetune"),
             dataset="data/tokens",
             sections=("evaluate",),
             packages=(

@@ -1,7 +1,7 @@
 """The ranks of a training: which one this process is, and what they exchange."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,17 +58,17 @@ class World:
         """Copy a tensor from host memory to this rank's device. The host does not wait if the tensor is pinned."""
         return tensor.to(self.device, non_blocking=True)
 
-    def warm_up(self, network: nn.Module, rows: int, sequence_length: int, precision: str) -> None:
-        """Run one backward pass on dummy tokens, so that DDP sums gradients in the same buckets from the first step on.
+    def warm_up(self, network: nn.Module, batch: Sequence[Tensor], precision: str) -> None:
+        """Run one backward pass on a dummy batch, so that DDP sums gradients in the same buckets from the first step on.
 
         DDP rebuilds its buckets after the first backward pass. With three ranks or more, the last bits of a sum depend on the
         buckets, so the first step of a resumed run would differ from that step in an uninterrupted run.
 
         Args:
-            rows: in a micro-batch; for another shape torch.compile would compile again.
+            batch: a micro-batch of dummy tokens; for another shape torch.compile would compile again.
         """
         if self.world_size > 1:
-            warmup_backward(network, rows, sequence_length, precision, self.device)
+            warmup_backward(network, batch, precision, self.device)
             network.zero_grad(set_to_none=True)
 
     def sync_when(self, wanted: bool, model: nn.Module) -> AbstractContextManager[object]:
@@ -119,11 +119,11 @@ class World:
         return value
 
 
-def warmup_backward(network: nn.Module, rows: int, sequence_length: int, precision: str, device: torch.device) -> None:
-    """Run a forward and a backward pass on `rows` rows of dummy tokens. It leaves gradients but changes no weight."""
-    tokens = torch.zeros(rows, sequence_length, dtype=torch.long, device=device)
+def warmup_backward(network: nn.Module, batch: Sequence[Tensor], precision: str, device: torch.device) -> None:
+    """Run a forward and a backward pass on a dummy batch. It leaves gradients but changes no weight."""
+    inputs = [tensor.to(device) for tensor in batch]
     with autocast(device, precision):
-        loss = network(tokens, tokens.clone())  # torch.compile would specialize on the same tensor passed twice
+        loss = network(*inputs)
     loss.backward()
 
 

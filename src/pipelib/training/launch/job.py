@@ -11,98 +11,103 @@ from pipelib.processes import die_on_signals, die_with_parent, outlive_terminal
 if __name__ == "__main__":
     die_on_signals()  # before the imports below, which take seconds: a signal then ends the process without a traceback
 
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from pipelib.errors import UserError, user_message
-from pipelib.files import read_json, write_json, write_text
-from pipelib.model.huggingface import export_model
-from pipelib.model.params import InitialisedModelParams
+from pipelib.files import read_json, sha256_json, write_json, write_text
+from pipelib.model.decoder import Decoder
 from pipelib.schema import parse
-from pipelib.tokens.shards import Manifest, read_manifest
+from pipelib.stage import Build
 from pipelib.tracking.run import NullRun, Run, attach_run
 from pipelib.training.build import build_trainer
 from pipelib.training.hardware import peak_gpu_memory, peak_of
-from pipelib.training.inputs import InitialWeights
 from pipelib.training.launch.distributed import World, join_world
 from pipelib.training.loop import Trainer
 from pipelib.training.params import TrainParams
 from pipelib.training.schedule import Cadence
+from pipelib.training.task import Task
 from pipelib.training.training_log import MainLog, NullLog
-from pipelib.workspace.places import Places
 
 JOB, RESULT, ERROR = "job.json", "result.json", "error.txt"
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, kw_only=True)
+class Job(ABC):
     """A training as all its ranks see it."""
 
-    model: InitialisedModelParams
     train: TrainParams
     cadence: Cadence
-    tokens: str
-    """The folder of the shards."""
-    benchmarks: str
-    """The folder of the benchmarks."""
     record: str
     """The file of the run's record; empty if there is none."""
     code: str
     """The hash of the code files and package versions."""
     resumed_with_other_code: bool
     """Whether the user chose to resume unfinished work of other code."""
-    initial: InitialWeights
-    """The weights that the model starts from."""
     trunk_step: int = 0
     """The step of the trunk that a fresh training has taken over: see `trunk.py`."""
 
+    stage: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def task(self) -> Task:
+        """What is trained, and on what."""
+
+    @abstractmethod
+    def export(self, model: Decoder, log: MainLog, outs: Path) -> Mapping[str, object]:
+        """Write the outs of the finished training, on rank 0, and return what is special to its result.
+
+        Args:
+            outs: has the layout of the workspace.
+        """
+
+    @staticmethod
+    def of(build: Build, train: TrainParams, cadence: Cadence, trunk_step: int = 0) -> dict[str, Any]:
+        """The fields that all jobs of a stage have."""
+        return {
+            "train": train,
+            "cadence": cadence,
+            "record": str(build.run.path or ""),
+            "code": sha256_json(build.code),
+            "resumed_with_other_code": build.resumed_with_other_code,
+            "trunk_step": trunk_step,
+        }
+
     def write(self, work: Path) -> None:
         """Write the job for the ranks to read."""
-        write_json(work / JOB, asdict(self))
+        write_json(work / JOB, {"module": type(self).__module__, "job": asdict(self)})
 
-    @classmethod
-    def read(cls, work: Path) -> "Job":
-        """Read the job that the launcher wrote."""
-        problems: list[str] = []
-        job = parse(cls, read_json(work / JOB), "", problems)
+    @staticmethod
+    def read(work: Path) -> "Job":
+        """Read the job that the launcher wrote. Its module is imported by its name."""
+        written, problems = read_json(work / JOB), list[str]()
+        kind: type[Job] = importlib.import_module(written["module"]).JOB
+        job = parse(kind, written["job"], "", problems)
         assert job is not None, problems
         return job
 
 
 def run_job(job: Job, work: Path, world: World, run: Run) -> None:
     """Train. Then rank 0 exports the model and the curves to work/outs and writes work/result.json."""
-    tokens, manifest = Path(job.tokens), read_manifest(Path(job.tokens))
-    size, recipe = manifest.tokenizer.size, _recipe(job, manifest)
-    flops = job.model.flops_per_token(size, job.train.sequence_length)
+    task, train = job.task, job.train
+    flops = task.model.flops_per_token(task.tokenizer.size, train.sequence_length)
     log = (
-        MainLog(work, run, job.train, flops, lambda: peak_of(world.device, job.train.precision).times(world.world_size))
+        MainLog(work, run, train, flops, lambda: peak_of(world.device, train.precision).times(world.world_size))
         if world.is_main
         else None
     )
-    trainer = build_trainer(
-        job.model, job.train, job.cadence, tokens, manifest, work, world, log or NullLog(), job.initial, Path(job.benchmarks)
-    )  # fmt: skip
+    trainer = build_trainer(task, train, job.cadence, work, world, log or NullLog())
     if log and job.trunk_step:
         log.replay(job.cadence.log_every)
     model = trainer.run()
     if log:
-        places = Places(work / "outs")
-        export_model(model, manifest.tokenizer, places.model, recipe)
-        log.export(places.curves, places.speed("train", "csv"))
-        result = {**_result(log), "parameters": job.model.parameters(size)}
-        write_json(work / RESULT, {"result": result, "speed": _speed(trainer, log)})
-
-
-def _recipe(job: Job, manifest: Manifest) -> dict[str, object]:
-    """Everything that decided the weights."""
-    return {
-        "data": {"fingerprint": manifest.fingerprint, "source": manifest.source},
-        "code_sha256": job.code,
-        "model": job.model.decides(),
-        "train": job.train.decides(),
-        **({"initial_weights_sha256": job.initial.sha256} if job.initial.sha256 else {}),
-        **({"resumed_with_other_code": True} if job.resumed_with_other_code else {}),
-    }
+        more = job.export(model, log, work / "outs")
+        write_json(work / RESULT, {"result": {**_result(log), **more}, "speed": _speed(trainer, log)})
 
 
 def _result(log: MainLog) -> dict[str, object]:
@@ -133,7 +138,7 @@ def _speed(trainer: Trainer, log: MainLog) -> dict[str, object]:
 
 def _run_of(job: Job, world: World) -> Run:
     """The launcher's run on rank 0. No other rank records anything."""
-    return attach_run("train", Path(job.record)) if world.is_main and job.record else NullRun()
+    return attach_run(job.stage, Path(job.record)) if world.is_main and job.record else NullRun()
 
 
 def _rank_main(work: Path) -> None:

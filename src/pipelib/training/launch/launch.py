@@ -2,78 +2,37 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 from pipelib.errors import UserError, tell
-from pipelib.files import files_under, read_json, remove, require_free_space, sha256_json
-from pipelib.model.params import InitialisedModelParams
+from pipelib.files import files_under, read_json, remove, require_free_space
 from pipelib.processes import on_first_signal
 from pipelib.stage import Build
-from pipelib.tokens.shards import read_manifest, verify_shards
-from pipelib.training.batches import check_plan
 from pipelib.training.checkpoint import CHECKPOINTS, checkpoint_bytes
-from pipelib.training.inputs import InitialWeights, require_weights
 from pipelib.training.launch.distributed import join_world
 from pipelib.training.launch.job import ERROR, RESULT, Job, run_job
-from pipelib.training.launch.machines import Machines, find_machines, require_gpu, wait_for_file
+from pipelib.training.launch.machines import Machines, find_machines, wait_for_file
 from pipelib.training.launch.stopping import STOP, ask_to_stop
 from pipelib.training.launch.torchrun import start_torchrun
 from pipelib.training.memory import Footprint
-from pipelib.training.params import TrainParams
-from pipelib.training.schedule import Cadence
-from pipelib.training.trunk import Trunk
 from pipelib.workspace.workdir import WorkDir
 
 
-def launch(
-    build: Build,
-    model: InitialisedModelParams,
-    train: TrainParams,
-    cadence: Cadence,
-    tokens: Path,
-    benchmarks: Path,
-    initial: InitialWeights,
-    inputs: Mapping[str, object],
-) -> tuple[Any, Any]:
-    """Train on the shards in `tokens`, build `models/` and `curves/`, and return the stage's result and speed.
+def launch(build: Build, job: Job, machines: Machines, footprint: Footprint) -> tuple[Any, Any]:
+    """Run a job's ranks, which build its outs, and return the stage's result and speed.
 
     Args:
-        benchmarks: the folder of the items that `train.hellaswag_every` scores.
-        inputs: everything that decides the result.
+        footprint: of the training.
 
     Raises:
-        UserError: the data and the parameters do not fit together, or the training failed.
+        UserError: the disk is too small, or the training failed.
     """
-    manifest = read_manifest(tokens)
-    if note := require_weights(model, manifest.tokenizer):
-        tell(f"train: {note}", error=True)
-    # Check everything that can be checked before the ranks start.
-    machines = find_machines()
-    require_gpu(train.precision)
-    check_plan(train, manifest, machines.world_size)
-    verify_shards(tokens, manifest)  # takes seconds for 20 GB; an out-of-range token would silently corrupt training
-    needed = checkpoint_bytes(Footprint(model, manifest.tokenizer.size, train), cadence.checkpoint_every)
+    needed = checkpoint_bytes(footprint, job.cadence.checkpoint_every)
     have = sum(path.stat().st_size for path in files_under(build.work / CHECKPOINTS))  # if the training resumes
     require_free_space(build.work, needed - have, "training, with its checkpoints,")
-    trunk = Trunk(train, {**inputs, "code": build.code, "world_size": machines.world_size}, build.work)
-    trunk_step = 0 if os.environ.get("PIPELIB_RESUME") == "fresh" else trunk.take_over()
-    if trunk_step:
-        build.run.log_params({"trunk_step": trunk_step})
-    job = Job(
-        model,
-        train,
-        cadence,
-        str(tokens),
-        str(benchmarks),
-        str(build.run.path or ""),
-        sha256_json(build.code),
-        build.resumed_with_other_code,
-        initial,
-        trunk_step,
-    )
     # An earlier attempt may have left these; the ranks would take them for their own.
     for leftover in (RESULT, ERROR, STOP):
         remove(build.work / leftover)
@@ -83,8 +42,6 @@ def launch(
     else:
         job.write(build.work)
         _run_ranks(build.work, machines, first=True)
-    if not build.resumed_with_other_code:
-        trunk.keep()
     result = read_json(build.work / RESULT)
     return result["result"], result["speed"]
 

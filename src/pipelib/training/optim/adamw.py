@@ -12,7 +12,7 @@ class AdamW:
     """One rate for all parameters."""
 
     def __init__(self, model: nn.Module, params: TrainParams) -> None:
-        parameters = list(model.parameters())
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.groups = (
             AdamWGroup([parameter for parameter in parameters if parameter.dim() >= 2], params.weight_decay, params),
             AdamWGroup([parameter for parameter in parameters if parameter.dim() < 2], 0.0, params),

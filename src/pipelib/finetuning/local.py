@@ -1,0 +1,85 @@
+"""The user's own conversations: parquet, jsonl, JSON or csv files, also compressed, or datasets that were saved to disk."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelib.corpus.local_files import LocalFiles, find_files
+from pipelib.corpus.local_rows import BadRowError, Tally
+from pipelib.corpus.params import kind_of_name
+from pipelib.errors import UserError
+from pipelib.files import sha256_files
+from pipelib.finetuning.formats import conversation_of
+from pipelib.finetuning.params import FinetuneParams
+from pipelib.vocabulary.chat import Message
+
+
+@dataclass(frozen=True)
+class LocalConversations:
+    """The conversations in the rows of the user's files, in the order of their paths."""
+
+    params: FinetuneParams
+    tally: Tally = field(
+        default_factory=lambda: Tally(source="finetune", remedy="fix the files, or set finetune.format"), compare=False
+    )
+    """What was left out, once all rows are read."""
+
+    @property
+    def bad_rows(self) -> Counter[str]:
+        """Rows that were left out, by reason, once all are read."""
+        return self.tally.bad
+
+    def identity(self) -> dict[str, Any]:
+        """Return the name, size and SHA-256 of every file.
+
+        Raises:
+            UserError: there is no folder or no file, or something in the folder cannot be read.
+        """
+        paths = [self._files.root / name for name in self._files.all_names]
+        files = [
+            {"name": name, "bytes": path.stat().st_size, "sha256": sha256}
+            for name, path, sha256 in zip(self._files.all_names, paths, sha256_files(paths), strict=True)
+        ]
+        return {"kind": "local", "files": files}
+
+    @cached_property
+    def _files(self) -> LocalFiles:
+        files = find_files(Path(self.params.path), self.params.pattern, "finetune")
+        texts = [name for name in files.names if kind_of_name(name) == ".txt"]
+        if texts:
+            raise UserError(
+                f"finetune.path: {texts[0]} is text without rows, so it is unknown who says what; write it as jsonl, or leave "
+                "it out with finetune.pattern."
+            )
+        return files
+
+    def read(self) -> Iterator[tuple[str, list[Message]]]:
+        """Yield each conversation with its file and row.
+
+        Raises:
+            UserError: a row is not a conversation, or too many are not.
+        """
+        from pipelib.corpus.local_formats import Reading, read_rows  # not needed to link finished outs
+        from pipelib.corpus.split import Cut
+        from pipelib.corpus.text_files import Decoding
+
+        reading = Reading(None, Decoding("utf-8", "refuse"), Cut("whole", ""))
+        for name in self._files.names:
+            for number, row in read_rows(self._files.root / name, name, reading):
+                self.tally.rows += 1
+                where = f"{name}, row {number}"
+                try:
+                    if isinstance(row, BadRowError):
+                        raise row
+                    yield where, conversation_of(row, self.params.format, where)
+                except BadRowError as error:
+                    if self.params.bad_rows == "refuse":
+                        raise UserError(
+                            f"{error.problem}; fix this row, skip it with finetune.bad_rows: skip, or leave out its file with "
+                            "finetune.pattern."
+                        ) from None
+                    self.tally.skip(error)
+        self.tally.require_few_bad()

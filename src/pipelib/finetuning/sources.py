@@ -1,0 +1,100 @@
+"""Where conversations come from, and the model that is trained on them: what the stage must know before it works."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelib.errors import UserError
+from pipelib.files import sha256_json
+from pipelib.finetuning.docs import DocsConversations
+from pipelib.finetuning.local import LocalConversations
+from pipelib.finetuning.params import BASE, FinetuneParams
+from pipelib.model.weights import MODELS, require_published, weights_sha256
+from pipelib.tokens.shards import read_manifest
+from pipelib.vocabulary.chat import Message
+from pipelib.workspace.places import HERE
+
+
+class Conversations(Protocol):
+    """A source of conversations."""
+
+    @property
+    def bad_rows(self) -> Counter[str]:
+        """Rows that were left out, by reason, once all are read."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that pins the conversations."""
+
+    def read(self) -> Iterator[tuple[str, list[Message]]]:
+        """Yield each conversation with its file and row, or its name."""
+
+
+def find_conversations(params: FinetuneParams) -> Conversations:
+    """Find the source that `finetune.source` names.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if params.source == "local":
+        return LocalConversations(params)
+    manifest = read_manifest(HERE.tokens)
+    if manifest.source.get("kind") != "docs":
+        raise UserError(
+            f"finetune.source: docs makes conversations from docstrings, and the corpus is of the source "
+            f"{manifest.source.get('kind')}; name your own conversations (finetune.source: local), or set it to none."
+        )
+    validation = sum(shard.documents for shard in manifest.split("val"))
+    # One more: GPT-2's validation split may end in the middle of a document.
+    return DocsConversations(HERE.raw, validation + 1)
+
+
+def base_folder(params: FinetuneParams) -> Path:
+    """Return the folder of the model that `finetune.init_from` names."""
+    if params.init_from == BASE:
+        return HERE.model
+    return Path(params.init_from) if params.init_is_folder else MODELS / params.init_from
+
+
+def finetune_inputs(params: FinetuneParams) -> dict[str, object]:
+    """Return everything that decides the result.
+
+    Raises:
+        UserError: the conversations or the model are missing.
+    """
+    if params.source == "none":
+        return {"finetune": params.decides()}
+    folder = base_folder(params)
+    try:
+        sha256 = weights_sha256(folder)
+    except UserError as error:
+        raise UserError(f"finetune.init_from: {error}") from None
+    if params.init_from != BASE and not params.init_is_folder:
+        require_published(params.init_from, sha256)
+    return {
+        "finetune": params.decides(),
+        "conversations": find_conversations(params).identity(),
+        "base": sha256,
+        "data": read_manifest(HERE.tokens).fingerprint,  # for what the model has forgotten
+    }
+
+
+def lineage(
+    params: FinetuneParams, inputs: Mapping[str, Any], tokens_sha256: str, base_recipe: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a fine-tuned model was made from, by content.
+
+    Args:
+        inputs: of the stage.
+        tokens_sha256: of the conversations as tokens.
+        base_recipe: what decided the base's weights; empty if that is not known.
+    """
+    source = inputs["conversations"]
+    base: dict[str, Any] = {"init_from": params.init_from, "weights_sha256": inputs["base"]}
+    if base_recipe:
+        base["recipe"] = dict(base_recipe)
+    return {
+        "conversations": {"source": source, "sha256": sha256_json(source), "tokens_sha256": tokens_sha256},
+        "base": base,
+    }
