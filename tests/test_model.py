@@ -16,7 +16,7 @@ from torch import Tensor
 from pipelib.errors import UserError
 from pipelib.files import files_under
 from pipelib.model.families.gpt2 import GPT2
-from pipelib.model.generate import generate
+from pipelib.model.generate import Sampling, at_strings, generate
 from pipelib.model.huggingface import CONFIG, WEIGHTS, export_model, import_model
 from pipelib.model.kv_cache import KVCache
 from pipelib.model.shapes.gpt2 import GPT2Params, GPT2Section
@@ -387,6 +387,67 @@ def test_top_p_draws_among_the_fewest_likeliest_that_have_it_together(small: GPT
         assert drawn >= set(tokens[: min(count, 2)].tolist())
     everything = [write(small, [5], 40, top_k=None, top_p=top_p, seed=2) for top_p in (None, 1.0)]
     assert everything[0] == everything[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7, "top_k": None},
+        {"temperature": 0.7, "top_k": 12},
+        {"temperature": 1.3, "top_k": 30, "top_p": 0.6},
+        {"temperature": 1.3, "top_k": None, "min_p": 0.2},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.3, "repetition_penalty": 1.4},
+        {"temperature": 0.9, "top_k": None, "repetition_penalty": 0.7},
+    ],
+)
+def test_candidates_have_the_probabilities_of_transformers(options: dict[str, Any]) -> None:
+    from transformers.generation import logits_process as theirs
+
+    generator = torch.Generator().manual_seed(4)
+    sampling, text = Sampling(**options), [3, 5, 5, 90]
+    steps: list[Any] = [theirs.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
+    steps.append(theirs.TemperatureLogitsWarper(sampling.temperature))
+    steps += [theirs.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    steps += [theirs.TopPLogitsWarper(sampling.top_p)] if sampling.top_p else []
+    steps += [theirs.MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
+    for _ in range(50):
+        logits = torch.randn(100, generator=generator) * 3
+        scores = logits[None].clone()
+        for step in steps:
+            scores = step(torch.tensor([text]), scores)
+        token_ids, shares = sampling.candidates(sampling._penalised(logits, text))
+        ours = torch.zeros(100).index_copy(0, token_ids, shares / shares.sum())
+        assert torch.allclose(ours, scores[0].softmax(dim=-1), atol=1e-6)
+
+
+def test_a_text_ends_at_a_string_and_keeps_the_tokens_that_complete_it(small: GPT2) -> None:
+    ends = at_strings(GPT2_TOKENIZER, ["the end", "日本"])
+    for text, last in (
+        ("It is the end of it", " end"),
+        ("now 日本 and", GPT2_TOKENIZER.decode(GPT2_TOKENIZER.encode("日本")[-1:])),
+    ):
+        tokens = GPT2_TOKENIZER.encode(text)
+        first = next(count for count in range(1, len(tokens) + 1) if ends(tokens[:count]))
+        assert GPT2_TOKENIZER.decode(tokens[first - 1 : first]) == last
+        assert not any(ends(tokens[:count]) for count in range(1, first))
+    whole = write(small, [5], 20, temperature=0.0)
+    stop = GPT2_TOKENIZER.decode(whole[3:4])
+    assert (
+        write(small, [5], 20, temperature=0.0, ends=at_strings(GPT2_TOKENIZER, [stop]))
+        == whole[: whole.index(whole[3]) + 1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"min_p": 1.5}, "min_p 1.5 is not a share from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0 is not above 0"),
+    ],
+)
+def test_impossible_sampling_is_refused_at_once(small: GPT2, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        write(small, [5], 1, **options)
 
 
 def test_top_p_counts_what_top_k_left(small: GPT2) -> None:

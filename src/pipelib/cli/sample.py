@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipelib.cli.command import Command, option
 from pipelib.errors import UserError
-from pipelib.workspace.places import HERE
+from pipelib.workspace.places import HERE, ChatPlaces
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   pipelib sample --prompt "Returns the"
   pipelib sample --prompt "Parameters" "See also" --tokens 50 --temperature 0.8 --seed 3
+  pipelib sample --chat --prompt "What does numpy.clip do?" --temperature 0
   pipelib sample --prompt "Once upon" --model ../gpt2 --temperature 0    the likeliest text
   pipelib sample --prompt "Once upon" --num-samples 5 --top-p 0.9        five texts, no unlikely words
 """
@@ -29,14 +30,14 @@ class Sample(Command):
     help = "let a model continue a prompt"
     description = (
         "Print each prompt and its continuation by a model in a Hugging Face folder. A continuation ends where the model ends "
-        "the text, or after --tokens tokens."
+        "the text, or after --tokens tokens. With --chat each prompt is a question, and a fine-tuned model answers it."
     )
     examples = EXAMPLES
 
     prompt: tuple[str, ...] = option(
         'text to continue; "" lets the model start by itself', nargs="+", action="extend", metavar="TEXT"
     )
-    model: Path = option("Hugging Face folder; default: models", default=HERE.model, metavar="DIR")
+    model: Path | None = option("Hugging Face folder; default: models", default=None, metavar="DIR")
     tokens: int = option("most tokens to write; default: 100", default=100, metavar="N")
     temperature: float = option(
         "0: always the likeliest token; 1: sample as trained; default: 1", default=1.0, metavar="T"
@@ -48,6 +49,20 @@ class Sample(Command):
         "sample from the likeliest tokens that together have probability P; default: all",
         default=None,
         metavar="P",
+    )
+    min_p: float | None = option(
+        "sample from tokens with at least P times the probability of the likeliest; default: all",
+        default=None,
+        metavar="P",
+    )
+    repetition_penalty: float = option(
+        "make tokens that are in the text already less likely; 1.1 is mild; default: 1, none", default=1.0, metavar="R"
+    )
+    stop: tuple[str, ...] | None = option(
+        "end a text after one of these", default=None, nargs="+", action="extend", metavar="TEXT"
+    )
+    chat: bool = option(
+        "take each prompt for a question, and print the answer; default model: chat/model", default=False
     )
     num_samples: int = option("texts per prompt; default: 1", default=1, metavar="N")
     seed: int = option("the same seed gives the same texts; default: 0", default=0, metavar="N")
@@ -69,13 +84,19 @@ class Sample(Command):
                 f"--temperature 0 would write the same text {self.num_samples} times; drop --num-samples, or sample with "
                 "--temperature 1."
             )
-        from pipelib.model.generate import generate
+        from pipelib.model.generate import at_strings, generate
         from pipelib.model.huggingface import import_model
+        from pipelib.vocabulary.chat import USER, ChatTemplate, Message
         from pipelib.vocabulary.choice import chosen_tokenizer, tokenizer_of_model
 
-        tokenizer = tokenizer_of_model(self.model, chosen_tokenizer())
-        model = import_model(self.model, tokenizer).to(_device(self.device))
-        token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in self.prompt]
+        folder = self.model or (ChatPlaces(HERE.chat).model if self.chat else HERE.model)
+        tokenizer = tokenizer_of_model(folder, chosen_tokenizer())
+        model = import_model(folder, tokenizer).to(_device(self.device))
+        template = ChatTemplate.of(tokenizer)
+        if self.chat:
+            token_ids = [template.prompt([Message(USER, prompt)]) for prompt in self.prompt]
+        else:
+            token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in self.prompt]
         texts = generate(
             model,
             token_ids
@@ -84,11 +105,14 @@ class Sample(Command):
             temperature=self.temperature,
             top_k=TOP_K if self.top_k is None and self.top_p is None else self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
             seed=self.seed,
-            stop_token_id=tokenizer.end_token_id,
+            stop_token_id=template.stop_token_id if self.chat else tokenizer.end_token_id,
+            ends=at_strings(tokenizer, self.stop) if self.stop else None,
         )
         written = [
-            prompt + tokenizer.decode(new)
+            ("" if self.chat else prompt) + tokenizer.decode(new)
             for number, prompt in enumerate(self.prompt)
             for new in texts[number :: len(self.prompt)]
         ]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,9 +12,80 @@ from pipelib.model.decoder import Decoder
 from pipelib.model.device import attention_of_any_shape
 from pipelib.model.kv_cache import KVCache
 from pipelib.schema import MAX_INT
+from pipelib.vocabulary.tokenizer import Tokenizer
 
+Ends = Callable[[Sequence[int]], bool]
+"""Whether a text ends after its new tokens."""
 BATCH = 16
 """Texts that are generated together. For GPT-2 124M, the keys and values of a full context take 75 MB per text in fp32."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits; see `stream` for the fields. transformers' generation computes the same."""
+
+    temperature: float = 1.0
+    top_k: int | None = 50
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def problem(self) -> str:
+        """What is wrong with a value, and the remedy; empty if nothing is."""
+        if not 0 <= self.temperature < math.inf:
+            negative = self.temperature < 0
+            wrong = "is negative, which would prefer unlikely tokens" if negative else "is not a finite number"
+            return f"temperature {self.temperature:g} {wrong}; use 0 or more."
+        if self.top_k is not None and self.top_k < 1:
+            return f"top_k {self.top_k} leaves no token to draw; use 1 or more."
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            return f"top_p {self.top_p:g} is not a probability above 0, so no token can be drawn; use more than 0 and at most 1."
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            return (
+                f"min_p {self.min_p:g} is not a share from 0 to 1, so it could leave no token; use 0.05, for example."
+            )
+        if not 0 < self.repetition_penalty < math.inf:
+            return (
+                f"repetition_penalty {self.repetition_penalty:g} is not above 0, so tokens of the text would be lost; use 1 for "
+                "none, or 1.1."
+            )
+        return ""
+
+    def draw(self, logits: Tensor, text: Sequence[int], generator: torch.Generator) -> int:
+        """Draw one token id.
+
+        Args:
+            logits: (vocab_size,), on the CPU.
+            text: the tokens so far.
+        """
+        if not logits.isfinite().all():
+            raise UserError(
+                "the model's logits are infinite or not numbers, so no token can be drawn; its weights are damaged or its "
+                "training diverged: use another model."
+            )
+        logits = self._penalised(logits, text)
+        if self.temperature == 0:
+            return int(logits.argmax())
+        token_ids, probabilities = self.candidates(logits)
+        return int(token_ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+    def _penalised(self, logits: Tensor, text: Sequence[int]) -> Tensor:
+        if self.repetition_penalty == 1:
+            return logits
+        seen = torch.tensor(sorted(set(text)))
+        scores, penalty = logits[seen], self.repetition_penalty
+        return logits.index_copy(0, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that may be drawn, the likeliest first, and numbers in proportion to their probabilities."""
+        values, token_ids = logits.topk(min(self.top_k or len(logits), len(logits)))
+        probabilities = ((values - values[0]) / self.temperature).softmax(dim=-1)
+        if self.top_p is not None and self.top_p < 1:
+            before = probabilities.cumsum(dim=-1) - probabilities  # the probability of all likelier tokens together
+            probabilities = probabilities.where(before < self.top_p, 0.0)  # multinomial normalises
+        if self.min_p:
+            probabilities = probabilities.where(probabilities >= self.min_p * probabilities[0], 0.0)
+        return token_ids, probabilities
 
 
 def generate(
@@ -25,8 +96,11 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = 50,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_token_id: int | None = None,
+    ends: Ends | None = None,
 ) -> list[list[int]]:
     """Continue prompts, several at a time; see `stream` for the arguments.
 
@@ -44,8 +118,11 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         stop_token_id=stop_token_id,
+        ends=ends,
     ):
         texts[row].append(token)
     return texts
@@ -59,8 +136,11 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = 50,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_token_id: int | None = None,
+    ends: Ends | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Continue prompts, several at a time, and yield each token when it is drawn: (number of the prompt, token id).
 
@@ -73,32 +153,45 @@ def stream(
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: draw only among this many likeliest tokens; None for all. The padding of the vocabulary is never drawn.
         top_p: of those, draw among the fewest likeliest that together have this probability; None for all.
+        min_p: of those, draw among tokens with at least this share of the likeliest one's probability; None for all.
+        repetition_penalty: divides the logits of tokens that are in the text already, its prompt included, and multiplies them
+            if they are negative (Keskar et al., CTRL, 2019); 1 for none.
         seed: the seed of the first text; each further text has the next one. So texts depend on each other only through
             rounding, which changes with the batch size: little in fp32, but in bf16 enough to change a close draw.
         stop_token_id: end a text before this token.
+        ends: end a text after a token if this is true of its new tokens; see `at_strings`.
 
     Raises:
-        UserError: at once for an empty prompt or an invalid temperature, top_k, top_p or seed; with the first token for logits
-            that are infinite or NaN.
+        UserError: at once for an empty prompt or an invalid argument; with the first token for logits that are infinite or NaN.
     """
     # Checked here and not in `_stream`, where a generator would raise only when the first token is asked for.
     if not all(prompts):
         raise UserError("the prompt is empty, so there is nothing to continue; give a word, or <|endoftext|> alone.")
-    if not 0 <= temperature < math.inf:
-        wrong = "is negative, which would prefer unlikely tokens" if temperature < 0 else "is not a finite number"
-        raise UserError(f"temperature {temperature:g} {wrong}; use 0 or more.")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k {top_k} leaves no token to draw; use 1 or more.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(
-            f"top_p {top_p:g} is not a probability above 0, so no token can be drawn; use more than 0 and at most 1."
-        )
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if problem := sampling.problem():
+        raise UserError(problem)
     if not 0 <= seed <= MAX_INT:
         raise UserError(
             f"seed {seed} is out of range for torch's generators, so no text could be drawn; use 0 to {MAX_INT}."
         )
-    draw = partial(_draw, vocab_size=model.vocab_size, temperature=temperature, top_k=top_k, top_p=top_p)
-    return _stream(model, prompts, new_tokens, draw, seed, stop_token_id)
+    return _stream(model, prompts, new_tokens, sampling, seed, stop_token_id, ends)
+
+
+def at_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> Ends:
+    """Make what ends a text at any of these strings, for the argument `ends`. The text keeps the tokens that complete it."""
+    longest = max((len(string.encode("utf-8")) for string in strings), default=0)
+
+    def ends(tokens: Sequence[int]) -> bool:
+        # The last token may be long; a string that ends before it was found one token earlier.
+        tail, length = [tokens[-1]], 0
+        for token in reversed(tokens[:-1]):
+            if length >= longest:
+                break
+            tail.insert(0, token)
+            length += len(tokenizer.decode_bytes([token]))
+        return any(string in tokenizer.decode(tail) for string in strings)
+
+    return ends
 
 
 @torch.no_grad()
@@ -106,9 +199,10 @@ def _stream(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
-    draw: Callable[[Tensor, torch.Generator], int],
+    sampling: Sampling,
     seed: int,
     stop_token_id: int | None,
+    ends: Ends | None,
 ) -> Iterator[tuple[int, int]]:
     texts = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(texts))]
@@ -122,12 +216,14 @@ def _stream(
             with attention_of_any_shape(model.device):
                 next_logits = _next_logits(model, unfinished, cache)
             for number, logits in next_logits.items():
-                token = draw(logits, generators[number])
+                token = sampling.draw(logits[: model.vocab_size], texts[number], generators[number])
                 if token == stop_token_id:
                     del unfinished[number]
-                else:
-                    texts[number].append(token)
-                    yield number, token
+                    continue
+                texts[number].append(token)
+                yield number, token
+                if ends and ends(texts[number][len(prompts[number]) :]):
+                    del unfinished[number]
 
 
 def _columns(model: Decoder, lengths: Sequence[int], new_tokens: int) -> int:
@@ -148,27 +244,3 @@ def _next_logits(model: Decoder, texts: dict[int, list[int]], cache: KVCache) ->
         windows = torch.tensor(list(long.values()), device=model.device)
         hidden.append(model.hidden(windows)[:, -1])
     return dict(zip([*short, *long], model.exact_logits(torch.cat(hidden)).cpu(), strict=True))
-
-
-def _draw(
-    logits: Tensor,
-    generator: torch.Generator,
-    vocab_size: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> int:
-    """Draw one token id from logits (padded vocab_size,), whose padding is minus infinity."""
-    if not logits[:vocab_size].isfinite().all():
-        raise UserError(
-            "the model's logits are infinite or not numbers, so no token can be drawn; its weights are damaged or its "
-            "training diverged: use another model."
-        )
-    if temperature == 0:
-        return int(logits.argmax())
-    values, token_ids = logits.topk(min(top_k or vocab_size, vocab_size))
-    probabilities = ((values - values[0]) / temperature).softmax(dim=-1)
-    if top_p is not None and top_p < 1:
-        before = probabilities.cumsum(dim=-1) - probabilities  # the probability of all likelier tokens together
-        probabilities = probabilities.where(before < top_p, 0.0)  # multinomial normalises
-    return int(token_ids[torch.multinomial(probabilities, 1, generator=generator)])
