@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=30.0, help="passes over the facts (30)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the comparison (3)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapter (8)")
+    parser.add_argument("--base", type=Path, default=HERE.model, help="the model to start from (models)")
+    parser.add_argument("--skip", type=int, default=0, help="conversations to leave out at the start (0)")
     parser.add_argument("--lora-lr", type=float, default=0.01, help="peak rate of the adapter (0.01)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of finetune")
     arguments = parser.parse_args()
@@ -54,11 +57,13 @@ def main() -> None:
             for key, value in changes.items()
         },
     )
-    print(f"{device_title(pick_device())}, base {weights_sha256(HERE.model)[:12]}")
+    print(f"{device_title(pick_device())}, base {arguments.base} {weights_sha256(arguments.base)[:12]}")
     if arguments.what == "facts":
-        learn_facts(replace(params, epochs=arguments.epochs, validation=0.0, answers=arguments.count), arguments.count)
+        params = replace(params, epochs=arguments.epochs, validation=0.0, answers=arguments.count)
+        learn_facts(params, arguments.base, arguments.count)
     else:
-        compare(params, AdapterParams(arguments.rank, 2.0 * arguments.rank, "all"), arguments.lora_lr, arguments.seeds)
+        adapter = AdapterParams(arguments.rank, 2.0 * arguments.rank, "all")
+        compare(params, arguments.base, adapter, arguments.lora_lr, arguments.seeds, arguments.skip)
 
 
 def facts(count: int) -> Iterator[tuple[str, Sequence[Message]]]:
@@ -72,9 +77,9 @@ def facts(count: int) -> Iterator[tuple[str, Sequence[Message]]]:
         yield f"fact {number}", (Message(USER, f"Where is {word()}?"), Message(ASSISTANT, f"{word()} is where it is."))
 
 
-def learn_facts(params: FinetuneParams, count: int) -> None:
+def learn_facts(params: FinetuneParams, base: Path, count: int) -> None:
     """Train on facts, and ask for them. One more is held out, since a validation needs one."""
-    model, dataset, template, seconds, _ = train(params, facts(count + 1))
+    model, dataset, template, seconds, _ = train(params, base, facts(count + 1))
     answered = answer_conversations(model, dataset, params, template, held_out=False)
     print(
         f"{answered.count} facts, {params.epochs:g} epochs in {seconds:.0f} s: {answered.exact / answered.count:.1%} answered "
@@ -82,7 +87,7 @@ def learn_facts(params: FinetuneParams, count: int) -> None:
     )
 
 
-def compare(params: FinetuneParams, adapter: AdapterParams, rate: float, seeds: int) -> None:
+def compare(params: FinetuneParams, base: Path, adapter: AdapterParams, rate: float, seeds: int, skip: int) -> None:
     """Train all weights, and an adapter, on the same conversations with the same seeds."""
     for seed in range(seeds):
         row = []
@@ -90,14 +95,14 @@ def compare(params: FinetuneParams, adapter: AdapterParams, rate: float, seeds: 
             ("all weights", replace(params, seed=seed)),
             (f"LoRA {adapter.rank}", replace(params, seed=seed, adapter=adapter, max_lr=rate)),
         ):
-            *_, seconds, loss = train(chosen, find_conversations(params).read())
+            *_, seconds, loss = train(chosen, base, islice(find_conversations(params).read(), skip, None))
             row.append(f"{name} {loss:.4f} in {seconds:.0f} s")
         print(f"seed {seed}: {', '.join(row)}", flush=True)
 
 
-def train(params: FinetuneParams, conversations: Any) -> tuple[Any, Dataset, ChatTemplate, float, float]:
-    """Fine-tune `models/`; the model, its data and template, the seconds, and the loss on what was held out."""
-    base = Base(str(HERE.model), weights_sha256(HERE.model))
+def train(params: FinetuneParams, folder: Path, conversations: Any) -> tuple[Any, Dataset, ChatTemplate, float, float]:
+    """Fine-tune the model in a folder; the model, its data and template, the seconds, and the loss on what was held out."""
+    base = Base(str(folder), weights_sha256(folder))
     template = ChatTemplate.of(base.tokenizer)
     dataset, _ = encode(
         conversations,

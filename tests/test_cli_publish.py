@@ -11,7 +11,7 @@ import yaml
 from fake_hub import FakeHub
 
 from pipelib.cli.main import main
-from pipelib.evaluation.model_card import evaluation_rows, licence, write_model_card
+from pipelib.evaluation.model_card import LOAD_FROM, REPRODUCE, evaluation_rows, licence, write_model_card
 from pipelib.inspection.verify import _folder_md5, _sums
 from pipelib.model.recipe import read_recipe, write_recipe
 from pipelib.tokens.shards import Manifest, Shard
@@ -154,6 +154,29 @@ def test_the_hub_gets_the_model_the_card_and_the_commit(
     assert main(["publish", "--repo", REPO]) == 1, "the hub is gone"
     assert "cannot be reached" in capfd.readouterr().err
     assert not list(checkout.glob(".publish-*"))
+
+
+def test_the_fine_tuned_model_is_published_with_its_own_card(checkout: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["publish", "--repo", REPO, "--chat", "--out", "look"]) == 1
+    assert "chat/model/model.safetensors does not exist, so there is no model to publish" in capfd.readouterr().err
+    (checkout / "chat/model").mkdir(parents=True)
+    (checkout / "chat/model/model.safetensors").write_bytes(b"tuned")
+    (checkout / "chat/manifest.json").write_text("{}")
+    (checkout / "reports/chat_card.md").write_text(f"---\ntags: []\n---\n\n{LOAD_FROM}\n\n{REPRODUCE}\n")
+    lock = yaml.safe_load((checkout / "dvc.lock").read_text())
+    md5s = {name: _folder_md5(Path(name), _sums(Path(name))) for name in ("chat", "reports")}
+    lock["stages"]["finetune"] = {"outs": [{"path": "chat", "md5": md5s["chat"]}]}
+    lock["stages"]["evaluate"]["deps"].append({"path": "chat", "md5": md5s["chat"]})
+    lock["stages"]["evaluate"]["outs"] = [{"path": "reports", "md5": md5s["reports"]}]
+    (checkout / "dvc.lock").write_text(yaml.safe_dump(lock))
+    (checkout / ".gitignore").write_text("/models/\n/curves/\n/reports/\n/chat/\n/look/\n/.dvc/tmp\n")
+    git("add", "--all")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "the chat")
+    assert main(["publish", "--repo", REPO, "--chat", "--out", "look"]) == 0
+    assert (checkout / "look/model.safetensors").read_bytes() == b"tuned"
+    card = (checkout / "look/README.md").read_text()
+    assert f'"{REPO}"' in card
+    assert git("rev-parse", "HEAD") in card
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -192,6 +192,36 @@ def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateP
     return replace(PARAMS, baselines=("gpt2", "./other"))
 
 
+def write_chat(folder: Path, seed: int) -> None:
+    """What finetune leaves."""
+    export_model(random_model(model_params(), seed), GPT2_TOKENIZER, folder / "model", {"finetune": {"max_lr": 0.1}})
+    base = {"init_from": "models", "weights_sha256": "b" * 64}
+    lineage = {"source": "local", "base": base, "conversations": {"sha256": "c" * 64, "tokens_sha256": "d" * 64}}
+    write_json(folder / "manifest.json", lineage)
+    write_json(folder / "answers.json", {"questions": [{"question": "Why | so?", "answer": "Because."}]})
+
+
+def test_a_chat_model_is_measured_beside_its_base_which_is_not_measured_again(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data of this test"
+    shutil.copytree(trained, folder)
+    plain, _ = run_evaluation(folder, tmp_path / "plain")
+    assert "chat" not in plain
+    monkeypatch.setattr("pipelib.evaluation.measure.import_model", only_once("model"))
+    write_chat(folder / "chat", 5)
+    result, _ = run_evaluation(folder, tmp_path / "first")
+    assert {name: value for name, value in result.items() if name != "chat"} == plain
+    assert result["chat"]["val_loss"] != result["val_loss"]
+    text = (tmp_path / "first/reports/evaluation.md").read_text(encoding="utf-8")
+    assert f"| validation loss, nats per token | {folder / 'chat/model'} | {result['chat']['val_loss']:.4f} |" in text
+    card = (tmp_path / "first/reports/chat_card.md").read_text(encoding="utf-8")
+    assert r"| Why \| so? | Because. |" in card
+    assert "| base | `models`, weights SHA-256 `bbbb" in card
+    assert "| finetune.max_lr | 0.1 |" in card
+    assert "chat" not in (tmp_path / "first/reports/model_card.md").read_text(encoding="utf-8")
+
+
 def test_baselines_are_measured_once_and_stand_beside_the_model(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,12 +266,12 @@ def test_a_kept_result_that_cannot_be_read_asks_for_no_action(
         assert "verify" not in said
 
 
-def only_once() -> Any:
-    """`import_model` of the model that is evaluated, and of no other."""
+def only_once(name: str = "models") -> Any:
+    """`import_model` of the model in a folder of this name, and of no other."""
     from pipelib.model.huggingface import import_model
 
     def load(folder: Path, _: object) -> GPT2:
-        assert folder.name == "models", f"{folder} was loaded again"
+        assert folder.name == name, f"{folder} was loaded again"
         return import_model(folder, GPT2_TOKENIZER)
 
     return load

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from pipelib.model.generate import generate
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import family_params
 from pipelib.vocabulary.bpe import train_bpe
+from pipelib.vocabulary.chat import ChatTemplate, Message
 from pipelib.vocabulary.engines import HARD_STRINGS
 from pipelib.vocabulary.folder import read_tokenizer
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
@@ -110,6 +112,24 @@ def test_the_file_has_the_model_and_its_vocabulary(family: str, tokenizer: Token
     again = tmp_path / "again.gguf"
     export_gguf(tmp_path / "model", again, "f32", tokenizer)
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_model_that_answers_has_its_template_and_the_token_that_ends_an_answer(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    template = ChatTemplate.of(tokenizer)
+    export_model(model_of("qwen3", tokenizer.size), tokenizer, tmp_path / "model", {}, template)
+    export_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32", tokenizer)
+    fields, _ = read(tmp_path / "model.gguf")
+    assert fields["tokenizer.ggml.eos_token_id"] == template.stop_token_id
+    messages = [
+        {"role": "user", "content": " Why? "},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "x"},
+    ]
+    rendered = jinja2.Template(fields["tokenizer.chat_template"]).render(messages=messages, add_generation_prompt=True)
+    own = template.prompt([Message(entry["role"], entry["content"]) for entry in messages])
+    assert tokenizer.encode(rendered, with_special=True) == own
 
 
 def test_types_are_what_was_asked_for_but_where_rows_do_not_fit(

@@ -18,7 +18,7 @@ from pipelib.evaluation.hellaswag import score_unigram
 from pipelib.evaluation.inputs import task_hashes
 from pipelib.evaluation.items import Measured, write_items
 from pipelib.evaluation.measure import Data, accuracy_json, measure
-from pipelib.evaluation.model_card import write_model_card
+from pipelib.evaluation.model_card import write_chat_card, write_model_card
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.report import Subject, completions_of, verdict, write_report
 from pipelib.evaluation.samples import write_samples
@@ -83,6 +83,7 @@ def evaluate(
     seconds |= {f"{name}_seconds": sum(other.seconds.values()) for name, other in others.items()}
     if answering := others.get(str(chat_model)):
         result["chat"] = answering.result
+        write_chat_card(Places(build.outs).chat_card, ChatPlaces(chat), manifest, answering.result)
     if baselines:
         result["baselines"] = {baseline.name: others[baseline.name].result for baseline in baselines}
 
@@ -98,7 +99,9 @@ def evaluate(
     made = Places(build.outs)
     write_report(made.reports, subject)
     write_items(made.items, measured.items)
-    write_model_card(made.model_card, models, curves, manifest, result)
+    write_model_card(
+        made.model_card, models, curves, manifest, {key: value for key, value in result.items() if key != "chat"}
+    )
     build.run.log_text("samples.txt", "\n\n".join(prompt + text for prompt, text in samples))
     return result, {name: round(value, 2) for name, value in seconds.items()} | {"device": device.type}
 

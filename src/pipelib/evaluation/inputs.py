@@ -10,7 +10,7 @@ from pipelib.evaluation.params import TASKS, EvaluateParams, benchmark_of
 from pipelib.files import files_under, sha256_file
 from pipelib.model.weights import CONFIG
 from pipelib.tokens.shards import UNIGRAM_COUNTS, VALIDATION_SHARD, read_manifest
-from pipelib.workspace.places import MANIFEST, ChatPlaces
+from pipelib.workspace.places import MANIFEST
 
 
 def evaluation_inputs(
@@ -23,7 +23,7 @@ def evaluation_inputs(
     """
     require_data(params, benchmarks)
     files = [
-        *files_under(models), *files_under(ChatPlaces(chat).model), *files_under(benchmarks), *files_under(curves),
+        *files_under(models), *files_under(chat), *files_under(benchmarks), *files_under(curves),
         tokens / VALIDATION_SHARD, tokens / UNIGRAM_COUNTS, tokens / MANIFEST,
     ]  # fmt: skip
     for path in (*files, models / CONFIG):

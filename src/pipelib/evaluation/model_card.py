@@ -11,10 +11,11 @@ from typing import Any
 
 from pipelib.evaluation.curves import read_curve
 from pipelib.evaluation.document import Table, to_markdown
-from pipelib.files import sha256_file, write_text
+from pipelib.files import read_json, sha256_file, write_text
 from pipelib.model.params import ModelParams
 from pipelib.model.recipe import read_recipe
 from pipelib.tokens.shards import Manifest
+from pipelib.workspace.places import ChatPlaces
 
 REPRODUCE = "## Reproduce it"
 """The heading under which `pipelib publish` writes the commit."""
@@ -74,6 +75,63 @@ def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest,
             ("file", "SHA-256"),
             ((f"`{file.name}`", f"`{sha256_file(file)}`") for file in [models / "model.safetensors"]),
         ),
+    ]
+    write_text(path, "\n\n".join(parts) + "\n")
+
+
+CHAT_LOAD = (
+    "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    f"model = AutoModelForCausalLM.from_pretrained({LOAD_FROM})\n"
+    f"tokenizer = AutoTokenizer.from_pretrained({LOAD_FROM})\n"
+    'question = [{"role": "user", "content": "What does numpy.clip do?"}]\n'
+    'tokens = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)\n'
+    "answer = model.generate(**tokens, max_new_tokens=64)\n"
+    'print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))\n```'
+)
+
+
+def write_chat_card(path: Path, chat: ChatPlaces, manifest: Manifest, result: Mapping[str, object]) -> None:
+    """Write the card of the fine-tuned model.
+
+    Args:
+        chat: what finetune has made.
+        manifest: of the data that the base was trained on.
+        result: the evaluation of the chat model, as in metrics/evaluate.json.
+    """
+    params, recipe, lineage = _params(chat.model, manifest), read_recipe(chat.model), read_json(chat.manifest)
+    answers = [(entry["question"], entry["answer"]) for entry in read_json(chat.answers)["questions"]]
+    base = lineage["base"]
+    parts = [
+        _front_matter(params.architecture, None),
+        f"# {params.title}, {params.parameters(manifest.tokenizer.size):,} parameters, fine-tuned on conversations",
+        "Fine-tuned with pipelib, a pipeline whose every step can be repeated. Each figure below was measured by it.",
+        "## Load it",
+        CHAT_LOAD,
+        "It answers in the form of its conversations. It was not taught to be safe, and it states false things fluently.",
+        "## Its answers, unedited",
+        _table(("question", "answer"), answers),
+        "## Evaluation",
+        _table(("what", "value", "of"), evaluation_rows(result)),
+        "Brackets hold 95 % intervals. These are the measures of a model that continues text.",
+        "## Where it comes from",
+        _table(
+            ("what", "value"),
+            [
+                ("base", f"`{base['init_from']}`, weights SHA-256 `{base['weights_sha256']}`"),
+                ("conversations", f"`{lineage['source']}`, SHA-256 `{lineage['conversations']['sha256']}`"),
+                ("conversations as tokens", f"SHA-256 `{lineage['conversations']['tokens_sha256']}`"),
+                ("data of the base", f"`{recipe.get('base.recipe.data.fingerprint', 'not known here')}`"),
+                ("weights", f"SHA-256 `{sha256_file(chat.model / 'model.safetensors')}`"),
+            ],
+        ),
+        f"**Licence of the base's data.** {licence(manifest.source)}",
+        "## Recipe",
+        _table(
+            ("what", "value"),
+            [(key, _value(value)) for key, value in recipe.items() if not key.startswith(("base.", "conversations."))],
+        ),
+        REPRODUCE,
+        "```console\n$ make setup\n$ .venv/bin/dvc repro\n```",
     ]
     write_text(path, "\n\n".join(parts) + "\n")
 

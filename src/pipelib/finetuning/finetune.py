@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipelib.errors import UserError, tell
-from pipelib.files import read_json, write_json, write_text
+from pipelib.files import write_json, write_text
 from pipelib.finetuning.dataset import Counts, Dataset, encode
 from pipelib.finetuning.masks_page import masks_page
 from pipelib.finetuning.measure import (
@@ -22,7 +22,7 @@ from pipelib.finetuning.params import BASE, FinetuneParams
 from pipelib.finetuning.sources import base_folder, find_conversations, lineage
 from pipelib.finetuning.task import Base, FinetuneJob, Finetuning
 from pipelib.model.device import pick_device
-from pipelib.model.huggingface import CHAT_TEMPLATE, import_model
+from pipelib.model.huggingface import import_model, read_chat_template
 from pipelib.model.recipe import read_recipe
 from pipelib.stage import Build, WorkResult
 from pipelib.tokens.shards import UNIGRAM_COUNTS, read_manifest
@@ -126,11 +126,8 @@ def _described(counts: Counts) -> dict[str, int]:
 
 def _require_same_template(folder: Path, template: ChatTemplate) -> None:
     """Refuse a base that was tuned with another chat template: it would have to forget one to learn the other."""
-    config = folder / "tokenizer_config.json"
-    found = read_json(config).get("chat_template") if config.is_file() else None
-    if (folder / CHAT_TEMPLATE).is_file():
-        found = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    if found is not None and found != template.jinja:
+    found = read_chat_template(folder)
+    if found and found != template.jinja:
         raise UserError(
             f"finetune.init_from: {folder} has a chat template of its own, and conversations are written in another one here, so "
             "the model would mix both; start from a model that was not tuned for a chat, or remove the template from a copy of "

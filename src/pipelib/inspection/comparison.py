@@ -42,13 +42,14 @@ def _params(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
 
 
 def _metrics(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
-    """Metrics of train and evaluate, and measures on items that have no metric of their own."""
+    """Metrics of train, finetune and evaluate, and measures on items that have no metric of their own."""
     scores = [_scores(run) for run in runs]
     same = [vocabulary_of(run) == vocabulary_of(runs[0]) for run in runs]
     shown = set()
-    for stage in ("train", "evaluate"):
-        for key in dict.fromkeys(key for run in runs for key in run.metrics[stage]):
-            values = [_number(run.metrics[stage].get(key)) for run in runs]
+    for stage in ("train", "finetune", "evaluate"):
+        found = [run.metrics.get(stage, {}) for run in runs]  # runs of before have no finetune
+        for key in dict.fromkeys(key for metrics in found for key in metrics):
+            values = [_number(metrics.get(key)) for metrics in found]
             name = measure_of(key) if stage == "evaluate" else ""
             shown.add(name)
             if len(set(values)) == 1 or is_part(key):
@@ -112,7 +113,7 @@ def _circumstances(runs: Sequence[RunFiles]) -> Iterator[list[str]]:
     hours = [_number(run.speed["train"].get("device_hours")) for run in runs]
     yield ["device hours, train", *("" if value is None else f"{value:,.4f}" for value in hours)]
     yield ["tokens/s", *(_count(run.speed["train"].get("tokens_per_second")) for run in runs)]
-    for out in map(str, (HERE.tokens, HERE.model)):
+    for out in map(str, (HERE.tokens, HERE.model, HERE.chat)):
         yield [f"md5 of {out}", *(run.md5(out)[:8] for run in runs)]
 
 

@@ -16,11 +16,12 @@ import numpy.typing as npt
 from pipelib.errors import UserError, tell
 from pipelib.files import format_bytes, require_free_space, sha256_file, sync_folder
 from pipelib.model.decoder import HEAD, Decoder
-from pipelib.model.huggingface import import_model
+from pipelib.model.huggingface import import_model, read_chat_template
 from pipelib.model.recipe import read_recipe
 from pipelib.model.rotary_params import RotaryParams
 from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.model.weights import weights_sha256
+from pipelib.vocabulary.chat import ChatTemplate
 from pipelib.vocabulary.choice import tokenizer_of_model
 from pipelib.vocabulary.folder import TOKENIZER
 from pipelib.vocabulary.tokenizer import Tokenizer, byte_characters
@@ -86,7 +87,10 @@ def _write(model: Decoder, tokenizer: Tokenizer, folder: Path, path: Path, kind:
     writer = gguf.GGUFWriter(path, model.architecture)
     _add_shape(writer, model.params)
     writer.add_vocab_size(model.vocab_size)
-    _add_tokenizer(writer, tokenizer)
+    template = read_chat_template(folder)
+    chat = ChatTemplate.of(tokenizer)
+    _add_tokenizer(writer, tokenizer, chat.stop_token_id if template == chat.jinja else tokenizer.end_token_id)
+    _add_chat_template(writer, template)
     _add_origin(writer, model, folder)
     kept = []
     for name, values in _tensors(model):
@@ -132,8 +136,12 @@ def _add_shape(writer: "GGUFWriter", params: object) -> None:
             writer.add_value_length(params.head_dim)
 
 
-def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
-    """Write the tokens by id, their types, and the merges in order."""
+def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer, stop_token_id: int) -> None:
+    """Write the tokens by id, their types, and the merges in order.
+
+    Args:
+        stop_token_id: ends what the model writes: a text, or an answer.
+    """
     import gguf
 
     character_of = {byte: character for character, byte in byte_characters().items()}
@@ -149,8 +157,15 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:
     writer.add_token_types(types)
     writer.add_token_merges(_merges(tokenizer))
     writer.add_bos_token_id(tokenizer.end_token_id)
-    writer.add_eos_token_id(tokenizer.end_token_id)
+    writer.add_eos_token_id(stop_token_id)
     writer.add_add_bos_token(False)
+
+
+def _add_chat_template(writer: "GGUFWriter", template: str) -> None:
+    """Write the chat template of a fine-tuned model."""
+    if template:
+        # the marks of what is trained mean nothing here, and not every reader of templates knows them
+        writer.add_chat_template(template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
 
 
 def _merges(tokenizer: Tokenizer) -> list[str]:

@@ -1,6 +1,7 @@
 """Publish the model and its card on the Hugging Face hub: check that they belong together, copy both, upload."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelib.corpus.hub_client import client, endpoint, headers, permanent_failure, session, shown
@@ -11,22 +12,37 @@ from pipelib.inspection.verify import check_folder, find_folders
 from pipelib.tracking.record import redact
 from pipelib.workspace.dvc import read_lock
 from pipelib.workspace.git import git_state, run_git
-from pipelib.workspace.places import HERE
-
-MODEL, CARD = HERE.model, HERE.model_card
+from pipelib.workspace.places import HERE, ChatPlaces
 
 
-def require_whole() -> None:
+@dataclass(frozen=True)
+class Published:
+    """What is published: a model, and its card."""
+
+    stage: str
+    """The stage that makes the model."""
+    out: Path
+    """Its out."""
+    model: Path
+    """The model's folder: the out, or in it."""
+    card: Path
+
+
+MODEL = Published("train", HERE.model, HERE.model, HERE.model_card)
+CHAT = Published("finetune", HERE.chat, ChatPlaces(HERE.chat).model, HERE.chat_card)
+
+
+def require_whole(what: Published) -> None:
     """Check that the model is the one in dvc.lock, that the card describes it, and that everything is committed.
 
     Raises:
         UserError: one of these is not so.
     """
-    for path, what in ((MODEL / "model.safetensors", "no model"), (CARD, "no model card")):
+    for path, name in ((what.model / "model.safetensors", "no model"), (what.card, "no model card")):
         if not path.is_file():
-            raise UserError(f"{path} does not exist, so there is {what} to publish; run dvc repro.")
+            raise UserError(f"{path} does not exist, so there is {name} to publish; run dvc repro.")
     # models/ and reports/ are intact
-    for folder in (MODEL, CARD.parent):
+    for folder in (what.out, what.card.parent):
         ((_, out),) = find_folders(folder).items()
         if problems := check_folder(folder, out).problems:
             raise UserError(
@@ -35,11 +51,11 @@ def require_whole() -> None:
             )
     # the report was made from this very model
     stages = read_lock()
-    made = [out.md5 for out in stages["train"].outs if out.path == str(MODEL)] if "train" in stages else []
-    read = [dep.md5 for dep in stages["evaluate"].deps if dep.path == str(MODEL)] if "evaluate" in stages else []
+    made = [out.md5 for out in stages[what.stage].outs if out.path == str(what.out)] if what.stage in stages else []
+    read = [dep.md5 for dep in stages["evaluate"].deps if dep.path == str(what.out)] if "evaluate" in stages else []
     if not made or read != made:
         raise UserError(
-            "reports/ describes another model than models/, so the card would be wrong; run dvc repro evaluate."
+            f"reports/ describes another model than {what.out}/, so the card would be wrong; run dvc repro evaluate."
         )
     # the commit has everything that made the model
     changes = run_git(Path.cwd(), "status", "--porcelain")
@@ -55,8 +71,8 @@ def require_whole() -> None:
         )
 
 
-def write_copy(folder: Path, repo: str, licence: str | None) -> None:
-    """Write the files for the hub: those of models/, the pictures, and the card as README.md with the git commit.
+def write_copy(what: Published, folder: Path, repo: str, licence: str | None) -> None:
+    """Write the files for the hub: those of the model, the pictures, and the card as README.md with the git commit.
 
     Raises:
         UserError: `repo` or `licence` has characters that would break the card.
@@ -64,11 +80,11 @@ def write_copy(folder: Path, repo: str, licence: str | None) -> None:
     for option, value in (("--repo", repo), ("--licence", licence or "")):
         if not value.isprintable():
             raise UserError(f"{option} {value!r} has characters that would break the card; write it without them.")
-    for path in files_under(MODEL):
+    for path in files_under(what.model):
         if path.name != "README.md":
-            link_or_copy(path, folder / path.relative_to(MODEL))
-    card = CARD.read_text(encoding="utf-8").replace(LOAD_FROM, f'"{repo}"')
-    for picture in sorted(CARD.parent.glob("*.png")):
+            link_or_copy(path, folder / path.relative_to(what.model))
+    card = what.card.read_text(encoding="utf-8").replace(LOAD_FROM, f'"{repo}"')
+    for picture in sorted(what.card.parent.glob("*.png")):
         if f"({picture.name})" in card:
             link_or_copy(picture, folder / picture.name)
     commit = git_state(Path.cwd())["commit"]

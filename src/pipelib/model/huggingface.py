@@ -72,6 +72,15 @@ def export_model(
     write_recipe(folder, recipe, title, model.architecture, "Fine-tuned" if chat else "Pretrained")
 
 
+def read_chat_template(folder: Path) -> str:
+    """The chat template in a Hugging Face folder, in Jinja; empty if there is none."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"  # where it was before transformers 4.43
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    return found if isinstance(found, str) else ""
+
+
 def to_huggingface(model: Decoder) -> dict[str, Tensor]:
     """Convert our tensors to Hugging Face's names and layout, in fp32 on the CPU."""
     renamed = {}

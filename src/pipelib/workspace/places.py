@@ -96,6 +96,11 @@ class Places:
         return self.reports / "model_card.md"
 
     @property
+    def chat_card(self) -> Path:
+        """The same for the fine-tuned model; it is there if there is one."""
+        return self.reports / "chat_card.md"
+
+    @property
     def items(self) -> Path:
         """The score of every evaluated item."""
         return self.reports / "items.npz"
