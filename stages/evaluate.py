@@ -19,6 +19,7 @@ def main() -> None:
     """Evaluate the model, or link an earlier evaluation of the same model with the same parameters."""
     params = load_params()
     require_corpus(params.download)
+    require_corpus(params.finetune, "finetune")
 
     def work(build: Build) -> WorkResult:
         from pipelib.evaluation.evaluate import evaluate  # takes seconds, and is not needed to link finished outs

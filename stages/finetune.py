@@ -17,6 +17,7 @@ def main() -> None:
     """Fine-tune, resume it, or link the model made earlier from the same conversations and base with the same parameters."""
     params = load_params()
     require_corpus(params.download)
+    require_corpus(params.finetune, "finetune")
     inputs = finetune_inputs(params.finetune)
 
     def work(build: Build) -> WorkResult:

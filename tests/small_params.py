@@ -74,6 +74,7 @@ def write_params(folder: Path, **changes: object) -> None:
             continue
         assert key in values[section], f"{section}.{key} is not a parameter"
         values[section][key] = value
+    (folder / "conversations").mkdir(exist_ok=True)  # DVC wants what `finetune.path` names, for every source
     (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 

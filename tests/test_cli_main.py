@@ -186,13 +186,15 @@ def test_the_summary_fits_on_a_screen(
     shutil.copytree(CHECKOUT / "metrics", here / "metrics")
     (here / "reports").mkdir()
     (here / "reports/evaluation.md").write_text("````text\n" + ("word " * 50 + "\n") * 100 + "````\n")
+    (here / "chat").mkdir()
+    (here / "chat/answers.json").write_text('{"questions": [{"question": "Why?", "answer": "Because."}]}')
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(["summary"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 23, "and the prompt below"
     assert max(map(len, lines)) <= 80
     starts = {word: number for number, line in enumerate(lines) for word in line.split()[:1]}
-    assert starts["Then"] - starts["Try"] == 3, "three commands to try"
+    assert starts["Then"] - starts["Try"] == 4, "four commands to try"
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPELIB_NPROC", "1")
     monkeypatch.delenv("PIPELIB_STATE_DIR", raising=False)
+    (tmp_path / "conversations").mkdir()
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/a.txt").write_text("text")
     return tmp_path
@@ -82,7 +83,7 @@ def test_gpt2_124m_by_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert words in said
     assert "time" not in said
-    assert {path.name for path in Path().iterdir()} == {"corpus", "params.yaml"}  # it does nothing
+    assert {path.name for path in Path().iterdir()} == {"conversations", "corpus", "params.yaml"}  # it does nothing
 
 
 def test_ranks_share_the_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

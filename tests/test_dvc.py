@@ -243,6 +243,7 @@ print(*({{"torch", "pyarrow", "datasets", "transformers", "mlflow"}} & sys.modul
 """
 
 
+@pytest.mark.long
 def test_words_edited_in_every_file_make_nothing_again(clone: Clone) -> None:
     """DVC compares bytes, and starts all stages; each finds what it had finished, and loads nothing that takes seconds."""
     before = clone.lock()
@@ -489,6 +490,7 @@ def experiments(clone: Clone) -> set[str]:
     return {ref for ref in refs if "/exec/" not in ref and "stash" not in ref}
 
 
+@pytest.mark.long
 def test_a_queued_sweep_runs_the_code_it_was_queued_with(clone: Clone) -> None:
     clone.dvc("exp", "run", "--queue", "--set-param", "evaluate.batch_tokens=choice(1024,2048)")
     clone.edit("src/pipelib/evaluation/report.py", 'Heading("Evaluation", 1)', 'Heading("Edited after queueing", 1)')
@@ -517,6 +519,7 @@ def test_a_queued_sweep_runs_the_code_it_was_queued_with(clone: Clone) -> None:
     clone.git("checkout", "--quiet", "src")
 
 
+@pytest.mark.long
 def test_an_experiment_in_a_copy_leaves_the_workspace_alone_and_can_be_applied_and_branched(clone: Clone) -> None:
     output = clone.dvc("exp", "run", "--temp", "--name", "apart", "--set-param", "evaluate.batch_tokens=256")
     assert ran(output) == ["evaluate"]

@@ -132,6 +132,7 @@ def test_a_model_that_answers_has_its_template_and_the_token_that_ends_an_answer
     assert tokenizer.encode(rendered, with_special=True) == own
 
 
+@pytest.mark.long
 def test_types_are_what_was_asked_for_but_where_rows_do_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -224,6 +224,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
+@pytest.mark.long
 def test_a_toy_goes_through_the_pipeline(project: Project) -> None:
     for stage in ("download", "vocabulary", "tokenize", "train", "evaluate"):
         project.runs(stage, PIPELIB_THREADS="1")

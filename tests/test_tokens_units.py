@@ -230,6 +230,7 @@ def test_a_long_document_comes_in_pieces_and_a_word_without_end_in_one() -> None
     assert len(part.texts) == 1
 
 
+@pytest.mark.long
 def test_ten_megabytes_without_a_space(tmp_path: Path) -> None:
     """The reference takes its time for such a word too; both give the same tokens."""
     unit = write_texts(tmp_path / "a.parquet", ["one", "ab" * 5_000_000, "two"])
@@ -307,6 +308,7 @@ print(peak_memory())
 """
 
 
+@pytest.mark.long
 def test_memory_stays_bounded_for_words_that_never_come_again() -> None:
     """100 MB of them would take a gigabyte."""
     done = subprocess.run([sys.executable, "-c", ENDLESS], capture_output=True, text=True, check=True)

@@ -137,6 +137,7 @@ def test_a_longer_training_goes_on_from_the_trunk_with_the_bytes_of_one_that_was
     assert differing(longer, whole) == []
 
 
+@pytest.mark.long
 def test_a_trunk_is_not_taken_where_it_does_not_fit(
     tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_trunk_is_not_taken_where_it_does_not_fit(
     assert "shorter training" not in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_shorter_training_leaves_the_trunk_of_a_longer_one_as_it_is(tmp_path: Path, state: Path) -> None:
     train(tmp_path / "long", 1280, 0.5)
     before = {path: path.read_bytes() for path in state.glob("trunks/*/step_*/*.csv")}
@@ -195,6 +197,7 @@ def test_the_record_of_a_longer_training_has_all_points(tmp_path: Path, state: P
     assert points["update_size/matrices"] == [10, 20, 30, 40]
 
 
+@pytest.mark.long
 def test_a_damaged_trunk_is_not_used(tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "short", 1280, 0.5)
     (found,) = state.glob("trunks/*/step_*/checkpoint/state.pt")

@@ -87,7 +87,7 @@ def make_parser() -> Parser:
     """Build the parser with all subcommands."""
     parser = Parser(
         "pipelib",
-        description="Tools for the pipeline download -> vocabulary -> tokenize -> train -> evaluate. Run them in the root of "
+        description="Tools for the pipeline download, vocabulary, tokenize, train, finetune, evaluate. Run them in the root of "
         "the repository.",
         epilog=EXAMPLES,
     )

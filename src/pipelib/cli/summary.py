@@ -8,12 +8,12 @@ from typing import Any
 from pipelib.cli.command import Command
 from pipelib.errors import UserError, with_venv_paths
 from pipelib.files import read_json
-from pipelib.workspace.places import HERE
+from pipelib.workspace.places import HERE, ChatPlaces
 
 EXAMPLES = """examples:
   pipelib summary
 """
-SAMPLE_LINES, LINE_LENGTH = 5, 74
+SAMPLE_LINES, LINE_LENGTH = 3, 74
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,24 @@ class Summary(Command):
                 f"{HERE.metrics}/ does not have the numbers of a complete run ({error!r}), so there is nothing to sum up; `git "
                 f"diff {HERE.metrics}` shows what changed, and `dvc repro --force` makes them again."
             ) from None
+        tuned = HERE.result("finetune")
+        if tuned.is_file() and "answers" in (found := read_json(tuned)):
+            lines.append(f"  {'answers that end':<22}{found['answers']['ended']:.0%} of {found['answers']['count']}")
         print("", *lines, sep="\n")
         if sample := first_sample(HERE.evaluation):
             print("It writes", *(f"  | {shorten(line)}" for line in sample.splitlines()[:SAMPLE_LINES]), sep="\n")
+        for question, answer in first_answers(ChatPlaces(HERE.chat).answers):
+            print(f"It answers the question {shorten(question)!r}", f"  | {shorten(answer)}", sep="\n")
         print(next_steps())
         return 0
 
 
 NEXT = (
     ("Look at", "reports/evaluation.md", "all that was measured, with pictures"),
-    ("", "reports/model_card.md", "data, recipe and scores, for others"),
     ("", "dvc plots show", "the curves, as a page to keep"),
     ("", "mlflow ui", "all runs, side by side, in the browser"),
     ("Try", 'pipelib sample --prompt "Returns the"', ""),
+    ("", 'pipelib sample --chat --prompt "What is a sparse array?"', ""),
     ("", "dvc exp run -S train.max_lr=1.8e-3", ""),
     ("", "pipelib compare HEAD workspace", ""),
     ("Then", "docs/tutorial.md", "from here to GPT-2 124M"),
@@ -92,7 +97,6 @@ def rows(evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str
     size = chosen_tokenizer().size  # an untrained model guesses uniformly: its loss is ln(size)
     lines = [
         ("validation loss", f"{evaluate['val_loss']:.4f} (it starts near ln {size:,} = {math.log(size):.2f})"),
-        ("perplexity", f"{evaluate['perplexity']:,.1f}"),
         ("bits per byte", f"{evaluate['bits_per_byte']:.3f}"),
     ]
     for name in ("completion", "hellaswag"):
@@ -113,6 +117,13 @@ def _accuracy(model: dict[str, float], unigram: dict[str, float]) -> str:
 def shorten(line: str) -> str:
     """Cut a line to the width of the screen."""
     return line if len(line) <= LINE_LENGTH else line[: LINE_LENGTH - 1] + "…"
+
+
+def first_answers(path: Path) -> list[tuple[str, str]]:
+    """The first question of fine-tuning and its answer; empty if there was none."""
+    if not path.is_file():
+        return []
+    return [(entry["question"], entry["answer"]) for entry in read_json(path)["questions"][:1]]
 
 
 def first_sample(report: Path) -> str:

@@ -1,16 +1,17 @@
-"""Check that an experiment's copy of the repository has all of the user's text.
+"""Check that an experiment's copy of the repository has all of the user's text and conversations.
 
 `dvc exp run --queue` and `--temp` run the stages in a copy, with the files that git and DVC tracked when the experiment was
-queued. Files of `download.path` that neither tracks are missing from the copy. Without this check the experiment would
-silently train on another corpus than the workspace.
+queued. Files of `download.path` and `finetune.path` that neither tracks are missing from the copy. Without this check the experiment
+would silently train on another corpus than the workspace.
 """
 
 import os
 import shlex
 from pathlib import Path
+from typing import Protocol
 
 from pipelib.corpus.local_files import saved_parts, visible_matches
-from pipelib.corpus.params import READABLE, DownloadParams
+from pipelib.corpus.params import READABLE
 from pipelib.errors import UserError, tell
 from pipelib.files import plural
 from pipelib.workspace.git import GitError, run_git
@@ -22,8 +23,19 @@ SHOWN = 5
 """The most files that a message names."""
 
 
-def require_corpus(params: DownloadParams) -> None:
-    """Refuse to run in a copy that lacks files of the workspace's corpus.
+class UserFiles(Protocol):
+    """A section of params.yaml that names files of the user."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def pattern(self) -> str: ...
+
+
+def require_corpus(params: UserFiles, section: str = "download") -> None:
+    """Refuse to run in a copy that lacks files that the workspace's `SECTION.path` has.
 
     Files that were added after the experiment was queued are only named in a printed line. Outside a copy, or if the source
     is not `local`, do nothing. Every stage calls this, because DVC skips earlier stages that did not change.
@@ -39,14 +51,14 @@ def require_corpus(params: DownloadParams) -> None:
         return
     queued = queued_at()
     if before := [name for name in missing if existed_when_queued(original, Path(params.path) / name, queued)]:
-        raise UserError(missing_files_message(params, original, before))
+        raise UserError(missing_files_message(params, original, before, section))
     tell(
         f"{plural(len(missing), 'file')} of {params.path} in the workspace came or changed after this experiment was queued, so "
         f"it runs without {_names(missing)}"
     )
 
 
-def missing_files(params: DownloadParams, workspace: Path) -> list[str]:
+def missing_files(params: UserFiles, workspace: Path) -> list[str]:
     """Return the files that the download stage would read in the workspace's `download.path`, but the copy does not have.
 
     The copy is in the current folder. The result is sorted paths inside `download.path`. Linked folders count too, because
@@ -104,7 +116,7 @@ def dvc_file_of(workspace: Path, path: Path) -> Path | None:
     return next((file for file in covering if (workspace / file).is_file()), None)
 
 
-def missing_files_message(params: DownloadParams, workspace: Path, names: list[str]) -> str:
+def missing_files_message(params: UserFiles, workspace: Path, names: list[str], section: str = "download") -> str:
     """Return the message for files that the copy lacks, with the remedies."""
     paths = [Path(params.path) / name for name in names]
     # Files that DVC tracks need only their .dvc file in git; for the others there is a choice.
@@ -117,7 +129,7 @@ def missing_files_message(params: DownloadParams, workspace: Path, names: list[s
         ways += [f"`git add {_shell(untracked)}`", f"`dvc add {_shell(untracked)}` and `git add {_shell(made)}`"]
     copies = [*dict.fromkeys(_top(path) for path in paths)]
     ways.append(f"`dvc exp run --temp {_shell(copies, '-C ')}`, which copies untracked files too")
-    ways.append("a download.path outside the repository, as an absolute path")
+    ways.append(f"a {section}.path outside the repository, as an absolute path")
     return (
         f"this experiment's copy of the repository lacks {plural(len(names), 'file')} of {params.path} that neither git nor DVC "
         f"tracked when it was queued: {_names(names)}; so it would train on another corpus than the workspace. Do one of these "

@@ -38,15 +38,20 @@ class LocalConversations:
         Raises:
             UserError: there is no folder or no file, or something in the folder cannot be read.
         """
-        paths = [self._files.root / name for name in self._files.all_names]
+        paths = [self.files.root / name for name in self.files.all_names]
         files = [
             {"name": name, "bytes": path.stat().st_size, "sha256": sha256}
-            for name, path, sha256 in zip(self._files.all_names, paths, sha256_files(paths), strict=True)
+            for name, path, sha256 in zip(self.files.all_names, paths, sha256_files(paths), strict=True)
         ]
         return {"kind": "local", "files": files}
 
     @cached_property
-    def _files(self) -> LocalFiles:
+    def files(self) -> LocalFiles:
+        """The files that are read.
+
+        Raises:
+            UserError: there is no folder or no file, a file is text without rows, or DVC could not read something there.
+        """
         files = find_files(Path(self.params.path), self.params.pattern, "finetune")
         texts = [name for name in files.names if kind_of_name(name) == ".txt"]
         if texts:
@@ -67,8 +72,8 @@ class LocalConversations:
         from pipelib.corpus.text_files import Decoding
 
         reading = Reading(None, Decoding("utf-8", "refuse"), Cut("whole", ""))
-        for name in self._files.names:
-            for number, row in read_rows(self._files.root / name, name, reading):
+        for name in self.files.names:
+            for number, row in read_rows(self.files.root / name, name, reading):
                 self.tally.rows += 1
                 where = f"{name}, row {number}"
                 try:

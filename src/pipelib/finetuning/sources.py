@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelib.errors import UserError
-from pipelib.files import sha256_json
+from pipelib.files import read_json, sha256_json
 from pipelib.finetuning.docs import DocsConversations
 from pipelib.finetuning.local import LocalConversations
 from pipelib.finetuning.params import BASE, FinetuneParams
-from pipelib.model.weights import MODELS, require_published, weights_sha256
+from pipelib.model.params import known_families
+from pipelib.model.weights import CONFIG, MODELS, require_published, restore, weights_sha256
 from pipelib.tokens.shards import read_manifest
 from pipelib.vocabulary.chat import Message
 from pipelib.workspace.places import HERE
+from pipelib.workspace.provenance import chosen_files, code_hash
 
 
 class Conversations(Protocol):
@@ -73,11 +75,21 @@ def finetune_inputs(params: FinetuneParams) -> dict[str, object]:
     if params.init_from != BASE and not params.init_is_folder:
         require_published(params.init_from, sha256)
     return {
+        **({} if params.init_from == BASE else {"family": _family_code(folder)}),
         "finetune": params.decides(),
         "conversations": find_conversations(params).identity(),
         "base": sha256,
         "data": read_manifest(HERE.tokens).fingerprint,  # for what the model has forgotten
     }
+
+
+def _family_code(folder: Path) -> dict[str, str]:
+    """Return the hash of the code of a base's family, which need not be the one that `model.architecture` chooses."""
+    family = read_json(folder / CONFIG, restore(folder)).get("model_type")
+    if family not in known_families():
+        return {}  # the error that follows says more
+    paths = chosen_files("finetune", {"model.architecture": family})
+    return {path.as_posix(): code_hash(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def lineage(

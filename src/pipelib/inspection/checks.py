@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipelib.corpus.params import DownloadParams
 from pipelib.errors import UserError
+from pipelib.finetuning.params import FinetuneParams
 from pipelib.inspection.disk import Corpus, check_disk, manifest_of
 from pipelib.params import Params
 from pipelib.vocabulary.tokenizer import Tokenizer
@@ -61,6 +62,10 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
         yield partial(_find_text, path, params.download)
     else:  # not read, but DVC hashes it
         yield partial(require_readable, path, links=False)
+    if params.finetune.source == "local":
+        yield partial(_find_conversations, params.finetune)
+    else:
+        yield partial(require_readable, Path(params.finetune.path), links=False, section="finetune")
     yield partial(planned_tokenizer, params.vocabulary)
     tokenizer = _tokenizer_of(params)
     if "/" in params.model.init_from and tokenizer:  # other names are models that download fetches
@@ -88,6 +93,13 @@ def _find_text(path: Path, params: DownloadParams) -> None:
 
     files = find_files(path, params.pattern)
     validation_names(files.root, files.names, params.validation)
+
+
+def _find_conversations(params: FinetuneParams) -> None:
+    """Refuse a folder without conversations."""
+    from pipelib.finetuning.local import LocalConversations
+
+    assert LocalConversations(params).files
 
 
 def _check_tokens(params: Params, corpus: Corpus) -> None:

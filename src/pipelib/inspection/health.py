@@ -304,12 +304,13 @@ def check_params() -> Iterator[Finding]:
 
 
 def check_corpus() -> Iterator[Finding]:
-    """The files under download.path, which DVC hashes for every source."""
+    """The files under download.path and finetune.path, which DVC hashes for every source."""
     from pipelib.corpus.local_files import require_readable
 
-    download = _params().download
-    require_readable(Path(download.path), links=download.source == "local")
-    yield Finding("ok", f"DVC can track everything in download.path ({download.path})")
+    params = _params()
+    for section, part in (("download", params.download), ("finetune", params.finetune)):
+        require_readable(Path(part.path), links=part.source == "local", section=section)
+        yield Finding("ok", f"DVC can track everything in {section}.path ({part.path})")
 
 
 def check_vocabulary() -> Iterator[Finding]:
