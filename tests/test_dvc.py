@@ -27,7 +27,7 @@ from warm_python import run_python, write_python
 
 pytestmark = pytest.mark.dvc
 
-STAGES = ("download", "vocabulary", "tokenize", "train", "evaluate")
+STAGES = ("download", "vocabulary", "tokenize", "train", "finetune", "evaluate")
 
 
 class Clone:
@@ -186,13 +186,14 @@ def test_a_second_repro_runs_nothing(clone: Clone) -> None:
         ("src/pipelib/corpus/sources/docs.py", set()),
         ("src/pipelib/corpus/sources/local.py", {"download"}),
         ("src/pipelib/tracking/run.py", set()),
-        ("src/pipelib/training/params.py", {"train"}),
+        ("src/pipelib/training/params.py", {"train", "finetune"}),
+        ("src/pipelib/finetuning/docs.py", {"finetune"}),
         ("src/pipelib/evaluation/report.py", {"evaluate"}),
-        ("src/pipelib/model/families/gpt2.py", {"train", "evaluate"}),
-        ("src/pipelib/model/decoder.py", {"train", "evaluate"}),
+        ("src/pipelib/model/families/gpt2.py", {"train", "finetune", "evaluate"}),
+        ("src/pipelib/model/decoder.py", {"train", "finetune", "evaluate"}),
         ("src/pipelib/tokens/encode_corpus.py", {"tokenize"}),
         ("src/pipelib/vocabulary/bpe.py", {"vocabulary"}),
-        ("src/pipelib/vocabulary/folder.py", {"vocabulary", "tokenize", "train", "evaluate"}),
+        ("src/pipelib/vocabulary/folder.py", {"vocabulary", "tokenize", "train", "finetune", "evaluate"}),
         ("texts/a.jsonl", {"download"}),
     ],
 )
@@ -220,7 +221,7 @@ def test_a_vocabulary_reruns_what_follows_and_nothing_before(clone: Clone) -> No
     clone.edit("params.yaml", "source: gpt2", "source: train")
     said = clone.dvc("repro", "tokenize")
     assert ran(said) == ["vocabulary", "tokenize"]
-    assert clone.changed_stages() == {"train", "evaluate"}
+    assert clone.changed_stages() == {"train", "finetune", "evaluate"}
     (clone.root / "params.yaml").write_text(before, encoding="utf-8")
     assert ran(clone.dvc("repro")) == []  # DVC's run cache has the outs of before
     assert clone.changed_stages() == set()
@@ -355,7 +356,7 @@ def test_a_new_family_reruns_nothing_and_one_message_says_how_to_choose_it(clone
     )
     clone.git("checkout", "--quiet", "params.yaml")
     typed = shlex.split(command.replace("WIDTH", "16"))
-    assert ran(clone.dvc(*typed)) == ["train", "evaluate"]
+    assert ran(clone.dvc(*typed)) == ["train", "finetune", "evaluate"]
     assert "# Toy, " in clone.text("models/README.md")
     deps = {dep["path"] for dep in clone.lock()["train"]["deps"]}
     assert "src/pipelib/model/families/toy.py" in deps
@@ -370,7 +371,7 @@ def test_a_new_family_reruns_nothing_and_one_message_says_how_to_choose_it(clone
 
 def test_an_experiment_with_another_learning_rate_trains_with_that_number(clone: Clone) -> None:
     output = clone.dvc("exp", "run", "--name", "small-rate", "--set-param", "train.max_lr=6e-5")
-    assert ran(output) == ["train", "evaluate"]
+    assert ran(output) == ["train", "finetune", "evaluate"]
     assert "max_lr: 6e-05" in clone.text("params.yaml")
     assert clone.lock()["train"]["params"]["params.yaml"]["train"]["max_lr"] in (6e-5, "6e-05")  # PyYAML's reading
     assert "6e-05" in clone.text("models/README.md")
@@ -462,7 +463,7 @@ def test_going_back_is_a_cache_hit(clone: Clone) -> None:
     clone.git("checkout", "--quiet", "params.yaml")
     output = clone.dvc("repro")
     assert ran(output) == []
-    for name in ("train", "evaluate"):
+    for name in ("train", "finetune", "evaluate"):
         assert f"Stage '{name}' is cached - skipping run" in output
     assert clone.git("status", "--porcelain") == "", "the baseline's lock and metrics are back"
 

@@ -7,13 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_chat import base_model, chat_tokenizer, encoded, facts
 from small_params import MUON, model_params, train_params, write_params
 from small_run import ALONE, curve, train_small, write_tokens
 from torch import Tensor, nn
 
+from pipelib.finetuning.objective import Answers
+from pipelib.finetuning.packing import ConversationRows
 from pipelib.model.decoder import build
 from pipelib.params import load_params
 from pipelib.schema import ParamsError
@@ -24,6 +28,7 @@ from pipelib.training.objectives import NextToken, Objective
 from pipelib.training.optimizer import make_optimizer
 from pipelib.training.params import DEFAULTS, TrainParams, known_optimizers
 from pipelib.training.step import take_step
+from pipelib.vocabulary.chat import ASSISTANT, Message
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 TOYS = Path(__file__).with_name("toy_optimizer")
@@ -192,6 +197,38 @@ def test_an_objective_counts_its_own_targets(rows: tuple[Tensor, Tensor]) -> Non
     assert (halves[0][0] + halves[1][0]) / 2 == pytest.approx(losses.mean().item(), rel=1e-5)
     for one, two, other in zip(halves[0][1], halves[1][1], expected, strict=True):
         torch.testing.assert_close((one + two) / 2, other, rtol=1e-4, atol=1e-7)
+
+
+def test_packed_answers_count_the_same_for_any_accumulation_and_ranks(tmp_path: Path) -> None:
+    """In float64 the gradients of a step are those of each conversation in a row of its own, to 1e-10."""
+    tokenizer = chat_tokenizer(tmp_path)
+    told = facts(30)
+    told[0] = [told[0][0], Message(ASSISTANT, "In Duri, or in Mela.")]
+    dataset, _ = encoded(told, tokenizer)
+    packed = ConversationRows.of(dataset, np.arange(len(dataset)), 96, 0, packing=True)
+    numbers = np.array([number for row in packed._rows[:4] for number in row])
+    single = ConversationRows.of(dataset, numbers, 96, 0, packing=False)
+    inputs, targets, positions = map(torch.from_numpy, packed.batch(np.arange(4)))
+    whole = tuple(map(torch.from_numpy, single.batch(np.arange(len(single)))))
+    model, params = base_model("qwen3", tokenizer.size).double(), train_params()
+    loss, expected = gradients(Answers(model, packed=False), [whole], params)
+    objective = Answers(model, packed=True)
+
+    def micro_batches(rows: slice, size: int) -> list[TensorBatch]:
+        return list(zip(*(part[rows].split(size) for part in (inputs, targets, positions)), strict=True))
+
+    for size in (1, 2, 4):
+        again, found = gradients(objective, micro_batches(slice(4), size), params)
+        assert again == pytest.approx(loss, rel=1e-12)
+        assert max((one - other).abs().max() for one, other in zip(found, expected, strict=True)) < 1e-10
+    counts = [objective.target_count(targets[half]) for half in (slice(0, 2), slice(2, 4))]
+    assert counts[0] != counts[1]
+    halves = [
+        gradients(objective, micro_batches(half, 1), params, OneOfTwo(0, 2, torch.device("cpu"), other=other))[1]
+        for half, other in zip((slice(0, 2), slice(2, 4)), reversed(counts), strict=True)
+    ]
+    for one, two, other in zip(*halves, expected, strict=True):
+        assert ((one + two) / 2 - other).abs().max() < 1e-10
 
 
 def test_where_no_target_counts_the_step_is_not_taken(rows: tuple[Tensor, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Check that an experiment's copy of the repository has all of the user's text and conversations.
 
 `dvc exp run --queue` and `--temp` run the stages in a copy, with the files that git and DVC tracked when the experiment was
-queued. Files of `download.path` and `finetune.path` that neither tracks are missing from the copy. Without this check the experiment
-would silently train on another corpus than the workspace.
+queued. Files of `download.path` and `finetune.path` that neither tracks are missing from the copy. Without this check the
+experiment would silently train on other text than the workspace.
 """
 
 import os

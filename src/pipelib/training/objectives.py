@@ -43,7 +43,9 @@ class Objective(nn.Module, ABC):
         Args:
             counts: of this rank's micro-batches.
         """
-        return world.sum(torch.tensor(float(sum(counts)), device=world.device)) / world.world_size
+        # fp32 would round more than 2^24 targets; Apple's GPUs have no float64
+        exact = torch.float32 if world.device.type == "mps" else torch.float64
+        return world.sum(torch.tensor(float(sum(counts)), device=world.device, dtype=exact)) / world.world_size
 
 
 class NextToken(Objective):
