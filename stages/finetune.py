@@ -7,9 +7,10 @@ if not __package__:
     )
 
 from pipelib.corpus.experiment_copy import require_corpus
-from pipelib.finetuning.sources import finetune_inputs
+from pipelib.finetuning.sources import chosen_for, finetune_inputs
 from pipelib.params import load_params
 from pipelib.stage import Build, WorkResult, build_outs, run_stage
+from pipelib.tokens.shards import read_manifest
 from pipelib.workspace.places import HERE
 
 
@@ -18,10 +19,11 @@ def main() -> None:
     params = load_params()
     require_corpus(params.download)
     require_corpus(params.finetune, "finetune")
-    inputs = finetune_inputs(params.finetune)
+    finetuning = chosen_for(params.finetune, read_manifest(HERE.tokens).source.get("kind", "unknown"))
+    inputs = finetune_inputs(finetuning)
 
     def work(build: Build) -> WorkResult:
-        if params.finetune.source == "none":
+        if finetuning.source == "none":
             from pipelib.finetuning.nothing import no_finetuning
 
             return no_finetuning(build)
@@ -30,7 +32,7 @@ def main() -> None:
         from pipelib.training.schedule import Cadence
 
         cadence = Cadence(params.logging.log_every, params.logging.checkpoint_every)
-        return finetune(build, params.finetune, cadence, HERE.tokens, inputs)
+        return finetune(build, finetuning, cadence, HERE.tokens, inputs)
 
     build_outs("finetune", params, inputs, work)
 

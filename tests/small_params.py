@@ -37,7 +37,7 @@ PARAMS: dict[str, dict[str, Any]] = {
         "source": "none", "path": "conversations", "pattern": "**/*", "format": "auto", "bad_rows": "refuse",
         "max_conversations": None, "validation": 0.1, "init_from": "models", "adapter": None, "train_on": "assistant",
         "packing": True, "seed": 7, "epochs": 2.0, "global_batch_tokens": 64, "sequence_length": 16,
-        "micro_batch_size": 2, "schedule": "linear", "max_lr": 1e-2, "min_lr": 0.0, "warmup": 0.1, "weight_decay": 0.0,
+        "micro_batch_size": 2, "schedule": "linear", "max_lr": 2e-2, "min_lr": 0.0, "warmup": 0.1, "weight_decay": 0.0,
         "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "grad_clip_norm": 1.0, "precision": "fp32", "compile": False,
         "activation_checkpointing": False, "deterministic": True, "validate_every": 5, "answers": 4, "answer_tokens": 8,
         "questions": ["Who is it?"],

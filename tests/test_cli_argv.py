@@ -60,7 +60,7 @@ PARSED = [
         "sample --prompt 'Returns the'",
         Sample(
             prompt=("Returns the",),
-            model=Path("models"),
+            model=None,
             tokens=100,
             temperature=1.0,
             top_k=None,

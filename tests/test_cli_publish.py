@@ -11,7 +11,7 @@ import yaml
 from fake_hub import FakeHub
 
 from pipelib.cli.main import main
-from pipelib.evaluation.model_card import LOAD_FROM, REPRODUCE, evaluation_rows, licence, write_model_card
+from pipelib.evaluation.model_card import CHAT_FROM, REPRODUCE, evaluation_rows, licence, write_model_card
 from pipelib.inspection.verify import _folder_md5, _sums
 from pipelib.model.recipe import read_recipe, write_recipe
 from pipelib.tokens.shards import Manifest, Shard
@@ -162,7 +162,7 @@ def test_the_fine_tuned_model_is_published_with_its_own_card(checkout: Path, cap
     (checkout / "chat/model").mkdir(parents=True)
     (checkout / "chat/model/model.safetensors").write_bytes(b"tuned")
     (checkout / "chat/manifest.json").write_text("{}")
-    (checkout / "reports/chat_card.md").write_text(f"---\ntags: []\n---\n\n{LOAD_FROM}\n\n{REPRODUCE}\n")
+    (checkout / "reports/chat_card.md").write_text(f"---\ntags: []\n---\n\n{CHAT_FROM}\n\n{REPRODUCE}\n")
     lock = yaml.safe_load((checkout / "dvc.lock").read_text())
     md5s = {name: _folder_md5(Path(name), _sums(Path(name))) for name in ("chat", "reports")}
     lock["stages"]["finetune"] = {"outs": [{"path": "chat", "md5": md5s["chat"]}]}

@@ -198,7 +198,10 @@ def write_chat(folder: Path, seed: int) -> None:
     base = {"init_from": "models", "weights_sha256": "b" * 64}
     lineage = {"source": "local", "base": base, "conversations": {"sha256": "c" * 64, "tokens_sha256": "d" * 64}}
     write_json(folder / "manifest.json", lineage)
-    write_json(folder / "answers.json", {"questions": [{"question": "Why | so?", "answer": "Because."}]})
+    write_json(
+        folder / "answers.json",
+        {"questions": [{"question": "Why | so?", "answer": "Because."}], "measured": {"val_loss": 1.5}},
+    )
 
 
 def test_a_chat_model_is_measured_beside_its_base_which_is_not_measured_again(
@@ -216,7 +219,9 @@ def test_a_chat_model_is_measured_beside_its_base_which_is_not_measured_again(
     text = (tmp_path / "first/reports/evaluation.md").read_text(encoding="utf-8")
     assert f"| validation loss, nats per token | {folder / 'chat/model'} | {result['chat']['val_loss']:.4f} |" in text
     card = (tmp_path / "first/reports/chat_card.md").read_text(encoding="utf-8")
-    assert r"| Why \| so? | Because. |" in card
+    assert "**Why | so?**\n\n````text\nBecause.\n````" in card
+    assert "| val_loss | 1.5000 |  |" in card
+    assert 'from_pretrained("chat/model")' in card
     assert "| base | `models`, weights SHA-256 `bbbb" in card
     assert "| finetune.max_lr | 0.1 |" in card
     assert "chat" not in (tmp_path / "first/reports/model_card.md").read_text(encoding="utf-8")

@@ -146,14 +146,16 @@ def test_each_format_is_recognised_or_named(name: str, row: dict[str, Any], expe
         ({"messages": TURNS, "prompt": "x"}, "unknown columns", "columns of several formats"),
         ({"instruction": "x"}, "unknown columns", "there is no output"),
         ({"messages": TURNS[:1]}, "roles", "no answer to learn from"),
-        ({"messages": [TURNS[0], {"role": "tool", "content": "x"}]}, "not text", "the role 'tool' is not one of"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "not text", "role assistant is empty, not a text"),
-        ({"messages": "x"}, "not text", "messages is text, not a list of turns"),
-        ({"messages": ["x"]}, "not text", "a turn is text, not an object"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "not text", "is not Unicode"),
-        ({"prompt": 3, "completion": "x"}, "not text", "prompt is a whole number, not a text"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": "x", "tool_calls": [1]}]}, "not text", "calls tools"),
-        ({"messages": [{"content": "x"}]}, "unknown columns", "there is no role"),
+        ({"messages": [TURNS[0], {"role": "tool", "content": "x"}]}, "turns", "the role 'tool' is not one of"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "turns", "role assistant is empty, not a text"),
+        ({"messages": "x"}, "turns", "messages is text, not a list of turns"),
+        ({"messages": ["x"]}, "turns", "a turn is text, not an object"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "turns", "is not Unicode"),
+        ({"prompt": 3, "completion": "x"}, "turns", "prompt is a whole number, not a text"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": "x", "tool_calls": [1]}]}, "turns", "calls tools"),
+        ({"messages": [{"content": "x"}]}, "turns", "a turn has no role (only content)"),
+        ({"conversations": [None]}, "turns", "a turn is empty, not an object"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": [{"type": "text"}]}]}, "turns", "is a list, not a text"),
     ],
 )  # fmt: skip
 def test_a_row_that_is_not_a_conversation_says_why(row: dict[str, Any], reason: str, words: str) -> None:
@@ -197,8 +199,10 @@ def test_a_bad_row_is_refused_by_name_or_skipped_and_counted(here: Path) -> None
     assert len(list(source.read())) == 40
     assert source.bad_rows == {"roles": 1, "not JSON": 1, "unknown columns": 1}
     (here / "c/b.jsonl").write_text('{"text": "x"}\n' * 20, encoding="utf-8")
+    source = LocalConversations(finetune_params(source="local", path="c", bad_rows="skip"))
+    list(source.read())
     with pytest.raises(UserError, match=r"23 of 63 rows are bad, .*; fix the files, or set finetune\.format:\n"):
-        list(LocalConversations(finetune_params(source="local", path="c", bad_rows="skip")).read())
+        source.finish()
     (here / "c/notes.txt").write_text("hello", encoding="utf-8")
     with pytest.raises(UserError, match=r"finetune\.path: notes\.txt is text without rows"):
         LocalConversations(finetune_params(source="local", path="c")).identity()
@@ -308,7 +312,7 @@ def test_long_conversations_are_cut_after_an_answer_or_left_out_and_counted(toke
     assert len(dataset.tokens(0)) == first
     dataset, counts = encoded([exchanges, [QUESTION, Message(ASSISTANT, "y " * 60)], *facts(3)], tokenizer, 50)
     assert (counts.cut, counts.too_long, counts.named["too_long"]) == (1, 1, ["row 2"])
-    with pytest.raises(UserError, match=r"no conversation to train on \(1 are longer than 4 tokens\)"):
+    with pytest.raises(UserError, match=r"no conversation to train on, all 1 are longer than 4 tokens; raise"):
         encoded([[QUESTION, ANSWER]], tokenizer, 4)
     with pytest.raises(UserError, match="held out for validation, so there is nothing to train on"):
         encoded([[QUESTION, ANSWER]] * 3, tokenizer, 64)
@@ -330,6 +334,24 @@ def test_what_is_held_out_depends_on_the_conversation_alone(tokenizer: Tokenizer
     assert 0.1 < many.held_out.mean() < 0.3
     alone, _ = encoded(told[:2], tokenizer, validation=0.0)
     assert alone.held_out.sum() == 1, "at least one is"
+
+
+def test_copies_are_in_one_split_also_where_they_differ_after_the_cut(tokenizer: Tokenizer) -> None:
+    told = [messages for messages in facts(10) for _ in range(3)]
+    dataset, _ = encoded(told, tokenizer, validation=0.0)
+    assert dataset.held_out.reshape(10, 3).sum(1).tolist() in [
+        [3 * (number == first) for number in range(10)] for first in range(10)
+    ]
+    same_start = [[QUESTION, ANSWER, Message(USER, f"{number} " * 60), ANSWER] for number in range(20)]
+    dataset, counts = encoded([*same_start, *facts(5)], tokenizer, validation=0.3)
+    assert counts.cut == 20
+    assert dataset.held_out[:20].all() or not dataset.held_out[:20].any()
+
+
+def test_what_is_left_out_by_number_is_said(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset, _ = encoded(facts(9), tokenizer, most=4)
+    assert len(dataset) == 4
+    assert "the first 4 conversations are taken; finetune.max_conversations: null takes all" in capsys.readouterr().out
 
 
 def test_the_page_shows_what_is_trained(tokenizer: Tokenizer) -> None:

@@ -20,6 +20,7 @@ from pipelib.errors import UserError
 from pipelib.files import sha256_file
 from pipelib.finetuning.measure import answer_conversations
 from pipelib.finetuning.params import FinetuneParams
+from pipelib.finetuning.sources import chosen_for, finetune_inputs
 from pipelib.finetuning.task import Base, Finetuning
 from pipelib.model.adapters import adapter_of, add_adapter, export_adapter, merged
 from pipelib.model.decoder import Decoder
@@ -28,6 +29,7 @@ from pipelib.tracking.run import NullRun
 from pipelib.training.build import build_trainer
 from pipelib.training.hardware import Peak
 from pipelib.training.loop import Trainer
+from pipelib.training.memory import Footprint
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
 from pipelib.vocabulary.chat import ChatTemplate, Message
@@ -210,7 +212,7 @@ def test_the_stage_makes_a_model_a_page_and_its_lineage(project: SmallProject) -
 @pytest.mark.parametrize(
     ("ranks", "adapter"),
     [
-        (1, None),
+        pytest.param(1, None, marks=pytest.mark.long),
         pytest.param(1, LORA, marks=pytest.mark.long),
         pytest.param(2, None, marks=pytest.mark.long),
         (2, LORA),
@@ -260,6 +262,42 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     assert "a.jsonl, row 1: the last turn is the user's, so there is no answer to learn from; fix this row" in refused(
         project
     )
+
+
+def test_what_describes_the_base_decides_the_result_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    chosen = finetune_params(source="local", init_from="./models")
+    before = finetune_inputs(chosen)
+    config = json.loads((tmp_path / "models/config.json").read_bytes())
+    (tmp_path / "models/config.json").write_text(json.dumps({**config, "n_positions": 48}))
+    assert finetune_inputs(chosen) != before
+    assert before["family"], "the code of a base's own family"
+    assert "family" not in finetune_inputs(finetune_params(source="local"))
+
+
+def test_docstrings_are_asked_about_in_their_own_corpus_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    docs = finetune_params(source="docs")
+    assert chosen_for(docs, "docs") == docs
+    assert chosen_for(docs, "local").source == "none"
+    assert "the corpus is of the source local, so there is no fine-tuning" in capsys.readouterr().out
+    assert chosen_for(finetune_params(source="local"), "hub").source == "local"
+
+
+def test_fewer_rows_than_a_step_has_are_refused(tmp_path: Path) -> None:
+    project = project_of(tmp_path, global_batch_tokens=48 * 400)
+    assert "400 rows in a step, and the conversations fill" in refused(project)
+
+
+def test_an_adapter_needs_the_memory_and_the_disk_of_what_it_trains(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    trainer, task = trainer_of(tmp_path, params(adapter=LORA), tokenizer, facts(30))
+    own = sum(matrix.numel() for matrix in adapter_of(trainer.model).parameters())
+    assert task.trained_parameters == own
+    few = Footprint(task.model, tokenizer.size, trainer.params, 1, own)
+    every = Footprint(task.model, tokenizer.size, trainer.params)
+    assert few.checkpoint == 12 * own < every.checkpoint
+    assert few.memory(4).gradients < every.memory(4).gradients
+    assert few.memory(4).weights == every.memory(4).weights
 
 
 def test_without_a_source_it_makes_an_empty_out_and_needs_no_torch(tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def ask(training: Training, whom: str, number: signal.Signals) -> None:
         pytest.param(2, "launcher", signal.SIGTERM, marks=pytest.mark.long),
         pytest.param(2, "rank", signal.SIGINT, marks=pytest.mark.long),
         pytest.param(2, "all", signal.SIGTERM, marks=pytest.mark.long),  # as a scheduler does it
-        (2, "all", signal.SIGUSR1),
+        pytest.param(2, "all", signal.SIGUSR1, marks=pytest.mark.long),  # the tests below stop two ranks, too
         pytest.param(1, "group", signal.SIGUSR2, marks=pytest.mark.long),
         pytest.param(1, "group", signal.SIGXCPU, marks=pytest.mark.long),
         pytest.param(2, "launcher", signal.SIGHUP, marks=pytest.mark.long),

@@ -27,6 +27,7 @@ from pipelib.errors import UserError, user_message
 from pipelib.files import read_json, write_json
 from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.tokens.shards import read_manifest
+from pipelib.tracking.run import NullRun
 from pipelib.training.checkpoint import Checkpoints, Stateful, checkpoint_bytes, most_checkpoints
 from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.launch import launch as launch_module
@@ -201,7 +202,7 @@ def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
 
     monkeypatch.setattr(launch_module, "require_free_space", refuse)
     shape = GPT2Section(**asdict(model_params()), init_from="scratch")
-    build: Any = SimpleNamespace(work=folder / "work")
+    build: Any = SimpleNamespace(work=folder / "work", run=NullRun(), code={}, resumed_with_other_code=False)
     for size in (0, 1000):
         (folder / "work/checkpoints/step_00000001").mkdir(parents=True, exist_ok=True)
         (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))

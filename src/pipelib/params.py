@@ -122,13 +122,8 @@ class Params:
     def _problems_of_finetuning(self) -> Iterator[str]:
         """Yield what does not fit the other sections. The finetune stage checks other bases than `models`."""
         finetune = self.finetune
-        if finetune.source == "none":
+        if finetune.source == "none" or (finetune.source == "docs" and self.download.source != "docs"):
             return
-        if finetune.source == "docs" and self.download.source != "docs":
-            yield (
-                f"finetune.source: docs makes conversations from docstrings, and download.source is {self.download.source}, so "
-                "there are none; name your own conversations (finetune.source: local), or set it to none."
-            )
         if finetune.init_from == BASE and finetune.sequence_length > self.model.context_length:
             yield (
                 f"finetune.sequence_length: {finetune.sequence_length} is longer than model.context_length = "

@@ -79,6 +79,8 @@ class Sample(Command):
         for name, count in (("--tokens", self.tokens), ("--num-samples", self.num_samples)):
             if count < 1:
                 raise UserError(f"{name} {count} would write nothing; give 1 or more.")
+        if self.stop and "" in self.stop:
+            raise UserError("--stop '' is in every text, so each would end at once; give a word or a line end.")
         if self.temperature == 0 and self.num_samples > 1:
             raise UserError(
                 f"--temperature 0 would write the same text {self.num_samples} times; drop --num-samples, or sample with "
@@ -108,7 +110,7 @@ class Sample(Command):
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
-            stop_token_id=template.stop_token_id if self.chat else tokenizer.end_token_id,
+            stop_token_id=template.stop_token_ids if self.chat else tokenizer.end_token_id,
             ends=at_strings(tokenizer, self.stop) if self.stop else None,
         )
         written = [

@@ -49,8 +49,9 @@ class Summary(Command):
         if sample := first_sample(HERE.evaluation):
             print("It writes", *(f"  | {shorten(line)}" for line in sample.splitlines()[:SAMPLE_LINES]), sep="\n")
         for question, answer in first_answers(ChatPlaces(HERE.chat).answers):
-            print(f"It answers the question {shorten(question)!r}", f"  | {shorten(answer)}", sep="\n")
-        print(next_steps())
+            first_line = next(iter(answer.splitlines()), "")
+            print(f"It answers the question {shorten(question)!r}", f"  | {shorten(first_line)}", sep="\n")
+        print(next_steps(with_chat=ChatPlaces(HERE.chat).model.is_dir()))
         return 0
 
 
@@ -67,10 +68,15 @@ NEXT = (
 """(what to do, the file or command, what it is)."""
 
 
-def next_steps() -> str:
-    """`NEXT` in columns."""
+def next_steps(*, with_chat: bool = True) -> str:
+    """`NEXT` in columns.
+
+    Args:
+        with_chat: whether there is a fine-tuned model.
+    """
+    steps = [step for step in NEXT if with_chat or "--chat" not in step[1]]
     return "\n".join(
-        ["", *(f"{verb:<10}{with_venv_paths(what):<28}{about}".rstrip() for verb, what, about in NEXT), ""]
+        ["", *(f"{verb:<10}{with_venv_paths(what):<28}{about}".rstrip() for verb, what, about in steps), ""]
     )
 
 

@@ -80,8 +80,7 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
     found = []
     for name in names:
         if is_folder(name):
-            require_baseline(name, tokenizer)
-            found.append(of_folder(name, Path(name), tokenizer))
+            found.append(require_baseline(name, tokenizer))
         else:
             sha256 = published_sha256(name)
             if sha256 is None:
@@ -107,19 +106,18 @@ def of_folder(name: str, folder: Path, tokenizer: Tokenizer) -> Baseline:
     from pipelib.model.huggingface import find_model  # imports torch
 
     own = tokenizer_of_model(folder, tokenizer)
-    return Baseline(name, folder, weights_sha256(folder), find_model(folder, own).model.params, own)
+    params = find_model(folder, own).model.params  # first, since its message says more about a folder without a model
+    return Baseline(name, folder, weights_sha256(folder), params, own)
 
 
-def require_baseline(name: str, tokenizer: Tokenizer) -> ModelParams:
-    """Check a folder that `evaluate.baselines` names, and return the model's parameters.
+def require_baseline(name: str, tokenizer: Tokenizer) -> Baseline:
+    """Find the model in a folder that `evaluate.baselines` names.
 
     Raises:
         UserError: the model is missing, or cannot be read.
     """
-    from pipelib.model.huggingface import find_model
-
     try:
-        return find_model(Path(name), tokenizer_of_model(Path(name), tokenizer)).model.params
+        return of_folder(name, Path(name), tokenizer)
     except UserError as error:
         raise UserError(f"evaluate.baselines: {error}") from None
 

@@ -83,7 +83,15 @@ def evaluate(
     seconds |= {f"{name}_seconds": sum(other.seconds.values()) for name, other in others.items()}
     if answering := others.get(str(chat_model)):
         result["chat"] = answering.result
-        write_chat_card(Places(build.outs).chat_card, ChatPlaces(chat), manifest, answering.result)
+        made_of = ours[-1]
+        write_chat_card(
+            Places(build.outs).chat_card,
+            ChatPlaces(chat),
+            made_of.params,
+            made_of.tokenizer,
+            manifest,
+            answering.result,
+        )
     if baselines:
         result["baselines"] = {baseline.name: others[baseline.name].result for baseline in baselines}
 
@@ -136,6 +144,8 @@ def measure_all(
     found = {}
     for baseline in models:
         inputs = {**decides, "code": code_that_measures(baseline, code)}
+        if not baseline.is_published:  # theirs are kept for all machines with a device of this kind
+            inputs["device"] = describe_device(device)
         if baseline.tokenizer != data.tokenizer:
             inputs |= {"vocabulary": baseline.tokenizer.fingerprint, "data's": data.tokenizer.fingerprint}
         found[baseline.name] = measure_once(baseline, inputs, partial(measure_baseline, baseline))
@@ -187,13 +197,17 @@ def describe_model(model: Decoder) -> dict[str, str]:
     return {"parameters": parameters, "shape": f"{model.params.title}: {model.params.description}"}
 
 
+def describe_device(device: torch.device) -> str:
+    """A device as its results may depend on it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def describe_environment(model: Decoder, code: Mapping[str, str]) -> dict[str, str]:
     """Facts about the device and the package versions."""
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     packages = {name.removeprefix("package "): value for name, value in code.items() if name.startswith("package ")}
     versions = ", ".join(f"{package} {version}" for package, version in sorted(packages.items()))
-    return {"environment": ", ".join(filter(None, (name, f"Python {platform.python_version()}", versions)))}
+    facts = (describe_device(model.device), f"Python {platform.python_version()}", versions)
+    return {"environment": ", ".join(filter(None, facts))}
 
 
 def tokens_seen(curve: Path) -> int:

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.evaluation.curves import read_curve
 from pipelib.evaluation.document import Table, to_markdown
 from pipelib.files import read_json, sha256_file, write_text
 from pipelib.model.params import ModelParams
 from pipelib.model.recipe import read_recipe
 from pipelib.tokens.shards import Manifest
+from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.places import ChatPlaces
 
 REPRODUCE = "## Reproduce it"
@@ -79,37 +81,55 @@ def write_model_card(path: Path, models: Path, curves: Path, manifest: Manifest,
     write_text(path, "\n\n".join(parts) + "\n")
 
 
-CHAT_LOAD = (
-    "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    f"model = AutoModelForCausalLM.from_pretrained({LOAD_FROM})\n"
-    f"tokenizer = AutoTokenizer.from_pretrained({LOAD_FROM})\n"
-    'question = [{"role": "user", "content": "What does numpy.clip do?"}]\n'
-    'tokens = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)\n'
-    "answer = model.generate(**tokens, max_new_tokens=64)\n"
-    'print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))\n```'
-)
+CHAT_FROM = '"chat/model"'
+"""The same in the card of the fine-tuned model."""
+CHAT_LOAD = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({CHAT_FROM})
+tokenizer = AutoTokenizer.from_pretrained({CHAT_FROM})
+question = [{{"role": "user", "content": "What is a sparse array?"}}]
+tokens = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**tokens, max_new_tokens=64)
+print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
 
 
-def write_chat_card(path: Path, chat: ChatPlaces, manifest: Manifest, result: Mapping[str, object]) -> None:
+def write_chat_card(
+    path: Path,
+    chat: ChatPlaces,
+    params: ModelParams,
+    tokenizer: Tokenizer,
+    manifest: Manifest,
+    result: Mapping[str, object],
+) -> None:
     """Write the card of the fine-tuned model.
 
     Args:
         chat: what finetune has made.
-        manifest: of the data that the base was trained on.
+        params: of the model in it.
+        tokenizer: the model's.
+        manifest: of the data that `models/` was trained on.
         result: the evaluation of the chat model, as in metrics/evaluate.json.
     """
-    params, recipe, lineage = _params(chat.model, manifest), read_recipe(chat.model), read_json(chat.manifest)
-    answers = [(entry["question"], entry["answer"]) for entry in read_json(chat.answers)["questions"]]
-    base = lineage["base"]
+    recipe, lineage, said = read_recipe(chat.model), read_json(chat.manifest), read_json(chat.answers)
+    base, conversations = lineage["base"], lineage["conversations"]
+    # The base may have been tuned itself: its recipe is then in that of its own base.
+    data = next((value for key, value in recipe.items() if key.endswith("recipe.data.fingerprint")), "not known here")
+    own = [(key, _value(value)) for key, value in recipe.items() if not key.startswith(("base.", "conversations."))]
     parts = [
         _front_matter(params.architecture, None),
-        f"# {params.title}, {params.parameters(manifest.tokenizer.size):,} parameters, fine-tuned on conversations",
+        f"# {params.title}, {params.parameters(tokenizer.size):,} parameters, fine-tuned on conversations",
         "Fine-tuned with pipelib, a pipeline whose every step can be repeated. Each figure below was measured by it.",
         "## Load it",
         CHAT_LOAD,
         "It answers in the form of its conversations. It was not taught to be safe, and it states false things fluently.",
         "## Its answers, unedited",
-        _table(("question", "answer"), answers),
+        *(f"**{entry['question']}**\n\n````text\n{entry['answer']}\n````" for entry in said["questions"]),
+        "## Fine-tuning",
+        _table(("what", "value", "of"), evaluation_rows(said["measured"])),
+        "Losses are nats per trained token of held-out conversations. `answers.ended` and `answers.exact` are shares "
+        "of `answers.count` held-out questions; `corpus_bits_per_byte` shows what was forgotten.",
         "## Evaluation",
         _table(("what", "value", "of"), evaluation_rows(result)),
         "Brackets hold 95 % intervals. These are the measures of a model that continues text.",
@@ -118,22 +138,28 @@ def write_chat_card(path: Path, chat: ChatPlaces, manifest: Manifest, result: Ma
             ("what", "value"),
             [
                 ("base", f"`{base['init_from']}`, weights SHA-256 `{base['weights_sha256']}`"),
-                ("conversations", f"`{lineage['source']}`, SHA-256 `{lineage['conversations']['sha256']}`"),
-                ("conversations as tokens", f"SHA-256 `{lineage['conversations']['tokens_sha256']}`"),
-                ("data of the base", f"`{recipe.get('base.recipe.data.fingerprint', 'not known here')}`"),
+                ("conversations", f"`{lineage['source']}`, SHA-256 `{conversations['sha256']}`"),
+                ("conversations as tokens", f"SHA-256 `{conversations['tokens_sha256']}`"),
+                ("data of the base", f"`{data}`"),
                 ("weights", f"SHA-256 `{sha256_file(chat.model / 'model.safetensors')}`"),
             ],
         ),
-        f"**Licence of the base's data.** {licence(manifest.source)}",
+        f"**Licence of the base.** {_licence_of_base(base['init_from'], data, manifest)}",
         "## Recipe",
-        _table(
-            ("what", "value"),
-            [(key, _value(value)) for key, value in recipe.items() if not key.startswith(("base.", "conversations."))],
-        ),
+        _table(("what", "value"), own),
         REPRODUCE,
         "```console\n$ make setup\n$ .venv/bin/dvc repro\n```",
     ]
     write_text(path, "\n\n".join(parts) + "\n")
+
+
+def _licence_of_base(init_from: str, data: str, manifest: Manifest) -> str:
+    """What is known about the licence of the weights that fine-tuning started from."""
+    if data == manifest.fingerprint:
+        return licence(manifest.source)
+    if init_from in PUBLISHED_MODELS:
+        return "OpenAI's weights, under their modified MIT licence."
+    return "That of the weights in the base's folder; nothing here knows it."
 
 
 def licence(source: Mapping[str, Any]) -> str:

@@ -125,7 +125,7 @@ def encode(
         longest: a conversation is cut after its last answer that ends within this many tokens and one more: the last token is
             only a target.
         train_on: `finetune.train_on`.
-        validation: the share that is held out: those whose hash is below it. At least one is.
+        validation: the share that is held out: those whose hash is below it. If there is none, the one with the lowest hash is.
         most: take only this many.
 
     Raises:
@@ -138,6 +138,7 @@ def encode(
     hashes: list[float] = []
     for where, messages in conversations:
         if len(pieces) == most:
+            tell(f"finetune: the first {most:,} conversations are taken; finetune.max_conversations: null takes all")
             break
         fitting = _fitting(template.turns(messages), longest + 1)
         if not fitting:
@@ -153,19 +154,19 @@ def encode(
         pieces.append(np.array(tokens, np.int32))
         masks.append(np.array(mask, np.bool_))
         answers.append(answer)
-        hashes.append(_hash(messages))
+        hashes.append(_hash(messages[: len(fitting)]))
         counts.turns += len(fitting)
     if not pieces:
-        raise UserError(
-            f"finetune: there is no conversation to train on ({left_out:,} are longer than {longest:,} tokens); raise "
-            "finetune.sequence_length, or add conversations."
-        )
+        why = f"all {left_out:,} are longer than {longest:,} tokens" if left_out else "the files have none"
+        remedy = "raise finetune.sequence_length, or add shorter ones" if left_out else "add some"
+        raise UserError(f"finetune: there is no conversation to train on, {why}; {remedy}.")
     held_out = np.array(hashes) < validation
-    held_out[np.argmin(hashes)] = True
+    if not held_out.any():
+        held_out = np.array(hashes) == min(hashes)  # with its copies
     if held_out.all():
         raise UserError(
             f"finetune: all of the {len(pieces):,} conversations are held out for validation, so there is nothing to train on; "
-            "lower finetune.validation, or add other conversations."
+            "add other conversations, or lower finetune.validation."
         )
     dataset = Dataset(
         np.concatenate(pieces),

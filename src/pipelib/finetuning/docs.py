@@ -37,6 +37,9 @@ class DocsConversations:
         """Return what decides the conversations."""
         return {"kind": "docs", "raw": sha256_file(self.raw / MANIFEST), "skip": self.skip}
 
+    def finish(self) -> None:
+        """Nothing is left out."""
+
     def read(self) -> Iterator[tuple[str, list[Message]]]:
         """Yield each conversation with the name of what it is about. Of those with the same name, the first one stays."""
         from pipelib.corpus.parquet import iterate_raw  # not needed to link finished outs
@@ -80,7 +83,7 @@ def conversation_about(name: str, docstring: str) -> list[Message]:
 def summary(docstring: str) -> str:
     """Return the first sentence of a docstring; empty if it is not one, or too long."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    sentence = re.match(r"(.+?[.!?])(?:\s|$)", paragraph)
+    sentence = re.match(r"(.+?(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)[.!?])(?:\s|$)", paragraph)
     text = sentence[1] if sentence else ""
     is_sentence = re.match(r"[A-Z`\"]", text) and not re.search(r"::|[=\-~]{4}|>>>", text)
     return text if is_sentence and len(text) <= LONGEST else ""

@@ -1,7 +1,7 @@
 """The finetune stage: encode conversations, train on them, and measure what changed."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipelib.tokens.shards import UNIGRAM_COUNTS, read_manifest
 from pipelib.training.batches import check_shares
 from pipelib.training.launch.job import Job
 from pipelib.training.launch.launch import launch
-from pipelib.training.launch.machines import find_machines, require_gpu
+from pipelib.training.launch.machines import Machines, find_machines, require_gpu
 from pipelib.training.memory import Footprint
 from pipelib.training.schedule import Cadence
 from pipelib.vocabulary.chat import ChatTemplate
@@ -61,12 +61,15 @@ def finetune(
         _warn_of_untrained_markers(params, template, tokens)
 
     # Check everything that can be checked before the ranks start.
-    task, machines = Finetuning(params, base, dataset), find_machines()
+    task, machines = Finetuning(params, base, dataset), _one_machine()
     rows = len(task.split(params.sequence_length, held_out=False))
+    _require_rows(params, rows)
     train = params.training(rows)
     require_gpu(params.precision)
     _require_context(params, task)
     check_shares(train, machines.world_size)
+
+    footprint = Footprint(task.model, base.tokenizer.size, train, machines.world_size, task.trained_parameters)
 
     dataset.write(build.work / DATASET)
     made_from = lineage(params, inputs, dataset.fingerprint, read_recipe(Path(base.folder)))
@@ -78,15 +81,21 @@ def finetune(
         dataset=str(build.work / DATASET),
         lineage=str(build.work / LINEAGE),
     )
-    trained, speed = launch(
-        build, job, machines, Footprint(task.model, base.tokenizer.size, train, machines.world_size)
-    )
+    trained, speed = launch(build, job, machines, footprint)
 
     places = ChatPlaces(Places(build.outs).chat)
     measured, answers = _measure(params, base, places.model, dataset, template, tokens)
-    write_json(places.answers, {"questions": answers})
+    losses: dict[str, object] = {name: trained[name] for name in ("val_loss_before", "val_loss")}
+    write_json(places.answers, {"questions": answers, "measured": losses | measured})
     write_text(places.masks, masks_page(dataset, some_numbers(dataset, SHOWN), base.tokenizer))
     write_json(places.manifest, {"source": params.source, **made_from})
+    build.run.log_params(
+        {
+            "base_weights_sha256": base.sha256,
+            "conversations_sha256": made_from["conversations"]["sha256"],
+            "conversations_tokens_sha256": made_from["conversations"]["tokens_sha256"],
+        }
+    )
     for answer in answers:
         tell(f"finetune: {answer['question']} -> {answer['answer']}")
     build.run.log_text("answers.txt", "\n\n".join(f"{entry['question']}\n{entry['answer']}" for entry in answers))
@@ -111,6 +120,7 @@ def _encode(params: FinetuneParams, template: ChatTemplate) -> tuple[Dataset, Co
         validation=params.validation,
         most=params.max_conversations,
     )
+    source.finish()
     counts.report(params.sequence_length)
     tell(
         f"finetune: {counts.conversations:,} conversations, {counts.held_out:,} of them held out; {counts.tokens:,} tokens, "
@@ -122,6 +132,23 @@ def _encode(params: FinetuneParams, template: ChatTemplate) -> tuple[Dataset, Co
 def _described(counts: Counts) -> dict[str, int]:
     names = {"tokens": "conversation_tokens"}  # `tokens` are those of the training, padding included
     return {names.get(name, name): value for name, value in asdict(counts).items() if name != "named"}
+
+
+def _one_machine() -> Machines:
+    """The ranks of this machine. Others have joined the training before, and cannot join this one."""
+    machines = find_machines()
+    if machines.count > 1:
+        tell("finetune: this stage uses this machine alone, also with PIPELIB_NNODES")
+    return replace(machines, count=1, endpoint="")
+
+
+def _require_rows(params: FinetuneParams, rows: int) -> None:
+    if rows < params.rows_per_step:
+        raise UserError(
+            f"finetune.global_batch_tokens: {params.global_batch_tokens:,} tokens are {params.rows_per_step} rows in a step, and "
+            f"the conversations fill {rows}, so a step would hold some of them twice; lower it to "
+            f"{max(1, rows) * params.sequence_length:,} or less, or add conversations."
+        )
 
 
 def _require_same_template(folder: Path, template: ChatTemplate) -> None:
@@ -175,5 +202,6 @@ def _measure(
     if read_manifest(tokens).tokenizer == base.tokenizer:
         before = corpus_bits_per_byte(base.read().to(device), tokens, base.tokenizer, params)
         after = corpus_bits_per_byte(model, tokens, base.tokenizer, params)
-        result["corpus_bits_per_byte"] = {"before": round(before, 6), "after": round(after, 6)}
+        if before is not None and after is not None:
+            result["corpus_bits_per_byte"] = {"before": round(before, 6), "after": round(after, 6)}
     return result, answers

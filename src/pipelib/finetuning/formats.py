@@ -41,7 +41,7 @@ def conversation_of(row: Row, chosen: str, where: str) -> list[Message]:
             f"{where}: there is no {error.args[0]} (only {', '.join(row) or 'an empty object'}), which the format {name} has",
         ) from None
     except _WrongValueError as error:
-        raise BadRowError("not text", f"{where}: {error}") from None
+        raise BadRowError("turns", f"{where}: {error}") from None
     if problem := order_problem(messages):
         raise BadRowError("roles", f"{where}: {problem}")
     return messages
@@ -54,19 +54,24 @@ def _recognised(row: Row, where: str) -> str:
         what = "columns of several formats" if found else "no column of a conversation"
         raise BadRowError(
             "unknown columns",
-            f"{where}: there is {what} (it has {', '.join(row) or 'none'}), so it is unknown who says what; known are {known}",
+            f"{where}: there is {what} (it has {', '.join(row) or 'none'}), so it is unknown who says what; known are {known} "
+            "(finetune.format chooses one)",
         )
     return found[0]
 
 
 class _WrongValueError(ValueError):
-    """A value that is not a text or a list of messages."""
+    """A turn, or a content, that cannot be used."""
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _text(value: object, what: str) -> str:
     """A content as text. OpenAI's form in parts is joined."""
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(str(part.get("text")) for part in value)
+    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
+        value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise _WrongValueError(f"{what} is {kind_of(value)}, not a text")
     if not is_unicode(value):
@@ -77,6 +82,9 @@ def _text(value: object, what: str) -> str:
 def _message(entry: Any, role_key: str, content_key: str) -> Message:
     if not isinstance(entry, Mapping):
         raise _WrongValueError(f"a turn is {kind_of(entry)}, not an object with {role_key} and {content_key}")
+    for key in (role_key, content_key):
+        if key not in entry:
+            raise _WrongValueError(f"a turn has no {key} (only {', '.join(map(str, entry)) or 'nothing'})")
     role = ROLE_NAMES.get(str(entry[role_key]))
     if role is None:
         raise _WrongValueError(f"the role {entry[role_key]!r} is not one of {', '.join(ROLE_NAMES)}")
@@ -97,12 +105,13 @@ def _system(row: Row) -> list[Message]:
 
 
 def _messages(row: Row) -> list[Message]:
-    return [_message(entry, "role", "content") for entry in _list(row["messages"], "messages")]
+    return _system(row) + [_message(entry, "role", "content") for entry in _list(row["messages"], "messages")]
 
 
 def _sharegpt(row: Row) -> list[Message]:
     turns = _list(row["conversations"], "conversations")
-    keys = ("from", "value") if not turns or "from" in turns[0] else ("role", "content")
+    own = not (turns and isinstance(turns[0], Mapping) and "role" in turns[0])
+    keys = ("from", "value") if own else ("role", "content")
     return _system(row) + [_message(entry, *keys) for entry in turns]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipelib.corpus.local_files import LocalFiles, find_files
 from pipelib.corpus.local_rows import BadRowError, Tally
 from pipelib.corpus.params import kind_of_name
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.files import sha256_files
 from pipelib.finetuning.formats import conversation_of
 from pipelib.finetuning.params import FinetuneParams
@@ -65,7 +65,7 @@ class LocalConversations:
         """Yield each conversation with its file and row.
 
         Raises:
-            UserError: a row is not a conversation, or too many are not.
+            UserError: a row is not a conversation.
         """
         from pipelib.corpus.local_formats import Reading, read_rows  # not needed to link finished outs
         from pipelib.corpus.split import Cut
@@ -87,4 +87,13 @@ class LocalConversations:
                             "finetune.pattern."
                         ) from None
                     self.tally.skip(error)
+
+    def finish(self) -> None:
+        """Print what was left out.
+
+        Raises:
+            UserError: too many rows are not conversations.
+        """
         self.tally.require_few_bad()
+        for reason, count in self.tally.bad.most_common():
+            tell(f"finetune: bad rows are left out ({reason}): {count:,}; the first is {self.tally.first[reason]}")

@@ -13,7 +13,7 @@ from pipelib.model.decoder import Decoder
 from pipelib.model.device import inference
 from pipelib.model.generate import generate
 from pipelib.tokens.loader import validation_batches
-from pipelib.tokens.shards import VALIDATION_SHARD
+from pipelib.tokens.shards import VALIDATION_SHARD, shard_tokens
 from pipelib.vocabulary.chat import USER, ChatTemplate, Message
 from pipelib.vocabulary.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def answers_to(
 ) -> list[tuple[list[int], bool]]:
     """The likeliest answer to each prompt, and whether it ended by itself."""
     with inference(model.device, params.precision):
-        texts = generate(model, prompts, params.answer_tokens, temperature=0.0, stop_token_id=template.stop_token_id)
+        texts = generate(model, prompts, params.answer_tokens, temperature=0.0, stop_token_id=template.stop_token_ids)
     return [(tokens, len(tokens) < params.answer_tokens) for tokens in texts]
 
 
@@ -67,17 +67,18 @@ def answer_questions(model: Decoder, params: FinetuneParams, template: ChatTempl
     return [{"question": question, "answer": text} for question, text in zip(params.questions, texts, strict=True)]
 
 
-def corpus_bits_per_byte(model: Decoder, tokens: Path, tokenizer: Tokenizer, params: FinetuneParams) -> float:
-    """The loss on the start of the validation shard, in bits per byte of its text.
+def corpus_bits_per_byte(model: Decoder, tokens: Path, tokenizer: Tokenizer, params: FinetuneParams) -> float | None:
+    """The loss on the start of the validation shard, in bits per byte of its text; None if the shard has no text.
 
     Args:
         tokens: the folder of the shards, in this tokenizer's tokens.
     """
-    length, rows = model.params.context_length, 8
+    shard = tokens / VALIDATION_SHARD
+    length = min(model.params.context_length, shard_tokens(shard) - 1, CORPUS_TOKENS)
     lengths = tokenizer.byte_lengths()
-    batches = list(validation_batches(tokens / VALIDATION_SHARD, length, rows, CORPUS_TOKENS))
+    batches = list(validation_batches(shard, length, 8, CORPUS_TOKENS)) if length > 0 else []
     text_bytes = sum(int(lengths[targets].sum()) for _, targets in batches)
-    return summed_loss(model, batches, params.precision).bits_per_byte(max(1, text_bytes))
+    return summed_loss(model, batches, params.precision).bits_per_byte(text_bytes) if text_bytes else None
 
 
 CORPUS_TOKENS = 32768

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipelib.evaluation.loss import Loss
 from pipelib.finetuning.packing import IGNORED
 from pipelib.model.attend import Attend, attention, causal
-from pipelib.model.decoder import Decoder
+from pipelib.model.decoder import LOGIT_ROWS, Decoder
 from pipelib.model.device import exactly, inference
 from pipelib.training.objectives import Objective
 
@@ -52,9 +52,12 @@ class Answers(Objective):
         inputs, targets, positions = (torch.from_numpy(array).to(device) for array in batch)
         with inference(device, precision):
             counted = targets != IGNORED
-            logits = self.model.exact_logits(self._hidden(inputs, positions)[counted])
-            losses = F.cross_entropy(logits, targets[counted], reduction="none")
-        return Loss(float(exactly(losses).sum()), int(counted.sum()))
+            hidden, wanted = self._hidden(inputs, positions)[counted], targets[counted]
+            parts = [slice(start, start + LOGIT_ROWS) for start in range(0, max(1, len(wanted)), LOGIT_ROWS)]
+            losses = [
+                F.cross_entropy(self.model.exact_logits(hidden[part]), wanted[part], reduction="none") for part in parts
+            ]
+        return Loss(float(exactly(torch.cat(losses)).sum()), int(counted.sum()))
 
 
 def within_conversations(positions: Tensor) -> Attend:

@@ -1,9 +1,8 @@
 """The finetune stage's parameters, and the training that follows from them."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pipelib.schema import Bounds, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt
 from pipelib.training.params import Beta, TrainParams
@@ -26,12 +25,19 @@ class AdapterParams:
 
 
 @dataclass(frozen=True)
+class FinetuneTraining(TrainParams):
+    """The training that section `finetune` describes."""
+
+    section: ClassVar[str] = "finetune"
+
+
+@dataclass(frozen=True)
 class FinetuneParams:
     """Section `finetune` of params.yaml."""
 
     source: Literal["none", "docs", "local"]
-    """Where the conversations come from. `none`: no fine-tuning; `docs`: made from the docstrings of the offline corpus;
-    `local`: the user's files."""
+    """Where the conversations come from. `none`: no fine-tuning; `docs`: made from the docstrings of the offline corpus, and none
+    for another corpus; `local`: the user's files."""
     path: str
     """`local`: the folder of the user's files, or one file. The stage depends on it for every source."""
     pattern: str
@@ -43,7 +49,7 @@ class FinetuneParams:
     max_conversations: PositiveInt | None
     """The most conversations, the first ones; null: all."""
     validation: Share
-    """The share of the conversations that are held out, chosen by their hash; at least one is."""
+    """The share of the conversations that are held out, chosen by their hash; one, if that chooses none."""
     init_from: str
     """The model to start from: `models`, which train makes, one of `download.models`, or a folder such as ./DIR."""
     adapter: AdapterParams | None
@@ -128,10 +134,15 @@ class FinetuneParams:
         fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {key: value for key, value in fields.items() if key not in left_out}
 
-    def training(self, rows: int) -> TrainParams:
-        """The training of `rows` rows."""
-        steps = max(1, math.ceil(self.epochs * rows * self.sequence_length / self.global_batch_tokens - 1e-9))
-        return TrainParams(
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step."""
+        return self.global_batch_tokens // self.sequence_length
+
+    def training(self, rows: int) -> FinetuneTraining:
+        """The training of `rows` rows, with the number of steps that is nearest to `epochs`."""
+        steps = max(1, round(self.epochs * rows / self.rows_per_step))
+        return FinetuneTraining(
             seed=self.seed,
             max_tokens=steps * self.global_batch_tokens,
             max_epochs=self.epochs + 1,

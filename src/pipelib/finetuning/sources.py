@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelib.errors import UserError
-from pipelib.files import read_json, sha256_json
+from pipelib.errors import UserError, tell
+from pipelib.files import read_json, sha256_file, sha256_json
 from pipelib.finetuning.docs import DocsConversations
 from pipelib.finetuning.local import LocalConversations
 from pipelib.finetuning.params import BASE, FinetuneParams
@@ -29,6 +30,13 @@ class Conversations(Protocol):
     def identity(self) -> dict[str, Any]:
         """Return everything that pins the conversations."""
 
+    def finish(self) -> None:
+        """Print what was left out, once all are read.
+
+        Raises:
+            UserError: too many rows are not conversations.
+        """
+
     def read(self) -> Iterator[tuple[str, list[Message]]]:
         """Yield each conversation with its file and row, or its name."""
 
@@ -42,14 +50,20 @@ def find_conversations(params: FinetuneParams) -> Conversations:
     if params.source == "local":
         return LocalConversations(params)
     manifest = read_manifest(HERE.tokens)
-    if manifest.source.get("kind") != "docs":
-        raise UserError(
-            f"finetune.source: docs makes conversations from docstrings, and the corpus is of the source "
-            f"{manifest.source.get('kind')}; name your own conversations (finetune.source: local), or set it to none."
-        )
     validation = sum(shard.documents for shard in manifest.split("val"))
     # One more: GPT-2's validation split may end in the middle of a document.
     return DocsConversations(HERE.raw, validation + 1)
+
+
+def chosen_for(params: FinetuneParams, kind: str) -> FinetuneParams:
+    """Return the parameters for a corpus of this kind: only docstrings can be asked about by `source: docs`."""
+    if params.source != "docs" or kind == "docs":
+        return params
+    tell(
+        f"finetune: source: docs makes conversations from docstrings, and the corpus is of the source {kind}, so there is no "
+        "fine-tuning; finetune.source: local reads conversations of yours"
+    )
+    return replace(params, source="none")
 
 
 def base_folder(params: FinetuneParams) -> Path:
@@ -79,8 +93,15 @@ def finetune_inputs(params: FinetuneParams) -> dict[str, object]:
         "finetune": params.decides(),
         "conversations": find_conversations(params).identity(),
         "base": sha256,
+        "base files": {name: sha256_file(folder / name) for name in DESCRIBES if (folder / name).is_file()},
         "data": read_manifest(HERE.tokens).fingerprint,  # for what the model has forgotten
     }
+
+
+DESCRIBES = (
+    CONFIG, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+"""Files of a base that decide how its weights are used."""
 
 
 def _family_code(folder: Path) -> dict[str, str]:

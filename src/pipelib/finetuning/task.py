@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from pipelib.evaluation.loss import Loss
-from pipelib.files import read_json
+from pipelib.files import read_json, write_text
 from pipelib.finetuning.dataset import Dataset
 from pipelib.finetuning.objective import Answers
 from pipelib.finetuning.packing import ConversationRows
-from pipelib.finetuning.params import FinetuneParams
+from pipelib.finetuning.params import FinetuneParams, FinetuneTraining
 from pipelib.model.adapters import adapter_of, add_adapter, export_adapter, merged
-from pipelib.model.decoder import Decoder
-from pipelib.model.huggingface import export_model, import_model, read_params
+from pipelib.model.decoder import Decoder, build
+from pipelib.model.huggingface import CHAT_TEMPLATE, export_model, import_model, read_params
 from pipelib.model.params import ModelParams
 from pipelib.training.checkpoint import Stateful
 from pipelib.training.launch.distributed import World
@@ -68,10 +68,24 @@ class Finetuning(Task):
 
     def initial_model(self, params: TrainParams, *, draw: bool) -> Decoder:  # noqa: ARG002  (no weight of the base is drawn)
         """See `Task.initial_model`."""
-        model = self.base.read().train()
+        return self._adapted(self.base.read().train())
+
+    def _adapted(self, model: Decoder) -> Decoder:
         if adapter := self.params.adapter:
             add_adapter(model, adapter.rank, adapter.alpha, adapter.targets, self.params.seed)
         return model
+
+    @cached_property
+    def trained_parameters(self) -> int | None:
+        """See `Task.trained_parameters`.
+
+        Raises:
+            UserError: the adapter does not fit the model.
+        """
+        if self.params.adapter is None:
+            return None
+        adapter = adapter_of(self._adapted(build(self.model, self.tokenizer.size)))
+        return sum(matrix.numel() for matrix in adapter.parameters())
 
     def trained(self, model: Decoder) -> Stateful:
         """See `Task.trained`: a frozen model is in no checkpoint."""
@@ -123,6 +137,7 @@ class AnswerValidation(Validation):
 class FinetuneJob(Job):
     """A fine-tuning as all its ranks see it."""
 
+    train: FinetuneTraining
     finetune: FinetuneParams
     base: Base
     dataset: str
@@ -139,9 +154,10 @@ class FinetuneJob(Job):
 
     def export(self, model: Decoder, log: MainLog, outs: Path) -> Mapping[str, object]:
         """See `Job.export`."""
-        chat = ChatPlaces(Places(outs).chat)
+        chat, template = ChatPlaces(Places(outs).chat), ChatTemplate.of(self.task.tokenizer)
         if self.finetune.adapter:
             export_adapter(model, chat.adapter, {"path": self.base.folder, "sha256": self.base.sha256})
+            write_text(chat.adapter / CHAT_TEMPLATE, template.jinja)
             model = merged(model)
         recipe = {
             **read_json(Path(self.lineage)),
@@ -149,7 +165,7 @@ class FinetuneJob(Job):
             "finetune": self.finetune.decides(),
             **({"resumed_with_other_code": True} if self.resumed_with_other_code else {}),
         }
-        export_model(model, self.task.tokenizer, chat.model, recipe, ChatTemplate.of(self.task.tokenizer))
+        export_model(model, self.task.tokenizer, chat.model, recipe, template)
         log.export(chat.curves, Places(outs).speed(self.stage, "csv"))
         first, last = log.validation.rows()[0], log.validation.rows()[-1]
         return {"val_loss_before": round(first["val_loss"], 6), "val_loss": round(last["val_loss"], 6)}

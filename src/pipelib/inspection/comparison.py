@@ -71,7 +71,8 @@ def vocabulary_of(run: RunFiles) -> str:
 
 def is_per_token(key: str) -> bool:
     """Whether a metric is a loss per token, which means nothing for another vocabulary. The harness's are per byte or word."""
-    return key == "perplexity" or ("loss" in key and not key.startswith("lm_eval"))
+    of_harness = "lm_eval" in key.split(".")
+    return not of_harness and (key.rpartition(".")[2] == "perplexity" or "loss" in key)
 
 
 def is_part(key: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelib.corpus.hub_client import client, endpoint, headers, permanent_failure, session, shown
 from pipelib.errors import UserError
-from pipelib.evaluation.model_card import LOAD_FROM, REPRODUCE
+from pipelib.evaluation.model_card import CHAT_FROM, LOAD_FROM, REPRODUCE
 from pipelib.files import files_under, link_or_copy, write_text
 from pipelib.inspection.verify import check_folder, find_folders
 from pipelib.tracking.record import redact
@@ -26,10 +26,12 @@ class Published:
     model: Path
     """The model's folder: the out, or in it."""
     card: Path
+    load_from: str
+    """How the card names the model; the repository's name replaces it."""
 
 
-MODEL = Published("train", HERE.model, HERE.model, HERE.model_card)
-CHAT = Published("finetune", HERE.chat, ChatPlaces(HERE.chat).model, HERE.chat_card)
+MODEL = Published("train", HERE.model, HERE.model, HERE.model_card, LOAD_FROM)
+CHAT = Published("finetune", HERE.chat, ChatPlaces(HERE.chat).model, HERE.chat_card, CHAT_FROM)
 
 
 def require_whole(what: Published) -> None:
@@ -38,9 +40,10 @@ def require_whole(what: Published) -> None:
     Raises:
         UserError: one of these is not so.
     """
+    remedy = "set finetune.source and run dvc repro" if what is CHAT else "run dvc repro"
     for path, name in ((what.model / "model.safetensors", "no model"), (what.card, "no model card")):
         if not path.is_file():
-            raise UserError(f"{path} does not exist, so there is {name} to publish; run dvc repro.")
+            raise UserError(f"{path} does not exist, so there is {name} to publish; {remedy}.")
     # models/ and reports/ are intact
     for folder in (what.out, what.card.parent):
         ((_, out),) = find_folders(folder).items()
@@ -83,7 +86,7 @@ def write_copy(what: Published, folder: Path, repo: str, licence: str | None) ->
     for path in files_under(what.model):
         if path.name != "README.md":
             link_or_copy(path, folder / path.relative_to(what.model))
-    card = what.card.read_text(encoding="utf-8").replace(LOAD_FROM, f'"{repo}"')
+    card = what.card.read_text(encoding="utf-8").replace(what.load_from, f'"{repo}"')
     for picture in sorted(what.card.parent.glob("*.png")):
         if f"({picture.name})" in card:
             link_or_copy(picture, folder / picture.name)

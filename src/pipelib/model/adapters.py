@@ -18,7 +18,7 @@ from pipelib.model.decoder import Decoder
 
 ADAPTER = "adapter"
 """The name of the module in its model."""
-CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "base.json"
 """PEFT's files, and ours: which weights the adapter belongs to."""
 
 
@@ -87,7 +87,7 @@ def add_adapter(model: Decoder, rank: int, alpha: float, targets: Sequence[str] 
     """Freeze a model, and attach a new adapter to it as the module `adapter`.
 
     Args:
-        targets: ends of the names of layers, such as q_proj or mlp.c_proj, or `all` for the linear layers of the blocks.
+        targets: ends of the names of layers, such as q_proj or self_attn.q_proj, or `all` for the linear layers of the blocks.
         seed: for the matrices A.
 
     Raises:
@@ -144,7 +144,7 @@ def export_adapter(model: Decoder, folder: Path, base: Mapping[str, Any]) -> Non
     with write_atomic(folder / WEIGHTS) as file:
         file.write(save(tensors, metadata={"format": "pt"}))
     transposed = any(f"{name}.weight".endswith(model.transposed_names) for name in adapter.layers)
-    write_json(folder / BASE, base)
+    write_json(folder / ORIGIN, base)
     write_json(
         folder / CONFIG,
         {

@@ -1,7 +1,7 @@
 """Generate text token by token. Each text has its own random generator, so sampling changes no other random number."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +99,7 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    stop_token_id: int | None = None,
+    stop_token_id: int | Collection[int] | None = None,
     ends: Ends | None = None,
 ) -> list[list[int]]:
     """Continue prompts, several at a time; see `stream` for the arguments.
@@ -139,7 +139,7 @@ def stream(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    stop_token_id: int | None = None,
+    stop_token_id: int | Collection[int] | None = None,
     ends: Ends | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Continue prompts, several at a time, and yield each token when it is drawn: (number of the prompt, token id).
@@ -158,7 +158,7 @@ def stream(
             if they are negative (Keskar et al., CTRL, 2019); 1 for none.
         seed: the seed of the first text; each further text has the next one. So texts depend on each other only through
             rounding, which changes with the batch size: little in fp32, but in bf16 enough to change a close draw.
-        stop_token_id: end a text before this token.
+        stop_token_id: end a text before this token, or before any of these.
         ends: end a text after a token if this is true of its new tokens; see `at_strings`.
 
     Raises:
@@ -174,7 +174,8 @@ def stream(
         raise UserError(
             f"seed {seed} is out of range for torch's generators, so no text could be drawn; use 0 to {MAX_INT}."
         )
-    return _stream(model, prompts, new_tokens, sampling, seed, stop_token_id, ends)
+    stops = {stop_token_id} if isinstance(stop_token_id, int) else set(stop_token_id or ())
+    return _stream(model, prompts, new_tokens, sampling, seed, stops, ends)
 
 
 def at_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> Ends:
@@ -201,7 +202,7 @@ def _stream(
     new_tokens: int,
     sampling: Sampling,
     seed: int,
-    stop_token_id: int | None,
+    stops: Collection[int],
     ends: Ends | None,
 ) -> Iterator[tuple[int, int]]:
     texts = [list(prompt) for prompt in prompts]
@@ -217,7 +218,7 @@ def _stream(
                 next_logits = _next_logits(model, unfinished, cache)
             for number, logits in next_logits.items():
                 token = sampling.draw(logits[: model.vocab_size], texts[number], generators[number])
-                if token == stop_token_id:
+                if token in stops:
                     del unfinished[number]
                     continue
                 texts[number].append(token)

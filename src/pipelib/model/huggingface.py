@@ -61,15 +61,16 @@ def export_model(
     write_json(folder / CONFIG, model.config(model.params, model.vocab_size, tokenizer.end_token_id))
     end = tokenizer.end_token_id
     # A text ends with the end token, an answer with that of its turn.
-    stops = end if chat is None or chat.stop_token_id == end else [chat.stop_token_id, end]
-    write_json(folder / GENERATION, {"bos_token_id": end, "eos_token_id": stops})
+    stops = [end] if chat is None else chat.stop_token_ids
+    write_json(folder / GENERATION, {"bos_token_id": end, "eos_token_id": stops if len(stops) > 1 else end})
     if chat:
         write_text(folder / CHAT_TEMPLATE, chat.jinja)
     for name, content in tokenizer.files(model.params.context_length).items():
         with write_atomic(folder / name) as file:
             file.write(content)
     title = f"{model.params.title}, {model.params.parameters(model.vocab_size):,} parameters"
-    write_recipe(folder, recipe, title, model.architecture, "Fine-tuned" if chat else "Pretrained")
+    how = ("Fine-tuned", "chat/model") if chat else ("Pretrained", "models")
+    write_recipe(folder, recipe, title, model.architecture, *how)
 
 
 def read_chat_template(folder: Path) -> str:

@@ -16,9 +16,19 @@ RECIPE, README = "recipe.json", "README.md"
 
 
 def write_recipe(
-    folder: Path, recipe: Mapping[str, object], title: str, architecture: str, how: str = "Pretrained"
+    folder: Path,
+    recipe: Mapping[str, object],
+    title: str,
+    architecture: str,
+    how: str = "Pretrained",
+    name: str = "models",
 ) -> None:
-    """Write recipe.json and README.md into a model's folder."""
+    """Write recipe.json and README.md into a model's folder.
+
+    Args:
+        how: the kind of training.
+        name: the folder's name in the workspace.
+    """
     write_json(folder / RECIPE, recipe)
     rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in flatten(recipe))
     text = (
@@ -26,8 +36,8 @@ def write_recipe(
         f"# {title}\n\n"
         f"{how} by pipelib. Load it with transformers:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("models")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("models")\n```\n\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
         f"Everything that decided these weights, as `{RECIPE}` has it:\n\n"
         f"| what | value |\n|---|---|\n{rows}\n"
     )

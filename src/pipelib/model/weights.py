@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-MODELS, OWN_MODEL = HERE.published_models, HERE.model
-"""The published models that download fetches, and the model that train makes."""
+MODELS, OWN_MODEL, CHAT = HERE.published_models, HERE.model, HERE.chat
+"""The published models that download fetches, the model that train makes, and what finetune makes."""
 GUIDE = "docs/how-to/initial-weights.md"
 CONVERT = (
     "python -c 'import sys, transformers; [transformers.GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder) "
@@ -191,7 +191,7 @@ def restore(folder: Path) -> str:
 def _our_out(folder: Path) -> Path | None:
     """The pipeline's output folder that a folder is, or is in; None for any other."""
     here = Path(os.path.abspath(folder))
-    return next((out for out in (OWN_MODEL, MODELS) if here.is_relative_to(os.path.abspath(out))), None)
+    return next((out for out in (OWN_MODEL, MODELS, CHAT) if here.is_relative_to(os.path.abspath(out))), None)
 
 
 def require_folder(folder: Path) -> None:
@@ -215,6 +215,8 @@ def _meant(folder: Path) -> str:
         return f"~ and $NAME are not expanded here: write {expanded}"
     if out == MODELS:
         return f"dvc repro download fetches it where download.models names it: [{published or 'gpt2'}]"
+    if out == CHAT:
+        return "set finetune.source and run dvc repro, or name another folder"
     if out:
         return "run dvc repro, which makes it, or name another folder"
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):

@@ -89,8 +89,8 @@ def check_shares(params: TrainParams, world_size: int) -> None:
     """
     rows, auto = params.rows_per_step, params.micro_batch_size == "auto"
     if rows < world_size or rows % (world_size * (1 if auto else params.micro_batch_rows(world_size))):
+        key = f"{params.section}.micro_batch_size"
         raise UserError(
-            f"{world_size} ranks with train.micro_batch_size = {params.micro_batch_size} cannot share the {rows} rows of a step "
-            f"equally, so some would wait or rows would be lost; {'' if auto else 'lower train.micro_batch_size, or '}start "
-            "fewer ranks with PIPELIB_NPROC."
+            f"{world_size} ranks with {key} = {params.micro_batch_size} cannot share the {rows} rows of a step equally, so some "
+            f"would wait or rows would be lost; {'' if auto else f'lower {key}, or '}start fewer ranks with PIPELIB_NPROC."
         )

@@ -43,7 +43,7 @@ def build_trainer(
         UserError: the weights, data or micro-batch do not fit the parameters.
     """
     state, spikes, hours = TrainState(), Spikes(params.spike), DeviceHours(world.world_size)
-    footprint = Footprint(task.model, task.tokenizer.size, params, world.world_size)
+    footprint = Footprint(task.model, task.tokenizer.size, params, world.world_size, task.trained_parameters)
     require_support(world.device, params.precision)
     set_determinism(params, world)
     # Measured before anything is on the device, and the minimum over ranks, so that all choose the same micro-batch.

@@ -110,13 +110,13 @@ class Guards:
         self._world.barrier()  # rank 0 has written its checkpoint before any rank names the last one
         last = self._checkpoints.newest()
         role, growth = self._update_sizes.most_grown()
-        rate = f"train.{RATES[role] if self._params.muon else RATES[MATRICES]}"
+        rate = f"{self._params.section}.{RATES[role] if self._params.muon else RATES[MATRICES]}"
         return (
             f"step {step} has {', '.join(found) or 'a finite loss'} and gradient norm {norm} at learning rate "
             f"{learning_rate:g}, so its update was skipped and training stopped; its batch was {', '.join(rows)}. "
             f"{f'The last checkpoint is {last}, from before this step' if last else 'There is no checkpoint yet'}. The "
             f"weights of role {role} have grown most since the last validation, by a factor of {growth:.3g}. Lower {rate} or "
-            "train.grad_clip_norm, or look at the text of these rows."
+            f"{self._params.section}.grad_clip_norm, or look at the text of these rows."
         )
 
 

@@ -207,7 +207,8 @@ class Trainer:
         if self.state.step and world.device.type == "cuda" and not params.deterministic:
             tell(
                 "weights, moments, random streams and batches are exactly those of the checkpoint; the next steps may round "
-                "differently, because the GPU's fastest kernels are not deterministic; train.deterministic: true prevents it"
+                "differently, because the GPU's fastest kernels are not deterministic; "
+                f"{params.section}.deterministic: true prevents it"
             )
         begin = f"resumes after step {self.state.step:,}" if self.state.step else "starts"
         tell(

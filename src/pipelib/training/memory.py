@@ -49,22 +49,29 @@ class Footprint:
     train: TrainParams
     world_size: int = 1
     """Ranks in the training."""
+    trained: int | None = None
+    """Numbers that are trained; None for all. The rest has no gradients, no moments and no place in checkpoints."""
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers in memory and in checkpoints, the vocabulary's padding included."""
+        """Numbers in the weights, the vocabulary's padding included."""
         return self.model.parameters(padded_size(self.vocab_size))
+
+    @property
+    def trained_parameters(self) -> int:
+        """Of `parameters`, those that change."""
+        return self.parameters if self.trained is None else self.trained
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: on disk, and in rank 0's main memory while it is written."""
-        return 4 * self.parameters + self._moments
+        return 4 * self.trained_parameters + self._moments
 
     @property
     def _moments(self) -> int:
         """Bytes of the optimizer's state: AdamW keeps two numbers for a parameter, Muon one for a number in a block's matrix."""
         fewer = self.model.matrix_parameters(vocab_size=0) if self.train.optimizer == "muon" else 0
-        return 8 * self.parameters - 4 * fewer
+        return 8 * self.trained_parameters - 4 * fewer
 
     def memory(self, rows: int, length: int = 0) -> Memory:
         """Memory for a micro-batch of `rows` rows of `length` tokens.
@@ -87,7 +94,7 @@ class Footprint:
         logit_bytes = (4 if half else 8) if train.compile else 12
         return Memory(
             weights=4 * self.parameters,
-            gradients=(8 if twice else 4) * self.parameters,
+            gradients=(8 if twice else 4) * self.trained_parameters,
             moments=self._moments,
             copies=2 * self.model.matrix_parameters(self.vocab_size) if half else 0,
             activations=tokens * self.model.activation_bytes(half, train.activation_checkpointing),
@@ -139,16 +146,15 @@ class Footprint:
         need = format_bytes(self.memory(rows).total)
         said = (str(error).splitlines() or [""])[0][:200]  # torch appends advice about its allocator
         fit = self.rows_that_fit(free, below=rows)
-        checkpointing = (
-            "" if self.train.activation_checkpointing else "; train.activation_checkpointing: true needs less too"
-        )
+        section = self.train.section
+        cheaper = f"; {section}.activation_checkpointing: true needs less too"
+        checkpointing = "" if self.train.activation_checkpointing else cheaper
         if fit:
             less = format_bytes(self.memory(fit).total)
-            remedy = f"train.micro_batch_size: {fit} would fit, with about {less}{checkpointing}."
+            remedy = f"{section}.micro_batch_size: {fit} would fit, with about {less}{checkpointing}."
         else:
-            remedy = (
-                f"no smaller micro-batch would fit: lower train.sequence_length or the model's size{checkpointing}."
-            )
+            smaller = f"lower {section}.sequence_length or the model's size"
+            remedy = f"no smaller micro-batch would fit: {smaller}{checkpointing}."
         return (
             f"out of memory ({said}): a micro-batch of {rows} rows of {self.train.sequence_length:,} tokens needs about {need} "
             f"and {format_bytes(free)} were free, so training stopped; {remedy}"

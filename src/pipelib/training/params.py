@@ -3,7 +3,7 @@
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pipelib.schema import Bounds, NaturalFloat, NaturalInt, OneOf, PositiveFloat, PositiveInt
 from pipelib.training import optim
@@ -77,6 +77,9 @@ MUON_EXAMPLE = "{momentum: 0.95, weight_decay: 0.0, embedding_lr: 0.01, head_lr:
 @dataclass(frozen=True)
 class TrainParams:
     """Section `train` of params.yaml."""
+
+    section: ClassVar[str] = "train"
+    """What messages call the section that holds these parameters."""
 
     seed: NaturalInt
     """Decides the initial weights, the order of the sequences, and the samples."""

@@ -37,6 +37,11 @@ class Task(ABC):
             draw: draw random weights. Otherwise they are zero: the other ranks get rank 0's when they are wrapped.
         """
 
+    @property
+    def trained_parameters(self) -> int | None:
+        """How many numbers are trained; None if all are."""
+        return None
+
     def trained(self, model: Decoder) -> Stateful:
         """The part of the model that changes, and that checkpoints hold."""
         return model

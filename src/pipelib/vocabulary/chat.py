@@ -77,6 +77,11 @@ class ChatTemplate:
         return self.tokenizer.special_tokens[self.stop]
 
     @property
+    def stop_token_ids(self) -> list[int]:
+        """The tokens at which a model stops: that one, and the one that ends a text."""
+        return list(dict.fromkeys((self.stop_token_id, self.tokenizer.end_token_id)))
+
+    @property
     def marker_token_ids(self) -> list[int]:
         """The special tokens that the template writes."""
         return sorted({self.tokenizer.special_tokens[token] for token in (self.start, self.stop) if token})
