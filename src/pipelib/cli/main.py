@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelib.cli.chat import Chat
 from pipelib.cli.clean import Clean
 from pipelib.cli.command import Command, Parser, positional
 from pipelib.cli.compare import Compare
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   pipelib plan                        what a run with params.yaml would cost
   pipelib doctor                      is this machine ready?
   pipelib sample --prompt "Returns the"
+  pipelib chat                        talk to the model
   pipelib COMMAND --help              help for one command
 
 DVC runs the pipeline itself: dvc repro, dvc exp run -S train.max_lr=1.8e-3, dvc metrics diff.
@@ -74,6 +76,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Export,
     ExportTokens,
     Sample,
+    Chat,
     Evaluate,
     Publish,
     Track,
