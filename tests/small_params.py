@@ -17,7 +17,8 @@ PARAMS: dict[str, dict[str, Any]] = {
         "source": "local", "path": "texts", "pattern": "**/*", "text_column": "text",
         "bad_rows": "refuse", "encoding": "utf-8", "stray_bytes": "refuse", "split": "whole", "separator": "<|endoftext|>",
         "shuffle": False, "validation": None, "repo": "a/b", "revision": "a" * 40, "folder": "c",
-        "max_tokens": None, "benchmarks": ["completion"], "benchmark_documents": 8, "models": [], "seed": 1,
+        "max_tokens": None, "benchmarks": ["completion"], "benchmark_documents": 8, "models": [], "conversations": None,
+        "seed": 1,
     },
     "vocabulary": {
         "source": "gpt2", "size": 300, "pre_tokenizer": "gpt2", "special_tokens": [], "max_bytes": 100000,

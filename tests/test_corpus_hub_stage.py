@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
+from small_corpus import make_texts, write_jsonl
 from small_params import write_params
 from small_project import Project
 from test_corpus_hub import parquet_bytes
@@ -84,3 +85,21 @@ def test_the_corpus_is_on_the_disk_once(hub: FakeHub, tmp_path: Path) -> None:
     assert len(hub.requests) == requests
     names = [path.name for path in sorted((clone.root / "data/raw").iterdir())]
     assert names == ["000_00000.parquet", "manifest.json"]
+
+
+def test_conversations_are_fetched_beside_the_corpus_and_change_nothing_of_it(tmp_path: Path) -> None:
+    project = Project.make(tmp_path / "project")
+    write_jsonl(project.root / "texts/a.jsonl", make_texts(40))
+    project.runs("download")
+    before = (project.root / "data/raw/manifest.json").read_bytes()
+    assert (project.root / "data/conversations/manifest.json").read_text() == "{}\n"
+    row = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    with FakeHub("someone/talk", REVISION, {"train.jsonl": row * 3}) as hub:
+        variables = environment(hub, tmp_path / "home")
+        chosen = {"repo": "someone/talk", "revision": REVISION, "folder": ""}
+        write_params(project.root, download__conversations={**chosen, "revision": "main"})
+        project.refuses("download", "download.conversations.revision: 'main' is not a commit", **variables)
+        write_params(project.root, download__conversations=chosen)
+        project.runs("download", **variables)
+    assert (project.root / "data/conversations/train.jsonl").read_bytes() == row * 3
+    assert (project.root / "data/raw/manifest.json").read_bytes() == before

@@ -27,7 +27,7 @@ DATA_DEPS = {
     "train": ["data/vocabulary", "data/tokens", "data/models/manifest.json", "data/benchmarks/hellaswag.jsonl"],
     "finetune": [
         "models", "data/vocabulary", "data/raw/manifest.json", "data/tokens/manifest.json", "data/tokens/unigram_counts.npy",
-        "data/tokens/val_000000.bin", "data/models/manifest.json", "${finetune.path}",
+        "data/tokens/val_000000.bin", "data/models/manifest.json", "data/conversations", "${finetune.path}",
     ],
     "evaluate": [
         "chat", "curves", "data/benchmarks", "data/models/manifest.json", "data/tokens/manifest.json",

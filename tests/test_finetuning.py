@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_hub import FakeHub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_chat import (
@@ -22,12 +23,15 @@ from small_chat import (
     write_conversations,
 )
 from small_params import finetune_params
+from test_corpus_hub import point_at
 
+from pipelib.corpus import hub_conversations
 from pipelib.corpus.local_rows import BadRowError
+from pipelib.corpus.params import HubConversationsParams
 from pipelib.errors import UserError
 from pipelib.finetuning.docs import conversation_about, public_name
 from pipelib.finetuning.formats import conversation_of
-from pipelib.finetuning.local import LocalConversations
+from pipelib.finetuning.local import HubConversations, LocalConversations
 from pipelib.finetuning.masks_page import masks_page
 from pipelib.finetuning.objective import Answers
 from pipelib.finetuning.packing import IGNORED, ConversationRows, pack
@@ -208,6 +212,39 @@ def test_a_bad_row_is_refused_by_name_or_skipped_and_counted(here: Path) -> None
         LocalConversations(finetune_params(source="local", path="c")).identity()
     with pytest.raises(UserError, match=r"finetune\.path: nowhere does not exist"):
         LocalConversations(finetune_params(source="local", path="nowhere")).identity()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_conversations_of_the_hub_are_those_of_its_files(
+    kind: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pandas as pd
+
+    told = facts(12)
+    rows = [{"messages": as_dicts(messages)} for messages in told]
+    frames = [pd.DataFrame(rows[:7]), pd.DataFrame(rows[7:])]
+    files = {"data/readme.txt": b"hello"}
+    for number, frame in enumerate(frames):
+        content = frame.to_parquet() if kind == "parquet" else frame.to_json(orient="records", lines=True).encode()
+        files[f"data/part {number}.{kind}"] = content
+    monkeypatch.setenv("PIPELIB_STATE_DIR", str(here / "state"))
+    chosen = HubConversationsParams("someone/talk", "a" * 40, "data")
+    with FakeHub("someone/talk", "a" * 40, files) as hub:
+        point_at(hub.url, monkeypatch)
+        hub_conversations.write_conversations(chosen, here / "first")
+        asked = len(hub.requests)
+        hub_conversations.write_conversations(chosen, here / "again")
+        assert len(hub.requests) == asked, "files and their list are stored"
+    source = HubConversations(finetune_params(source="hub"), folder=here / "first")
+    assert [messages for _, messages in source.read()] == told
+    assert HubConversations(finetune_params(source="hub"), folder=here / "again").identity() == source.identity()
+    name = next(iter(source.identity()["files"]))
+    (here / "first" / name).unlink()
+    with pytest.raises(UserError, match="is missing or damaged, so conversations would be lost"):
+        HubConversations(finetune_params(source="hub"), folder=here / "first").identity()
+    hub_conversations.write_conversations(None, here / "none")
+    with pytest.raises(UserError, match=r"it has no conversations; name them in download\.conversations"):
+        HubConversations(finetune_params(source="hub"), folder=here / "none").identity()
 
 
 # ---- Docstrings ------------------------------------------------------------------------------------------------------

@@ -124,6 +124,11 @@ class Params:
         finetune = self.finetune
         if finetune.source == "none" or (finetune.source == "docs" and self.download.source != "docs"):
             return
+        if finetune.source == "hub" and self.download.conversations is None:
+            yield (
+                "finetune.source: hub reads what download.conversations names, and that is null; set it, for example to "
+                "{repo: OWNER/NAME, revision: COMMIT, folder: data}, or choose another source."
+            )
         if finetune.init_from == BASE and finetune.sequence_length > self.model.context_length:
             yield (
                 f"finetune.sequence_length: {finetune.sequence_length} is longer than model.context_length = "

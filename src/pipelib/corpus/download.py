@@ -36,6 +36,11 @@ def download_inputs(params: DownloadParams, origin: Source) -> dict[str, Any]:
         inputs[f"model {name}"] = asdict(PUBLISHED_MODELS[name])
     if COMPLETION in params.benchmarks:
         inputs["completion"] = {"documents": params.benchmark_documents, "seed": params.seed}
+    if params.conversations:
+        from pipelib.corpus.hub_conversations import conversation_files  # asks the hub, if its list is not stored
+
+        files = [file.identity() for file in conversation_files(params.conversations)]
+        inputs["conversations"] = {**asdict(params.conversations), "files": files}
     return inputs
 
 
@@ -43,7 +48,7 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
     """Put the corpus, the benchmarks and the models under `outs`.
 
     Args:
-        outs: gets data/raw, data/benchmarks and data/models.
+        outs: gets data/raw, data/benchmarks, data/models and data/conversations.
         work: kept until the stage has finished, so that a killed run can resume from it.
 
     Returns:
@@ -55,6 +60,7 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
     # Imported here, because the stage may only have to link finished outs.
     from pipelib.corpus.baselines import write_baselines
     from pipelib.corpus.benchmarks import write_benchmarks
+    from pipelib.corpus.hub_conversations import write_conversations
     from pipelib.corpus.hub_store import fetch_pinned
 
     started = time.monotonic()
@@ -75,6 +81,7 @@ def download(params: DownloadParams, origin: Source, outs: Path, work: Path) -> 
     manifest = write_manifest(raw, origin.identity(), written)
     benchmarks = write_benchmarks(params, raw, places.benchmarks, fetch_pinned, written.validation_documents)
     write_baselines(params.models, places.published_models, fetch_pinned)
+    write_conversations(params.conversations, places.conversations)
     parquet_bytes = sum(file.bytes for file in manifest.files)
     result = {
         "documents": manifest.documents,

@@ -20,6 +20,8 @@ KINDS = ((".parquet",), *(tuple(kind + packed for packed in ("", *PACKED)) for k
 """The endings of each kind of file. The hub's folders have files about the data, too, so the first kind that is there counts."""
 READABLE = tuple(ending for endings in KINDS for ending in endings)
 """The endings of all files that `local` reads."""
+CONVERSATION_KINDS = tuple(kind for kind in KINDS if ".txt" not in kind)
+"""The endings of files that may hold conversations: those with rows."""
 KINDS_IN_WORDS = (
     ".parquet, .jsonl, .ndjson, .json, .csv, .tsv, .txt, also with .gz, .bz2, .xz or .zst, or a saved dataset"
 )
@@ -52,6 +54,33 @@ def kind_of_name(name: str) -> str:
 def known_sources() -> list[str]:
     """Return the names that `download.source` may have."""
     return sorted(path.stem for path in SOURCES.glob("[a-z]*.py"))
+
+
+def is_commit(revision: str) -> bool:
+    """Return whether a revision is 40 hexadecimal digits. The name of a branch would not be reproducible."""
+    return len(revision) == 40 and set(revision) <= set("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class HubConversationsParams:
+    """Section `download.conversations` of params.yaml: a folder of a dataset on the hub, for `finetune.source: hub`."""
+
+    repo: str
+    """The dataset repository, OWNER/NAME."""
+    revision: str
+    """The commit of the repository, 40 hexadecimal digits."""
+    folder: str
+    """The folder in the repository; empty for the top one. Its files of one kind are taken, parquet first."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield a message for each invalid value."""
+        if not is_commit(self.revision):
+            yield (
+                f"revision: {self.revision!r} is not a commit (40 hexadecimal digits), so the conversations could change under "
+                "you; pin the commit that the dataset's page shows under 'History'."
+            )
+        if self.repo.count("/") != 1:
+            yield f"repo: {self.repo!r} is not OWNER/NAME, so the hub would not find it; write both."
 
 
 @dataclass(frozen=True)
@@ -100,12 +129,14 @@ class DownloadParams:
     have more than 1 MB of text or a tenth of the corpus."""
     models: tuple[Annotated[str, OneOf(PUBLISHED_MODELS.keys)], ...]
     """The published models to download from the hub."""
+    conversations: HubConversationsParams | None
+    """The conversations to download from the hub, for `finetune.source: hub`; null: none."""
     seed: NaturalInt
     """Decides the order of the documents of `docs`, and the items and distractors of the completion benchmark."""
 
     def problems(self) -> Iterator[str]:
         """Yield a message for each invalid combination of values."""
-        if self.source == "hub" and not (len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")):
+        if self.source == "hub" and not is_commit(self.revision):
             yield (
                 f"revision: {self.revision!r} is not a commit (40 hexadecimal digits), so the corpus could change "
                 "under you; pin the commit that the dataset's page shows under 'History'."

@@ -35,17 +35,18 @@ class FinetuneTraining(TrainParams):
 class FinetuneParams:
     """Section `finetune` of params.yaml."""
 
-    source: Literal["none", "docs", "local"]
+    source: Literal["none", "docs", "local", "hub"]
     """Where the conversations come from. `none`: no fine-tuning; `docs`: made from the docstrings of the offline corpus, and none
-    for another corpus; `local`: the user's files."""
+    for another corpus; `local`: the user's files; `hub`: `download.conversations`."""
     path: str
     """`local`: the folder of the user's files, or one file. The stage depends on it for every source."""
     pattern: str
     """`local`: which files of that folder to read, as a glob."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt"]
-    """`local`: how a row holds a conversation; auto: recognised by its columns."""
+    """`local` and `hub`: how a row holds a conversation; auto: recognised by its columns."""
     bad_rows: Literal["refuse", "skip"]
-    """`local`: what to do with a row that is not a conversation. `skip` leaves it out and counts it, up to 1 % of all rows."""
+    """`local` and `hub`: what to do with a row that is not a conversation. `skip` leaves it out and counts it, up to 1 % of all
+    rows."""
     max_conversations: PositiveInt | None
     """The most conversations, the first ones; null: all."""
     validation: Share
@@ -130,7 +131,9 @@ class FinetuneParams:
         """The parameters that decide the result, as JSON values: those that the chosen source uses."""
         if self.source == "none":
             return {"source": "none"}
-        left_out = {"path"} if self.source == "local" else {"path", "pattern", "format", "bad_rows"}
+        left_out = {"local": {"path"}, "hub": {"path", "pattern"}}.get(
+            self.source, {"path", "pattern", "format", "bad_rows"}
+        )
         fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {key: value for key, value in fields.items() if key not in left_out}
 

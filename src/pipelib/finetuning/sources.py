@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pipelib.errors import UserError, tell
 from pipelib.files import read_json, sha256_file, sha256_json
 from pipelib.finetuning.docs import DocsConversations
-from pipelib.finetuning.local import LocalConversations
+from pipelib.finetuning.local import HubConversations, LocalConversations
 from pipelib.finetuning.params import BASE, FinetuneParams
 from pipelib.model.params import known_families
 from pipelib.model.weights import CONFIG, MODELS, require_published, restore, weights_sha256
@@ -49,6 +49,8 @@ def find_conversations(params: FinetuneParams) -> Conversations:
     """
     if params.source == "local":
         return LocalConversations(params)
+    if params.source == "hub":
+        return HubConversations(params)
     manifest = read_manifest(HERE.tokens)
     validation = sum(shard.documents for shard in manifest.split("val"))
     # One more: GPT-2's validation split may end in the middle of a document.

@@ -56,6 +56,11 @@ class Places:
         return self.data / "models"
 
     @property
+    def conversations(self) -> Path:
+        """Conversations from the hub, with a manifest, which is alone if there are none."""
+        return self.data / "conversations"
+
+    @property
     def vocabulary(self) -> Path:
         """The vocabulary: tokenizer.json and a manifest, which is alone for GPT-2's."""
         return self.data / "vocabulary"
