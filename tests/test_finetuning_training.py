@@ -213,9 +213,9 @@ def test_the_stage_makes_a_model_a_page_and_its_lineage(project: SmallProject) -
     ("ranks", "adapter"),
     [
         pytest.param(1, None, marks=pytest.mark.long),
-        pytest.param(1, LORA, marks=pytest.mark.long),
+        (1, LORA),
         pytest.param(2, None, marks=pytest.mark.long),
-        (2, LORA),
+        pytest.param(2, LORA, marks=pytest.mark.long),
     ],
 )
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(tmp_path: Path, ranks: int, adapter: Any) -> None:
