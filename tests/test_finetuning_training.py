@@ -22,7 +22,7 @@ from pipelib.finetuning.measure import answer_conversations
 from pipelib.finetuning.params import FinetuneParams
 from pipelib.finetuning.sources import chosen_for, finetune_inputs
 from pipelib.finetuning.task import Base, Finetuning
-from pipelib.model.adapters import adapter_of, add_adapter, export_adapter, merged
+from pipelib.model.adapters import adapter_of, add_adapter, export_adapter, import_adapted, merged
 from pipelib.model.decoder import Decoder
 from pipelib.model.huggingface import export_model
 from pipelib.tracking.run import NullRun
@@ -104,7 +104,7 @@ def test_accumulation_and_packing_change_nothing_but_rounding(tmp_path: Path, to
 # ---- Adapters --------------------------------------------------------------------------------------------------------
 
 
-def with_adapter(family: str, size: int, targets: Any = "all") -> Decoder:
+def with_new_adapter(family: str, size: int, targets: Any = "all") -> Decoder:
     model = base_model(family, size).eval()
     add_adapter(model, 4, 8.0, targets, seed=3)
     return model
@@ -119,7 +119,7 @@ def test_a_new_adapter_changes_no_bit(family: str, tokenizer: Tokenizer) -> None
     tokens = random_tokens(tokenizer.size)
     with torch.no_grad():
         assert torch.equal(
-            with_adapter(family, tokenizer.size).hidden(tokens),
+            with_new_adapter(family, tokenizer.size).hidden(tokens),
             base_model(family, tokenizer.size).eval().hidden(tokens),
         )
 
@@ -131,7 +131,7 @@ def test_peft_and_the_merged_model_have_our_logits(family: str, tokenizer: Token
     from transformers import AutoModelForCausalLM
 
     export_model(base_model(family, tokenizer.size), tokenizer, tmp_path / "base", {})
-    model, tokens = with_adapter(family, tokenizer.size), random_tokens(tokenizer.size)
+    model, tokens = with_new_adapter(family, tokenizer.size), random_tokens(tokenizer.size)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for matrix in adapter_of(model).parameters():
@@ -149,15 +149,67 @@ def test_peft_and_the_merged_model_have_our_logits(family: str, tokenizer: Token
         assert "adapter" not in dict(alone.named_children())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_is_read_again_and_belongs_to_its_base_alone(
+    family: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    export_model(base_model(family, tokenizer.size), tokenizer, tmp_path / "base", {})
+    sha256, tokens = sha256_file(tmp_path / "base/model.safetensors"), random_tokens(tokenizer.size)
+    model = with_new_adapter(family, tokenizer.size)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for matrix in adapter_of(model).parameters():
+            matrix.add_(torch.randn(matrix.shape, generator=generator) * 0.3)
+        export_adapter(model, tmp_path / "adapter", {"path": str(tmp_path / "base"), "sha256": sha256})
+        ours = model.hidden(tokens)
+        read = import_adapted(tmp_path / "base", tokenizer, tmp_path / "adapter")
+        assert (read.hidden(tokens) - ours).abs().max() < 1e-5
+    other = base_model(family, tokenizer.size)
+    with torch.no_grad():
+        other.get_parameter(other.embedding_names[0])[0] += 1
+    export_model(other, tokenizer, tmp_path / "other", {})
+    with pytest.raises(
+        UserError, match=rf"was trained on weights with SHA-256 {sha256[:16]}, and .*other has .* nonsense"
+    ):
+        import_adapted(tmp_path / "other", tokenizer, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_dora": True}, "has use_dora, which is not computed here"),
+        ({"peft_type": "IA3"}, "has peft_type IA3, bias none, which is not computed here"),
+        ({"r": 3}, r"is \(4, 16\), not \(3, 16\), so the adapter does not fit"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(
+    changes: dict[str, Any], words: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    export_model(base_model("llama", tokenizer.size), tokenizer, tmp_path / "base", {})
+    sha256 = sha256_file(tmp_path / "base/model.safetensors")
+    export_adapter(with_new_adapter("llama", tokenizer.size), tmp_path / "adapter", {"path": "base", "sha256": sha256})
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_bytes())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(UserError, match=words):
+        import_adapted(tmp_path / "base", tokenizer, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapter_config\.json does not exist, so there is no adapter"):
+        import_adapted(tmp_path / "base", tokenizer, tmp_path / "nowhere")
+    export_model(base_model("gpt2", tokenizer.size), tokenizer, tmp_path / "gpt2", {})
+    (tmp_path / "adapter/base.json").unlink()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="which GPT-2 does not have as a linear layer"):
+        import_adapted(tmp_path / "gpt2", tokenizer, tmp_path / "adapter")
+
+
 def test_only_the_named_layers_are_adapted(tokenizer: Tokenizer) -> None:
-    model = with_adapter("gpt2", tokenizer.size, ("attn.c_proj",))
+    model = with_new_adapter("gpt2", tokenizer.size, ("attn.c_proj",))
     assert list(adapter_of(model).layers) == ["h.0.attn.c_proj", "h.1.attn.c_proj"]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 4
     with pytest.raises(
         UserError, match=r"targets: q_proj matches no linear layer of GPT-2, .* it has c_attn, c_fc, c_proj"
     ):
-        with_adapter("gpt2", tokenizer.size, ("q_proj",))
+        with_new_adapter("gpt2", tokenizer.size, ("q_proj",))
     with pytest.raises(UserError, match=r"adapter\.rank: 99 is more than the smallest adapted layer has \(16\)"):
         add_adapter(base_model("gpt2", tokenizer.size), 99, 8.0, "all", seed=3)
 

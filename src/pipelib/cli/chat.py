@@ -44,6 +44,11 @@ class Chat(Command):
     model: Path | None = option(
         "Hugging Face folder; default: chat/model if it is there, else models", default=None, metavar="DIR"
     )
+    adapter: Path | None = option(
+        "LoRA adapter for the model, as PEFT writes it: chat/adapter, for example; the default model is then models",
+        default=None,
+        metavar="DIR",
+    )
     system: str = option("a system message to begin with", default="", metavar="TEXT")
     tokens: int = option("most tokens of an answer; default: 128", default=128, metavar="N")
     temperature: float = option("0: always the likeliest token; default: 0.7", default=0.7, metavar="T")
@@ -82,22 +87,25 @@ class Chat(Command):
                 self._answer(dialogue, line)
 
     def _begin(self) -> "Dialogue":
+        from pipelib.model.adapters import import_adapted
         from pipelib.model.device import pick_device
         from pipelib.model.dialogue import Dialogue
         from pipelib.model.generate import Sampling
-        from pipelib.model.huggingface import import_model, read_chat_template
+        from pipelib.model.huggingface import read_chat_template
         from pipelib.vocabulary.choice import chosen_tokenizer, tokenizer_of_model
 
         if self.tokens < 1:
             raise UserError(f"--tokens {self.tokens} would answer nothing; give 1 or more.")
         tuned = ChatPlaces(HERE.chat).model
-        folder = self.model or (tuned if tuned.is_dir() else HERE.model)
+        folder = self.model or (tuned if tuned.is_dir() and self.adapter is None else HERE.model)
         tokenizer = tokenizer_of_model(folder, chosen_tokenizer())
-        model = import_model(folder, tokenizer).to(pick_device())
+        model = import_adapted(folder, tokenizer, self.adapter).to(pick_device())
         sampling = Sampling(self.temperature, self.top_k, repetition_penalty=self.repetition_penalty)
         if problem := sampling.problem():
             raise UserError(problem)
-        dialogue = Dialogue(model, tokenizer, bool(read_chat_template(folder)), self.tokens, sampling, self.seed)
+        dialogue = Dialogue(
+            model, tokenizer, bool(read_chat_template(self.adapter or folder)), self.tokens, sampling, self.seed
+        )
         dialogue.reset(self.system)
         return dialogue
 

@@ -38,6 +38,9 @@ class Sample(Command):
         'text to continue; "" lets the model start by itself', nargs="+", action="extend", metavar="TEXT"
     )
     model: Path | None = option("Hugging Face folder; default: models", default=None, metavar="DIR")
+    adapter: Path | None = option(
+        "LoRA adapter for the model, as PEFT writes it: chat/adapter, for example", default=None, metavar="DIR"
+    )
     tokens: int = option("most tokens to write; default: 100", default=100, metavar="N")
     temperature: float = option(
         "0: always the likeliest token; 1: sample as trained; default: 1", default=1.0, metavar="T"
@@ -86,14 +89,15 @@ class Sample(Command):
                 f"--temperature 0 would write the same text {self.num_samples} times; drop --num-samples, or sample with "
                 "--temperature 1."
             )
+        from pipelib.model.adapters import import_adapted
         from pipelib.model.generate import at_strings, generate
-        from pipelib.model.huggingface import import_model
         from pipelib.vocabulary.chat import USER, ChatTemplate, Message
         from pipelib.vocabulary.choice import chosen_tokenizer, tokenizer_of_model
 
-        folder = self.model or (ChatPlaces(HERE.chat).model if self.chat else HERE.model)
+        tuned = self.chat and self.adapter is None
+        folder = self.model or (ChatPlaces(HERE.chat).model if tuned else HERE.model)
         tokenizer = tokenizer_of_model(folder, chosen_tokenizer())
-        model = import_model(folder, tokenizer).to(_device(self.device))
+        model = import_adapted(folder, tokenizer, self.adapter).to(_device(self.device))
         template = ChatTemplate.of(tokenizer)
         if self.chat:
             token_ids = [template.prompt([Message(USER, prompt)]) for prompt in self.prompt]

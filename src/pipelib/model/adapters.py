@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pipelib.errors import UserError
-from pipelib.files import write_atomic, write_json
+from pipelib.files import read_json, write_atomic, write_json
 from pipelib.model.decoder import Decoder
+from pipelib.model.huggingface import import_model
+from pipelib.model.weights import weights_sha256
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 ADAPTER = "adapter"
 """The name of the module in its model."""
@@ -30,6 +34,7 @@ class Adapter(nn.Module):
         targets: ends of the layers' names.
         """
         super().__init__()
+        self._hooks: list[RemovableHandle] = []
         self.rank, self.alpha, self.scale, self.targets = rank, alpha, alpha / rank, list(targets)
         self.layers = dict(layers)
         """The adapted layers of the model by name; they are no part of this module."""
@@ -139,7 +144,7 @@ def export_adapter(model: Decoder, folder: Path, base: Mapping[str, Any]) -> Non
     tensors = {}
     for name in adapter.layers:
         for part, matrix in zip(("lora_A", "lora_B"), adapter.matrices(name), strict=True):
-            tensors[f"base_model.model.{model.name_prefix}{name}.{part}.weight"] = matrix.detach().cpu().contiguous()
+            tensors[f"{PEFT_PREFIX}{model.name_prefix}{name}.{part}.weight"] = matrix.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomic(folder / WEIGHTS) as file:
         file.write(save(tensors, metadata={"format": "pt"}))
@@ -167,3 +172,79 @@ def merged(model: Decoder) -> Decoder:
     adapter_of(model).merge()
     delattr(model, ADAPTER)
     return model
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+PEFT_PREFIX = "base_model.model."
+"""PEFT's prefix of tensor names, before Hugging Face's."""
+UNLIKE_OURS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
+"""Settings of PEFT that change what is computed; empty or false in an adapter that can be read here."""
+
+
+def import_adapted(folder: Path, tokenizer: Tokenizer, adapter: Path | None) -> Decoder:
+    """Read a model, and merge an adapter into it if one is given.
+
+    Raises:
+        UserError: the model cannot be read, or the adapter belongs to another one.
+    """
+    model = import_model(folder, tokenizer)
+    return model if adapter is None else with_adapter(model, adapter, weights_sha256(folder), folder)
+
+
+def with_adapter(model: Decoder, folder: Path, base_sha256: str, base: Path) -> Decoder:
+    """Merge the adapter in a folder, as PEFT writes it, into a model.
+
+    Args:
+        base_sha256: the hash of the model's weights.
+        base: the model's folder, for messages.
+
+    Raises:
+        UserError: there is no such adapter, it belongs to other weights, or it does something that cannot be done here.
+    """
+    from safetensors.torch import load
+
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder / name} does not exist, so there is no adapter; name a folder with it, such as chat/adapter."
+            )
+    config = read_json(folder / CONFIG)
+    origin = read_json(folder / ORIGIN).get("sha256") if (folder / ORIGIN).is_file() else None
+    if origin not in (None, base_sha256):
+        raise UserError(
+            f"{folder} was trained on weights with SHA-256 {str(origin)[:16]}, and {base} has {base_sha256[:16]}, so together "
+            f"they would write nonsense; use its own base, {config.get('base_model_name_or_path')}, as it was then."
+        )
+    unlike = [key for key in UNLIKE_OURS if config.get(key)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unlike:
+        what = ", ".join(unlike) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(
+            f"{folder / CONFIG} has {what}, which is not computed here; merge it with PEFT, and use the result."
+        )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tensors = load((folder / WEIGHTS).read_bytes())
+    names = {_layer_of(name, model) for name in tensors}
+    if unknown := sorted(names - layers.keys()):
+        raise UserError(
+            f"{folder / WEIGHTS} adapts {', '.join(unknown[:3])}, which {model.params.title} does not have as a linear layer, so "
+            f"it belongs to another model than {base}; use its own base."
+        )
+    adapter = Adapter({name: layers[name] for name in sorted(names)}, int(config["r"]), float(config["lora_alpha"]), ())
+    for name in names:
+        for part, ours in zip(("lora_A", "lora_B"), adapter.matrices(name), strict=True):
+            theirs = tensors.get(f"{PEFT_PREFIX}{model.name_prefix}{name}.{part}.weight")
+            if theirs is None or theirs.shape != ours.shape:
+                shape = "missing" if theirs is None else tuple(theirs.shape)
+                raise UserError(
+                    f"{folder / WEIGHTS}: {part} of {name} is {shape}, not {tuple(ours.shape)}, so the adapter does not fit "
+                    f"{base}; use its own base."
+                )
+            ours.data.copy_(theirs)
+    adapter.merge()
+    return model
+
+
+def _layer_of(name: str, model: Decoder) -> str:
+    """Our name of the layer that a tensor of PEFT adapts."""
+    return name.removeprefix(PEFT_PREFIX).removeprefix(model.name_prefix).rsplit(".lora_", 1)[0]
