@@ -82,6 +82,7 @@ def test_outs_and_result(local: DownloadParams, tmp_path: Path) -> None:
         "data/benchmarks/heldout.jsonl",
         "data/benchmarks/hellaswag.jsonl",
         "data/benchmarks/manifest.json",
+        "data/conversations/manifest.json",
         "data/models/manifest.json",
         "data/raw/000_00000.parquet",
         "data/raw/manifest.json",

@@ -291,6 +291,7 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(tmp_path: Path, r
     print(f"\nranks {ranks}, adapter {adapter is not None}, seed {SEED}: {kills} kills, all bytes equal")
 
 
+@pytest.mark.long
 def test_two_ranks_train_as_one(project: SmallProject) -> None:
     one, two = (json.loads(project.uninterrupted(ranks)["metrics/finetune.json"]) for ranks in (1, 2))
     assert one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-3)

@@ -77,9 +77,7 @@ RECIPES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.random
-@pytest.mark.parametrize(
-    "recipe", [name if name.startswith("qwen3") else pytest.param(name, marks=pytest.mark.long) for name in RECIPES]
-)
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=pytest.mark.long) for name in RECIPES])
 def test_killed_at_random_instants_other_recipes_do_too(tmp_path: Path, recipe: str) -> None:
     kill_and_go_on(SmallProject.make(tmp_path, **RECIPES[recipe]), 1, RUNS // 2)
 
@@ -301,6 +299,7 @@ def test_ranks_are_started_again_after_one_was_killed(project: SmallProject) -> 
     assert not same(project.outs(), expected)
 
 
+@pytest.mark.long
 def test_two_machines_of_one_rank_train_as_one_of_two(project: SmallProject) -> None:
     expected = project.uninterrupted(2)
     with socket.socket() as free:

@@ -268,6 +268,7 @@ def test_what_killed_processes_leave_is_removed(tmp_path: Path, raw: Path) -> No
 # ---- Shares ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_shares_in_several_processes_give_the_same_shards(
     tmp_path: Path, raw: Path, made: tuple[Path, Any, Any]
 ) -> None:
