@@ -298,21 +298,28 @@ Example::
 """
 
 
-def test_docstrings_of_both_styles_become_questions_and_answers() -> None:
-    contents = [message.content for message in conversation_about("numpy.clip", NUMPY_STYLE)]
-    assert contents == [
-        "What does numpy.clip do?", "Clip (limit) the values in an array.",
-        "What are its parameters?", "The parameters are a, min and max.",
-        "What does it return?", "clipped_array : ndarray",
-    ]  # fmt: skip
-    contents = [message.content for message in conversation_about("torch.f", GOOGLE_STYLE)]
-    assert contents == [
-        "What does torch.f do?", "Applies a filter.",
-        "What are its parameters?", "The parameters are size and *rest.",
-        "What does it return?", "Tensor: the output",
-    ]  # fmt: skip
-    for text in ("x.clip(1)", "lower case.", "No end", "A" * 400 + ".", "::\n\n  code", ""):
-        assert conversation_about("a.b", text) == []
+@pytest.mark.parametrize(
+    ("name", "docstring", "answers"),
+    [
+        (
+            "numpy.clip",
+            NUMPY_STYLE,
+            ("Clip (limit) the values in an array.", "The parameters are a, min and max.", "clipped_array : ndarray"),
+        ),
+        ("torch.f", GOOGLE_STYLE, ("Applies a filter.", "The parameters are size and *rest.", "Tensor: the output")),
+    ],
+)
+def test_docstrings_of_both_styles_become_questions_and_answers(
+    name: str, docstring: str, answers: tuple[str, ...]
+) -> None:
+    contents = [message.content for message in conversation_about(name, docstring)]
+    assert contents[0::2] == [f"What does {name} do?", "What are its parameters?", "What does it return?"]
+    assert tuple(contents[1::2]) == answers
+
+
+@pytest.mark.parametrize("text", ["x.clip(1)", "lower case.", "No end", "A" * 400 + ".", "::\n\n  code", ""])
+def test_docstring_without_a_first_sentence_becomes_nothing(text: str) -> None:
+    assert conversation_about("a.b", text) == []
 
 
 # ---- Tokens and masks ------------------------------------------------------------------------------------------------
