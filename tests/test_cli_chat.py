@@ -16,7 +16,7 @@ from small_chat import base_model, chat_tokenizer
 from pipelib.cli.main import main
 from pipelib.finetuning.formats import conversation_of
 from pipelib.model.dialogue import Dialogue
-from pipelib.model.generate import Sampling, generate
+from pipelib.model.generate import GREEDY, Sampling, generate
 from pipelib.model.huggingface import export_model, import_model
 from pipelib.vocabulary.chat import SYSTEM, USER, ChatTemplate, Message
 from pipelib.vocabulary.folder import read_tokenizer
@@ -66,7 +66,7 @@ def test_an_answer_sees_what_was_said_and_streams_what_is_generated_at_once(fold
     messages = [Message(SYSTEM, "be brief"), Message(USER, "blue")]
     for answer, question in ((first, "north"), (second, "")):
         (tokens,) = generate(
-            dialogue.model, [template.prompt(messages)], 8, temperature=0.0, stop_token_id=template.stop_token_ids
+            dialogue.model, [template.prompt(messages)], 8, GREEDY, stop_token_id=template.stop_token_ids
         )
         assert dialogue.tokenizer.decode(tokens) == answer
         messages += [Message("assistant", answer), Message(USER, question)]

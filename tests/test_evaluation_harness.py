@@ -32,7 +32,7 @@ from pipelib.evaluation.harness import TaskResult, continue_prompts, language_mo
 from pipelib.evaluation.params import TASKS as FOLDER
 from pipelib.evaluation.params import known_tasks
 from pipelib.model.families.gpt2 import GPT2
-from pipelib.model.generate import generate
+from pipelib.model.generate import GREEDY, generate
 from pipelib.model.huggingface import export_model
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -264,7 +264,7 @@ def test_prompts_are_continued_together_as_alone(model: GPT2) -> None:
     done: list[int] = []
     together = continue_prompts(model, GPT2_TOKENIZER, [*prompts, ([1, 2], {"max_gen_toks": 2})], done.append)
     for (token_ids, _), text in zip(prompts, together[:-1], strict=True):
-        (new,) = generate(model, [token_ids[-19:]], 5, temperature=0.0, stop_token_id=50256)
+        (new,) = generate(model, [token_ids[-19:]], 5, GREEDY, stop_token_id=50256)
         assert text == encoding.decode(new).split("\n")[0]
     assert sum(done) == 8
 

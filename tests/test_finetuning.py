@@ -214,6 +214,20 @@ def test_a_bad_row_is_refused_by_name_or_skipped_and_counted(here: Path) -> None
         LocalConversations(finetune_params(source="local", path="nowhere")).identity()
 
 
+def test_another_encoding_is_refused_with_a_remedy_that_this_stage_has(here: Path) -> None:
+    write_conversations(here / "c/a.jsonl", facts(3))
+    content = (here / "c/a.jsonl").read_text(encoding="utf-8")
+    for name, damaged, words in (
+        ("stray", content.replace("Where", "Wh\xe4re").encode("cp1252"), "line 1: there is the byte 0xe4"),
+        ("utf-16", content.encode("utf-16"), "is UTF-16"),
+    ):
+        (here / "c/a.jsonl").write_bytes(damaged)
+        with pytest.raises(UserError, match=words) as caught:
+            list(LocalConversations(finetune_params(source="local", path="c")).read())
+        assert "iconv" in str(caught.value), name
+        assert "download." not in str(caught.value), name
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_conversations_of_the_hub_are_those_of_its_files(
     kind: str, here: Path, monkeypatch: pytest.MonkeyPatch

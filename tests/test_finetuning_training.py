@@ -15,6 +15,7 @@ from small_chat import FAMILIES, base_model, chat_tokenizer, encoded, facts, wri
 from small_params import finetune_params
 from small_run import ALONE, SmallProject, kill, same
 from test_kill import RUNS, SEED
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
@@ -351,6 +352,20 @@ def test_an_adapter_needs_the_memory_and_the_disk_of_what_it_trains(tokenizer: T
     assert few.checkpoint == 12 * own < every.checkpoint
     assert few.memory(4).gradients < every.memory(4).gradients
     assert few.memory(4).weights == every.memory(4).weights
+
+
+def test_the_work_of_an_adapter_is_what_is_computed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    computed, expected = [], []
+    for number, adapter in enumerate((None, {**LORA, "rank": 1})):
+        trainer, task = trainer_of(
+            tmp_path / str(number), params(adapter=adapter), tokenizer, facts(30), num_hidden_layers=8, hidden_size=64
+        )
+        tokens, positions = torch.ones(2, LENGTH, dtype=torch.long), torch.arange(LENGTH).repeat(2, 1)
+        with FlopCounterMode(display=False) as counter:
+            task.objective(trainer.model)(tokens, tokens, positions).backward()
+        computed.append(counter.get_total_flops() / tokens.numel())
+        expected.append(task.flops_per_token(LENGTH))
+    assert computed[0] - computed[1] == pytest.approx(expected[0] - expected[1], rel=0.1)
 
 
 def test_without_a_source_it_makes_an_empty_out_and_needs_no_torch(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pipelib.errors import UserError
 from pipelib.files import sha256_file
 from pipelib.inspection.gguf_file import export_gguf
 from pipelib.model.decoder import Decoder, build
-from pipelib.model.generate import generate
+from pipelib.model.generate import GREEDY, generate
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import family_params
 from pipelib.vocabulary.bpe import train_bpe
@@ -211,7 +211,7 @@ def hard_strings(count: int) -> list[str]:
 def test_llama_cpp_has_our_ids_and_our_greedy_text(family: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, path = exported(family, tokenizer, tmp_path)
     prompt = tokenizer.encode("The gradient of the data")
-    (ours,) = generate(model, [prompt], 64, temperature=0)
+    (ours,) = generate(model, [prompt], 64, GREEDY)
     with llama(path) as ask:
         differing = [
             text

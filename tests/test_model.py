@@ -16,7 +16,7 @@ from torch import Tensor
 from pipelib.errors import UserError
 from pipelib.files import files_under
 from pipelib.model.families.gpt2 import GPT2
-from pipelib.model.generate import Sampling, at_strings, generate
+from pipelib.model.generate import GREEDY, Ends, Sampling, at_strings, generate
 from pipelib.model.huggingface import CONFIG, WEIGHTS, export_model, import_model
 from pipelib.model.kv_cache import KVCache
 from pipelib.model.shapes.gpt2 import GPT2Params, GPT2Section
@@ -43,9 +43,20 @@ def logits_of(model: GPT2, inputs: Tensor) -> Tensor:
     return model.logits(model.hidden(inputs))
 
 
-def write(model: GPT2, prompt: list[int], new_tokens: int, **options: Any) -> list[int]:
+def write(
+    model: GPT2,
+    prompt: list[int],
+    new_tokens: int,
+    *,
+    seed: int = 0,
+    stop_token_id: int | None = None,
+    ends: Ends | None = None,
+    **sampling: Any,
+) -> list[int]:
     """The continuation of a prompt that is alone in its batch."""
-    (text,) = generate(model, [prompt], new_tokens, **options)
+    (text,) = generate(
+        model, [prompt], new_tokens, Sampling(**sampling), seed=seed, stop_token_id=stop_token_id, ends=ends
+    )
     return text
 
 
@@ -332,7 +343,7 @@ def test_greedy_texts_of_a_batch_are_those_of_transformers_padded_left_and_alone
         written: Tensor = theirs.generate(inputs, attention_mask=mask, **options)
         return written[:, longest:].tolist()
 
-    ours = generate(wide, PROMPTS, 20, temperature=0)
+    ours = generate(wide, PROMPTS, 20, GREEDY)
     assert ours == continued(PROMPTS)
     assert ours == [continued([prompt])[0] for prompt in PROMPTS]
     assert len(set(map(tuple, ours))) == len(ours)
@@ -357,7 +368,7 @@ def test_a_prompt_alone_has_the_very_logits_of_the_training_pass(wide: GPT2) -> 
 
 def test_texts_of_a_batch_outgrow_the_context_one_after_the_other(small: GPT2) -> None:
     prompts = [*PROMPTS, random_tokens(1, 50)[0].tolist()]  # two of them are longer than the context from the start
-    texts = generate(small, prompts, 30, temperature=0)
+    texts = generate(small, prompts, 30, GREEDY)
     assert texts == [greedy(small, prompt, 30) for prompt in prompts]
 
 

@@ -24,7 +24,7 @@ from pipelib.files import read_json, write_json
 from pipelib.model import families, shapes
 from pipelib.model.decoder import Decoder, build
 from pipelib.model.families.gpt2 import GPT2
-from pipelib.model.generate import generate, stream
+from pipelib.model.generate import GREEDY, generate, stream
 from pipelib.model.huggingface import CONFIG, export_model, find_model, import_model
 from pipelib.model.kv_cache import KVCache
 from pipelib.model.params import InitialisedModelParams, ModelParams, family_params, known_families
@@ -103,7 +103,7 @@ def test_the_cache_writes_what_the_whole_text_gives(family: str) -> None:
         for _ in range(12):
             with torch.no_grad():
                 text.append(int(model.logits(model.hidden(torch.tensor([text]))[0, -1]).argmax()))
-    written = generate(model, PROMPTS, 12, temperature=0)
+    written = generate(model, PROMPTS, 12, GREEDY)
     assert written == [text[len(prompt) :] for text, prompt in zip(texts, PROMPTS, strict=True)]
 
 
@@ -127,7 +127,7 @@ def test_a_row_that_joins_later_has_the_hidden_states_that_it_has_alone(family: 
     assert texts.keys() == {1, 3, 4}
     for name, text in texts.items():
         start = len(prompts[name])
-        assert text[start:] == generate(model, [prompts[name]], len(text) - start, temperature=0)[0], name
+        assert text[start:] == generate(model, [prompts[name]], len(text) - start, GREEDY)[0], name
 
 
 @FAMILIES

@@ -9,7 +9,7 @@ import torch
 from pipelib.errors import UserError
 from pipelib.files import read_json, write_json
 from pipelib.model.decoder import Decoder, build
-from pipelib.model.generate import generate
+from pipelib.model.generate import GREEDY, generate
 from pipelib.model.huggingface import CONFIG, export_model, find_model, import_model
 from pipelib.model.params import family_params
 from pipelib.schema import parse
@@ -95,7 +95,7 @@ def test_greedy_texts_are_transformers(family: str, tmp_path: Path) -> None:
     export_model(model, GPT2_TOKENIZER, tmp_path, {})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     prompts = [[5, 9, 300], [7], [11, 12, 13, 14, 15]]
-    ours = generate(model, prompts, 16, temperature=0)
+    ours = generate(model, prompts, 16, GREEDY)
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

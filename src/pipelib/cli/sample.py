@@ -90,7 +90,7 @@ class Sample(Command):
                 "--temperature 1."
             )
         from pipelib.model.adapters import import_adapted
-        from pipelib.model.generate import at_strings, generate
+        from pipelib.model.generate import Sampling, at_strings, generate
         from pipelib.vocabulary.chat import USER, ChatTemplate, Message
         from pipelib.vocabulary.choice import chosen_tokenizer, tokenizer_of_model
 
@@ -103,16 +103,14 @@ class Sample(Command):
             token_ids = [template.prompt([Message(USER, prompt)]) for prompt in self.prompt]
         else:
             token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in self.prompt]
+        top_k = TOP_K if self.top_k is None and self.top_p is None else self.top_k
+        sampling = Sampling(self.temperature, top_k, self.top_p, self.min_p, self.repetition_penalty)
         texts = generate(
             model,
             token_ids
             * self.num_samples,  # sample-major, so that a prompt's first text does not depend on how many follow
             self.tokens,
-            temperature=self.temperature,
-            top_k=TOP_K if self.top_k is None and self.top_p is None else self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            sampling,
             seed=self.seed,
             stop_token_id=template.stop_token_ids if self.chat else tokenizer.end_token_id,
             ends=at_strings(tokenizer, self.stop) if self.stop else None,

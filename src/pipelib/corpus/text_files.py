@@ -54,9 +54,11 @@ class Decoding:
     Args:
         encoding: `download.encoding`.
         stray_bytes: `download.stray_bytes`: refuse, or replace each by U+FFFD.
+        section: the section of params.yaml with these two; empty if the user cannot set them.
     """
 
-    def __init__(self, encoding: str, stray_bytes: str) -> None:
+    def __init__(self, encoding: str, stray_bytes: str, section: str = "download") -> None:
+        self._section = section
         self.encoding = encoding_name(encoding) or encoding
         self.replaced = 0
         """Stray bytes so far."""
@@ -101,9 +103,10 @@ class Decoding:
             encoding = self.encoding
             marked = next((marked for mark, marked in _MARKS.items() if head.startswith(mark)), "")
             if marked and not self.encoding.startswith(marked):  # utf-16 is the mark of utf-16-le, too
+                remedy = f"convert it (iconv -f {marked.upper()} -t UTF-8)"
                 raise UserError(
-                    f"{what} is {marked.upper()}. It was not read, because its text would be wrong; set "
-                    f"download.encoding: {marked}, or convert it (iconv -f {marked.upper()} -t UTF-8)."
+                    f"{what} is {marked.upper()}. It was not read, because its text would be wrong; "
+                    f"{self._remedy(f'encoding: {marked}, or {remedy}', remedy)}."
                 )
             if marked:
                 encoding = "utf-8-sig" if marked == "utf-8" else marked  # these leave out the mark
@@ -131,17 +134,20 @@ class Decoding:
                     byte = found[0].object[found[0].start]
                     return UserError(
                         f"{name}, line {number}: there is the byte 0x{byte:02x}, which is not {self.encoding.upper()}, so the "
-                        "file has another encoding or is damaged, and its text would be wrong; set download.encoding (for "
-                        "example cp1252), or download.stray_bytes: replace."
+                        "file has another encoding or is damaged, and its text would be wrong; "
+                        f"{self._remedy('encoding (for example cp1252), or download.stray_bytes: replace')}."
                     )
                 if nul >= 0:
                     return UserError(
                         f"{name}, line {number}: there is a NUL byte, so the file has another encoding or is damaged, and its "
-                        "text would be wrong; set download.encoding (for example utf-16), or get it again."
+                        f"text would be wrong; {self._remedy('encoding (for example utf-16), or get it again')}."
                     )
         return UserError(
-            f"{name} is not {self.encoding.upper()}, so its text would be wrong; set download.encoding to its encoding."
+            f"{name} is not {self.encoding.upper()}, so its text would be wrong; {self._remedy('encoding to its encoding')}."
         )
+
+    def _remedy(self, setting: str, otherwise: str = "convert it to UTF-8 (iconv), or get it again") -> str:
+        return f"set {self._section}.{setting}" if self._section else otherwise
 
 
 def open_bytes(path: Path) -> Any:

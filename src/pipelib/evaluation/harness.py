@@ -24,7 +24,7 @@ from pipelib.evaluation.endings import Question, TokenIds, score_endings
 from pipelib.evaluation.items import ItemScores, Numbers, item_ids
 from pipelib.evaluation.params import TASKS, EvaluateParams
 from pipelib.model.decoder import Decoder
-from pipelib.model.generate import generate
+from pipelib.model.generate import Sampling, generate
 from pipelib.progress import Progress
 from pipelib.vocabulary.tokenizer import Tokenizer
 
@@ -277,7 +277,7 @@ def continue_prompts(
             model,
             [prompts[number][0][-room:] for number in numbers],
             new_tokens,
-            temperature=temperature,
+            Sampling(temperature),
             stop_token_id=tokenizer.end_token_id,
         )
         for number, new in zip(numbers, written, strict=True):

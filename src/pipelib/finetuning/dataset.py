@@ -194,14 +194,13 @@ def _masked(turns: Sequence[Turn], train_on: str) -> tuple[list[int], list[bool]
     """The tokens of a conversation, which are trained, and where the last answer is. It ends with the last answer's end token."""
     tokens: list[int] = []
     mask: list[bool] = []
-    last = 0
     for number, turn in enumerate(turns, start=1):
         counts = turn.role == ASSISTANT and (train_on == "assistant" or number == len(turns))
         inside = range(turn.content.start, turn.content.stop)
         mask += [train_on == "all" or (counts and place in inside) for place in range(len(turn.token_ids))]
-        last = len(tokens)
         tokens += turn.token_ids
-    start, stop = last + turns[-1].content.start, last + turns[-1].content.stop
+    last, content = len(tokens) - len(turns[-1].token_ids), turns[-1].content
+    start, stop = last + content.start, last + content.stop
     return tokens[:stop], mask[:stop], (start, stop)
 
 

@@ -53,7 +53,7 @@ class FileConversations(ABC):
         from pipelib.corpus.split import Cut
         from pipelib.corpus.text_files import Decoding
 
-        reading = Reading(None, Decoding("utf-8", "refuse"), Cut("whole", ""))
+        reading = Reading(None, Decoding("utf-8", "refuse", section=""), Cut("whole", ""))
         for name in self.files.names:
             for number, row in read_rows(self.files.root / name, name, reading):
                 self.tally.rows += 1

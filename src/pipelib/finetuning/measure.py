@@ -11,7 +11,7 @@ from pipelib.finetuning.dataset import Dataset
 from pipelib.finetuning.params import FinetuneParams
 from pipelib.model.decoder import Decoder
 from pipelib.model.device import inference
-from pipelib.model.generate import generate
+from pipelib.model.generate import GREEDY, generate
 from pipelib.tokens.loader import validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, shard_tokens
 from pipelib.vocabulary.chat import USER, ChatTemplate, Message
@@ -56,7 +56,7 @@ def answers_to(
 ) -> list[tuple[list[int], bool]]:
     """The likeliest answer to each prompt, and whether it ended by itself."""
     with inference(model.device, params.precision):
-        texts = generate(model, prompts, params.answer_tokens, temperature=0.0, stop_token_id=template.stop_token_ids)
+        texts = generate(model, prompts, params.answer_tokens, GREEDY, stop_token_id=template.stop_token_ids)
     return [(tokens, len(tokens) < params.answer_tokens) for tokens in texts]
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from pipelib.evaluation.loss import Loss
-from pipelib.files import read_json, write_text
+from pipelib.files import read_json
 from pipelib.finetuning.dataset import Dataset
 from pipelib.finetuning.objective import Answers
 from pipelib.finetuning.packing import ConversationRows
 from pipelib.finetuning.params import FinetuneParams, FinetuneTraining
 from pipelib.model.adapters import adapter_of, add_adapter, export_adapter, merged
 from pipelib.model.decoder import Decoder, build
-from pipelib.model.huggingface import CHAT_TEMPLATE, export_model, import_model, read_params
+from pipelib.model.huggingface import export_model, export_tokenizer, import_model, read_params
 from pipelib.model.params import ModelParams
 from pipelib.training.checkpoint import Stateful
 from pipelib.training.launch.distributed import World
@@ -157,7 +157,7 @@ class FinetuneJob(Job):
         chat, template = ChatPlaces(Places(outs).chat), ChatTemplate.of(self.task.tokenizer)
         if self.finetune.adapter:
             export_adapter(model, chat.adapter, {"path": self.base.folder, "sha256": self.base.sha256})
-            write_text(chat.adapter / CHAT_TEMPLATE, template.jinja)
+            export_tokenizer(self.task.tokenizer, self.task.model.context_length, chat.adapter, template)
             model = merged(model)
         recipe = {
             **read_json(Path(self.lineage)),

@@ -42,11 +42,7 @@ class Dialogue:
                 self.model,
                 [prompt],
                 self.tokens,
-                temperature=self.sampling.temperature,
-                top_k=self.sampling.top_k,
-                top_p=self.sampling.top_p,
-                min_p=self.sampling.min_p,
-                repetition_penalty=self.sampling.repetition_penalty,
+                self.sampling,
                 seed=self.seed,
                 stop_token_id=ChatTemplate.of(self.tokenizer).stop_token_ids,
             ):

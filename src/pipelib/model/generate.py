@@ -22,13 +22,19 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits; see `stream` for the fields. transformers' generation computes the same."""
+    """How a token is drawn from logits. transformers' generation computes the same."""
 
     temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token each time."""
     top_k: int | None = 50
+    """Draw only among this many likeliest tokens; None for all. The padding of the vocabulary is never drawn."""
     top_p: float | None = None
+    """Of those, draw among the fewest likeliest that together have this probability; None for all."""
     min_p: float | None = None
+    """Of those, draw among tokens with at least this share of the likeliest one's probability; None for all."""
     repetition_penalty: float = 1.0
+    """Divides the logits of tokens that are in the text already, its prompt included, and multiplies them if they are negative
+    (Keskar et al., CTRL, 2019); 1 for none."""
 
     def problem(self) -> str:
         """What is wrong with a value, and the remedy; empty if nothing is."""
@@ -88,16 +94,16 @@ class Sampling:
         return token_ids, probabilities
 
 
+DEFAULT = Sampling()
+GREEDY = Sampling(temperature=0)
+
+
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
+    sampling: Sampling = DEFAULT,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = 50,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_token_id: int | Collection[int] | None = None,
     ends: Ends | None = None,
@@ -111,19 +117,7 @@ def generate(
         UserError: as `stream` does.
     """
     texts: list[list[int]] = [[] for _ in prompts]
-    for row, token in stream(
-        model,
-        prompts,
-        new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop_token_id=stop_token_id,
-        ends=ends,
-    ):
+    for row, token in stream(model, prompts, new_tokens, sampling, seed=seed, stop_token_id=stop_token_id, ends=ends):
         texts[row].append(token)
     return texts
 
@@ -132,12 +126,8 @@ def stream(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
+    sampling: Sampling = DEFAULT,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = 50,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_token_id: int | Collection[int] | None = None,
     ends: Ends | None = None,
@@ -150,12 +140,7 @@ def stream(
     Args:
         prompts: token ids of each prompt, at least one; the end token alone to start from nothing.
         new_tokens: the most tokens to add to each prompt.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: draw only among this many likeliest tokens; None for all. The padding of the vocabulary is never drawn.
-        top_p: of those, draw among the fewest likeliest that together have this probability; None for all.
-        min_p: of those, draw among tokens with at least this share of the likeliest one's probability; None for all.
-        repetition_penalty: divides the logits of tokens that are in the text already, its prompt included, and multiplies them
-            if they are negative (Keskar et al., CTRL, 2019); 1 for none.
+        sampling: how they are drawn.
         seed: the seed of the first text; each further text has the next one. So texts depend on each other only through
             rounding, which changes with the batch size: little in fp32, but in bf16 enough to change a close draw.
         stop_token_id: end a text before this token, or before any of these.
@@ -167,7 +152,6 @@ def stream(
     # Checked here and not in `_stream`, where a generator would raise only when the first token is asked for.
     if not all(prompts):
         raise UserError("the prompt is empty, so there is nothing to continue; give a word, or <|endoftext|> alone.")
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if problem := sampling.problem():
         raise UserError(problem)
     if not 0 <= seed <= MAX_INT:

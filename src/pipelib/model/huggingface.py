@@ -63,14 +63,19 @@ def export_model(
     # A text ends with the end token, an answer with that of its turn.
     stops = [end] if chat is None else chat.stop_token_ids
     write_json(folder / GENERATION, {"bos_token_id": end, "eos_token_id": stops if len(stops) > 1 else end})
-    if chat:
-        write_text(folder / CHAT_TEMPLATE, chat.jinja)
-    for name, content in tokenizer.files(model.params.context_length).items():
-        with write_atomic(folder / name) as file:
-            file.write(content)
+    export_tokenizer(tokenizer, model.params.context_length, folder, chat)
     title = f"{model.params.title}, {model.params.parameters(model.vocab_size):,} parameters"
     how = ("Fine-tuned", "chat/model") if chat else ("Pretrained", "models")
     write_recipe(folder, recipe, title, model.architecture, *how)
+
+
+def export_tokenizer(tokenizer: Tokenizer, context_length: int, folder: Path, chat: ChatTemplate | None = None) -> None:
+    """Write the files from which transformers' AutoTokenizer reads a vocabulary, and the chat template."""
+    if chat:
+        write_text(folder / CHAT_TEMPLATE, chat.jinja)
+    for name, content in tokenizer.files(context_length).items():
+        with write_atomic(folder / name) as file:
+            file.write(content)
 
 
 def read_chat_template(folder: Path) -> str:

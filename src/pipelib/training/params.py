@@ -75,39 +75,21 @@ MUON_EXAMPLE = "{momentum: 0.95, weight_decay: 0.0, embedding_lr: 0.01, head_lr:
 
 
 @dataclass(frozen=True)
-class TrainParams:
-    """Section `train` of params.yaml."""
-
-    section: ClassVar[str] = "train"
-    """What messages call the section that holds these parameters."""
+class StepParams:
+    """What every training needs for its optimizer steps, in sections `train` and `finetune` of params.yaml."""
 
     seed: NaturalInt
     """Decides the initial weights, the order of the sequences, and the samples."""
-    max_tokens: PositiveInt
-    """Tokens to train on; the number of steps follows from it."""
-    max_epochs: PositiveFloat
-    """The most passes over the training tokens that `max_tokens` may need."""
     global_batch_tokens: PositiveInt
     """Tokens of one optimizer step, over all micro-steps and ranks."""
     sequence_length: PositiveInt
     """Tokens in one row of a batch."""
     micro_batch_size: PositiveInt | Literal["auto"]
     """Rows that one rank runs at a time, but no more than its share of a step. `auto`: as many as fit into its memory."""
-    optimizer: Annotated[str, OneOf(known_optimizers)]
-    """The optimizer: the name of a file in `training/optim`."""
-    muon: MuonParams | None
-    """What `optimizer: muon` needs; null for other optimizers."""
-    schedule: Literal["cosine", "linear", "wsd"]
-    """How the learning rate falls from `max_lr` to `min_lr` after warmup. wsd (warmup, stable, decay) keeps it at `max_lr` until
-    the cooldown."""
-    cooldown: Fraction | None
-    """The part of all steps in which wsd's rate falls linearly, the last ones; null for other schedules."""
     max_lr: PositiveFloat
     """Peak learning rate, reached after warmup."""
     min_lr: NaturalFloat
     """Learning rate at the last step."""
-    warmup_steps: NaturalInt
-    """Steps of linear warmup."""
     weight_decay: NaturalFloat
     """Decoupled decay of matrices; biases and LayerNorm have none."""
     beta1: Beta
@@ -122,14 +104,60 @@ class TrainParams:
     """Arithmetic of matrix products; weights and optimizer state are always fp32. fp16 is for GPUs without bf16."""
     compile: bool
     """Compile the model with torch.compile."""
-    spike: SpikeParams | None
-    """Undo a step whose loss jumps or is not finite, and skip its batches; null: never."""
     activation_checkpointing: bool
     """Keep only each block's input, and compute the block again in the backward pass: the same result with less memory."""
     deterministic: bool
     """On a GPU, use only deterministic kernels, so that a resumed run is bit-identical to an uninterrupted one."""
     validate_every: PositiveInt
     """Steps between validation losses; the last step always has one."""
+
+    def problems(self) -> Iterator[str]:
+        """Values that do not fit together."""
+        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size  # `auto` chooses a size that divides
+        micro_batch_tokens = self.sequence_length * rows
+        if self.global_batch_tokens % micro_batch_tokens:
+            fits = max(1, round(self.global_batch_tokens / micro_batch_tokens)) * micro_batch_tokens
+            yield (
+                f"micro_batch_size: {rows} rows of {self.sequence_length} tokens do not divide "
+                f"global_batch_tokens = {self.global_batch_tokens}, so a step would be cut short; change one of them "
+                f"(global_batch_tokens: {fits} would fit)."
+            )
+        if self.min_lr > self.max_lr:
+            yield (
+                f"min_lr: {self.min_lr:g} is greater than max_lr = {self.max_lr:g}, so the learning rate would rise after "
+                f"warmup; 0 or a tenth of max_lr ({self.max_lr / 10:g}) is usual."
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step."""
+        return self.global_batch_tokens // self.sequence_length
+
+
+@dataclass(frozen=True)
+class TrainParams(StepParams):
+    """Section `train` of params.yaml."""
+
+    section: ClassVar[str] = "train"
+    """What messages call the section that holds these parameters."""
+
+    max_tokens: PositiveInt
+    """Tokens to train on; the number of steps follows from it."""
+    max_epochs: PositiveFloat
+    """The most passes over the training tokens that `max_tokens` may need."""
+    optimizer: Annotated[str, OneOf(known_optimizers)]
+    """The optimizer: the name of a file in `training/optim`."""
+    muon: MuonParams | None
+    """What `optimizer: muon` needs; null for other optimizers."""
+    schedule: Literal["cosine", "linear", "wsd"]
+    """How the learning rate falls from `max_lr` to `min_lr` after warmup. wsd (warmup, stable, decay) keeps it at `max_lr` until
+    the cooldown."""
+    cooldown: Fraction | None
+    """The part of all steps in which wsd's rate falls linearly, the last ones; null for other schedules."""
+    warmup_steps: NaturalInt
+    """Steps of linear warmup."""
+    spike: SpikeParams | None
+    """Undo a step whose loss jumps or is not finite, and skip its batches; null: never."""
     validate_tokens: PositiveInt
     """Tokens of the validation shard that each validation uses; the evaluate stage uses all."""
     hellaswag_every: PositiveInt | None
@@ -143,30 +171,17 @@ class TrainParams:
 
     def problems(self) -> Iterator[str]:
         """Values that do not fit together."""
+        yield from super().problems()
         if self.tried.bf16_residual and self.precision != "bf16":
             yield (
                 f"experiments.bf16_residual: true needs precision: bf16, not {self.precision}, so its products would fail; "
                 "set it to false."
             )
         yield from self._choice_problems()
-        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size  # `auto` chooses a size that divides
-        micro_batch_tokens = self.sequence_length * rows
-        if self.global_batch_tokens % micro_batch_tokens:
-            fits = max(1, round(self.global_batch_tokens / micro_batch_tokens)) * micro_batch_tokens
-            yield (
-                f"micro_batch_size: {rows} rows of {self.sequence_length} tokens do not divide "
-                f"global_batch_tokens = {self.global_batch_tokens}, so a step would be cut short; change one of them "
-                f"(global_batch_tokens: {fits} would fit)."
-            )
         if self.validate_tokens < self.sequence_length:
             yield (
                 f"validate_tokens: {self.validate_tokens} is less than one row of sequence_length = {self.sequence_length} "
                 "tokens, so there would be no validation loss; raise it."
-            )
-        if self.min_lr > self.max_lr:
-            yield (
-                f"min_lr: {self.min_lr:g} is greater than max_lr = {self.max_lr:g}, so the learning rate would rise after "
-                f"warmup; a tenth of max_lr ({self.max_lr / 10:g}) is usual."
             )
         if self.max_tokens < self.global_batch_tokens:
             yield (
@@ -240,11 +255,6 @@ class TrainParams:
     def max_batches(self) -> int:
         """The most batches that a run may read: one per step, and those that `spike` may skip."""
         return self.max_steps + (self.spike.batches * self.spike.rollbacks if self.spike else 0)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Sequences in one global batch."""
-        return self.global_batch_tokens // self.sequence_length
 
     def micro_batch_rows(self, world_size: int) -> int:
         """Rows that each of `world_size` ranks runs at a time: `micro_batch_size`, but no more than its share of a step.

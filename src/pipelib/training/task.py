@@ -42,6 +42,16 @@ class Task(ABC):
         """How many numbers are trained; None if all are."""
         return None
 
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of training per token.
+
+        Of 6 for a weight, 2 are for its gradient. If the model is frozen, those are spent for what is trained beside it only.
+        """
+        flops = self.model.flops_per_token(self.tokenizer.size, sequence_length)
+        if self.trained_parameters is None:
+            return flops
+        return flops - 2 * self.model.matrix_parameters(self.tokenizer.size) + 6 * self.trained_parameters
+
     def trained(self, model: Decoder) -> Stateful:
         """The part of the model that changes, and that checkpoints hold."""
         return model

@@ -95,7 +95,7 @@ class Job(ABC):
 def run_job(job: Job, work: Path, world: World, run: Run) -> None:
     """Train. Then rank 0 exports the model and the curves to work/outs and writes work/result.json."""
     task, train = job.task, job.train
-    flops = task.model.flops_per_token(task.tokenizer.size, train.sequence_length)
+    flops = task.flops_per_token(train.sequence_length)
     log = (
         MainLog(work, run, train, flops, lambda: peak_of(world.device, train.precision).times(world.world_size))
         if world.is_main
