@@ -349,21 +349,50 @@ def test_greedy_texts_of_a_batch_are_those_of_transformers_padded_left_and_alone
     assert len(set(map(tuple, ours))) == len(ours)
 
 
-def test_the_cache_gives_the_logits_of_the_whole_text_at_every_token(wide: GPT2) -> None:
-    texts = dict(enumerate(map(list, PROMPTS)))
-    cache = KVCache(wide, 48)
+@torch.no_grad()
+def next_logits(model: GPT2, texts: list[list[int]]) -> Tensor:
+    """Without a cache."""
+    return torch.cat([model.exact_logits(model.hidden(torch.tensor([text]))[:, -1]) for text in texts])
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_the_cache_gives_the_logits_of_the_whole_text_at_every_token(wide: GPT2, fixed_shapes: bool) -> None:
+    texts = list(map(list, PROMPTS))
+    cache = KVCache(wide, 6, 48, fixed_shapes=fixed_shapes)
+    found = cache.add(texts)
     for step in range(20):
-        hidden = cache.last_hidden(texts)
-        expected = torch.cat([wide.hidden(torch.tensor([text]))[:, -1] for text in texts.values()])
-        assert (hidden - expected).abs().max() < 1e-4
+        assert (found - next_logits(wide, texts))[:, : wide.vocab_size].abs().max() < 1e-4
         if step == 7:
-            del texts[2]
-        for number, text in texts.items():
+            cache.remove(1)
+            texts[1] = texts.pop()
+        for number, text in enumerate(texts):
             text.append(100 * number + step)
+        found = cache.step([text[-1] for text in texts])
 
 
 def test_a_prompt_alone_has_the_very_logits_of_the_training_pass(wide: GPT2) -> None:
-    assert torch.equal(KVCache(wide, 23).last_hidden({0: PROMPTS[2]}), wide.hidden(torch.tensor(PROMPTS[2:3]))[:, -1])
+    assert torch.equal(KVCache(wide, 1, 23).add([PROMPTS[2]]), next_logits(wide, [PROMPTS[2]]))
+
+
+def test_with_fixed_shapes_neighbours_change_no_bit(wide: GPT2) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        prompt, others = PROMPTS[2], [PROMPTS[0], PROMPTS[1], PROMPTS[3]]
+        alone = KVCache(wide, 8, 64, fixed_shapes=True)
+        expected = [alone.add([prompt]), *(alone.step([token]) for token in range(12))]
+        cache = KVCache(wide, 8, 64, fixed_shapes=True)
+        cache.add(others[:2])
+        cache.step([7, 8])
+        found = [cache.add([prompt])]
+        cache.remove(0)  # this text is in row 0 now
+        for token in range(12):
+            if token == 5:
+                cache.add(others[2:])
+            found.append(cache.step([token, *[99] * (len(cache) - 1)])[:1])
+        assert all(map(torch.equal, expected, found))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_texts_of_a_batch_outgrow_the_context_one_after_the_other(small: GPT2) -> None:

@@ -108,26 +108,34 @@ def test_the_cache_writes_what_the_whole_text_gives(family: str) -> None:
 
 
 @FAMILIES
-def test_a_row_that_joins_later_has_the_hidden_states_that_it_has_alone(family: str) -> None:
-    """Rows come and go: a long one among short ones, a short one among long ones, and all but one leave."""
+def test_a_text_that_joins_later_has_the_logits_that_it_has_alone(family: str) -> None:
+    """Texts come and go: a long one among short ones, a short one among long ones, and all but three leave."""
     model = model_of(family)
     joins = {0: 0, 1: 0, 2: 3, 3: 6, 4: 9}
     leaves = {0: 8, 2: 11}
     prompts = {0: [5, 9, 300], 1: [7], 2: list(range(20, 29)), 3: [8, 8], 4: [1, 2, 3]}
-    cache, texts = KVCache(model, 4), {}  # smaller than what is needed
+    cache, rows, texts = KVCache(model, 5, 4), list[int](), dict[int, list[int]]()  # fewer columns than are needed
     for step in range(14):
-        texts |= {name: list(prompts[name]) for name in joins if joins[name] == step}
-        texts = {name: text for name, text in texts.items() if leaves.get(name) != step}
-        hidden = cache.last_hidden(texts)
+        for name in [name for name, left in leaves.items() if left == step]:
+            row = rows.index(name)
+            cache.remove(row)
+            rows[row] = rows[-1]
+            rows.pop()
+        logits = [cache.step([texts[name][-1] for name in rows])] if rows else []
+        if new := [name for name in joins if joins[name] == step]:
+            logits.append(cache.add([prompts[name] for name in new]))
+            rows += new
+            texts |= {name: list(prompts[name]) for name in new}
+        found = torch.cat(logits)[:, : model.vocab_size]
         with torch.no_grad():
-            alone = torch.cat([model.hidden(torch.tensor([text]))[:, -1] for text in texts.values()])
-        assert (hidden - alone).abs().max() < 1e-4 * alone.abs().max(), step
-        for name, row in zip(texts, hidden, strict=True):
-            texts[name].append(int(model.logits(row).argmax()))
-    assert texts.keys() == {1, 3, 4}
-    for name, text in texts.items():
+            alone = torch.cat([model.logits(model.hidden(torch.tensor([texts[name]]))[:, -1]) for name in rows])
+        assert (found - alone[:, : model.vocab_size]).abs().max() < 1e-4 * found.abs().max(), step
+        for name, row_of in zip(rows, found, strict=True):
+            texts[name].append(int(row_of.argmax()))
+    assert set(rows) == {1, 3, 4}
+    for name in rows:
         start = len(prompts[name])
-        assert text[start:] == generate(model, [prompts[name]], len(text) - start, GREEDY)[0], name
+        assert texts[name][start:] == generate(model, [prompts[name]], len(texts[name]) - start, GREEDY)[0], name
 
 
 @FAMILIES

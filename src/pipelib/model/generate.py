@@ -1,8 +1,10 @@
 """Generate text token by token. Each text has its own random generator, so sampling changes no other random number."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -159,7 +161,11 @@ def stream(
             f"seed {seed} is out of range for torch's generators, so no text could be drawn; use 0 to {MAX_INT}."
         )
     stops = {stop_token_id} if isinstance(stop_token_id, int) else set(stop_token_id or ())
-    return _stream(model, prompts, new_tokens, sampling, seed, stops, ends)
+    texts = [
+        Text(list(prompt), new_tokens, sampling, torch.Generator().manual_seed(seed + number), stops, ends)
+        for number, prompt in enumerate(prompts)
+    ]
+    return _stream(Batch(model, min(BATCH, len(texts)), _columns(model, texts)), texts) if texts else iter(())
 
 
 def at_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> Ends:
@@ -179,53 +185,128 @@ def at_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> Ends:
     return ends
 
 
-@torch.no_grad()
-def _stream(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    stops: Collection[int],
-    ends: Ends | None,
-) -> Iterator[tuple[int, int]]:
-    texts = [list(prompt) for prompt in prompts]
-    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(texts))]
-    for first in range(0, len(texts), BATCH):
-        numbers = range(first, min(first + BATCH, len(texts)))
-        cache = KVCache(model, _columns(model, [len(texts[number]) for number in numbers], new_tokens))
-        unfinished = {number: texts[number] for number in numbers}
-        for _ in range(new_tokens):
-            if not unfinished:
-                break
-            with attention_of_any_shape(model.device):
-                next_logits = _next_logits(model, unfinished, cache)
-            for number, logits in next_logits.items():
-                token = sampling.draw(logits[: model.vocab_size], texts[number], generators[number])
-                if token in stops:
-                    del unfinished[number]
-                    continue
-                texts[number].append(token)
-                yield number, token
-                if ends and ends(texts[number][len(prompts[number]) :]):
-                    del unfinished[number]
+def _stream(batch: "Batch", texts: Sequence["Text"]) -> Iterator[tuple[int, int]]:
+    numbers, waiting = {text: number for number, text in enumerate(texts)}, deque(texts)
+    while waiting or batch.texts:
+        while waiting and len(batch.texts) < batch.size:
+            batch.add(waiting.popleft())
+        yield from ((numbers[text], token) for text, token in batch.step() if token is not None)
 
 
-def _columns(model: Decoder, lengths: Sequence[int], new_tokens: int) -> int:
-    """Columns that the cache needs for texts of these lengths, until they end or outgrow the context."""
-    context = model.params.context_length
-    fitting = [length for length in lengths if length <= context]
-    return min(max(fitting) + new_tokens, max(fitting) - min(fitting) + context) if fitting else 0
+def _columns(model: Decoder, texts: Sequence["Text"]) -> int:
+    """Columns that the cache needs for texts of these lengths."""
+    return min(max(len(text.token_ids) + text.most for text in texts), model.params.context_length)
 
 
-def _next_logits(model: Decoder, texts: dict[int, list[int]], cache: KVCache) -> dict[int, Tensor]:
-    """The logits of every text's next token, (padded vocab_size,) each, in fp32 on the CPU."""
-    # Texts longer than the context cannot use the cache: their positions shift with every token.
-    context = model.params.context_length
-    short = {number: text for number, text in texts.items() if len(text) <= context}
-    long = {number: text[-context:] for number, text in texts.items() if len(text) > context}
-    hidden = [cache.last_hidden(short)] if short else []
-    if long:
-        windows = torch.tensor(list(long.values()), device=model.device)
-        hidden.append(model.hidden(windows)[:, -1])
-    return dict(zip([*short, *long], model.exact_logits(torch.cat(hidden)).cpu(), strict=True))
+@dataclass(eq=False)
+class Text:
+    """A text that is written."""
+
+    token_ids: list[int]
+    """Its tokens, at first those of the prompt."""
+    most: int
+    """The most new tokens."""
+    sampling: Sampling
+    generator: torch.Generator
+    stops: Collection[int] = ()
+    """It ends before any of these."""
+    ends: Ends | None = None
+    """It ends after a token if this is true of its new tokens."""
+    written: int = 0
+    """New tokens so far."""
+    finished: Literal["", "stop", "length"] = ""
+    """Why it has ended; empty if it has not."""
+
+    def draw(self, logits: Tensor) -> int | None:
+        """Draw a token, and add it, but for one that ends the text.
+
+        Args:
+            logits: (vocab_size,), on the CPU.
+
+        Returns:
+            The token; None if the text ends before it.
+        """
+        token = self.sampling.draw(logits, self.token_ids, self.generator)
+        if token in self.stops:
+            self.finished = "stop"
+            return None
+        self.token_ids.append(token)
+        self.written += 1
+        if self.ends and self.ends(self.token_ids[-self.written :]):
+            self.finished = "stop"
+        elif self.written == self.most:
+            self.finished = "length"
+        return token
+
+
+class Batch:
+    """Texts that are written together, one token each in a step. Others may join between two steps."""
+
+    def __init__(self, model: Decoder, size: int, columns: int, *, fixed_shapes: bool = False) -> None:
+        """Args:
+        size: the most texts at a time.
+        columns: see `KVCache`, as for `fixed_shapes`.
+        """
+        self.size = size
+        self._model, self._cache = model, KVCache(model, size, columns, fixed_shapes=fixed_shapes)
+        self._new: list[Text] = []
+        self._cached: list[Text] = []
+        """The text in each row of the cache."""
+        self._long: list[Text] = []
+        """Those that have outgrown the context: all their positions change with each token, so no cache helps."""
+
+    @property
+    def texts(self) -> list[Text]:
+        """Those that have not ended."""
+        return [*self._cached, *self._long, *self._new]
+
+    def add(self, text: Text) -> None:
+        """Let a text join. There must be fewer than `size`."""
+        if text.most:
+            self._new.append(text)
+
+    def remove(self, text: Text) -> None:
+        """Let a text leave before it has ended."""
+        if text in self._cached:
+            self._leave_cache(self._cached.index(text))
+        for texts in (self._long, self._new):
+            if text in texts:
+                texts.remove(text)
+
+    def step(self) -> list[tuple[Text, int | None]]:
+        """Draw one token for each text; None where a text ends before it. Those that have ended leave.
+
+        Raises:
+            UserError: logits are infinite or NaN.
+        """
+        with torch.no_grad(), attention_of_any_shape(self._model.device):
+            logits = self._next_logits()
+        drawn = [(text, text.draw(row[: self._model.vocab_size])) for text, row in logits]
+        context = self._model.params.context_length
+        self._long += [text for text in self._cached if not text.finished and len(text.token_ids) > context]
+        self._long = [text for text in self._long if not text.finished]
+        for row, text in reversed([*enumerate(self._cached)]):
+            if text.finished or len(text.token_ids) > context:
+                self._leave_cache(row)
+        return drawn
+
+    def _next_logits(self) -> list[tuple[Text, Tensor]]:
+        """The logits of every text's next token, (padded vocab_size,) each, in fp32 on the CPU."""
+        context, parts = self._model.params.context_length, []
+        if self._cached:
+            parts.append(self._cache.step([text.token_ids[-1] for text in self._cached]))
+        if joining := [text for text in self._new if len(text.token_ids) <= context]:
+            parts.append(self._cache.add([text.token_ids for text in joining]))
+            self._cached += joining
+        self._long += [text for text in self._new if text not in joining]
+        self._new = []
+        if self._long:
+            windows = torch.tensor([text.token_ids[-context:] for text in self._long], device=self._model.device)
+            parts.append(self._model.exact_logits(self._model.hidden(windows)[:, -1]))
+        return list(zip([*self._cached, *self._long], torch.cat(parts).cpu(), strict=True))
+
+    def _leave_cache(self, row: int) -> None:
+        """Free a row. The last text takes it, as in the cache."""
+        self._cache.remove(row)
+        self._cached[row] = self._cached[-1]
+        self._cached.pop()
