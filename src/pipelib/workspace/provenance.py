@@ -121,6 +121,7 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+@cache  # the closures of the stages overlap
 def _files_of(module: str, root: Path) -> list[Path]:
     """Return the file of a module or package; empty if it is not this project's."""
     base = {"pipelib": Path("src"), "stages": Path()}.get(module.split(".")[0])
