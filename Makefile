@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= 200
 REMOTE ?= ../pipelib-remote
 
-.PHONY: repro test test-fast test-long coverage check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-spikes bench-tracking remote ui setup clean help
+.PHONY: repro test test-fast test-long coverage check format bench-train bench-tokenize bench-loader bench-hellaswag bench-harness bench-gpu bench-import bench-spikes bench-tracking bench-serve remote ui setup clean help
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 17
@@ -64,6 +64,9 @@ bench-hellaswag: setup  ## time HellaSwag against one example per forward pass
 
 bench-harness: setup  ## time lm-eval with our model in memory against its own Hugging Face model
 	$(BIN)/python bench/harness.py $(ARGS)
+
+bench-serve: setup  ## time the server with 1 to 32 clients, against transformers' generate
+	$(BIN)/python bench/serving.py $(ARGS)
 
 bench-gpu: setup ## on a GPU: check that training is correct, then time it
 	$(BIN)/python bench/gpu.py $(ARGS)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,9 +28,10 @@ os.execv(sys.argv[3], sys.argv[3:])
 class Browser:
     """One page; leaving the `with` block ends the browser."""
 
-    def __init__(self, profile: Path, width: int = 1280, height: int = 800) -> None:
+    def __init__(self, profile: Path, width: int = 1280, height: int = 800, *more: str) -> None:
         """Args:
         profile: an empty folder for what the browser keeps.
+        more: options of Chromium.
         """
         assert CHROMIUM, "chromium is not installed"
         to_browser, self._write = os.pipe()
@@ -37,7 +39,7 @@ class Browser:
         options = (
             "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--force-color-profile=srgb",
-            f"--window-size={width},{height}", f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank",
+            f"--window-size={width},{height}", f"--user-data-dir={profile}", "--remote-debugging-pipe", *more, "about:blank",
         )  # fmt: skip
         command = [sys.executable, "-c", PIPES_FIRST, str(to_browser), str(from_browser), CHROMIUM, *options]
         self._process = subprocess.Popen(
@@ -120,6 +122,16 @@ class Browser:
                 "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left" if kind != "mouseMoved" else "none",
                 buttons=buttons, clickCount=int(kind != "mouseMoved"),
             )  # fmt: skip
+
+    def type(self, text: str) -> None:
+        """Type into what has the focus; a line end is the Enter key."""
+        for part in re.split("(\n)", text):
+            if part == "\n":
+                for kind in ("keyDown", "keyUp"):
+                    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+                    self._call("Input.dispatchKeyEvent", type=kind, **enter)
+            elif part:
+                self._call("Input.insertText", text=part)
 
     def screenshot(self, path: Path) -> None:
         """The page as a small PNG, of 64 colours."""

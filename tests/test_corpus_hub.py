@@ -826,7 +826,7 @@ def test_subfolders_count_if_the_folder_has_no_files_itself(
     written = source(folder="data/").write(tmp_path / "raw", tmp_path / "work")
     write_manifest(tmp_path / "raw", source(folder="data").identity(), written)
     assert [row["text"] for row in iterate_raw(tmp_path / "raw")] == ["deep", "a", "b"]
-    assert "those of its subfolders are (data/a, data/a/deep, data/b)" in capfd.readouterr().out
+    assert "the files of its subfolders are used (data/a, data/a/deep, data/b)" in capfd.readouterr().out
     before = len(hub.requests)
     source(folder="data").identity()
     assert len(hub.requests) == before  # the list is stored

@@ -154,7 +154,7 @@ def test_each_format_is_recognised_or_named(name: str, row: dict[str, Any], expe
         ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "turns", "role assistant is empty, not a text"),
         ({"messages": "x"}, "turns", "messages is text, not a list of turns"),
         ({"messages": ["x"]}, "turns", "a turn is text, not an object"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "turns", "is not Unicode"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "turns", "cannot be written as UTF-8"),
         ({"prompt": 3, "completion": "x"}, "turns", "prompt is a whole number, not a text"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": "x", "tool_calls": [1]}]}, "turns", "calls tools"),
         ({"messages": [{"content": "x"}]}, "turns", "a turn has no role (only content)"),
@@ -370,7 +370,9 @@ def test_long_conversations_are_cut_after_an_answer_or_left_out_and_counted(toke
     assert len(dataset.tokens(0)) == first
     dataset, counts = encoded([exchanges, [QUESTION, Message(ASSISTANT, "y " * 60)], *facts(3)], tokenizer, 50)
     assert (counts.cut, counts.too_long, counts.named["too_long"]) == (1, 1, ["row 2"])
-    with pytest.raises(UserError, match=r"no conversation to train on, all 1 are longer than 4 tokens; raise"):
+    with pytest.raises(
+        UserError, match=r"all 1 conversations are longer than 4 tokens, so there is nothing to train on; raise"
+    ):
         encoded([[QUESTION, ANSWER]], tokenizer, 4)
     with pytest.raises(UserError, match="held out for validation, so there is nothing to train on"):
         encoded([[QUESTION, ANSWER]] * 3, tokenizer, 64)

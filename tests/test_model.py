@@ -482,7 +482,7 @@ def test_a_text_ends_at_a_string_and_keeps_the_tokens_that_complete_it(small: GP
     ("options", "words"),
     [
         ({"min_p": 1.5}, "min_p 1.5 is not a share from 0 to 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty 0 is not above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0 is not a number from 0.01 to 100"),
     ],
 )
 def test_impossible_sampling_is_refused_at_once(small: GPT2, options: dict[str, Any], words: str) -> None:

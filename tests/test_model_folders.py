@@ -360,12 +360,16 @@ def test_an_index_and_files_that_do_not_agree_are_refused(folder: Path) -> None:
     where = split(folder)
     last = "model-00002-of-00002.safetensors"
     write_json(folder / INDEX, {"weight_map": {**where, "more": last}})
-    refused(folder, f"says that more is in {last}, which does not have it (1 such tensors)")
+    refused(folder, f"lists more in {last}, but that file does not contain it (1 such tensors)")
     write_json(folder / INDEX, {"weight_map": {name: file for name, file in where.items() if name != NORM}})
-    refused(folder, "does not say that transformer.ln_f.bias is in")
+    refused(folder, "does not list it there")
     write_json(folder / INDEX, {"weight_map": where})
     (folder / last).unlink()
-    refused(folder, f"names {last}, which is missing (1 of 2 files are)", "copy or download it again")
+    refused(
+        folder,
+        f"names 2 files of weights, and 1 of them are missing (the first is {last})",
+        "copy or download it again",
+    )
 
 
 @pytest.mark.parametrize(
@@ -439,7 +443,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64
 def test_bytes_that_are_not_safetensors_are_named(folder: Path, content: bytes, words: str, sharded: bool) -> None:
     path = folder / (WEIGHTS if not sharded else split(folder)[NORM])
     path.write_bytes(content)
-    message = refused(folder, words if not (sharded and words.startswith("it has")) else "which does not have it")
+    message = refused(folder, words if not (sharded and words.startswith("it has")) else "does not contain it")
     assert "verify" not in message
 
 

@@ -196,12 +196,14 @@ def test_a_corpus_shorter_than_one_batch(project: Project) -> None:
 
 def test_more_passes_over_the_corpus_than_allowed(project: Project) -> None:
     write_params(project.root, train__max_tokens=10**6)
-    project.refuses("train", "train.max_tokens = 1,000,000 is", "so rows would repeat; allow it with train.max_epochs:")
+    project.refuses("train", "train.max_tokens = 1,000,000 is", "and train.max_epochs allows")
 
 
 def test_ranks_that_cannot_share_a_step(project: Project) -> None:
     project.refuses("train", "3 ranks with train.micro_batch_size = 2 cannot share the 4 rows", PIPELIB_NPROC="3")
-    project.refuses("train", "PIPELIB_NPROC=all is not a whole number of at least 1", PIPELIB_NPROC="all")
+    project.refuses(
+        "train", "PIPELIB_NPROC=all is not valid: it must be a whole number, 1 or more", PIPELIB_NPROC="all"
+    )
 
 
 def flip_bit(path: Path, offset: int) -> None:

@@ -457,7 +457,7 @@ def refused(tmp_path: Path, raw: Path, message: str, **options: int) -> None:
 
 @pytest.mark.parametrize("files", [[], [[]], [[None, ""], [""]]])
 def test_no_text(tmp_path: Path, files: list[list[str | None]]) -> None:
-    refused(tmp_path, write_raw_files(tmp_path / "raw", files), "holds no text .*so there is nothing to learn")
+    refused(tmp_path, write_raw_files(tmp_path / "raw", files), "contains no text .*so there is nothing to learn")
 
 
 def test_a_validation_shard_that_takes_everything(tmp_path: Path) -> None:
@@ -540,7 +540,7 @@ def test_a_wrong_number_of_workers_is_refused(
     tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, wish: str
 ) -> None:
     monkeypatch.setenv("PIPELIB_WORKERS", wish)
-    refused(tmp_path, raw, f"PIPELIB_WORKERS={wish} is not a whole number of at least 1")
+    refused(tmp_path, raw, f"PIPELIB_WORKERS={wish} is not valid: it must be a whole number, 1 or more")
 
 
 # ---- What the manifest of the text says ------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_a_manifest_names_its_tokenizer() -> None:
         "name": "gpt2", "vocabulary_sha256": "bd5f82fc4b37d3ec78cf27a0f9f1ab5f6f1a7e60b5b1ad4ba1bba3c2a7a1b8a5",
     }  # fmt: skip
     assert find_tokenizer(GPT2_TOKENIZER.encoding) is GPT2_TOKENIZER
-    with pytest.raises(UserError, match=r"the vocabulary gpt2 \(bd5f82fc4b37d3ec\), and here are gpt2"):
+    with pytest.raises(UserError, match=r"the vocabulary gpt2 \(bd5f82fc4b37d3ec\), and only gpt2"):
         find_tokenizer(encoding)
     with pytest.raises(UserError, match=r"the vocabulary llama \(None\).*run dvc repro"):
         find_tokenizer({"name": "llama"})

@@ -245,7 +245,7 @@ def test_one_record_that_fails_keeps_no_other_from_being_sent(
         broken.setattr(MlflowRun, "complete", failing)
         assert track("--replay") == 1
     said, key = capsys.readouterr(), os.environ["DVC_EXP_NAME"]
-    assert f"{key} download: MLflow failed (ValueError: no, not this)" in said.err
+    assert f"{key} download: could not be sent to MLflow (ValueError: no, not this)" in said.err
     assert f"did not accept all of {key} download, so" in said.err
     assert "has everything" not in said.out
     assert runs(client, "train")[0].info.status == "FINISHED"

@@ -67,13 +67,16 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"PIPELIB_NNODES": "2"}, r"PIPELIB_NNODES=2 machines need a place to meet, .*=\(not set\) is not HOST:PORT"),
+        (
+            {"PIPELIB_NNODES": "2"},
+            r"PIPELIB_NNODES=2 machines need PIPELIB_RDZV_ENDPOINT=HOST:PORT to connect, and it is \(not set\)",
+        ),
         (
             {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": "node01"},
             r"ENDPOINT=node01 is not HOST:PORT; give the first machine's",
         ),
-        ({"PIPELIB_NNODES": "0"}, r"PIPELIB_NNODES=0 is not a whole number of at least 1"),
-        ({"PIPELIB_MAX_RESTARTS": "-1"}, r"PIPELIB_MAX_RESTARTS=-1 is not a whole number of at least 0"),
+        ({"PIPELIB_NNODES": "0"}, r"PIPELIB_NNODES=0 is not valid: it must be a whole number, 1 or more"),
+        ({"PIPELIB_MAX_RESTARTS": "-1"}, r"PIPELIB_MAX_RESTARTS=-1 is not valid: it must be a whole number, 0 or more"),
     ],
 )
 def test_settings_of_machines_that_are_none_are_refused(

@@ -163,4 +163,4 @@ def test_a_rule_that_cannot_hold_is_refused() -> None:
     ]
     problems.clear()
     parse(SpikeParams, {"window": 1, "deviations": 6, "batches": 1, "rollbacks": 3}, "train.spike", problems)
-    assert problems[0].startswith("train.spike.window: 1 loss has no standard deviation")
+    assert problems[0].startswith("train.spike.window: 1: one loss has no standard deviation")

@@ -169,7 +169,7 @@ def test_weights_of_another_vocabulary_are_refused_before_a_step(project: Projec
 
 def test_shards_of_another_vocabulary_are_refused(project: Project) -> None:
     encoding = read_json(project.root / "data/tokens/manifest.json")["encoding"]
-    with pytest.raises(UserError, match=r"made with the vocabulary bpe-400 \(\w{16}\), and here are gpt2"):
+    with pytest.raises(UserError, match=r"need the vocabulary bpe-400 \(\w{16}\), and only gpt2"):
         find_tokenizer(encoding)
     tokens = read_manifest(project.root / "data/tokens")  # of another clone: its vocabulary is beside them
     assert tokens.tokenizer.encoding == encoding

@@ -141,7 +141,8 @@ class Params:
         ):
             yield (
                 f"finetune.init_from: {finetune.init_from!r} is neither {BASE} nor one of download.models = "
-                f"{list(self.download.models)}, and a folder needs a slash in its name; write ./{finetune.init_from} if it is."
+                f"{list(self.download.models)}, so no model is found; add it to download.models, or write "
+                f"./{finetune.init_from} if it is a folder."
             )
 
 

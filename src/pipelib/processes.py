@@ -36,9 +36,7 @@ def positive_int_from_env(name: str) -> int | None:
     """
     value = os.environ.get(name, "")
     if value and not (value.isdecimal() and int(value)):
-        raise UserError(
-            f"{name}={value} is not a whole number of at least 1, so it cannot be used; set a valid number, or unset it."
-        )
+        raise UserError(f"{name}={value} is not valid: it must be a whole number, 1 or more; correct it, or unset it.")
     return int(value) if value else None
 
 
@@ -50,9 +48,7 @@ def natural_int_from_env(name: str) -> int:
     """
     value = os.environ.get(name, "") or "0"
     if not value.isdecimal():
-        raise UserError(
-            f"{name}={value} is not a whole number of at least 0, so it cannot be used; set a valid number, or unset it."
-        )
+        raise UserError(f"{name}={value} is not valid: it must be a whole number, 0 or more; correct it, or unset it.")
     return int(value)
 
 

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelib.cli.command import Command, option
 from pipelib.errors import UserError, tell
-from pipelib.workspace.places import HERE, ChatPlaces
+from pipelib.workspace.places import HERE
 
 if TYPE_CHECKING:
     from pipelib.model.dialogue import Dialogue
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   pipelib chat                                      chat/model, or models/ if nothing was fine-tuned
   pipelib chat --model ../other-clone/chat/model --temperature 0
+  pipelib chat --run HEAD~1                         the model of another commit, or of an experiment
   echo "What does numpy.clip do?" | pipelib chat    a question a line, an answer a line or more
 
 in a terminal:
@@ -44,6 +45,12 @@ class Chat(Command):
     model: Path | None = option(
         "Hugging Face folder; default: chat/model if it is there, else models", default=None, metavar="DIR"
     )
+    run_: str | None = option(
+        "the model of a run instead: workspace, the folder of a checkout, a git revision, or a DVC experiment; read "
+        "from DVC's cache, so the workspace does not change",
+        default=None,
+        metavar="NAME",
+    )
     adapter: Path | None = option(
         "LoRA adapter for the model, as PEFT writes it: chat/adapter, for example; the default model is then models",
         default=None,
@@ -64,7 +71,10 @@ class Chat(Command):
         Raises:
             UserError: the model cannot be read, or an option is not possible.
         """
-        dialogue = self._begin()
+        with self._folder() as folder:
+            return self._talk(self._begin(folder))
+
+    def _talk(self, dialogue: "Dialogue") -> int:
         in_terminal = sys.stdin.isatty()
         if in_terminal:
             with suppress(ImportError):
@@ -86,7 +96,16 @@ class Chat(Command):
             elif line.strip():
                 self._answer(dialogue, line)
 
-    def _begin(self) -> "Dialogue":
+    def _folder(self) -> AbstractContextManager[Path]:
+        from pipelib.inspection.run_model import model_of_run, workspace_model
+
+        if self.run_ is not None and self.model is not None:
+            raise UserError("--model and --run both name a model, so it is unclear which is meant; give one of them.")
+        if self.run_ is not None:
+            return model_of_run(self.run_)
+        return nullcontext(self.model or (workspace_model() if self.adapter is None else HERE.model))
+
+    def _begin(self, folder: Path) -> "Dialogue":
         from pipelib.model.adapters import import_adapted
         from pipelib.model.device import pick_device
         from pipelib.model.dialogue import Dialogue
@@ -96,8 +115,6 @@ class Chat(Command):
 
         if self.tokens < 1:
             raise UserError(f"--tokens {self.tokens} would answer nothing; give 1 or more.")
-        tuned = ChatPlaces(HERE.chat).model
-        folder = self.model or (tuned if tuned.is_dir() and self.adapter is None else HERE.model)
         tokenizer = tokenizer_of_model(folder, chosen_tokenizer())
         model = import_adapted(folder, tokenizer, self.adapter).to(pick_device())
         sampling = Sampling(self.temperature, self.top_k, repetition_penalty=self.repetition_penalty)

@@ -82,7 +82,8 @@ def option(
     help: str, *, default: T, metavar: str = ..., choices: Sequence[str] = ..., nargs: str = ..., action: str = ...
 ) -> T: ...
 def option(help: str, **settings: Any) -> Any:
-    """Declare a field that is passed as `--its-name VALUE`: required without a default, a switch if it is a bool.
+    """Declare a field that is passed as `--its-name VALUE`: required without a default, a switch if it is a bool. `run_` is
+    passed as `--run`.
 
     The field's type gives the type of one value, or its choices: int for `int`, `int | None` and `tuple[int, ...]`,
     a or b for `Literal["a", "b"]`.
@@ -124,7 +125,8 @@ def _add_argument(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any
         action = parser.add_argument(field.name, **settings)
     else:
         settings["required"] = field.default is dataclasses.MISSING
-        action = parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+        flag = f"--{field.name.rstrip('_').replace('_', '-')}"
+        action = parser.add_argument(flag, dest=field.name, **settings)
     if kind is Path:  # shtab reads this attribute
         action.complete = FOLDERS if action.metavar == "DIR" else FILES  # type: ignore[attr-defined]
 

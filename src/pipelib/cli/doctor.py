@@ -18,7 +18,7 @@ class Doctor(Command):
     help = "check this machine, and say how to fix what is wrong"
     description = (
         "Check versions, torch and driver, GPUs, memory, disk, links, DVC, git, vocabulary, locks, compiler, dvc.lock, metrics, "
-        "params.yaml, download.path and MLflow's database. Exit status 1 if any check FAILs."
+        "params.yaml, download.path, finetune.path and MLflow's database. Exit status 1 if any check FAILs."
     )
     examples = EXAMPLES
 

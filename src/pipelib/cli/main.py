@@ -22,6 +22,7 @@ from pipelib.cli.plan import Plan
 from pipelib.cli.plots_page import PlotsPage
 from pipelib.cli.publish import Publish
 from pipelib.cli.sample import Sample
+from pipelib.cli.serve import Serve
 from pipelib.cli.summary import Summary
 from pipelib.cli.track import Track
 from pipelib.cli.verify import Verify
@@ -34,6 +35,7 @@ EXAMPLES = """examples:
   pipelib doctor                      is this machine ready?
   pipelib sample --prompt "Returns the"
   pipelib chat                        talk to the model
+  pipelib serve                       the same in the browser, and OpenAI's endpoints
   pipelib COMMAND --help              help for one command
 
 DVC runs the pipeline itself: dvc repro, dvc exp run -S train.max_lr=1.8e-3, dvc metrics diff.
@@ -77,6 +79,7 @@ COMMANDS: tuple[type[Command], ...] = (
     ExportTokens,
     Sample,
     Chat,
+    Serve,
     Evaluate,
     Publish,
     Track,

@@ -65,7 +65,7 @@ class Sample(Command):
         "end a text after one of these", default=None, nargs="+", action="extend", metavar="TEXT"
     )
     chat: bool = option(
-        "take each prompt for a question, and print the answer; default model: chat/model", default=False
+        "treat each prompt as a question, and print the answer; default model: chat/model", default=False
     )
     num_samples: int = option("texts per prompt; default: 1", default=1, metavar="N")
     seed: int = option("the same seed gives the same texts; default: 0", default=0, metavar="N")

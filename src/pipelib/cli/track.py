@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipelib.cli.command import Command, option, positional
 from pipelib.errors import UserError, tell
+from pipelib.files import plural
 from pipelib.workspace.places import StatePlaces
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class Track(Command):
         _print(records, states)
         missing = sum(state not in (ALL, DELETED, BUSY) for state in states)
         tell(
-            f"MLflow at {where} lacks some of {missing} of {len(records)} records; `pipelib track --replay` sends the rest"
+            f"MLflow at {where} has not all of {missing} of {plural(len(records), 'record')}; `pipelib track --replay` "
+            "sends the rest"
             if missing
             else f"MLflow at {where} has everything that was not deleted there"
         )

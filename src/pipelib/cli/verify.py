@@ -31,7 +31,7 @@ class Verify(Command):
         "an out of dvc.lock, or any folder of shards; default: all outs in the workspace", default=None, nargs="?"
     )
     repair: bool = option(
-        "remove each damaged file and its object in DVC's cache, which DVC would restore forever; intact files stay",
+        "delete each damaged file and its copy in DVC's cache (otherwise DVC restores the damage); intact files stay",
         default=False,
     )
 

@@ -17,13 +17,17 @@ from pipelib.files import link_or_copy, sha256_file, write_json
 from pipelib.workspace.places import MANIFEST
 
 
+def _repo(params: HubConversationsParams) -> HubRepo:
+    return HubRepo(params.repo, params.revision, section="download.conversations")
+
+
 def conversation_files(params: HubConversationsParams, retry: Retry = DEFAULT_RETRY) -> list[HubFile]:
     """List the files of the folder. The hub is asked once; its answer is stored.
 
     Raises:
         UserError: the hub refuses, is unreachable, or has no such revision or folder; or no file can be read.
     """
-    return list_files(HubRepo(params.repo, params.revision), params.folder, CONVERSATION_KINDS, retry)
+    return list_files(_repo(params), params.folder, CONVERSATION_KINDS, retry)
 
 
 def write_conversations(params: HubConversationsParams | None, folder: Path, retry: Retry = DEFAULT_RETRY) -> None:
@@ -49,5 +53,5 @@ def write_conversations(params: HubConversationsParams | None, folder: Path, ret
 
 @contextmanager
 def _open(params: HubConversationsParams, retry: Retry) -> Iterator[HubStore]:
-    with open_store(HubRepo(params.repo, params.revision), retry) as store:
+    with open_store(_repo(params), retry) as store:
         yield store

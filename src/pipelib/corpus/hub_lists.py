@@ -146,7 +146,7 @@ def list_files(repo: HubRepo, folder: str, kinds: Sequence[tuple[str, ...]], ret
         if not wanted:
             raise _NoFileError(
                 f"{listing.name} has no file that can be read ({KINDS_IN_WORDS}), so there is no text; name another folder "
-                "(download.folder)."
+                f"({repo.section}.folder)."
             )
         unknown = next((file.path for file in wanted if not (file.sha256 or file.git_sha1)), None)
         if unknown is not None:
@@ -271,7 +271,7 @@ def _ask_hub(repo: HubRepo, folder: HubFolder, retry: Retry) -> _Listing:
         client().utils.validate_repo_id(repo.name)
     except ValueError as error:
         raise UserError(
-            f"download.repo: this is not a valid name on the hub ({error}); write OWNER/NAME as its page does."
+            f"{repo.section}.repo: this is not a valid name on the hub ({error}); write OWNER/NAME as its page does."
         ) from None
     what = f"the list of files in {folder.of(repo)} from {shown(endpoint())}"
     tree = f"tree/{repo.revision}/{quote(folder.path)}".rstrip("/")

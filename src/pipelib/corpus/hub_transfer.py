@@ -14,7 +14,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -45,7 +45,8 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its warnings contain URLs,
 
 
 NOT_NEEDED = (
-    "change section download so that it is not needed (source: docs or local; no benchmark and no model from the hub)"
+    "change section download so that it is not needed (source: docs or local; no benchmark, model or conversations from "
+    "the hub)"
 )
 """The remedy for files of the hub that cannot be downloaded."""
 
@@ -59,6 +60,8 @@ class HubRepo:
     revision: str
     """The commit, 40 hexadecimal digits."""
     kind: Literal["dataset", "model"] = "dataset"
+    section: str = field(default="download", compare=False)
+    """The section of params.yaml that names it, for messages."""
 
     def file_url(self, path: str) -> str:
         """Return the URL of a file."""
@@ -418,16 +421,16 @@ def _refusal(error: BaseException, repo: HubRepo, reason: str) -> tuple[str, str
         html = _content_type(error.response) == "an HTML page"  # type: ignore[attr-defined]
         return reason, (
             "set HF_TOKEN to a token that may read it and accept the terms on the repository's page; the hub gives the "
-            "same answer for a repository that does not exist, so check download.repo too"
+            f"same answer for a repository that does not exist, so check {repo.section}.repo too"
             + (". The answer is an HTML page, as proxies send: perhaps a proxy refuses, not the hub" if html else "")
         )
     if isinstance(error, RevisionNotFoundError):
-        return reason, f"download.revision does not exist in this repository; {_known_revisions(repo)}"
+        return reason, f"{repo.section}.revision does not exist in this repository; {_known_revisions(repo)}"
     mirror = "and HF_ENDPOINT if you use a mirror"
     if isinstance(error, EntryNotFoundError):
-        return reason, f"this revision has no such folder or file; check download.folder, {mirror}"
+        return reason, f"this revision has no such folder or file; check {repo.section}.folder, {mirror}"
     if status == HTTPStatus.NOT_FOUND:
-        return reason, f"the hub does not know this repository; check download.repo, {mirror}"
+        return reason, f"the hub does not know this repository; check {repo.section}.repo, {mirror}"
     return (reason, "a retry would not help") if is_refusal(error) else None
 
 

@@ -17,6 +17,8 @@ from pipelib.errors import UserError
 from pipelib.files import is_unicode
 
 _SHOWN = 5  # the most names in one message
+OTHERWISE = {"download": "docs", "finetune": "none"}
+"""The source of each section that needs no files of the user."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def find_files(path: Path, pattern: str, section: str = "download") -> LocalFile
         )
         raise UserError(
             f"{section}.path: {where} of a kind that can be read ({KINDS_IN_WORDS}), so there is no text; put files "
-            f"there, or set {section}.source: docs."
+            f"there, or set {section}.source: {OTHERWISE[section]}."
         )
     return LocalFiles(root, readable, sorted({*own} - {*readable}))
 
@@ -134,7 +136,7 @@ def require_readable(path: Path, links: bool, section: str = "download") -> None
     if found:
         more = [f"and more, after these {_SHOWN}"] if len(found) > _SHOWN else []
         raise UserError(
-            f"{section}.path: DVC cannot track {path} as it is, so the corpus could be incomplete:\n"
+            f"{section}.path: DVC cannot track {path} as it is, so its text could be incomplete:\n"
             + "\n".join(f"  - {line}" for line in [*found[:_SHOWN], *more])
         )
 
@@ -192,7 +194,9 @@ def _problem_of_link(path: Path, links: bool) -> str:
         return "is a link to something that is not a file; remove it"
     if not links or path.name.startswith("."):
         return ""
-    return "is a link to a folder, and DVC would not notice changes in it; move the folder here, or set download.path to it"
+    return (
+        "is a link to a folder, and DVC would not notice changes in it; move the folder here, or name the folder itself"
+    )
 
 
 def printable(path: Path | str) -> str:

@@ -150,7 +150,7 @@ class DownloadParams:
         number = self.benchmark_documents
         if "completion" in self.benchmarks and number != "auto" and number < 4:
             yield (
-                f"benchmark_documents: {self.benchmark_documents} documents cannot give an item and three distractors "
+                f"benchmark_documents: {self.benchmark_documents} documents cannot give an item and three wrong endings "
                 "from other documents; use at least 4, or drop completion from benchmarks."
             )
         if "completion" not in self.benchmarks and number not in (0, "auto"):

@@ -100,9 +100,12 @@ class Counts:
     def report(self, longest: int) -> None:
         """Print what the user should know."""
         for what, text in (
-            ("cut", f"conversations are longer than {longest:,} tokens, and end after an earlier answer"),
-            ("too_long", f"conversations are left out, since their first answer ends after {longest:,} tokens"),
-            ("markers", "turns have the spelling of a special token, which is ordinary text to the model"),
+            ("cut", f"conversations are longer than {longest:,} tokens and were cut after the last answer that fits"),
+            (
+                "too_long",
+                f"conversations are left out, because their first answer does not fit into {longest:,} tokens",
+            ),
+            ("markers", "turns contain text that looks like a special token; it is encoded as ordinary text"),
         ):
             if count := getattr(self, what):
                 more = ", ..." if count > NAMED else ""
@@ -157,9 +160,13 @@ def encode(
         hashes.append(_hash(messages[: len(fitting)]))
         counts.turns += len(fitting)
     if not pieces:
-        why = f"all {left_out:,} are longer than {longest:,} tokens" if left_out else "the files have none"
-        remedy = "raise finetune.sequence_length, or add shorter ones" if left_out else "add some"
-        raise UserError(f"finetune: there is no conversation to train on, {why}; {remedy}.")
+        why = (
+            f"all {left_out:,} conversations are longer than {longest:,} tokens"
+            if left_out
+            else "there are no conversations"
+        )
+        remedy = "raise finetune.sequence_length, or add shorter ones" if left_out else "add conversations"
+        raise UserError(f"finetune: {why}, so there is nothing to train on; {remedy}.")
     held_out = np.array(hashes) < validation
     if not held_out.any():
         held_out = np.array(hashes) == min(hashes)  # with its copies

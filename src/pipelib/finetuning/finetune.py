@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipelib.errors import UserError, tell
-from pipelib.files import write_json, write_text
+from pipelib.files import plural, write_json, write_text
 from pipelib.finetuning.dataset import Counts, Dataset, encode
 from pipelib.finetuning.masks_page import masks_page
 from pipelib.finetuning.measure import (
@@ -145,8 +145,8 @@ def _one_machine() -> Machines:
 def _require_rows(params: FinetuneParams, rows: int) -> None:
     if rows < params.rows_per_step:
         raise UserError(
-            f"finetune.global_batch_tokens: {params.global_batch_tokens:,} tokens are {params.rows_per_step} rows in a step, and "
-            f"the conversations fill {rows}, so a step would hold some of them twice; lower it to "
+            f"finetune.global_batch_tokens: {params.global_batch_tokens:,} tokens are {params.rows_per_step} rows per step, and "
+            f"the conversations fill only {plural(rows, 'row')}, so some rows would be used twice in one step; lower it to "
             f"{max(1, rows) * params.sequence_length:,} or less, or add conversations."
         )
 

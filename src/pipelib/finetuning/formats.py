@@ -38,7 +38,8 @@ def conversation_of(row: Row, chosen: str, where: str) -> list[Message]:
     except KeyError as error:
         raise BadRowError(
             "unknown columns",
-            f"{where}: there is no {error.args[0]} (only {', '.join(row) or 'an empty object'}), which the format {name} has",
+            f"{where}: the column {error.args[0]} is missing (it has {', '.join(row) or 'nothing'}), and the format {name} "
+            "needs it",
         ) from None
     except _WrongValueError as error:
         raise BadRowError("turns", f"{where}: {error}") from None
@@ -75,7 +76,7 @@ def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise _WrongValueError(f"{what} is {kind_of(value)}, not a text")
     if not is_unicode(value):
-        raise _WrongValueError(f"{what} is not Unicode, so it has no UTF-8")
+        raise _WrongValueError(f"{what} has characters that cannot be written as UTF-8")
     return value
 
 

@@ -90,7 +90,7 @@ def replay(store: Store, records: Sequence[RecordFile], *, named: bool) -> None:
         except DeletedRun:
             result = ReplayResult(DELETED)
         except Exception as error:
-            tell(f"{name}: MLflow failed {failure(error)}", error=True)
+            tell(f"{name}: could not be sent to MLflow {failure(error)}", error=True)
             lacking.append(name)
             continue
         done.append((record, result))
@@ -106,7 +106,7 @@ def replay(store: Store, records: Sequence[RecordFile], *, named: bool) -> None:
         try:
             end_parents(store, folder)
         except Exception as error:
-            tell(f"{folder.name}: MLflow failed {failure(error)}", error=True)
+            tell(f"{folder.name}: could not be sent to MLflow {failure(error)}", error=True)
             lacking.append(folder.name)
     deleted = sorted({record.key for record, result in done if result.before == DELETED})
     if deleted and not named:

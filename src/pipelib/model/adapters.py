@@ -109,13 +109,13 @@ def add_adapter(model: Decoder, rank: int, alpha: float, targets: Sequence[str] 
         known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
         raise UserError(
             f"finetune.adapter.targets: {', '.join(unknown)} matches no linear layer of {model.params.title}, so nothing there "
-            f"would be trained; it has {known}."
+            f"would be trained; choose from {known}."
         )
     smallest = min(min(layer.weight.shape) for layer in chosen.values())
     if rank > smallest:
         raise UserError(
-            f"finetune.adapter.rank: {rank} is more than the smallest adapted layer has ({smallest}), so an adapter would be "
-            "larger than the layer; lower it."
+            f"finetune.adapter.rank: {rank} is larger than the smaller dimension of one of the chosen layers ({smallest}), "
+            f"so its adapter would be larger than the layer; use {smallest} or less."
         )
     model.requires_grad_(False)
     adapter = Adapter(chosen, rank, alpha, ends)
@@ -220,7 +220,8 @@ def with_adapter(model: Decoder, folder: Path, base_sha256: str, base: Path) -> 
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unlike:
         what = ", ".join(unlike) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise UserError(
-            f"{folder / CONFIG} has {what}, which is not computed here; merge it with PEFT, and use the result."
+            f"{folder / CONFIG} has {what}, which pipelib does not support, so this adapter cannot be loaded; merge it into its "
+            "base model with PEFT, and use the merged model."
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tensors = load((folder / WEIGHTS).read_bytes())

@@ -16,6 +16,8 @@ from pipelib.model.kv_cache import KVCache
 from pipelib.schema import MAX_INT
 from pipelib.vocabulary.tokenizer import Tokenizer
 
+COLD = 1e-30
+"""fp32 cannot hold numbers much smaller than this; a temperature below it is 0."""
 Ends = Callable[[Sequence[int]], bool]
 """Whether a text ends after its new tokens."""
 BATCH = 16
@@ -52,10 +54,10 @@ class Sampling:
             return (
                 f"min_p {self.min_p:g} is not a share from 0 to 1, so it could leave no token; use 0.05, for example."
             )
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 0.01 <= self.repetition_penalty <= 100:
             return (
-                f"repetition_penalty {self.repetition_penalty:g} is not above 0, so tokens of the text would be lost; use 1 for "
-                "none, or 1.1."
+                f"repetition_penalty {self.repetition_penalty:g} is not a number from 0.01 to 100, so tokens of the text "
+                "would be lost; use 1 for none, or 1.1."
             )
         return ""
 
@@ -72,7 +74,7 @@ class Sampling:
                 "training diverged: use another model."
             )
         logits = self._penalised(logits, text)
-        if self.temperature == 0:
+        if self.temperature < COLD:
             return int(logits.argmax())
         token_ids, probabilities = self.candidates(logits)
         return int(token_ids[torch.multinomial(probabilities, 1, generator=generator)])
@@ -90,7 +92,8 @@ class Sampling:
         probabilities = ((values - values[0]) / self.temperature).softmax(dim=-1)
         if self.top_p is not None and self.top_p < 1:
             before = probabilities.cumsum(dim=-1) - probabilities  # the probability of all likelier tokens together
-            probabilities = probabilities.where(before < self.top_p, 0.0)  # multinomial normalises
+            before[0] = 0.0
+            probabilities = probabilities.where(before < max(self.top_p, COLD), 0.0)  # multinomial normalises
         if self.min_p:
             probabilities = probabilities.where(probabilities >= self.min_p * probabilities[0], 0.0)
         return token_ids, probabilities
@@ -190,7 +193,8 @@ def _stream(batch: "Batch", texts: Sequence["Text"]) -> Iterator[tuple[int, int]
     while waiting or batch.texts:
         while waiting and len(batch.texts) < batch.size:
             batch.add(waiting.popleft())
-        yield from ((numbers[text], token) for text, token in batch.step() if token is not None)
+        if batch.texts:  # none if no tokens are wanted
+            yield from ((numbers[text], token) for text, token in batch.step() if token is not None)
 
 
 def _columns(model: Decoder, texts: Sequence["Text"]) -> int:

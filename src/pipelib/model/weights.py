@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.errors import UserError, how_to_repair
-from pipelib.files import read_json, sha256_file, sha256_files, sha256_json
+from pipelib.files import plural, read_json, sha256_file, sha256_files, sha256_json
 from pipelib.workspace.places import HERE, MANIFEST
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(_weight_map(folder).values()))
     if missing := [name for name in names if not is_file(folder / name)]:
         raise UserError(
-            f"{folder / INDEX} names {missing[0]}, which is missing ({len(missing)} of {len(names)} files are), so some "
-            f"weights are missing; {restore(folder)}."
+            f"{folder / INDEX} names {plural(len(names), 'file')} of weights, and {len(missing)} of them are missing (the "
+            f"first is {missing[0]}), so the model is incomplete; {restore(folder)}."
         )
     return [folder / name for name in names]
 
@@ -141,10 +141,13 @@ def _check_index(folder: Path, weights: Weights) -> None:
     found = {(entry.name, entry.file.name) for entry in weights.entries}
     if differing := sorted(listed ^ found):
         name, file = differing[0]
-        says, has = ("says", "does not have it") if (name, file) in listed else ("does not say", "has it")
+        problem = (
+            f"{folder / INDEX} lists {name} in {file}, but that file does not contain it"
+            if (name, file) in listed
+            else f"{folder / file} contains {name}, but {INDEX} does not list it there"
+        )
         raise UserError(
-            f"{folder / INDEX} {says} that {name} is in {file}, which {has} ({len(differing)} such tensors), so the files do "
-            f"not belong to one model; {restore(folder)}."
+            f"{problem} ({len(differing)} such tensors), so the files are not from one model; {restore(folder)}."
         )
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from pipelib.corpus.raw import RawFile, read_raw_manifest, require_file
 from pipelib.errors import UserError
-from pipelib.files import require_free_space, write_atomic
+from pipelib.files import plural, require_free_space, write_atomic
 from pipelib.progress import Progress
 from pipelib.stage import Build
 from pipelib.tokens.dedup import find_duplicates
@@ -67,7 +67,8 @@ def encode_corpus(
         total = sum_counts([unit.counts for unit in done])
         if not total.tokens:
             raise UserError(
-                f"{raw} holds no text in {len(units)} pieces, so there is nothing to learn; check the source of the text."
+                f"{raw} contains no text ({plural(len(units), 'piece')} were read), so there is nothing to learn; check the "
+                "source of the text."
             )
         # Step 2: units to shards.
         parts = distinct_parts(done) if params.dedup == "exact" else [Part(unit) for unit in done]

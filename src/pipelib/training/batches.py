@@ -75,9 +75,9 @@ def check_tokens(params: TrainParams, manifest: Manifest) -> None:
         skipped = params.max_batches - params.max_steps
         extra = f", with {skipped} more batches that train.spike may skip," if skipped else ""
         raise UserError(
-            f"train.max_tokens = {params.max_tokens:,}{extra} is {epochs:.3f} passes over the {available:,} training tokens, so "
-            f"rows would repeat; allow it with train.max_epochs: {math.ceil(epochs * 1000) / 1000:g}, lower max_tokens, or "
-            "add text."
+            f"train.max_tokens = {params.max_tokens:,}{extra} is {epochs:.3f} passes over the {available:,} training tokens, and "
+            f"train.max_epochs allows {params.max_epochs:g}, so the text would be repeated more often than you allow; raise "
+            f"train.max_epochs to {math.ceil(epochs * 1000) / 1000:g}, lower max_tokens, or add text."
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pipelib.errors import UserError
-from pipelib.files import format_bytes
+from pipelib.files import format_bytes, plural
 from pipelib.model.device import free_memory
 from pipelib.model.params import ModelParams
 from pipelib.training.params import TrainParams
@@ -156,8 +156,8 @@ class Footprint:
             smaller = f"lower {section}.sequence_length or the model's size"
             remedy = f"no smaller micro-batch would fit: {smaller}{checkpointing}."
         return (
-            f"out of memory ({said}): a micro-batch of {rows} rows of {self.train.sequence_length:,} tokens needs about {need} "
-            f"and {format_bytes(free)} were free, so training stopped; {remedy}"
+            f"out of memory ({said}): a micro-batch of {plural(rows, 'row')} of {self.train.sequence_length:,} tokens needs "
+            f"about {need} and {format_bytes(free)} were free, so training stopped; {remedy}"
         )
 
 

@@ -37,7 +37,10 @@ class SpikeParams:
     def problems(self) -> Iterator[str]:
         """Values that do not fit together."""
         if self.window < 2:
-            yield f"window: {self.window} loss has no standard deviation, so every rise would be a spike; 100 is a good start."
+            yield (
+                f"window: {self.window}: one loss has no standard deviation, so every rise would be a spike; 100 is a "
+                "good start."
+            )
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class StepParams:
     min_lr: NaturalFloat
     """Learning rate at the last step."""
     weight_decay: NaturalFloat
-    """Decoupled decay of matrices; biases and LayerNorm have none."""
+    """Decoupled decay of matrices and embeddings; biases and norms have none."""
     beta1: Beta
     """Adam's decay of the gradient's mean."""
     beta2: Beta
@@ -190,8 +193,8 @@ class TrainParams(StepParams):
             )
         elif self.warmup_steps >= self.max_steps:
             yield (
-                f"warmup_steps: {self.warmup_steps} of {self.max_steps} steps, so max_lr would never be reached; "
-                "lower it or raise max_tokens."
+                f"warmup_steps: warmup takes {self.warmup_steps} of the {self.max_steps} steps, so max_lr would never be "
+                "reached; lower it or raise max_tokens."
             )
         elif self.cooldown and self.cooldown_start == self.max_steps:
             yield (
@@ -216,7 +219,7 @@ class TrainParams(StepParams):
                 f"muon: its keys would be ignored, since the optimizer is {self.optimizer}; set muon: null, or optimizer: muon."
             )
         if self.schedule == "wsd" and self.cooldown is None:
-            yield "cooldown: null, but schedule: wsd needs it, since its rate would never fall; 0.4 is a good start."
+            yield "cooldown: null, but schedule: wsd needs it, otherwise the learning rate would never fall; 0.4 is a good start."
         if self.schedule != "wsd" and self.cooldown is not None:
             yield (
                 f"cooldown: {self.cooldown:g} would be ignored, since the schedule is {self.schedule}; set cooldown: null, or "

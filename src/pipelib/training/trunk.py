@@ -1,4 +1,4 @@
-"""The state that wsd trainings share before their cooldowns, so that a longer training need not begin anew.
+"""The state that wsd trainings share before their cooldowns, so that a longer training need not start from step 0.
 
 Up to there they are the same: only `HORIZON` says when the rate falls. A training that has ended leaves the checkpoint of that
 step and the curves up to it in STATE/trunks/KEY/STEP/. KEY is the hash of everything else that decides the training. A longer one
@@ -73,4 +73,6 @@ class Trunk:
                 for path in others:
                     remove(path)
         except OSError as error:  # the training itself has ended well
-            tell(f"train: the state before the cooldown is not kept ({error}), so a longer training will begin anew")
+            tell(
+                f"train: the state before the cooldown is not kept ({error}), so a longer training will start from step 0"
+            )

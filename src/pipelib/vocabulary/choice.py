@@ -78,8 +78,8 @@ def find_tokenizer(encoding: Mapping[str, object], *folders: Path) -> Tokenizer:
     name, sha256 = encoding.get("name"), str(encoding.get("vocabulary_sha256"))[:16]
     here = ", ".join(dict.fromkeys(f"{tokenizer.name} ({tokenizer.fingerprint[:16]})" for tokenizer in known))
     raise UserError(
-        f"the tokens were made with the vocabulary {name} ({sha256}), and here are {here}, so they cannot be "
-        "decoded; run dvc repro to make them again."
+        f"the tokens need the vocabulary {name} ({sha256}), and only {here} is available, so they cannot be decoded; run dvc "
+        "repro to make the tokens again."
     )
 
 

@@ -171,8 +171,8 @@ def _pre_tokenizer(path: Path, value: Mapping[str, Any] | None) -> str:
 
 def _unusable(path: Path, why: str) -> UserError:
     return UserError(
-        f"{path} {why}, so its tokens would not be those of its own engine; use a byte-level BPE tokenizer such as "
-        "vocabulary.source: train makes, or gpt2."
+        f"{path} {why}, so pipelib could make other tokens than the program that it was made for; use a byte-level BPE "
+        "tokenizer such as vocabulary.source: train makes, or gpt2."
     )
 
 

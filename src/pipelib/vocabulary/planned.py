@@ -41,8 +41,8 @@ def _require_usable(tokenizer: Tokenizer, folder: str) -> None:
     """
     if is_gpt2(tokenizer):
         raise UserError(
-            f"vocabulary.source: {folder} has GPT-2's vocabulary, whose validation split is cut otherwise, so losses would not "
-            "compare with those of others; set vocabulary.source: gpt2."
+            f"vocabulary.source: {folder} has GPT-2's vocabulary, and only with vocabulary.source: gpt2 is the validation "
+            "split that of published runs, so losses could not be compared with theirs; set vocabulary.source: gpt2."
         )
     if tokenizer.size > MAX_SIZE:
         raise UserError(

@@ -185,7 +185,7 @@ class WorkDir:
 
     def _other_code(self, before: Mapping[str, str]) -> str:
         return (
-            f"{self.folder} holds unfinished work of other code: {changed(before, self.code)} changed since. Resuming would mix "
-            "the two in one result. Choose: PIPELIB_RESUME=continue resumes anyway (the model's record says so), "
-            "PIPELIB_RESUME=fresh starts again; then run dvc repro."
+            f"{self.folder} contains unfinished work of another version of the code: {changed(before, self.code)} changed "
+            "since. Resuming would mix the two in one result. Choose: PIPELIB_RESUME=continue resumes anyway (the model's "
+            "record says so), PIPELIB_RESUME=fresh starts again; then run dvc repro."
         )

@@ -79,8 +79,8 @@ class HubSource:
         """
         if subfolders := sorted({file.path.rpartition("/")[0] for file in self._files} - {self.folder.strip("/")}):
             tell(
-                f"hub: {self.folder or 'the top folder'} has no files that can be read, so those of its subfolders are "
-                f"({', '.join(subfolders[:5])}{', ...' if len(subfolders) > 5 else ''}); download.folder can name one of them"
+                f"hub: {self.folder or 'the top folder'} has no readable files, so the files of its subfolders are used "
+                f"({', '.join(subfolders[:5])}{', ...' if len(subfolders) > 5 else ''}); to use one of them, set download.folder"
             )
         with open_store(self._repo, self.retry) as store:
             if not self._are_parquet:

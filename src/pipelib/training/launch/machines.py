@@ -76,8 +76,9 @@ def find_machines() -> Machines:
     host, _, port = endpoint.rpartition(":")
     if count > 1 and not (host and port.isdecimal()):
         raise UserError(
-            f"PIPELIB_NNODES={count} machines need a place to meet, and PIPELIB_RDZV_ENDPOINT={endpoint or '(not set)'} is "
-            "not HOST:PORT; give the first machine's, the same on all machines, for example PIPELIB_RDZV_ENDPOINT=node01:29500."
+            f"PIPELIB_NNODES={count} machines need PIPELIB_RDZV_ENDPOINT=HOST:PORT to connect, and it is "
+            f"{endpoint or '(not set)'}; set it to the address of the first machine, the same value on every machine, for "
+            "example PIPELIB_RDZV_ENDPOINT=node01:29500."
         )
     return Machines(count, endpoint if count > 1 else "", process_count(), natural_int_from_env("PIPELIB_MAX_RESTARTS"))
 
