@@ -244,7 +244,7 @@ FLOORS = (
     {"corpus"},
     {"vocabulary"},
     {"model", "tokens"},
-    {"evaluation"},
+    {"evaluation", "serving"},
     {"training"},
     {"finetuning"},
     {"params"},

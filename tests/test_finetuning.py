@@ -148,7 +148,7 @@ def test_each_format_is_recognised_or_named(name: str, row: dict[str, Any], expe
     [
         ({"text": "x"}, "unknown columns", "there is no column of a conversation (it has text)"),
         ({"messages": TURNS, "prompt": "x"}, "unknown columns", "columns of several formats"),
-        ({"instruction": "x"}, "unknown columns", "there is no output"),
+        ({"instruction": "x"}, "unknown columns", "the column output is missing"),
         ({"messages": TURNS[:1]}, "roles", "no answer to learn from"),
         ({"messages": [TURNS[0], {"role": "tool", "content": "x"}]}, "turns", "the role 'tool' is not one of"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "turns", "role assistant is empty, not a text"),

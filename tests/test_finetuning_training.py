@@ -180,7 +180,7 @@ def test_an_adapter_is_read_again_and_belongs_to_its_base_alone(
     [
         ({"use_dora": True}, "has use_dora, which pipelib does not support"),
         ({"peft_type": "IA3"}, "has peft_type IA3, bias none, which pipelib does not support"),
-        ({"r": 3}, r"is \(4, 16\), not \(3, 16\), so the adapter does not fit"),
+        ({"r": 3}, r"layers\.0\.mlp\.down_proj is \(4, 32\), not \(3, 32\), so the adapter does not fit"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(
@@ -342,7 +342,7 @@ def test_docstrings_are_asked_about_in_their_own_corpus_alone(capsys: pytest.Cap
 
 def test_fewer_rows_than_a_step_has_are_refused(tmp_path: Path) -> None:
     project = project_of(tmp_path, global_batch_tokens=48 * 400)
-    assert "400 rows in a step, and the conversations fill" in refused(project)
+    assert "400 rows per step, and the conversations fill only" in refused(project)
 
 
 def test_an_adapter_needs_the_memory_and_the_disk_of_what_it_trains(tokenizer: Tokenizer, tmp_path: Path) -> None:

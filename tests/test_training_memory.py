@@ -176,7 +176,7 @@ def test_a_model_that_does_not_fit_by_itself_is_told_what_it_needs(
     monkeypatch.setattr(GPT2, "to", too_large)
     monkeypatch.setattr(Footprint, "free_per_rank", lambda *_: 1000)
     with pytest.raises(
-        UserError, match=r"rows of 16 tokens needs about .* and 1\.0 [kK]i?B were free, .* no smaller micro-batch"
+        UserError, match=r"rows? of 16 tokens needs about .* and 1\.0 [kK]i?B were free, .* no smaller micro-batch"
     ):
         train_small(folder, params(micro_batch_size=rows))
 

@@ -20,7 +20,11 @@ from pipelib.training.launch.machines import find_machines, process_count
     ("changes", "ranks", "message"),
     [
         ({"max_tokens": 16384, "global_batch_tokens": 16384}, 1, r"have 6,144 tokens, 383 rows of 16, .* needs 1024"),
-        ({"max_tokens": 64 * 192, "max_epochs": 2.0}, 1, r"is 2.005 passes .* allow it with train.max_epochs: 2.006"),
+        (
+            {"max_tokens": 64 * 192, "max_epochs": 2.0},
+            1,
+            r"is 2.005 passes .* allows 2, .*; raise train.max_epochs to 2.006",
+        ),
         ({}, 3, r"3 ranks with train.micro_batch_size = 2 cannot share the 4 rows"),
         ({"micro_batch_size": 1}, 8, r"8 ranks with train.micro_batch_size = 1 cannot share the 4 rows"),
     ],
@@ -51,7 +55,7 @@ def test_a_second_epoch_is_announced_when_it_begins(folder: Path, capsys: pytest
 @pytest.mark.parametrize("wish", ["two", "0", "-1", "1.5"])
 def test_a_number_of_ranks_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
     monkeypatch.setenv("PIPELIB_NPROC", wish)
-    with pytest.raises(UserError, match=f"PIPELIB_NPROC={wish} is not a"):
+    with pytest.raises(UserError, match=f"PIPELIB_NPROC={wish} is not valid"):
         process_count()
 
 
@@ -73,7 +77,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         ),
         (
             {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": "node01"},
-            r"ENDPOINT=node01 is not HOST:PORT; give the first machine's",
+            r"HOST:PORT to connect, and it is node01; set it to the address of the first machine",
         ),
         ({"PIPELIB_NNODES": "0"}, r"PIPELIB_NNODES=0 is not valid: it must be a whole number, 1 or more"),
         ({"PIPELIB_MAX_RESTARTS": "-1"}, r"PIPELIB_MAX_RESTARTS=-1 is not valid: it must be a whole number, 0 or more"),

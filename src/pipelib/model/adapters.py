@@ -232,7 +232,7 @@ def with_adapter(model: Decoder, folder: Path, base_sha256: str, base: Path) -> 
             f"it belongs to another model than {base}; use its own base."
         )
     adapter = Adapter({name: layers[name] for name in sorted(names)}, int(config["r"]), float(config["lora_alpha"]), ())
-    for name in names:
+    for name in sorted(names):
         for part, ours in zip(("lora_A", "lora_B"), adapter.matrices(name), strict=True):
             theirs = tensors.get(f"{PEFT_PREFIX}{model.name_prefix}{name}.{part}.weight")
             if theirs is None or theirs.shape != ours.shape:

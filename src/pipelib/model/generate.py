@@ -90,7 +90,8 @@ class Sampling:
         """The tokens that may be drawn, and numbers in proportion to their probabilities. If some are left out, the likeliest is
         first.
         """
-        if not (self.top_k or (self.top_p or 1) < 1 or self.min_p):  # to sort 50,000 tokens takes milliseconds
+        keeps_all = (self.top_k or len(logits)) >= len(logits) and self.top_p in (None, 1) and not self.min_p
+        if keeps_all:  # to sort 50,000 tokens takes milliseconds
             return torch.arange(len(logits)), ((logits - logits.max()) / self.temperature).softmax(dim=-1)
         values, token_ids = logits.topk(min(self.top_k or len(logits), len(logits)))
         probabilities = ((values - values[0]) / self.temperature).softmax(dim=-1)
