@@ -460,6 +460,15 @@ def test_candidates_have_the_probabilities_of_transformers(options: dict[str, An
         assert torch.allclose(ours, scores[0].softmax(dim=-1), atol=1e-6)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(2.0, None), Sampling(2.0, 5)])
+def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: Sampling) -> None:
+    generator, logits = torch.Generator().manual_seed(3), torch.tensor([1.0, -300.0, 3.0, 0.0, -1.0])
+    counts = torch.tensor([sampling.draw(logits, [], generator) for _ in range(4000)]).bincount(minlength=5)
+    expected = 4000 * (logits / 2).softmax(dim=-1)
+    assert counts[1] == 0
+    assert ((counts - expected).abs() <= 4 * expected.sqrt()).all(), counts
+
+
 def test_a_text_ends_at_a_string_and_keeps_the_tokens_that_complete_it(small: GPT2) -> None:
     ends = at_strings(GPT2_TOKENIZER, ["the end", "日本"])
     for text, last in (

@@ -76,6 +76,10 @@ class Sampling:
         logits = self._penalised(logits, text)
         if self.temperature < COLD:
             return int(logits.argmax())
+        if self._keeps_all(len(logits)):  # to sort 50,000 tokens, or torch.multinomial on them, takes milliseconds
+            shares = ((logits - logits.max()) / self.temperature).softmax(dim=-1).double().cumsum(dim=-1)
+            place = torch.rand((), dtype=torch.float64, generator=generator) * shares[-1]
+            return int(torch.searchsorted(shares, place, right=True).clamp(max=len(logits) - 1))
         token_ids, probabilities = self.candidates(logits)
         return int(token_ids[torch.multinomial(probabilities, 1, generator=generator)])
 
@@ -86,13 +90,12 @@ class Sampling:
         scores, penalty = logits[seen], self.repetition_penalty
         return logits.index_copy(0, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
+    def _keeps_all(self, size: int) -> bool:
+        """Whether any of `size` tokens may be drawn."""
+        return (self.top_k or size) >= size and self.top_p in (None, 1) and not self.min_p
+
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that may be drawn, and numbers in proportion to their probabilities. If some are left out, the likeliest is
-        first.
-        """
-        keeps_all = (self.top_k or len(logits)) >= len(logits) and self.top_p in (None, 1) and not self.min_p
-        if keeps_all:  # to sort 50,000 tokens takes milliseconds
-            return torch.arange(len(logits)), ((logits - logits.max()) / self.temperature).softmax(dim=-1)
+        """The tokens that may be drawn, the likeliest first, and numbers in proportion to their probabilities."""
         values, token_ids = logits.topk(min(self.top_k or len(logits), len(logits)))
         probabilities = ((values - values[0]) / self.temperature).softmax(dim=-1)
         if self.top_p is not None and self.top_p < 1:
