@@ -50,7 +50,7 @@ def endless(tmp_path: Path) -> SmallProject:
 
 
 @pytest.mark.random
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(project: SmallProject, ranks: int) -> None:
     kill_and_go_on(project, ranks, RUNS // 2)
 

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import torch
 import uvicorn
@@ -329,6 +331,16 @@ def idle(port: int) -> bool:
     return all(busy == {"writing": 0, "waiting": 0} for busy in models.values())
 
 
+def request_bytes(body: object) -> bytes:
+    """A request as it goes over the wire."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
 def test_a_client_that_leaves_frees_its_slot(
     port: int, client: openai.OpenAI, model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,13 +354,8 @@ def test_a_client_that_leaves_frees_its_slot(
     monkeypatch.setattr(model, "hidden", hidden)
     for stream in (True, False):
         for _ in range(6):
-            body = json.dumps({"prompt": "blue", "max_tokens": 90, "n": 2, "stream": stream}).encode()
-            head = (
-                f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n"
-                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-            )
             with socket.create_connection(("127.0.0.1", port)) as connection:
-                connection.sendall(head.encode() + body)
+                connection.sendall(request_bytes({"prompt": "blue", "max_tokens": 90, "n": 2, "stream": stream}))
                 if stream:
                     connection.recv(10)
     deadline = time.monotonic() + 20
@@ -446,6 +453,48 @@ def test_when_the_engine_ends_clients_are_told(model: Decoder, tokenizer: Tokeni
         time.sleep(0.01)
     with pytest.raises(ClosedError):
         engine.submit([])
+
+
+@pytest.mark.long
+def test_sixty_four_clients_get_answers_or_are_told_that_it_is_busy(model: Decoder, tokenizer: Tokenizer) -> None:
+    """For two minutes with `make test-long`. One client in eight leaves early, and one sends what is not possible."""
+    engine = make_engine(model, tokenizer, slots=16, queue=32)
+    seconds = min(120, int(os.environ.get("PIPELIB_TEST_RUNS", "5")))
+    end, statuses, memory = time.monotonic() + seconds, Counter[int](), list[int]()
+
+    def talk(number: int) -> None:
+        chance = random.Random(number)
+        while time.monotonic() < end:
+            body: dict[str, Any] = {"prompt": "blue " * chance.randint(0, 8), "max_tokens": chance.randint(1, 60)}
+            if number % 8 == 0:
+                body |= {"stream": True, "n": 2}
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
+                    connection.sendall(request_bytes(body))
+                    connection.recv(chance.randint(1, 2000))
+            else:
+                status, _ = ask(port, body | ({"n": 0} if number % 8 == 1 else {"stop": ["b"]}))
+                statuses[status] += 1
+
+    with running(Server({"small": engine}, api_key=KEY)) as port:
+        threads = [threading.Thread(target=talk, args=(number,)) for number in range(64)]
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < end:
+            time.sleep(seconds / 10)
+            memory.append(psutil.Process().memory_info().rss)
+        for thread in threads:
+            thread.join()
+        deadline = time.monotonic() + 20
+        while not idle(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    engine.close()
+    assert set(statuses) <= {200, 400, 429}, statuses
+    assert statuses[200] > 100
+    assert memory[-1] - memory[2] < 100e6, memory
+    print(
+        f"\n{seconds} s: {dict(statuses)}, {memory[-1] / 1e6:,.0f} MB, {(memory[-1] - memory[2]) / 1e6:+,.1f} MB in the last part"
+    )
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------

@@ -40,20 +40,14 @@ SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrang
 # ---- What changes nothing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"validate_every": 3}, {"sample_every": 7}, {"log_every": 1}, {"checkpoint_every": 4}],
-    ids=lambda change: next(iter(change)),
-)
-def test_looking_at_a_training_does_not_change_it(folder: Path, change: dict[str, int]) -> None:
-    cadence = {name: change[name] for name in change if name in ("log_every", "checkpoint_every")}
+def test_looking_at_a_training_does_not_change_it(folder: Path) -> None:
     params = train_params(max_tokens=1280)
     undisturbed = train_small(folder, params)
     losses = (folder / "work/train.csv").read_bytes()
     shutil.rmtree(folder / "work")
     torch.manual_seed(99)
-    changed = train_params(**{"max_tokens": 1280, **{name: change[name] for name in change if name not in cadence}})
-    assert differing(train_small(folder, changed, **cadence), undisturbed) == []
+    looked_at = train_params(max_tokens=1280, validate_every=3, sample_every=7)
+    assert differing(train_small(folder, looked_at, log_every=1, checkpoint_every=4), undisturbed) == []
     assert (folder / "work/train.csv").read_bytes() == losses
 
 

@@ -168,13 +168,11 @@ def test_a_shorter_training_leaves_the_trunk_of_a_longer_one_as_it_is(tmp_path: 
     assert differing(longer, train(tmp_path / "whole", 2560, 0.25)) == []
 
 
-@pytest.mark.parametrize(
-    "changes", [{"train__min_lr": 0.0}, pytest.param({"train__max_epochs": 3.0}, marks=pytest.mark.long)]
-)
 def test_what_is_not_in_the_key_decides_nothing_before_the_cooldown(
-    tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object]
+    tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`min_lr` is a tenth of `max_lr` before, and the sum and difference of the two would round."""
+    changes: dict[str, object] = {"train__min_lr": 0.0, "train__max_epochs": 3.0}
     train(tmp_path / "short", 1280, 0.5)
     longer = train(tmp_path / "long", 2560, 0.25, **changes)
     assert "shorter training" in capsys.readouterr().out
