@@ -65,7 +65,7 @@ bench-hellaswag: setup  ## time HellaSwag against one example per forward pass
 bench-harness: setup  ## time lm-eval with our model in memory against its own Hugging Face model
 	$(BIN)/python bench/harness.py $(ARGS)
 
-bench-serve: setup  ## time the server with 1 to 32 clients, against transformers' generate
+bench-serve: setup  ## time the server with 1 to 32 clients, against transformers and llama.cpp
 	$(BIN)/python bench/serving.py $(ARGS)
 
 bench-gpu: setup ## on a GPU: check that training is correct, then time it

@@ -1,6 +1,7 @@
 """Time `pipelib serve`: tokens a second and time to the first token for 1 to 32 clients that stream, on one machine.
 
-The same weights are then run without a server, and by transformers' `generate` with its cache.
+The same weights are then run without a server, by transformers' `generate` with its cache, and by llama.cpp where it is
+installed (`pip install '.[llamacpp]'`; fp32 weights and cache, two threads).
 
     make bench-serve                                            the model of the workspace
     make bench-serve ARGS="--model gpt2 --tokens 128"           GPT-2 124M with random weights
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from pipelib.corpus.published_models import PUBLISHED_MODELS
+from pipelib.inspection.gguf_file import export_gguf
 from pipelib.inspection.run_model import workspace_model
 from pipelib.model.decoder import build
 from pipelib.model.generate import GREEDY, generate
@@ -113,6 +116,32 @@ def time_transformers(folder: Path, tokens: int) -> float:
     return statistics.median(rates[1:])
 
 
+def time_llama_cpp(folder: Path, tokens: int, scratch: Path) -> str:
+    """Tokens a second of one text, as llama.cpp measures itself."""
+    try:
+        import xllamacpp
+    except ImportError:
+        return "not installed"
+    export_gguf(folder, scratch / "model.gguf", "f32", chosen_tokenizer())
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(scratch / "model.gguf"), 1024, 1
+    params.cpuparams.n_threads, params.port, params.verbosity = torch.get_num_threads(), 0, -1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+    prompt = [tokenizer_of_model(folder, chosen_tokenizer()).end_token_id] * 96
+    rates: list[tuple[float, float]] = []
+    for seed in range(4):
+        body = {"prompt": prompt, "n_predict": tokens, "ignore_eos": True, "seed": seed, "cache_prompt": False}
+        request = urllib.request.Request(
+            f"{server.listening_address}/completion", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            timings = json.load(answer)["timings"]
+        rates.append((timings["predicted_per_second"], timings["prompt_per_second"]))
+    decode, prefill = (statistics.median(values) for values in zip(*rates[1:], strict=True))
+    return f"decode {decode:,.1f} tokens/s, prefill {prefill:,.0f} tokens/s"
+
+
 def time_ours(folder: Path, tokens: int) -> dict[str, float]:
     """Tokens a second without a server: greedy generation of one text, and the prefill of a long prompt."""
     tokenizer = tokenizer_of_model(folder, chosen_tokenizer())
@@ -156,6 +185,7 @@ def main() -> None:
         ours = time_ours(folder, options.tokens)
         print(f"without a server: decode {ours['decode']:,.1f} tokens/s, prefill {ours['prefill']:,.0f} tokens/s")
         print(f"transformers' generate: decode {time_transformers(folder, options.tokens):,.1f} tokens/s")
+        print(f"llama.cpp: {time_llama_cpp(folder, options.tokens, Path(temporary))}")
 
 
 if __name__ == "__main__":
