@@ -24,10 +24,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs/images/kill_and_resume.gif"
-COLUMNS, ROWS, SIZE = 92, 22, 15
+COLUMNS, ROWS, SIZE = 72, 16, 15
 COLOURS = {"text": "#e8e6e3", "typed": "#7cb7f2", "note": "#f2c14e", "back": "#17181a"}
 COMMAND = "dvc repro --single-item --force train"
-SHOWN = re.compile(r"^(training |step |train: |ERROR|Running stage|Updating)")
+SHOWN = re.compile(r"^(training |step [\d,]+: validation|train: |ERROR|Running stage|Updating)")
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Screen:
         draw = ImageDraw.Draw(frame)
         for row, (line, shade) in enumerate(self.lines[-ROWS:]):
             draw.text((10, 10 + row * (SIZE + 5)), line, COLOURS[shade], font)
-        self.frames.append(frame.quantize(16))
+        self.frames.append(frame.quantize(palette=_palette(font), dither=Image.Dither.NONE))
         self.milliseconds.append(wait)
 
     def save(self, path: Path) -> None:
@@ -58,15 +58,22 @@ class Screen:
         )
 
 
+def _palette(font: ImageFont.FreeTypeFont) -> Image.Image:
+    """The same 16 colours for all frames: unchanged lines then take no space."""
+    swatch = Image.new("RGB", (200, 100), COLOURS["back"])
+    for row, colour in enumerate(("text", "typed", "note")):
+        ImageDraw.Draw(swatch).text((0, 30 * row), "step: 0123456789 $", COLOURS[colour], font)
+    return swatch.quantize(16, dither=Image.Dither.NONE)
+
+
 def trained(clone: Path) -> Iterator[str]:
-    """The lines of a training that are worth showing."""
+    """The lines of a training."""
     program = str(Path(sys.executable).parent / "dvc")
     command = [program, *COMMAND.split()[1:]]
     with subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout
         for line in process.stdout:
-            if SHOWN.match(line):
-                yield line.rstrip()
+            yield line.rstrip()
 
 
 def kill_training(clone: Path) -> int:
@@ -103,7 +110,8 @@ def main() -> None:
         screen.add(f"$ {COMMAND}", "typed", 1200)
         killed = False
         for line in trained(clone):
-            screen.add(line, wait=250)
+            if SHOWN.match(line):
+                screen.add(line, wait=350)
             step = re.match(r"step ([\d,]+)/", line)
             if step and not killed and int(step[1].replace(",", "")) >= options.kill_after:
                 time.sleep(0.5)
@@ -111,7 +119,8 @@ def main() -> None:
                 killed = True
         screen.add(f"$ {COMMAND}", "typed", 1500)
         for line in trained(clone):
-            screen.add(line, wait=250)
+            if SHOWN.match(line):
+                screen.add(line, wait=350)
         screen.add("$ git diff metrics/train.json", "typed", 1500)
         changed = subprocess.run(
             ["git", "diff", "metrics/train.json"], cwd=clone, check=True, capture_output=True, text=True
