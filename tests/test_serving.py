@@ -236,7 +236,7 @@ def test_a_stop_string_ends_a_text_before_it(client: openai.OpenAI) -> None:
         ("completions", {"prompt": "a", "repetition_penalty": 1e-50}, 400, "repetition_penalty 1e-50 is not a number from 0.01"),
         ("completions", b"[" * 100_000, 400, "the body is not JSON"),
         ("completions", b'{"prompt": "' + b"a" * (1 << 20) + b'"}', 413, "the body has more than 1,048,576 bytes"),
-        ("chat/completions", {"model": "base", "messages": []}, 400, "base was not fine-tuned on conversations"),
+        ("chat/completions", {"model": "base", "messages": []}, 400, "base has no chat template that can be used here"),
         ("chat/completions", {"messages": []}, 400, "messages: send a list of 1 to 1000"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, r"messages\[0\]: it needs a role"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, r"messages\[0\]: "),

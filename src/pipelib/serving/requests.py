@@ -110,7 +110,8 @@ def read_chat(body: object, served: Served) -> Asked:
     if served.template is None:
         raise ApiError(
             400,
-            f"{served.name} was not fine-tuned on conversations, so it has no chat template; use /v1/completions.",
+            f"{served.name} has no chat template that can be used here (none, or one of its own), so it answers no "
+            "conversations; use /v1/completions.",
             code="no_chat_template",
         )
     prompt = served.template.prompt(_messages(rest.get("messages")))
