@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vl_convert
 import yaml
 from small_browser import CHROMIUM, Browser
 from small_corpus import make_texts, write_jsonl
@@ -435,6 +436,12 @@ def test_the_page_of_the_plots_loads_nothing(clone: Clone) -> None:
     assert "<script src" not in page
     assert "dots: validation" in page, "our template of the loss"
     assert not clone.git("status", "--porcelain", ".dvc"), "the page and its setting are this clone's own"
+    begins = [match.end() for match in re.finditer("var spec = ", page)]
+    specs = [spec for begin in begins if (spec := json.JSONDecoder().raw_decode(page, begin)[0])]
+    drawn = [vl_convert.vegalite_to_svg(spec).count('aria-roledescription="line mark"') for spec in specs]
+    assert len(drawn) == 5
+    assert min(drawn) >= 2, "a line for each of two runs"
+    assert drawn[0] == 4, "training and validation of two runs"
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
