@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from small_chat import FAMILIES, base_model, chat_tokenizer
 
 from pipelib.cli.main import main
+from pipelib.errors import UserError
 from pipelib.model.decoder import Decoder
 from pipelib.model.generate import GREEDY, Sampling, generate
 from pipelib.model.huggingface import export_model
@@ -495,6 +496,20 @@ def test_sixty_four_clients_get_answers_or_are_told_that_it_is_busy(model: Decod
     print(
         f"\n{seconds} s: {dict(statuses)}, {memory[-1] / 1e6:,.0f} MB, {(memory[-1] - memory[2]) / 1e6:+,.1f} MB in the last part"
     )
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory: you tried 9 bytes"), MemoryError()])
+def test_a_model_that_does_not_fit_is_refused_before_it_is_served(
+    model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(model, "hidden", full)
+    with pytest.raises(
+        UserError, match=r"small with 4 slots of 96 tokens does not fit into the memory of cpu .*; lower --slots"
+    ):
+        make_engine(model, tokenizer)
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
