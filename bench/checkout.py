@@ -14,10 +14,12 @@ import numpy as np
 import yaml
 
 from pipelib.corpus.parquet import iterate_raw
+from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.corpus.raw import benchmark_documents
 from pipelib.evaluation.measure import Data, measure_loss
-from pipelib.model.decoder import Decoder
-from pipelib.model.huggingface import import_model
+from pipelib.model.decoder import Decoder, build
+from pipelib.model.huggingface import export_model, import_model
+from pipelib.model.params import published_params
 from pipelib.params import load_params
 from pipelib.tokens.shards import VALIDATION_SHARD, write_shard
 from pipelib.vocabulary.choice import tokenizer_of_model
@@ -32,6 +34,16 @@ def benchmark_texts() -> list[str]:
     """The documents that the completion benchmark is made of: the same for every vocabulary, and in no training."""
     count = benchmark_documents(CHECKOUT / HERE.benchmarks)
     return [row["text"] for row in islice(iterate_raw(CHECKOUT / HERE.raw), count) if row["text"]]
+
+
+def model_folder(name: str, scratch: Path) -> Path:
+    """The folder of a model: that of this name, or in `scratch` a published model's shape with random weights."""
+    if name not in PUBLISHED_MODELS:
+        return Path(name)
+    model = build(published_params(name), GPT2_TOKENIZER.size)
+    model.initialise(0)
+    export_model(model, GPT2_TOKENIZER, scratch / "model", {})
+    return scratch / "model"
 
 
 class Checkout:

@@ -24,16 +24,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from checkout import model_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.evaluation.harness import language_model
 from pipelib.evaluation.params import TASKS, EvaluateParams
-from pipelib.model.decoder import build
 from pipelib.model.device import pick_device
-from pipelib.model.huggingface import export_model, import_model
-from pipelib.model.params import published_params
+from pipelib.model.huggingface import import_model
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
@@ -44,12 +42,7 @@ def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TQDM_DISABLE="1")
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["HF_DATASETS_CACHE"] = scratch
-        folder = Path(arguments.model)
-        if arguments.model in PUBLISHED_MODELS:
-            folder = Path(scratch) / "model"
-            fresh = build(published_params(arguments.model), GPT2_TOKENIZER.size)
-            fresh.initialise(0)
-            export_model(fresh, GPT2_TOKENIZER, folder, {})
+        folder = model_folder(arguments.model, Path(scratch))
         model = import_model(folder, GPT2_TOKENIZER).to(device)
         params = EvaluateParams("fp32", 1, tuple(arguments.tasks), arguments.limit, (), ())
         models = {"hf": hugging_faces_model(folder, arguments.batch_size, device)}

@@ -27,19 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import model_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.inspection.gguf_file import export_gguf
 from pipelib.inspection.run_model import workspace_model
-from pipelib.model.decoder import build
 from pipelib.model.generate import GREEDY, generate
-from pipelib.model.huggingface import export_model, import_model
+from pipelib.model.huggingface import import_model
 from pipelib.model.kv_cache import KVCache
-from pipelib.model.params import published_params
 from pipelib.vocabulary.choice import chosen_tokenizer, tokenizer_of_model
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 PROMPT = "Returns the"
 
@@ -170,12 +167,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.model)
-        if options.model in PUBLISHED_MODELS:
-            folder = Path(temporary) / "random"
-            model = build(published_params(options.model), GPT2_TOKENIZER.size)
-            model.initialise(1)
-            export_model(model, GPT2_TOKENIZER, folder, {})
+        folder = model_folder(options.model, Path(temporary))
         print(f"{folder}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {options.tokens} tokens a text")
         with served(folder, "--slots", "32") as port:
             time_clients(port, 2, 8)

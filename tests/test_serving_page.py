@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,19 @@ def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return request.config.rootpath / chosen if chosen else tmp_path
 
 
+@contextmanager
+def opened(address: str, folder: Path) -> Iterator[Browser]:
+    """The page, in a new browser."""
+    (folder / "profile").mkdir()
+    with Browser(folder / "profile", 1000, 640, CUT_OFF) as browser:
+        browser.open(address)
+        yield browser
+
+
 def test_two_models_answer_side_by_side(
     address: str, folders: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    (tmp_path / "profile").mkdir()
-    with Browser(tmp_path / "profile", 1000, 640, CUT_OFF) as browser:
-        browser.open(address)
+    with opened(address, tmp_path) as browser:
         browser.wait_for_text(folders[0], "was not fine-tuned")
         browser.wait_for("document.activeElement.id === 'prompt'")
         browser.evaluate("document.getElementById('temperature').value = 0")
@@ -88,9 +96,7 @@ def test_two_models_answer_side_by_side(
 def test_a_completion_shows_what_else_was_likely(
     address: str, folders: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    (tmp_path / "profile").mkdir()
-    with Browser(tmp_path / "profile", 1000, 640, CUT_OFF) as browser:
-        browser.open(address)
+    with opened(address, tmp_path) as browser:
         browser.wait_for_text(folders[0])
         browser.click("document.getElementById('tab-complete')")
         browser.evaluate(
