@@ -4,8 +4,8 @@
     python bench/search.py --params presets/gpt2-quick.yaml --try train.max_lr 0.003 0.006 --try train.max_tokens 512000
 
 Values are YAML; a parameter with one value is simply set. Needs data/raw and data/benchmarks of this checkout. The stages train
-in a copy of it. The text that is scored is the same for all: the documents that the completion benchmark is made of. One seed tells
-little about small differences: look at the neighbours in the table, and give the best ones to bench/recipe.py.
+in a copy of it. The text that is scored is the same for all: the documents that the completion benchmark is made of. One seed
+tells little about small differences: look at the neighbours in the table, and give the best ones to bench/recipe.py.
 """
 
 import argparse
