@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import write_tokens
+from small_vocabulary import TOKENIZER
+
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 pytest_plugins = ("small_tracking",)
 
@@ -19,6 +22,8 @@ def plain_environment() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith(("PIPELIB_", "DVC_", "MLFLOW_")) and not name.startswith("PIPELIB_TEST_"):
                 patch.delenv(name)
+        # One thread for stages, as `one_thread` has for the rest.
+        patch.setenv("PIPELIB_THREADS", "1")
         # Tests compare the bits of a CPU; bench/gpu.py is for GPUs.
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
@@ -52,6 +57,12 @@ def folder(tmp_path: Path) -> Path:
     """Where a small training finds its tokens."""
     write_tokens(tmp_path / "tokens")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A small vocabulary with the tokens of the chat template."""
+    return TOKENIZER
 
 
 @pytest.fixture(scope="session")

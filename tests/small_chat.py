@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from small_corpus import make_texts
 from small_params import ROTARY, finetune_params, model_params
 
 from pipelib.finetuning.dataset import Counts, Dataset, encode
 from pipelib.model.decoder import Decoder, build
 from pipelib.model.params import family_params
-from pipelib.vocabulary.bpe import train_bpe
-from pipelib.vocabulary.chat import ASSISTANT, START, STOP, SYSTEM, USER, ChatTemplate, Message
+from pipelib.vocabulary.chat import ASSISTANT, SYSTEM, USER, ChatTemplate, Message
 from pipelib.vocabulary.engines import HARD_STRINGS
-from pipelib.vocabulary.folder import read_tokenizer
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
-from pipelib.vocabulary.params import VocabularyParams
 from pipelib.vocabulary.tokenizer import Tokenizer
 
 FAMILIES = ("gpt2", "llama", "qwen3", "arcee")
@@ -37,14 +33,6 @@ PIECES = (
     "1.",
     "!\n",
 )
-
-
-def chat_tokenizer(folder: Path, pre_tokenizer: Any = "gpt2") -> Tokenizer:
-    """A small vocabulary with the tokens of the chat template."""
-    params = VocabularyParams("train", 500, pre_tokenizer, (START, STOP), 10**6, "auto")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_bytes(train_bpe([*make_texts(400, words=60), *PIECES * 3], params))
-    return read_tokenizer(folder)
 
 
 def random_content(chance: random.Random, pieces: Sequence[str] = (*PIECES, *HARD_STRINGS)) -> str:

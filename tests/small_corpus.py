@@ -13,7 +13,7 @@ from pipelib.files import sha256_file, write_json
 from pipelib.tokens.shards import Shard, shard_name, write_shard
 from pipelib.vocabulary.engines import HARD_STRINGS
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
-from pipelib.vocabulary.tokenizer import Tokens
+from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
 
 WORDS = [
     "the", "of", "and", "in", "to", "model", "data", "gradient", "tokens", "Learning", "3.14", "naïve", "don't", "東京", "x=1;",
@@ -46,11 +46,12 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def write_shards(folder: Path, pieces: Sequence[Tokens], shard_tokens: int) -> list[Shard]:
+def write_shards(
+    folder: Path, pieces: Sequence[Tokens], shard_tokens: int, tokenizer: Tokenizer = GPT2_TOKENIZER
+) -> list[Shard]:
     """Shards of `shard_tokens` tokens of these arrays, one after the other."""
     tokens = np.concatenate([np.zeros(0, np.uint16), *pieces])
     parts = [tokens[start : start + shard_tokens] for start in range(0, len(tokens), shard_tokens)]
     return [
-        write_shard(folder / shard_name(index), len(part), [part], GPT2_TOKENIZER)[0]
-        for index, part in enumerate(parts)
+        write_shard(folder / shard_name(index), len(part), [part], tokenizer)[0] for index, part in enumerate(parts)
     ]

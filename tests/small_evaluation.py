@@ -14,6 +14,7 @@ from small_run import random_model
 
 from pipelib.evaluation.benchmark_items import Item
 from pipelib.model.families.gpt2 import GPT2
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 WORDS = ["the", "a", "model", "of", "data", "returns", "array", "index", "is", "not", "and", "each", "café", "日本"]
 PARAMS = evaluate_params(batch_tokens=128, sample_prompts=["The", "x ="])
@@ -21,7 +22,7 @@ PARAMS = evaluate_params(batch_tokens=128, sample_prompts=["The", "x ="])
 
 def small_model() -> GPT2:
     """A model whose context is shorter than many of the questions."""
-    return random_model(model_params(n_embd=32, context_length=24))
+    return random_model(model_params(n_embd=32, context_length=24), tokenizer=GPT2_TOKENIZER)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Parameters small enough for a test: a model of 1.6 million numbers, nearly all of them its vocabulary."""
+"""Parameters small enough for a test: a model of 15 thousand numbers."""
 
 import copy
 from dataclasses import fields
@@ -21,10 +21,11 @@ PARAMS: dict[str, dict[str, Any]] = {
         "seed": 1,
     },
     "vocabulary": {
-        "source": "gpt2", "size": 300, "pre_tokenizer": "gpt2", "special_tokens": [], "max_bytes": 100000,
+        "source": "train", "size": 300, "pre_tokenizer": "gpt2", "special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "max_bytes": 100000,
         "validation_documents": "auto",
     },
-    "tokenize": {"shard_tokens": 4096, "dedup": "none"},
+    "tokenize": {"shard_tokens": 8192, "dedup": "none"},
     "model": {"architecture": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 16, "init_from": "scratch"},
     "train": {
         "seed": 7, "max_tokens": 2560, "max_epochs": 1.0, "global_batch_tokens": 64, "sequence_length": 16,

@@ -19,9 +19,11 @@ import torch
 from small_corpus import write_shards
 from small_params import model_params, write_params
 from small_project import CHECKOUT
+from small_vocabulary import TOKENIZER, write_small_vocabulary
 
 from pipelib.files import files_under
 from pipelib.model.families.gpt2 import GPT2
+from pipelib.model.huggingface import export_model
 from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Manifest, count_tokens, open_shard, read_manifest
 from pipelib.tracking.run import NullRun
@@ -35,30 +37,53 @@ from pipelib.training.params import TrainParams
 from pipelib.training.pretraining import Pretraining
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from pipelib.vocabulary.tokenizer import Tokenizer
 
+DIFFERENT = 60
 ROLES = {"stages.train": "launcher", "stages.finetune": "launcher", "pipelib.training.launch.job": "rank"}
 
 
-def write_tokens(folder: Path, count: int = 8192, vocabulary: int = 500) -> Manifest:
-    """Shards of `count` tokens, a quarter of them the validation split, in documents of 40; always the same."""
-    tokens = np.random.default_rng(0).integers(0, vocabulary, count).astype(np.uint16)
-    tokens[::40] = GPT2_TOKENIZER.end_token_id
-    manifest = Manifest(GPT2_TOKENIZER.encoding, {"kind": "test"}, tuple(write_shards(folder, [tokens], count // 4)))
-    shards = (open_shard(folder / shard.name) for shard in manifest.split("train"))
-    np.save(folder / UNIGRAM_COUNTS, count_tokens(shards, GPT2_TOKENIZER.size))
+def write_tokens(
+    folder: Path, count: int = 8192, tokenizer: Tokenizer = TOKENIZER, different: int = DIFFERENT
+) -> Manifest:
+    """Shards of `count` tokens, a quarter of them the validation split, in documents of 40; always the same.
+
+    `TOKENIZER` is written to the folder `vocabulary` beside them.
+
+    Args:
+        different: the tokens that occur, besides the end token. What there is to learn is that the others do not.
+    """
+    tokens = np.random.default_rng(0).integers(0, different, count).astype(np.uint16)
+    tokens[::40] = tokenizer.end_token_id
+    shards = write_shards(folder, [tokens], count // 4, tokenizer)
+    manifest = Manifest(tokenizer.encoding, {"kind": "test"}, tuple(shards))
+    opened = (open_shard(folder / shard.name) for shard in manifest.split("train"))
+    np.save(folder / UNIGRAM_COUNTS, count_tokens(opened, tokenizer.size))
+    if tokenizer == TOKENIZER:
+        write_small_vocabulary(folder.with_name("vocabulary"))
     manifest.write(folder)
     return read_manifest(folder)
 
 
-def random_model(params: GPT2Params, seed: int = 1) -> GPT2:
+def random_model(params: GPT2Params, seed: int = 1, tokenizer: Tokenizer = TOKENIZER) -> GPT2:
     """A model in which no bias is zero and no LayerNorm the identity, so that each tensor changes the logits."""
-    model = GPT2(params, GPT2_TOKENIZER.size)
+    model = GPT2(params, tokenizer.size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + 0.5 * (parameter.dim() == 1))
     return model.eval()
+
+
+def export_random(
+    folder: Path,
+    shape: GPT2Params,
+    seed: int = 1,
+    recipe: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer = TOKENIZER,
+) -> None:
+    """A folder with such a model."""
+    export_model(random_model(shape, seed, tokenizer), tokenizer, folder, recipe or {})
 
 
 CURVES = ("train.csv", "validation.csv", "samples.csv")
@@ -99,7 +124,7 @@ def curve(folder: Path, name: str = "train") -> list[dict[str, float]]:
 
 
 def new_model(seed: int = 7, **shape: int) -> GPT2:
-    model = GPT2(model_params(**shape), GPT2_TOKENIZER.size)
+    model = GPT2(model_params(**shape), TOKENIZER.size)
     model.initialise(seed)
     return model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_evaluation import completion_rows, write_lines
 from small_params import model_params, write_params
-from small_run import random_model, write_tokens
+from small_run import export_random, random_model, write_tokens
 
 from pipelib.cli.main import main
 from pipelib.evaluation.items import read_items_file
@@ -24,10 +24,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards, a benchmark and a model, without any stage's run."""
     folder = tmp_path_factory.mktemp("project")
     write_params(folder)
-    write_tokens(folder / "data/tokens", 2048)
+    write_tokens(folder / "data/tokens", 2048, tokenizer=GPT2_TOKENIZER)
     write_lines(folder / "data/benchmarks/completion.jsonl", completion_rows(6))
-    export_model(random_model(model_params(context_length=24)), GPT2_TOKENIZER, folder / "mine", {})
-    export_model(random_model(model_params(), 2), GPT2_TOKENIZER, folder / "yours", {})
+    export_model(
+        random_model(model_params(context_length=24), tokenizer=GPT2_TOKENIZER), GPT2_TOKENIZER, folder / "mine", {}
+    )
+    export_random(folder / "yours", model_params(), 2, tokenizer=GPT2_TOKENIZER)
     return folder
 
 
@@ -110,7 +112,7 @@ def test_a_folder_that_does_not_fit_is_refused(
 
 
 def test_weights_that_are_lost_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    lost = random_model(model_params(context_length=24))
+    lost = random_model(model_params(context_length=24), tokenizer=GPT2_TOKENIZER)
     with torch.no_grad():
         lost.ln_f.bias.fill_(math.nan)
     export_model(lost, GPT2_TOKENIZER, Path("mine"), {})

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from small_corpus import write_shards
-from small_run import random_model
+from small_run import export_random
 
 from pipelib.cli.main import main
 from pipelib.files import read_json, write_json
@@ -19,7 +19,6 @@ from pipelib.inspection import speed
 from pipelib.inspection.disk import disk_of
 from pipelib.model.device import autocast
 from pipelib.model.families.gpt2 import GPT2
-from pipelib.model.huggingface import export_model
 from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.params import Params, load_params
 from pipelib.schema import read_yaml
@@ -140,7 +139,7 @@ def test_a_check_finds_wrong_parameters_before_a_stage_does(capsys: pytest.Captu
 def make_model(folder: str, **changes: int) -> GPT2Params:
     """A small model in a Hugging Face folder, without its tokenizer."""
     shape = GPT2Params(**{"n_layer": 1, "n_head": 1, "n_embd": 4, "context_length": 128, **changes})
-    export_model(random_model(shape), GPT2_TOKENIZER, Path(folder), {})
+    export_random(Path(folder), shape, tokenizer=GPT2_TOKENIZER)
     (Path(folder) / "vocab.json").unlink()
     return shape
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from small_params import model_params
 from small_project import CHECKOUT
 from small_run import differing, new_model
+from small_vocabulary import TOKENIZER
 from warm_python import run_python
 
 from pipelib.errors import UserError
@@ -31,7 +32,6 @@ from pipelib.training.initial_weights import initial_model
 from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.launch.distributed import join_world
 from pipelib.training.launch.machines import process_count, require_gpu
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture
@@ -298,9 +298,7 @@ def test_ranks_on_gpus_connect_first_and_wait_as_long_as_is_set(
 def test_initial_weights_are_drawn_once_and_by_one_rank() -> None:
     """torch's layers would draw weights that nothing uses, and every rank would draw what the first one sends them."""
     before = torch.get_rng_state()
-    drawn, zero = (
-        initial_model(model_params(), GPT2_TOKENIZER, 7, RANDOM_WEIGHTS, draw=draw) for draw in (True, False)
-    )
+    drawn, zero = (initial_model(model_params(), TOKENIZER, 7, RANDOM_WEIGHTS, draw=draw) for draw in (True, False))
     assert torch.equal(torch.get_rng_state(), before)
     assert differing(drawn, new_model(7)) == []
     assert not any(tensor.any() for tensor in zero.state_dict().values())

@@ -44,7 +44,8 @@ def model() -> GPT2:
 
 
 def test_the_loss_does_not_depend_on_the_batch_size_and_counts_every_token(tmp_path: Path, model: GPT2) -> None:
-    write_tokens(tmp_path, count=4003)  # 1,000 of them to validate on, so the last row is a short one
+    # 1,000 of the tokens to validate on, so the last row is a short one
+    write_tokens(tmp_path, count=4003, tokenizer=GPT2_TOKENIZER)
     losses = [
         summed_loss(model, validation_batches(tmp_path / VALIDATION_SHARD, 24, rows, None), "fp32")
         for rows in (1, 7, 100)
@@ -55,7 +56,7 @@ def test_the_loss_does_not_depend_on_the_batch_size_and_counts_every_token(tmp_p
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_shares_of_several_ranks_add_up_to_the_loss(tmp_path: Path, model: GPT2, world_size: int) -> None:
-    write_tokens(tmp_path, count=4003)
+    write_tokens(tmp_path, count=4003, tokenizer=GPT2_TOKENIZER)
     whole = summed_loss(model, validation_batches(tmp_path / VALIDATION_SHARD, 24, 4, None), "fp32")
     batches = list(validation_batches(tmp_path / VALIDATION_SHARD, 24, 4, None))
     shares = [summed_loss(model, batches[rank::world_size], "fp32") for rank in range(world_size)]
@@ -65,7 +66,7 @@ def test_the_shares_of_several_ranks_add_up_to_the_loss(tmp_path: Path, model: G
 
 
 def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT2) -> None:
-    write_tokens(tmp_path, count=4003)
+    write_tokens(tmp_path, count=4003, tokenizer=GPT2_TOKENIZER)
     seen: list[int] = []
     batches = list(validation_batches(tmp_path / VALIDATION_SHARD, 24, 7, None))
     nats, tokens = losses_of_rows(model, batches, "fp32", seen.append)
@@ -80,7 +81,7 @@ def test_every_row_has_its_own_loss(tmp_path: Path, model: GPT2) -> None:
 
 
 def test_a_row_belongs_to_the_document_that_it_begins_in(tmp_path: Path, model: GPT2) -> None:
-    write_tokens(tmp_path, count=4003)  # a document has 40 tokens, a row 24
+    write_tokens(tmp_path, count=4003, tokenizer=GPT2_TOKENIZER)  # a document has 40 tokens, a row 24
     _, items = measure_loss(
         "m", model, EvaluateParams("fp32", 60, (), None, (), ()), Data(tmp_path, Path(), GPT2_TOKENIZER)
     )
@@ -98,7 +99,7 @@ def test_bits_per_byte_by_hand() -> None:
 def test_the_loss_is_hugging_faces(tmp_path: Path, model: GPT2) -> None:
     from transformers import GPT2LMHeadModel
 
-    write_tokens(tmp_path, count=4003)
+    write_tokens(tmp_path, count=4003, tokenizer=GPT2_TOKENIZER)
     export_model(model, GPT2_TOKENIZER, tmp_path / "model", {})
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
     tokens = torch.from_numpy(open_shard(tmp_path / VALIDATION_SHARD).astype(np.int64))
@@ -139,7 +140,7 @@ def test_completion_scores_are_those_of_a_plain_implementation(tmp_path: Path, m
 def test_predictions_on_real_items_are_those_of_a_plain_implementation() -> None:
     """`PIPELIB_TEST_DATA=FOLDER`: every item of FOLDER/hellaswag*.jsonl, by a model with the context of GPT-2."""
     (path,) = real_data().glob("hellaswag*.jsonl")
-    wide = random_model(model_params(n_embd=64, context_length=1024))
+    wide = random_model(model_params(n_embd=64, context_length=1024), tokenizer=GPT2_TOKENIZER)
     items = read_items(path, GPT2_TOKENIZER)
     scores = score(wide, items, 4096, "fp32")
     for number, item in enumerate(items):
@@ -187,7 +188,7 @@ def test_the_models_own_choices_are_greedy(model: GPT2) -> None:
 
 def test_bf16_tells_the_likeliest_token_from_the_next_also_far_from_zero(model: GPT2) -> None:
     """Logits of published models lie between -30 and -120, where bf16 has steps of a quarter to a half."""
-    far = random_model(model.params)
+    far = random_model(model.params, tokenizer=GPT2_TOKENIZER)
     with torch.no_grad():
         far.wte.weight[:, 0] = 1.0  # adds the same number to all logits
         far.ln_f.weight[0] = 0.0
@@ -362,7 +363,7 @@ def test_a_verdict_says_what_the_interval_says(low: float, value: float, high: f
 
 
 def test_scores_of_lost_weights_are_refused(model: GPT2) -> None:
-    lost = random_model(model.params)
+    lost = random_model(model.params, tokenizer=GPT2_TOKENIZER)
     with torch.no_grad():
         lost.ln_f.bias.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):

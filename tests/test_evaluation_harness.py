@@ -196,7 +196,7 @@ def test_scores_on_real_data_are_those_of_the_harness_own_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`PIPELIB_TEST_DATA=FOLDER` with the tasks' data as JSON lines, in the columns of the hub or as (query, choices, gold)."""
-    wide = random_model(model_params(n_embd=64, context_length=256))
+    wide = random_model(model_params(n_embd=64, context_length=256), tokenizer=GPT2_TOKENIZER)
     monkeypatch.chdir(tmp_path)
     for name, rows in real_rows(real_data(), 60).items():
         write_lines(tmp_path / f"data/benchmarks/{name}.jsonl", rows)
@@ -282,7 +282,7 @@ def test_a_model_whose_logits_are_no_numbers_has_no_scores(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "data/benchmarks/completion.jsonl", completion_rows(3))
-    lost = random_model(model.params)
+    lost = random_model(model.params, tokenizer=GPT2_TOKENIZER)
     with torch.no_grad():
         lost.ln_f.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):

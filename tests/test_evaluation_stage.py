@@ -17,7 +17,7 @@ from small_evaluation import (
     write_lines,
 )
 from small_params import model_params, train_params
-from small_run import random_model, train_small, write_tokens
+from small_run import export_random, train_small, write_tokens
 
 from pipelib.errors import UserError
 from pipelib.evaluation import baselines, measure
@@ -39,7 +39,7 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the stage reads, after a short training."""
     folder = tmp_path_factory.mktemp("trained")
-    write_tokens(folder / "tokens", 2048)
+    write_tokens(folder / "tokens", 2048, GPT2_TOKENIZER)
     model = train_small(folder, train_params(max_tokens=640))
     export_model(model, GPT2_TOKENIZER, folder / "models", {})
     (folder / "curves").mkdir()
@@ -184,8 +184,8 @@ def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateP
     """A published model as download leaves it, and a folder of the user's; the state is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
-    export_model(random_model(model_params(), 2), GPT2_TOKENIZER, Path("data/models/gpt2"), {})
-    export_model(random_model(model_params(n_embd=32, context_length=24), 3), GPT2_TOKENIZER, Path("other"), {})
+    export_random(Path("data/models/gpt2"), model_params(), 2, tokenizer=GPT2_TOKENIZER)
+    export_random(Path("other"), model_params(n_embd=32, context_length=24), 3, tokenizer=GPT2_TOKENIZER)
     write_json(
         Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
     )
@@ -194,7 +194,9 @@ def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateP
 
 def write_chat(folder: Path, seed: int) -> None:
     """What finetune leaves."""
-    export_model(random_model(model_params(), seed), GPT2_TOKENIZER, folder / "model", {"finetune": {"max_lr": 0.1}})
+    export_random(
+        folder / "model", model_params(), seed, recipe={"finetune": {"max_lr": 0.1}}, tokenizer=GPT2_TOKENIZER
+    )
     base = {"init_from": "models", "weights_sha256": "b" * 64}
     lineage = {"source": "local", "base": base, "conversations": {"sha256": "c" * 64, "tokens_sha256": "d" * 64}}
     write_json(folder / "manifest.json", lineage)
@@ -294,7 +296,7 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     write_lines(folder / "benchmarks/completion.jsonl", completion_rows(6))
     run_evaluation(folder, tmp_path / "items", params)
     run_evaluation(folder, tmp_path / "batch", replace(params, batch_tokens=64))
-    export_model(random_model(model_params(), 5), GPT2_TOKENIZER, Path("data/models/gpt2"), {})
+    export_random(Path("data/models/gpt2"), model_params(), 5, tokenizer=GPT2_TOKENIZER)
     write_json(
         Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
     )
@@ -321,7 +323,7 @@ def test_a_baseline_that_is_not_there_is_refused(name: str, words: str) -> None:
 def test_weights_that_are_not_those_of_the_manifest_are_refused(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams
 ) -> None:
-    export_model(random_model(model_params(), 9), GPT2_TOKENIZER, Path("data/models/gpt2"), {})
+    export_random(Path("data/models/gpt2"), model_params(), 9, tokenizer=GPT2_TOKENIZER)
     with pytest.raises(UserError, match="cannot be trusted"):
         run_evaluation(trained, tmp_path / "outs", with_baselines)
     assert files_under(tmp_path / "outs") == []
@@ -364,5 +366,5 @@ def test_every_file_that_is_read_decides_the_evaluation(trained: Path, with_base
         (trained / name).write_bytes(kept)
     assert evaluation_inputs(PARAMS, *folders(trained)) == before
     of_baselines = evaluation_inputs(with_baselines, *folders(trained))
-    export_model(random_model(model_params(), 7), GPT2_TOKENIZER, Path("other"), {})
+    export_random(Path("other"), model_params(), 7, tokenizer=GPT2_TOKENIZER)
     assert evaluation_inputs(with_baselines, *folders(trained)) != of_baselines

@@ -16,13 +16,13 @@ from small_chat import (
     FAMILIES,
     as_dicts,
     base_model,
-    chat_tokenizer,
     encoded,
     facts,
     random_conversation,
     write_conversations,
 )
 from small_params import finetune_params
+from small_vocabulary import train_tokenizer
 from test_corpus_hub import point_at
 
 from pipelib.corpus import hub_conversations
@@ -43,11 +43,6 @@ from pipelib.vocabulary.tokenizer import PATTERNS, Tokenizer
 QUESTION, ANSWER = Message(USER, "Where is Bako?"), Message(ASSISTANT, "In Duri.")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return chat_tokenizer(tmp_path_factory.mktemp("vocabulary"))
-
-
 # ---- The template ----------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +50,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def test_tokens_and_masks_are_those_of_the_exported_template(tmp_path: Path, rule: str | None) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = chat_tokenizer(tmp_path / "vocabulary", rule) if rule else GPT2_TOKENIZER
+    tokenizer = train_tokenizer(tmp_path / "vocabulary", rule) if rule else GPT2_TOKENIZER
     template = ChatTemplate.of(tokenizer)
     export_model(base_model("gpt2", tokenizer.size), tokenizer, tmp_path / "model", {}, template)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "model")

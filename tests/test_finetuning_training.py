@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_chat import FAMILIES, base_model, chat_tokenizer, encoded, facts, write_conversations
+from small_chat import FAMILIES, base_model, encoded, facts, write_conversations
 from small_params import finetune_params
 from small_run import ALONE, SmallProject, kill, same
+from small_vocabulary import TOKENIZER
 from test_kill import RUNS, SEED
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,16 +35,10 @@ from pipelib.training.memory import Footprint
 from pipelib.training.schedule import Cadence
 from pipelib.training.training_log import MainLog
 from pipelib.vocabulary.chat import ChatTemplate, Message
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.vocabulary.tokenizer import Tokenizer
 
 LENGTH = 96
 LORA = {"rank": 8, "alpha": 16.0, "targets": "all"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return chat_tokenizer(tmp_path_factory.mktemp("vocabulary"))
 
 
 def params(**changes: Any) -> FinetuneParams:
@@ -228,11 +223,12 @@ def project_of(folder: Path, **changes: object) -> SmallProject:
         "global_batch_tokens": 192,
         "micro_batch_size": 2,
         "epochs": 2.0,
+        "answer_tokens": 16,
     }
     options = {f"finetune__{name}": value for name, value in {**values, **changes}.items()}
     project = SmallProject.make(folder, model__context_length=96, evaluate__batch_tokens=512, **options)
     project.stage = "finetune"
-    export_model(base_model("gpt2", GPT2_TOKENIZER.size), GPT2_TOKENIZER, folder / "models", {"train": {"max_lr": 1.0}})
+    export_model(base_model("gpt2", TOKENIZER.size), TOKENIZER, folder / "models", {"train": {"max_lr": 1.0}})
     write_conversations(folder / "conversations/a.jsonl", facts(200))
     return project
 

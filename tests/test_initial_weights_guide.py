@@ -182,7 +182,7 @@ def test_the_commands_of_the_messages_make_folders_that_can_be_read(tmp_path: Pa
     """`pytorch_model.bin`, and a vocabulary with a token added; both as the messages have them."""
     from transformers import GPT2LMHeadModel
 
-    model = random_model(SHAPE)
+    model = random_model(SHAPE, tokenizer=GPT2_TOKENIZER)
     export_model(model, GPT2_TOKENIZER, tmp_path / "mine", {})
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "mine")
     torch.save(theirs.state_dict(), tmp_path / "mine/pytorch_model.bin")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_params import model_params
 from small_project import CHECKOUT
-from small_run import random_model
+from small_run import export_random, random_model
 from torch import Tensor
 
 from pipelib.errors import UserError
@@ -62,7 +62,7 @@ def write(
 
 @pytest.fixture(scope="module")
 def small() -> GPT2:
-    return random_model(model_params())
+    return random_model(model_params(), tokenizer=GPT2_TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def exported(small: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_exported_model_gives_the_same_logits_in_transformers(size: str, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
-    ours = random_model(SIZES[size])
+    ours = random_model(SIZES[size], tokenizer=GPT2_TOKENIZER)
     export_model(ours, GPT2_TOKENIZER, tmp_path, {})
     theirs, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report  # no tensor was missing, unexpected or misshapen
@@ -131,7 +131,7 @@ def test_the_exported_tokenizer_gives_tiktokens_ids(exported: Path) -> None:
 
 
 def test_equal_weights_export_to_equal_bytes(exported: Path, tmp_path: Path) -> None:
-    export_model(random_model(model_params()), GPT2_TOKENIZER, tmp_path, {})
+    export_random(tmp_path, model_params(), tokenizer=GPT2_TOKENIZER)
     names = [path.relative_to(exported) for path in files_under(exported)]
     assert names == [path.relative_to(tmp_path) for path in files_under(tmp_path)]
     assert [name for name in names if (exported / name).read_bytes() != (tmp_path / name).read_bytes()] == []
@@ -323,7 +323,7 @@ def test_a_text_ends_before_the_stop_token(small: GPT2) -> None:
 @pytest.fixture(scope="module")
 def wide() -> GPT2:
     """A model with room for texts of different lengths."""
-    return random_model(model_params(context_length=48))
+    return random_model(model_params(context_length=48), tokenizer=GPT2_TOKENIZER)
 
 
 PROMPTS = [random_tokens(1, 40)[0, :length].tolist() for length in (9, 1, 23, 4)]

@@ -31,7 +31,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def model() -> GPT2:
-    return random_model(SHAPE)
+    return random_model(SHAPE, tokenizer=GPT2_TOKENIZER)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_chat import base_model, chat_tokenizer
+from small_chat import base_model
+from small_vocabulary import TOKENIZER
 from test_cli_compare import git, put_into_cache, write_run
 
 from pipelib.cli.main import main
@@ -25,19 +26,18 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text("[core]\n    analytics = false\n")
     (tmp_path / ".gitignore").write_text("/models/\n/chat/\n/reports/\n/vocabulary/\n/.dvc/cache\n")
-    tokenizer = chat_tokenizer(tmp_path / "vocabulary")
     found = {}
     for name, seed in (("HEAD", 1), ("no-chat", 2)):
         write_run(tmp_path, 0.0, max_lr=1e-3 * seed)
-        model = base_model("qwen3", tokenizer.size)
+        model = base_model("qwen3", TOKENIZER.size)
         model.initialise(seed)
-        export_model(model, tokenizer, tmp_path / "models", {})
+        export_model(model, TOKENIZER, tmp_path / "models", {})
         remove(tmp_path / "chat")
         (tmp_path / "chat").mkdir()
         (tmp_path / "chat/manifest.json").write_text("{}")
         if name == "HEAD":
             model.initialise(3)
-            export_model(model, tokenizer, tmp_path / "chat/model", {}, ChatTemplate.of(tokenizer))
+            export_model(model, TOKENIZER, tmp_path / "chat/model", {}, ChatTemplate.of(TOKENIZER))
         found[name] = sha256_file(tmp_path / ("chat/model" if name == "HEAD" else "models") / "model.safetensors")
         outs = [{"path": out, "md5": keep(tmp_path, tmp_path / out)} for out in ("models", "chat")]
         (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"train": {"outs": outs}}}))

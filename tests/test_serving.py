@@ -23,7 +23,7 @@ import torch
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_chat import FAMILIES, base_model, chat_tokenizer
+from small_chat import FAMILIES, base_model
 
 from pipelib.cli.main import main
 from pipelib.errors import UserError
@@ -39,11 +39,6 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.vocabulary.tokenizer import Tokenizer
 
 KEY = "a secret"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return chat_tokenizer(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="module")

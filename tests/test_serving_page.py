@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from small_browser import CHROMIUM, Browser, element_with
-from small_chat import base_model, chat_tokenizer
+from small_chat import base_model
+from small_vocabulary import TOKENIZER
 
 from pipelib.model.huggingface import export_model
 from pipelib.vocabulary.chat import ChatTemplate
@@ -30,11 +31,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     if chosen := os.environ.get("PIPELIB_TEST_MODELS"):
         return chosen.split()
     root = tmp_path_factory.mktemp("models")
-    tokenizer = chat_tokenizer(root / "vocabulary")
     for name, seed in (("answers", 1), ("completes", 2)):
-        model = base_model("qwen3", tokenizer.size)
+        model = base_model("qwen3", TOKENIZER.size)
         model.initialise(seed)
-        export_model(model, tokenizer, root / name, {}, ChatTemplate.of(tokenizer) if name == "answers" else None)
+        export_model(model, TOKENIZER, root / name, {}, ChatTemplate.of(TOKENIZER) if name == "answers" else None)
     return [str(root / name) for name in ("answers", "completes")]
 
 

@@ -12,6 +12,7 @@ import pytest
 from small_corpus import make_texts, write_jsonl, write_raw_files
 from small_params import PARAMS, write_params
 from small_project import Project
+from small_vocabulary import TOKENIZER
 
 from pipelib.errors import UserError
 from pipelib.files import read_json, sha256_file, write_json
@@ -19,7 +20,6 @@ from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
 from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.stage import run_stage
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 STAGES = ("download", "vocabulary", "tokenize", "train", "evaluate")
 
@@ -243,8 +243,8 @@ def test_a_flipped_bit_in_a_token(project: Project, split: str) -> None:
 @pytest.mark.parametrize("content", [b"not tensors", b""])
 def test_evaluation_of_a_damaged_model(project: Project, content: bytes) -> None:
     export_model(
-        GPT2(GPT2Section(**PARAMS["model"]), GPT2_TOKENIZER.size),
-        GPT2_TOKENIZER,
+        GPT2(GPT2Section(**PARAMS["model"]), TOKENIZER.size),
+        TOKENIZER,
         project.root / "models",
         "a model",
     )

@@ -21,6 +21,7 @@ from small_run import (
     new_model,
     train_small,
 )
+from small_vocabulary import TOKENIZER
 from torch import nn
 
 from pipelib.errors import UserError, user_message
@@ -37,7 +38,6 @@ from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.pretraining import pretrain
 from pipelib.training.schedule import Cadence
 from pipelib.training.state import TrainState
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 def test_the_checkpoint_holds_all_that_survives(folder: Path) -> None:
@@ -182,9 +182,9 @@ def test_the_disk_that_train_demands_is_the_one_that_plan_names() -> None:
     spike = SpikeParams(window=100, deviations=6.0, batches=1, rollbacks=10)
 
     def bytes_of(train: TrainParams, checkpoint_every: int) -> int:
-        return checkpoint_bytes(Footprint(model, GPT2_TOKENIZER.size, train), checkpoint_every)
+        return checkpoint_bytes(Footprint(model, TOKENIZER.size, train), checkpoint_every)
 
-    copy = Footprint(model, GPT2_TOKENIZER.size, train_params()).checkpoint
+    copy = Footprint(model, TOKENIZER.size, train_params()).checkpoint
     assert bytes_of(train_params(), 250) == 4 * copy
     assert bytes_of(train_params(spike=spike), 250) == 5 * copy
     assert bytes_of(train_params(spike=replace(spike, batches=100)), 10) == 14 * copy
@@ -208,7 +208,7 @@ def test_a_training_that_resumes_has_the_space_of_its_checkpoints_already(
         (folder / "work/checkpoints/step_00000001/state.pt").write_bytes(bytes(size))
         with pytest.raises(UserError, match="enough"):
             pretrain(build, shape, train_params(), Cadence(1, 5), folder / "tokens", folder, RANDOM_WEIGHTS, {})
-    assert asked[0] == checkpoint_bytes(Footprint(shape, GPT2_TOKENIZER.size, train_params()), 5) == asked[1] + 1000
+    assert asked[0] == checkpoint_bytes(Footprint(shape, TOKENIZER.size, train_params()), 5) == asked[1] + 1000
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:

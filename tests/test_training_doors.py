@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_chat import base_model, chat_tokenizer, encoded, facts
+from small_chat import base_model, encoded, facts
 from small_params import MUON, model_params, train_params, write_params
-from small_run import ALONE, curve, train_small, write_tokens
+from small_run import ALONE, DIFFERENT, curve, train_small, write_tokens
+from small_vocabulary import TOKENIZER
 from torch import Tensor, nn
 
 from pipelib.finetuning.objective import Answers
@@ -29,7 +30,6 @@ from pipelib.training.optimizer import make_optimizer
 from pipelib.training.params import DEFAULTS, TrainParams, known_optimizers
 from pipelib.training.step import take_step
 from pipelib.vocabulary.chat import ASSISTANT, Message
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 TOYS = Path(__file__).with_name("toy_optimizer")
 OPTIMIZERS = sorted(path.stem for folder in (*optim.__path__, TOYS) for path in Path(folder).glob("[a-z]*.py"))
@@ -173,7 +173,7 @@ def gradients(
 def test_an_objective_counts_its_own_targets(rows: tuple[Tensor, Tensor]) -> None:
     """However a step is cut into micro-batches, and shared among ranks, each target that counts weighs the same."""
     inputs, targets = rows
-    model = build(model_params(), GPT2_TOKENIZER.size)
+    model = build(model_params(), TOKENIZER.size)
     model.initialise(1)
     objective, params = EvenTokens(model), train_params()
     counts = [objective.target_count(row) for row in targets]
@@ -199,18 +199,17 @@ def test_an_objective_counts_its_own_targets(rows: tuple[Tensor, Tensor]) -> Non
         torch.testing.assert_close((one + two) / 2, other, rtol=1e-4, atol=1e-7)
 
 
-def test_packed_answers_count_the_same_for_any_accumulation_and_ranks(tmp_path: Path) -> None:
+def test_packed_answers_count_the_same_for_any_accumulation_and_ranks() -> None:
     """In float64 the gradients of a step are those of each conversation in a row of its own, to 1e-10."""
-    tokenizer = chat_tokenizer(tmp_path)
     told = facts(30)
     told[0] = [told[0][0], Message(ASSISTANT, "In Duri, or in Mela.")]
-    dataset, _ = encoded(told, tokenizer)
+    dataset, _ = encoded(told, TOKENIZER)
     packed = ConversationRows.of(dataset, np.arange(len(dataset)), 96, 0, packing=True)
     numbers = np.array([number for row in packed._rows[:4] for number in row])
     single = ConversationRows.of(dataset, numbers, 96, 0, packing=False)
     inputs, targets, positions = map(torch.from_numpy, packed.batch(np.arange(4)))
     whole = tuple(map(torch.from_numpy, single.batch(np.arange(len(single)))))
-    model, params = base_model("qwen3", tokenizer.size).double(), train_params()
+    model, params = base_model("qwen3", TOKENIZER.size).double(), train_params()
     loss, expected = gradients(Answers(model, packed=False), [whole], params)
     objective = Answers(model, packed=True)
 
@@ -232,7 +231,7 @@ def test_packed_answers_count_the_same_for_any_accumulation_and_ranks(tmp_path: 
 
 
 def test_where_no_target_counts_the_step_is_not_taken(rows: tuple[Tensor, Tensor]) -> None:
-    model = build(model_params(), GPT2_TOKENIZER.size)
+    model = build(model_params(), TOKENIZER.size)
     model.initialise(1)
     keep = Keep(model)
     batches = [(rows[0][1:2], rows[1][1:2])]
@@ -247,7 +246,7 @@ def test_a_training_takes_another_objective(tmp_path: Path, capsys: pytest.Captu
     even = train_small(tmp_path, params, objective_of=EvenTokens)
     every = train_small(tmp_path, params, objective_of=NextToken)
     assert "belongs to another run, with another objective" in capsys.readouterr().out
-    tokens = torch.randint(0, 500, (4, 17), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(0, DIFFERENT, (4, 17), generator=torch.Generator().manual_seed(3))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     with torch.no_grad():
         odd = [model.token_losses(inputs, targets)[targets % 2 == 1].mean().item() for model in (even, every)]

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 from small_params import model_params, train_params
 from small_run import ALONE, curve, random_model, train_small, write_tokens
+from small_vocabulary import TOKENIZER
 
 from pipelib.errors import UserError
 from pipelib.evaluation.benchmark_items import read_items
 from pipelib.evaluation.hellaswag import score
 from pipelib.training.inputs import require_hellaswag
 from pipelib.training.probes import HELLASWAG, HellaSwag
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 TEXT = "the loss of a model is what it does not know about the text that it is given"
 
@@ -41,7 +41,7 @@ def test_it_is_scored_at_its_steps_and_at_the_last(folder: Path) -> None:
     rows = curve(folder, "hellaswag")
     assert [row["step"] for row in rows] == [4, 8, 10]
     assert [row["tokens"] for row in rows] == [256, 512, 640]
-    expected = score(model, read_items(folder / HELLASWAG, GPT2_TOKENIZER), 64, "fp32")
+    expected = score(model, read_items(folder / HELLASWAG, TOKENIZER), 64, "fp32")
     assert (rows[-1]["acc_norm"], rows[-1]["acc"]) == (expected.acc_norm.value, expected.acc.value)
     assert (rows[-1]["low"], rows[-1]["high"]) == (expected.acc_norm.low, expected.acc_norm.high)
 
@@ -66,8 +66,8 @@ def test_ranks_share_the_items(folder: Path, world_size: int) -> None:
 
     for rank in range(world_size):
         world = SimpleNamespace(rank=rank, world_size=world_size, sum_exactly=note)
-        HellaSwag(params, folder, GPT2_TOKENIZER, world).measure(model)  # type: ignore[arg-type]
-    whole = HellaSwag(params, folder, GPT2_TOKENIZER, ALONE).measure(model)
+        HellaSwag(params, folder, TOKENIZER, world).measure(model)  # type: ignore[arg-type]
+    whole = HellaSwag(params, folder, TOKENIZER, ALONE).measure(model)
     sums, means = sum(shares)
     assert sums == pytest.approx(whole.sums, abs=1e-4)
     assert means == pytest.approx(whole.means, abs=1e-4)

@@ -11,7 +11,8 @@ import torch
 from small_corpus import make_texts, write_jsonl
 from small_params import PARAMS, ROTARY, model_params, train_params, write_params
 from small_project import Project
-from small_run import random_model, train_small, write_tokens
+from small_run import export_random, random_model, train_small, write_tokens
+from small_vocabulary import TOKENIZER
 
 from pipelib.corpus.published_models import PUBLISHED_MODELS
 from pipelib.errors import UserError
@@ -23,7 +24,6 @@ from pipelib.params import load_params
 from pipelib.schema import ParamsError
 from pipelib.training.initial_weights import initial_model
 from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights, find_initial_weights, require_weights
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 def section(init_from: str, **changes: int) -> GPT2Section:
@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model in ./mine and the same one as download's gpt2."""
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "data/models/gpt2"):
-        export_model(random_model(model_params()), GPT2_TOKENIZER, tmp_path / name, {})
+        export_random(tmp_path / name, model_params())
     digest = sha256_file(tmp_path / "data/models/gpt2" / WEIGHTS)
     write_json(tmp_path / "data/models/manifest.json", {"gpt2": {"sha256": digest}})
     return tmp_path
@@ -50,7 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_model_starts_from_the_named_weights(here: Path, init_from: str) -> None:
     weights = find_initial_weights(section(init_from))
     assert weights.sha256 == sha256_file(here / "mine" / WEIGHTS)
-    model = initial_model(section(init_from), GPT2_TOKENIZER, 1, weights)
+    model = initial_model(section(init_from), TOKENIZER, 1, weights)
     assert torch.equal(model.h[1].mlp.c_fc.weight, random_model(model_params()).h[1].mlp.c_fc.weight)  # type: ignore[union-attr]
 
 
@@ -64,7 +64,7 @@ def test_with_zero_projections_no_block_changes_anything_yet(family: str) -> Non
     rotary = {key: value for key, value in ROTARY.items() if key != "init_from"}
     shape = model_params() if family == "gpt2" else family_params(family)(**rotary)  # the output layer is not tied
     weights = InitialWeights("", "", zero_projections=True)
-    model = initial_model(shape, GPT2_TOKENIZER, 7, weights)
+    model = initial_model(shape, TOKENIZER, 7, weights)
     assert model.block_list is not None
     blocks = model.get_submodule(model.block_list[0])
     seen = []
@@ -74,10 +74,10 @@ def test_with_zero_projections_no_block_changes_anything_yet(family: str) -> Non
     losses = model.token_losses(tokens[:, :-1], tokens[:, 1:])
     assert seen == [True] * 2
     if family == "gpt2":
-        assert losses.mean().item() == pytest.approx(math.log(50257), abs=0.05)
+        assert losses.mean().item() == pytest.approx(math.log(TOKENIZER.size), abs=0.05)
     else:
-        torch.testing.assert_close(losses, torch.full_like(losses, math.log(50257)))
-    other = initial_model(shape, GPT2_TOKENIZER, 7, RANDOM_WEIGHTS)
+        torch.testing.assert_close(losses, torch.full_like(losses, math.log(TOKENIZER.size)))
+    other = initial_model(shape, TOKENIZER, 7, RANDOM_WEIGHTS)
     name = model.embedding_names[0]
     assert torch.equal(model.get_parameter(name), other.get_parameter(name)), "the rest is drawn as ever"
 
@@ -85,7 +85,7 @@ def test_with_zero_projections_no_block_changes_anything_yet(family: str) -> Non
 def test_a_checkpoint_wins_over_the_initial_weights(here: Path) -> None:
     write_tokens(here / "tokens")
     first = train_small(here, train_params(), shape=section("./mine"), initial=find_initial_weights(section("./mine")))
-    export_model(random_model(model_params(), seed=2), GPT2_TOKENIZER, here / "mine", {})
+    export_random(here / "mine", model_params(), 2)
     again = train_small(here, train_params(), shape=section("./mine"), initial=find_initial_weights(section("./mine")))
     assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
 
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused_with_what_to_write() -> None:
     with pytest.raises(
         UserError, match=r"n_layer = 2, not 3, context_length = 16, not 32.*write model.n_layer: 2, model.c"
     ):
-        require_weights(section("./mine", n_layer=3, context_length=32), GPT2_TOKENIZER)
+        require_weights(section("./mine", n_layer=3, context_length=32), TOKENIZER)
     with pytest.raises(UserError, match=r"model.init_from: nowhere is not a folder with a model.*name a folder"):
         find_initial_weights(section("./nowhere"))
     with pytest.raises(
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused_with_what_to_write() -> None:
 
 
 def test_published_weights_are_those_that_download_verified(here: Path) -> None:
-    export_model(random_model(model_params(), seed=2), GPT2_TOKENIZER, here / "data/models/gpt2", {})
+    export_random(here / "data/models/gpt2", model_params(), 2)
     with pytest.raises(
         UserError, match=r"is not the file that data/models/manifest.json names.*verify data/models --repair"
     ):
@@ -120,11 +120,11 @@ def test_published_weights_are_those_that_download_verified(here: Path) -> None:
         ({"model__init_from": "mine"}, "write ./mine if it is a folder"),
         ({"model__init_from": "gpt2"}, "download.models = [] does not name it; add it there"),
         (
-            {"model__init_from": "gpt2", "vocabulary__source": "train"},
+            {"model__init_from": "gpt2"},
             "gpt2 has GPT-2's vocabulary, and vocabulary.source",
         ),
         (
-            {"model__init_from": "gpt2", "download__models": ["gpt2"]},
+            {"model__init_from": "gpt2", "download__models": ["gpt2"], "vocabulary__source": "gpt2"},
             "has n_layer = 12, not 2, n_head = 12, not 2, n_embd = 768, not 16, context_length = 1024, not 16, so its",
         ),
         ({"model__init_from": "./models"}, "./models is the output of train"),
@@ -140,7 +140,8 @@ def test_parameters_that_name_no_weights_are_refused(tmp_path: Path, changes: di
 def test_parameters_that_name_published_weights_are_good(tmp_path: Path) -> None:
     for name, published in PUBLISHED_MODELS.items():
         model = {f"model__{key}": value for key, value in published.shape.items()}
-        write_params(tmp_path, **model, model__init_from=name, download__models=[name], evaluate__batch_tokens=1024)
+        gpt2 = {"model__init_from": name, "download__models": [name], "vocabulary__source": "gpt2"}
+        write_params(tmp_path, **model, **gpt2, evaluate__batch_tokens=1024)
         assert load_params(tmp_path / "params.yaml").model.init_from == name
 
 
@@ -182,7 +183,7 @@ def test_training_goes_on_from_a_model_on_the_users_own_text(tmp_path: Path) -> 
     done = project.stage("train", PIPELIB_NPROC="2")
     assert "finished earlier" in done.stdout
     export_model(
-        random_model(GPT2Section(**PARAMS["model"])), GPT2_TOKENIZER, tmp_path / "base", ""
+        random_model(GPT2Section(**PARAMS["model"])), TOKENIZER, tmp_path / "base", ""
     )  # other weights under the same name
     project.runs("train", PIPELIB_THREADS="1")
     assert abs(validation(project)[0] - alone[0]) > 0.1

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_params import model_params, train_params
 from small_run import ALONE, curve, new_model, train_small
+from small_vocabulary import TOKENIZER
 from torch import Tensor
 
 from pipelib.errors import UserError
@@ -27,7 +28,6 @@ from pipelib.training.objectives import NextToken
 from pipelib.training.params import SpikeParams, TrainParams
 from pipelib.training.pretraining import PretrainJob
 from pipelib.training.schedule import Cadence
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 def params(**changes: Any) -> TrainParams:
@@ -36,12 +36,12 @@ def params(**changes: Any) -> TrainParams:
 
 def room_for(rows: int) -> int:
     """Bytes that hold a micro-batch of so many rows, and not one more."""
-    return int(Footprint(model_params(), GPT2_TOKENIZER.size, params()).memory(rows).total / USABLE) + 1
+    return int(Footprint(model_params(), TOKENIZER.size, params()).memory(rows).total / USABLE) + 1
 
 
 @pytest.mark.parametrize(("rows", "chosen"), [(1, 1), (2, 2), (3, 3), (5, 4), (11, 6), (12, 12), (99, 12)])
 def test_the_largest_divisor_that_fits(rows: int, chosen: int) -> None:
-    footprint = Footprint(model_params(), GPT2_TOKENIZER.size, params(global_batch_tokens=12 * 16))
+    footprint = Footprint(model_params(), TOKENIZER.size, params(global_batch_tokens=12 * 16))
     room = int(footprint.memory(rows).total / USABLE) + 1
     assert footprint.rows_that_fit(room) == chosen
     assert footprint.rows_that_fit(footprint.memory(1).total // 2) == 0
@@ -52,7 +52,7 @@ def test_the_largest_divisor_that_fits(rows: int, chosen: int) -> None:
 
 def test_what_a_parameter_and_a_logit_take() -> None:
     def memory(rows: int = 2, world_size: int = 1, **changes: Any) -> Memory:
-        return Footprint(model_params(), GPT2_TOKENIZER.size, params(**changes), world_size).memory(rows)
+        return Footprint(model_params(), TOKENIZER.size, params(**changes), world_size).memory(rows)
 
     parameters = memory().weights // 4
     assert memory().gradients == 4 * parameters
@@ -60,7 +60,7 @@ def test_what_a_parameter_and_a_logit_take() -> None:
     assert memory(rows=4, compile=True).gradients == 4 * parameters, "one micro-step adds to nothing"
     assert memory(rows=1, world_size=2).gradients == 8 * parameters, "DDP's buckets"
     assert memory(rows=2, world_size=2).gradients == 4 * parameters
-    logits = 2 * 16 * 50304
+    logits = 2 * 16 * TOKENIZER.padded_size
     assert memory().logits == memory(precision="bf16").logits == 12 * logits
     assert memory(compile=True).logits == 8 * logits
     assert memory(compile=True, precision="bf16").logits == memory(compile=True, precision="fp16").logits == 4 * logits
@@ -79,7 +79,7 @@ def try_on_gpu(monkeypatch: pytest.MonkeyPatch, room: int, *, global_rows: int =
 
     monkeypatch.setattr("pipelib.training.micro_batch.warmup_backward", backward)
     monkeypatch.setattr(World, "runs_ahead", True)
-    footprint = Footprint(model_params(), GPT2_TOKENIZER.size, params(global_batch_tokens=16 * global_rows))
+    footprint = Footprint(model_params(), TOKENIZER.size, params(global_batch_tokens=16 * global_rows))
     settled = resolve_micro_batch_size(
         footprint, NextToken(new_model()), torch.nn.Linear(1, 1), ALONE, 10**12, restored=0
     )
@@ -99,7 +99,7 @@ def test_other_errors_of_a_trial_are_not_hidden(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("pipelib.training.micro_batch.warmup_backward", broken)
     monkeypatch.setattr(World, "runs_ahead", True)
-    footprint = Footprint(model_params(), GPT2_TOKENIZER.size, params())
+    footprint = Footprint(model_params(), TOKENIZER.size, params())
     with pytest.raises(RuntimeError, match="illegal memory access"):
         resolve_micro_batch_size(footprint, NextToken(new_model()), torch.nn.Linear(1, 1), ALONE, 10**12, restored=0)
 

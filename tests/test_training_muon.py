@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_params import ROTARY, train_params, write_params
 from small_run import new_model, small_trainer, train_small, write_tokens
+from small_vocabulary import TOKENIZER
 from torch import Tensor, nn
 
 from pipelib.errors import UserError
@@ -19,7 +20,6 @@ from pipelib.training.memory import Footprint
 from pipelib.training.optim.muon import Muon, orthogonalised
 from pipelib.training.params import MuonParams, TrainParams
 from pipelib.training.roles import EMBEDDING, HEAD, MATRICES, VECTORS, roles_of
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 MUON = MuonParams(momentum=0.9, weight_decay=0.5, embedding_lr=0.01, head_lr=0.001, vector_lr=0.1)
 SHAPE = {key: value for key, value in ROTARY.items() if key not in ("init_from", "tie_word_embeddings")}
@@ -33,7 +33,7 @@ def muon_params(**changes: Any) -> TrainParams:
 def model_of(family: str, *, tied: bool = True) -> Decoder:
     if family == "gpt2":
         return new_model()
-    model = build(family_params(family)(**SHAPE, tie_word_embeddings=tied), GPT2_TOKENIZER.size)
+    model = build(family_params(family)(**SHAPE, tie_word_embeddings=tied), TOKENIZER.size)
     model.initialise(7)
     return model
 
@@ -143,7 +143,7 @@ def test_each_role_has_its_rate() -> None:
 
 def test_memory_counts_one_number_for_a_matrix() -> None:
     params = family_params("qwen3")(**SHAPE, tie_word_embeddings=False)
-    model, size = model_of("qwen3", tied=False), GPT2_TOKENIZER.size
+    model, size = model_of("qwen3", tied=False), TOKENIZER.size
     with_gradients(model, 1)
     optimizer = Muon(model, muon_params())
     optimizer.step(0.01, torch.tensor(True))

@@ -24,6 +24,7 @@ from small_run import (
     small_trainer,
     train_small,
 )
+from small_vocabulary import TOKENIZER
 
 from pipelib.errors import UserError
 from pipelib.evaluation import samples
@@ -32,7 +33,6 @@ from pipelib.training import loop, training_log
 from pipelib.training.launch.distributed import World
 from pipelib.training.state import DeviceHours
 from pipelib.training.step import StepResult, take_step
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
 
@@ -169,7 +169,7 @@ def test_going_on_without_determinism_on_a_gpu_is_said(
 
 def test_no_samples_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelib.vocabulary.tokenizer.reference", None)
-    assert samples.write_samples(random_model(model_params()), GPT2_TOKENIZER, (), "fp32", seed=0) == []
+    assert samples.write_samples(random_model(model_params()), TOKENIZER, (), "fp32", seed=0) == []
 
 
 def test_the_hours_of_all_processes_count(folder: Path) -> None:

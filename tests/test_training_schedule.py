@@ -147,7 +147,7 @@ def test_a_trunk_is_not_taken_where_it_does_not_fit(
         tokens = int(str(changes.pop("train__max_tokens", 2560)))
         train(tmp_path / "other", tokens, 0.5, **changes)
         assert "shorter training" not in capsys.readouterr().out
-    write_tokens(tmp_path / "tokens", vocabulary=400)
+    write_tokens(tmp_path / "tokens", different=50)
     train(tmp_path / "data", 2560, 0.25)
     assert "shorter training" not in capsys.readouterr().out
     assert len(list(state.glob("trunks/*"))) == 4

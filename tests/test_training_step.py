@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from small_params import train_params
 from small_run import ALONE, curve, differing, new_model, train_small
+from small_vocabulary import TOKENIZER
 from torch import Tensor, nn
 
 from pipelib.errors import UserError
@@ -67,7 +68,7 @@ def test_one_batch_can_be_learnt_by_heart(folder: Path) -> None:
     optimizer = make_optimizer(model, params)
     batches = make_loader(params, folder / "tokens", read_manifest(folder / "tokens"), ALONE)[0].micro_batches(0)
     losses = [step_of(model, optimizer, batches, params).loss.item() for _ in range(120)]
-    assert losses[0] == pytest.approx(math.log(50257), abs=0.1)
+    assert losses[0] == pytest.approx(math.log(TOKENIZER.size), abs=0.1)
     assert losses[-1] < 0.1
 
 
@@ -140,18 +141,18 @@ from pathlib import Path
 from small_params import train_params
 from small_run import train_small, write_tokens
 write_tokens(Path("tokens"))
-train_small(Path(), train_params())
+train_small(Path(), train_params(max_tokens=640))
 assert "torch._dynamo" not in sys.modules
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
 
 
 def test_loss_of_the_model_is_torchs_cross_entropy() -> None:
     model = new_model()
-    tokens = torch.randint(0, 50257, (3, 17), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, TOKENIZER.size, (3, 17), generator=torch.Generator().manual_seed(1))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    logits = model.logits(model.hidden(inputs))[..., :50257]
+    logits = model.logits(model.hidden(inputs))[..., : TOKENIZER.size]
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 16)
     assert torch.allclose(model.token_losses(inputs, targets), expected, atol=1e-5)
     assert NextToken(model)(inputs, targets).item() == pytest.approx(expected.sum().item(), rel=1e-5)
@@ -235,7 +236,7 @@ def plain_loss(weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, n_la
     for layer in range(n_layer):
         x = x + attention(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn")
         x = x + mlp(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp")
-    logits = norm(x, "ln_f") @ weights["wte"][:50257].T
+    logits = norm(x, "ln_f") @ weights["wte"][: TOKENIZER.size].T
     return -logits.log_softmax(dim=-1).gather(-1, targets[..., None]).mean()
 
 

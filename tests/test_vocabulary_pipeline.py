@@ -39,7 +39,7 @@ TEXTS = make_texts(200, words=60)
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """All stages with 400 tokens of our own and a Llama, beside a baseline that is a GPT-2 with GPT-2's tokens."""
-    other = random_model(model_params())
+    other = random_model(model_params(), tokenizer=GPT2_TOKENIZER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PARAMS, "model", LLAMA)
         return make_project(tmp_path_factory.mktemp("own"), other)
