@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_corpus import write_shards
+from warm_python import run_python, write_python
 
 import pipelib
 from pipelib.cli.main import main
@@ -222,14 +222,13 @@ class Repository:
         )
         (root / "make.py").write_text(STAGE.format(paths=[str(Path(__file__).parent), str(SOURCE)], files=files))
         outs = ["data/tokens", *sorted({str(Path(name).parent) for name in files})]
-        stage = {"cmd": f"{sys.executable} make.py", "deps": ["make.py"], "outs": outs}
+        write_python(root.with_name("python"))
+        stage = {"cmd": "../python make.py", "deps": ["make.py"], "outs": outs}
         (root / "dvc.yaml").write_text(json.dumps({"stages": {"tokenize": stage}}))
         self.repro()
 
     def dvc(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", *arguments], cwd=self.root, capture_output=True, text=True, check=False
-        )
+        done = run_python("-m", "dvc", *arguments, cwd=self.root)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from small_corpus import make_texts, write_raw_files
 from small_project import hold
 from test_tokens_shards import read_as_llm_c
+from warm_pool import fork_workers
 
 from pipelib.errors import UserError
 from pipelib.files import files_under, sha256_file, sha256_json, write_json
@@ -45,9 +46,10 @@ SEED = int(os.environ.get("PIPELIB_TEST_SEED", random.randrange(10**6)))
 
 @pytest.fixture(scope="module", autouse=True)
 def state(vocabulary_root: Path) -> Iterator[None]:
-    """The vocabulary is laid out once."""
+    """The vocabulary is laid out once. Workers are forks of a process with its imports done: tests of kills start their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIPELIB_STATE_DIR", str(vocabulary_root))
+        fork_workers(patch)
         yield
 
 
