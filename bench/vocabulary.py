@@ -39,7 +39,7 @@ def main() -> None:
         for seed in range(arguments.seeds):
             with tempfile.TemporaryDirectory(prefix="bench-vocabulary-") as folder:
                 run = Checkout(Path(folder), read_yaml(arguments.params))
-                run.params["vocabulary"] |= {"source": "train", "size": size} if size else {"source": "gpt2"}
+                run.params["vocabulary"] |= {"source": "train", "vocab_size": size} if size else {"source": "gpt2"}
                 run.params["train"]["seed"] = 1337 + seed
                 run.tokenize()
                 tokens = run.params["train"]["max_tokens"]

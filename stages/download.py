@@ -12,11 +12,12 @@ if not __package__:
 from pipelib.corpus.download import chosen_source, download, download_inputs
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import load_params
-from pipelib.stage import Build, WorkResult, build_outs, run_stage
+from pipelib.stage import Build, WorkResult, build_outs, parser, run_stage
 
 
 def main() -> None:
     """Download or build the corpus that `params.download` names, with its benchmarks and models."""
+    parser("download", __doc__).parse_args()
     params = load_params()
     require_corpus(params.download)
     source = chosen_source(params.download)

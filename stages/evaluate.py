@@ -9,7 +9,7 @@ if not __package__:
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.evaluation.inputs import evaluation_inputs
 from pipelib.params import load_params
-from pipelib.stage import Build, WorkResult, build_outs, run_stage
+from pipelib.stage import Build, WorkResult, build_outs, parser, run_stage
 from pipelib.workspace.places import HERE
 
 FOLDERS = HERE.model, HERE.tokens, HERE.benchmarks, HERE.curves, HERE.chat
@@ -17,6 +17,7 @@ FOLDERS = HERE.model, HERE.tokens, HERE.benchmarks, HERE.curves, HERE.chat
 
 def main() -> None:
     """Evaluate the model, or link an earlier evaluation of the same model with the same parameters."""
+    parser("evaluate", __doc__).parse_args()
     params = load_params()
     require_corpus(params.download)
     require_corpus(params.finetune, "finetune")

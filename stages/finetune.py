@@ -9,13 +9,14 @@ if not __package__:
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.finetuning.sources import chosen_for, finetune_inputs
 from pipelib.params import load_params
-from pipelib.stage import Build, WorkResult, build_outs, run_stage
+from pipelib.stage import Build, WorkResult, build_outs, parser, run_stage
 from pipelib.tokens.shards import read_manifest
 from pipelib.workspace.places import HERE
 
 
 def main() -> None:
     """Fine-tune, resume it, or link the model made earlier from the same conversations and base with the same parameters."""
+    parser("finetune", __doc__).parse_args()
     params = load_params()
     require_corpus(params.download)
     require_corpus(params.finetune, "finetune")

@@ -10,7 +10,6 @@ if not __package__:
         "run it as a module from the root of the checkout: python -m stages.tokenize"
     )
 
-import argparse
 from dataclasses import asdict
 
 from pipelib.corpus.experiment_copy import require_corpus
@@ -19,7 +18,7 @@ from pipelib.errors import tell
 from pipelib.files import sha256_file
 from pipelib.params import Params, load_params
 from pipelib.schema import flatten
-from pipelib.stage import Build, WorkResult, build_outs, run_stage
+from pipelib.stage import Build, WorkResult, build_outs, parser, run_stage
 from pipelib.vocabulary.choice import read_vocabulary
 from pipelib.workspace.places import HERE, MANIFEST
 from pipelib.workspace.provenance import code_hashes
@@ -29,14 +28,11 @@ RAW = HERE.raw
 
 def main() -> None:
     """Encode the corpus, or link the shards made earlier from the same text. With --share, encode one share only."""
-    parser = argparse.ArgumentParser("python -m stages.tokenize", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--share",
-        "--unit",
-        metavar="i/n",
-        help="encode only share i of n (i from 0 to n - 1), for a later run of the stage",
+    options = parser("tokenize", __doc__)
+    options.add_argument(
+        "--share", metavar="i/n", help="encode only share i of n (i from 0 to n - 1), for a later run of the stage"
     )
-    arguments = parser.parse_args()
+    arguments = options.parse_args()
     params = load_params()
     require_corpus(params.download)
     read_raw_manifest(RAW)  # if it is missing, the error says what to run

@@ -9,12 +9,11 @@ if not __package__:
         "and fail later; run it as a module from the root of the checkout: python -m stages.train"
     )
 
-import argparse
 
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import Params, load_params
 from pipelib.schema import flatten
-from pipelib.stage import Build, WorkResult, build_outs, run_stage
+from pipelib.stage import Build, WorkResult, build_outs, parser, run_stage
 from pipelib.tokens.shards import read_manifest
 from pipelib.training.inputs import InitialWeights, find_initial_weights, require_hellaswag
 from pipelib.workspace.places import HERE
@@ -26,9 +25,9 @@ TOKENS, BENCHMARKS = HERE.tokens, HERE.benchmarks
 
 def main() -> None:
     """Train, resume training, or link the model trained earlier from the same data with the same parameters."""
-    parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
-    parser.add_argument("--join", action="store_true", help="join a training run that another machine has started")
-    arguments, params = parser.parse_args(), load_params()
+    options = parser("train", __doc__)
+    options.add_argument("--join", action="store_true", help="join a training run that another machine has started")
+    arguments, params = options.parse_args(), load_params()
     require_corpus(params.download)
     if arguments.join:
         from pipelib.training.launch.launch import join

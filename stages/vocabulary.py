@@ -12,7 +12,7 @@ from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.corpus.raw import benchmark_documents
 from pipelib.files import sha256_file
 from pipelib.params import load_params
-from pipelib.stage import Build, WorkResult, build_outs, run_stage
+from pipelib.stage import Build, WorkResult, build_outs, parser, run_stage
 from pipelib.vocabulary.folder import TOKENIZER, read_tokenizer
 from pipelib.workspace.places import HERE, MANIFEST
 
@@ -21,6 +21,7 @@ RAW = HERE.raw
 
 def main() -> None:
     """Make the vocabulary, or link the one made earlier from the same text with the same parameters."""
+    parser("vocabulary", __doc__).parse_args()
     params = load_params()
     require_corpus(params.download)
     documents = benchmark_documents(HERE.benchmarks)

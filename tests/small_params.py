@@ -21,7 +21,7 @@ PARAMS: dict[str, dict[str, Any]] = {
         "seed": 1,
     },
     "vocabulary": {
-        "source": "train", "size": 300, "pre_tokenizer": "gpt2", "special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "source": "train", "vocab_size": 300, "pre_tokenizer": "gpt2", "special_tokens": ["<|im_start|>", "<|im_end|>"],
         "max_bytes": 100000,
         "validation_documents": "auto",
     },

@@ -236,7 +236,7 @@ def test_commits_and_experiments_are_read_from_git_and_dvcs_cache(
 
 
 def test_names_that_are_no_run_are_refused(repository: dict[str, bytes], here: Path) -> None:  # noqa: ARG001
-    with pytest.raises(UserError, match="large-rate is not a folder, git revision or experiment"):
+    with pytest.raises(UserError, match="large-rate is not a checkout, git revision or experiment"):
         find_run("large-rate")
     git("update-ref", "refs/exps/12/3456/small-rate", "HEAD")
     with pytest.raises(UserError, match="several experiments"):
@@ -355,4 +355,4 @@ def test_odd_names_are_no_run(
     name: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "is not a folder, git revision or experiment" in fails(capsys, name, "workspace")
+    assert "is not a checkout, git revision or experiment" in fails(capsys, name, "workspace")

@@ -186,6 +186,7 @@ def test_the_summary_fits_on_a_screen(
     shutil.copytree(CHECKOUT / "metrics", here / "metrics")
     (here / "reports").mkdir()
     (here / "reports/evaluation.md").write_text("````text\n" + ("word " * 50 + "\n") * 100 + "````\n")
+    (here / "models").mkdir()
     (here / "chat/model").mkdir(parents=True)
     (here / "chat/answers.json").write_text('{"questions": [{"question": "Why?", "answer": "Because."}]}')
     monkeypatch.setenv("NO_COLOR", "1")

@@ -21,6 +21,7 @@ from pipelib.model.device import autocast
 from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.params import Params, load_params
+from pipelib.progress import format_seconds
 from pipelib.schema import read_yaml
 from pipelib.tokens.shards import Manifest
 from pipelib.training import memory
@@ -372,3 +373,44 @@ def test_what_dvc_cannot_track_is_refused_before_the_first_stage(
     write_params({"download.source": "local"})
     assert main(["plan", "--check"]) == 1
     assert "corpus/linked is a link to a folder" in capsys.readouterr().err
+
+
+def test_time_and_price_on_other_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    """0.86 GFLOP a token at 124M, 10B tokens, 16 GPUs at 40 % of 989 TFLOP/s."""
+    write_params(PRESET)
+    text = plan(capsys, "--machines", "2x8xH100", "--price", "2.5")
+    params = load_params(Path("params.yaml"))
+    flops = params.model.flops_per_token(GPT2_TOKENIZER.size, 1024) * params.train.max_steps * 2**19
+    hours = flops / (16 * 989e12 * 0.4) / 3600
+    assert (
+        f"there       {format_seconds(hours * 3600)} of training on 2 machines with 8 H100 each, if they reach 40%"
+        in text
+    )
+    assert f"price       {hours * 16 * 2.5:,.2f}, at 2.5 for a GPU and hour" in text
+    assert "16 ranks on 2 machines" in text
+    assert "memory" not in text, "this machine's says nothing of theirs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--machines", "8xH100"), "--machines 8xH100 is not MACHINESxGPUSxGPU"),
+        (("--machines", "0x8xH100"), "is not MACHINESxGPUSxGPU"),
+        (("--machines", "1x8xTPU"), "the peak of a GPU 'TPU' is not known here"),
+        (("--price", "2"), "--price 2 needs --machines"),
+        (("--machines", "1x8xH100", "--price", "-1"), "--price -1 needs --machines and a number of at least 0"),
+        (("--machines", "1x8xH100", "--check"), "--machines is about other machines"),
+    ],
+)
+def test_machines_that_are_none_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    write_params(PRESET)
+    assert main(["plan", *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_training_that_is_not_for_gpus_has_no_time_on_them(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params({**PRESET, "train.precision": "fp32"})
+    assert main(["plan", "--machines", "1x8xH100"]) == 1
+    assert "train.precision = fp32, and --machines knows the peaks of GPUs for bf16" in capsys.readouterr().err

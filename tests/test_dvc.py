@@ -216,12 +216,16 @@ def test_reformatting_params_and_changing_logging_rerun_nothing(clone: Clone) ->
 def test_a_vocabulary_reruns_what_follows_and_nothing_before(clone: Clone) -> None:
     """GPT-2's is the same for every corpus, so a new corpus changes nothing of it."""
     before = clone.text("params.yaml")
+    clone.edit("params.yaml", "vocab_size: 300", "vocab_size: 310")
+    assert ran(clone.dvc("repro", "vocabulary")) == ["vocabulary"]  # and not taken out of DVC's run cache
+    assert json.loads(clone.text("metrics/vocabulary.json"))["size"] == 310
+    (clone.root / "params.yaml").write_text(before, encoding="utf-8")
     clone.edit("params.yaml", "source: train", "source: gpt2")
     assert clone.changed_stages() == {"vocabulary"}
     said = clone.dvc("repro", "tokenize")
     assert ran(said) == ["vocabulary", "tokenize"]
     assert clone.changed_stages() == {"train", "finetune", "evaluate"}
-    clone.edit("params.yaml", "size: 300", "size: 310")  # not used by gpt2, but DVC watches the section
+    clone.edit("params.yaml", "vocab_size: 300", "vocab_size: 310")  # not used by gpt2, but DVC watches the section
     clone.dvc("repro", "vocabulary")
     assert clone.changed_stages() == {"train", "finetune", "evaluate"}
     (clone.root / "params.yaml").write_text(before, encoding="utf-8")

@@ -251,7 +251,7 @@ def test_the_stage_makes_a_model_a_page_and_its_lineage(project: SmallProject) -
     (file,) = lineage["conversations"]["source"]["files"]
     assert file["sha256"] == sha256_file(project.folder / "conversations/a.jsonl")
     result = json.loads(outs["metrics/finetune.json"])
-    assert result["conversations"] == 200
+    assert result["kept"] == 200
     assert result["val_loss"] < result["val_loss_before"]
     assert result["answers"]["count"] == 4
     assert result["corpus_bits_per_byte"]["before"] > 0

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
+from dvc_data.hashfile.meta import Meta
+from small_project import CHECKOUT
 
 from pipelib.params import Params, load_params
 from pipelib.schema import ParamsError
@@ -203,3 +205,15 @@ def test_the_same_bytes_as_dvc_writes_them(tmp_path: Path) -> None:
 
 def test_a_tenth_of_the_usual_learning_rate_goes_with_the_default_parameters(tmp_path: Path) -> None:
     load_changed(tmp_path, ("train.max_lr", 6e-5))
+
+
+def test_dvcs_run_cache_compares_every_parameter() -> None:
+    """It leaves keys of these names out wherever they are, and would take the outs of other values for those of this one."""
+
+    def names(values: object) -> set[str]:
+        if not isinstance(values, dict):
+            return set()
+        return values.keys() | {name for value in values.values() for name in names(value)}
+
+    for path in (CHECKOUT / "params.yaml", *(CHECKOUT / "presets").glob("*.yaml")):
+        assert not names(yaml.safe_load(path.read_text(encoding="utf-8"))) & {Meta.PARAM_SIZE, Meta.PARAM_NFILES}

@@ -104,7 +104,7 @@ def test_a_run_whose_model_is_gone_or_damaged_is_refused(repository: dict[str, s
     ):
         pass
     with (
-        pytest.raises(UserError, match="large-rate is not a folder, git revision or experiment"),
+        pytest.raises(UserError, match="large-rate is not a checkout, git revision or experiment"),
         model_of_run("large-rate"),
     ):
         pass

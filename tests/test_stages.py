@@ -163,9 +163,7 @@ def test_two_machines_encode_their_shares_at_once(project: Project) -> None:
     shutil.rmtree(project.root / ".pipelib/units")
     expected = {name: sha256_file(project.root / name) for name in project.files() if name.startswith("data/tokens")}
     shutil.rmtree(project.root / "data/tokens")
-    commands = [
-        [sys.executable, "-m", "stages.tokenize", "--unit" if index else "--share", f"{index}/2"] for index in range(2)
-    ]
+    commands = [[sys.executable, "-m", "stages.tokenize", "--share", f"{index}/2"] for index in range(2)]
     shares = [subprocess.Popen(command, cwd=project.root, stdout=subprocess.PIPE, text=True) for command in commands]
     said = [share.communicate()[0] for share in shares]
     assert [share.returncode for share in shares] == [0, 0]

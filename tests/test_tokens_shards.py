@@ -16,6 +16,7 @@ from small_corpus import write_shards
 
 from pipelib.errors import UserError
 from pipelib.files import sha256_file
+from pipelib.tokens import shards as module
 from pipelib.tokens.shards import (
     Manifest,
     Shard,
@@ -24,9 +25,11 @@ from pipelib.tokens.shards import (
     open_shard,
     read_manifest,
     shard_problems,
+    verify_shards,
     write_shard,
 )
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.places import MANIFEST
 
 
@@ -189,3 +192,34 @@ def test_what_is_no_manifest_is_one_message(tmp_path: Path, text: str, message: 
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=message):
         read_manifest(tmp_path)
+
+
+def test_shards_that_were_found_right_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = np.arange(30, dtype=np.uint16)
+    manifest = Manifest(GPT2_TOKENIZER.encoding, {}, tuple(write_shards(tmp_path, [tokens], 10)))
+    read: list[str] = []
+
+    def noted(folder: Path, shard: Shard, tokenizer: Tokenizer) -> list[str]:
+        read.append(shard.name)
+        return shard_problems(folder, shard, tokenizer)
+
+    monkeypatch.setattr(module, "shard_problems", noted)
+    record, names = tmp_path / "record.json", [shard.name for shard in manifest.shards]
+    verify_shards(tmp_path, manifest, record)
+    verify_shards(tmp_path, manifest, record)
+    assert sorted(read) == sorted(names)
+    damaged = tmp_path / names[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
+    for _ in range(2):  # what is wrong is not noted as right
+        with pytest.raises(UserError, match=f"{names[1]}.*its bytes changed"):
+            verify_shards(tmp_path, manifest, record)
+    assert read[3:] == [names[1]] * 2
+    (tmp_path / names[2]).unlink()
+    with pytest.raises(UserError, match=f"{names[2]} is missing"):
+        verify_shards(tmp_path, manifest, record)
+    read.clear()
+    for content in (json.dumps({"manifest": "another", "files": {}}), "{", "[]", '{"files": 3}'):
+        record.write_text(content)
+        with pytest.raises(UserError):
+            verify_shards(tmp_path, manifest, record)
+    assert sorted(read) == sorted(names * 4), "a record of others, or a damaged one, says nothing"

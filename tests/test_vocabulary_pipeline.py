@@ -50,7 +50,7 @@ def make_project(root: Path, other: Decoder) -> Project:
     write_jsonl(project.root / "texts/a.jsonl", TEXTS)
     export_model(other, GPT2_TOKENIZER, project.root / "other", {})
     write_params(
-        project.root, vocabulary__source="train", vocabulary__size=400, evaluate__baselines=["./other"],
+        project.root, vocabulary__source="train", vocabulary__vocab_size=400, evaluate__baselines=["./other"],
         evaluate__tasks=["heldout"], evaluate__task_limit=4,
     )  # fmt: skip
     for stage in STAGES:
@@ -133,7 +133,7 @@ def test_another_size_makes_other_tokens_and_the_first_again_makes_nothing(
     copy = Project(root)
     first = sha256_file(root / "data/tokens/manifest.json")
     monkeypatch.setitem(PARAMS, "model", LLAMA)
-    write_params(root, vocabulary__source="train", vocabulary__size=390)
+    write_params(root, vocabulary__source="train", vocabulary__vocab_size=390)
     assert "linked again" in copy.stage("download").stdout
     for stage in ("vocabulary", "tokenize"):
         copy.runs(stage)
@@ -143,7 +143,7 @@ def test_another_size_makes_other_tokens_and_the_first_again_makes_nothing(
         read_json(root / "data/tokens/manifest.json")["shards"][0]["documents"]
         == (read_json(root / "metrics/vocabulary.json")["validation_documents"])
     )
-    write_params(root, vocabulary__source="train", vocabulary__size=400)
+    write_params(root, vocabulary__source="train", vocabulary__vocab_size=400)
     for stage in ("vocabulary", "tokenize"):
         assert "linked again" in copy.stage(stage).stdout
     assert sha256_file(root / "data/tokens/manifest.json") == first

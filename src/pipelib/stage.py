@@ -1,5 +1,6 @@
 """What every stage does around its work: report errors, keep progress, publish outs, record the run."""
 
+import argparse
 import os
 import shutil
 import signal
@@ -46,6 +47,15 @@ WorkResult = tuple[Mapping[str, object], Mapping[str, object]]
 """A stage's result and its speed, each written as JSON."""
 Work = Callable[[Build], WorkResult]
 """Builds the outs. It imports slow modules itself, because it is not called if finished outs are linked."""
+
+
+def parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser for the command line of a stage, `python -m stages.NAME`; without options it refuses every argument.
+
+    Args:
+        text: the docstring of the stage, whose first line says what it does.
+    """
+    return argparse.ArgumentParser(f"python -m stages.{name}", description=(text or "").partition("\n")[0])
 
 
 def run_stage(name: str, main: Callable[[], None]) -> NoReturn:

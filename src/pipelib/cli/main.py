@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pipelib.cli.chat import Chat
@@ -28,6 +29,7 @@ from pipelib.cli.track import Track
 from pipelib.cli.verify import Verify
 from pipelib.errors import UserError, tell
 from pipelib.processes import clear_rank_variables
+from pipelib.workspace.places import HERE
 from pipelib.workspace.provenance import versions
 
 EXAMPLES = """examples:
@@ -139,6 +141,9 @@ def _run(argv: list[str] | None) -> int:
         status = command.run()
     except UserError as error:
         tell(f"pipelib: {error}", error=True)
+        is_checkout = Path("dvc.yaml").exists() or HERE.params.exists()
+        if not is_checkout and any(words in str(error) for words in ("dvc repro", "presets/")):
+            tell(f"pipelib: {Path.cwd()} is not the root of a checkout, where most commands must be run.", error=True)
         return 1
     sys.stdout.flush()
     return status

@@ -12,7 +12,8 @@ EXAMPLES = """examples:
   pipelib plan
   pipelib plan --params presets/gpt2-124m.yaml
   PIPELIB_NPROC=8 pipelib plan --no-measure     for eight ranks, by arithmetic only
-  pipelib plan --check                          would a stage refuse it? make repro asks this
+  pipelib plan --params presets/gpt2-124m.yaml --machines 2x8xH100 --price 2.5
+  pipelib plan --check                          are the parameters, and what they name, all right? make repro asks this
 """
 
 
@@ -31,7 +32,17 @@ class Plan(Command):
 
     params: Path = option("parameter file; default: params.yaml", default=HERE.params, metavar="FILE")
     no_measure: bool = option("measure nothing, and leave out the time", default=False)
-    check: bool = option("print no plan; only check whether a stage would refuse these parameters", default=False)
+    machines: str | None = option(
+        "estimate the time on machines that are not here, such as 2x8xH100: machines, GPUs of each, kind",
+        default=None,
+        metavar="NxNxGPU",
+    )
+    price: float | None = option(
+        "with --machines: the price of a GPU and hour, for the cost", default=None, metavar="X"
+    )
+    check: bool = option(
+        "print no plan; only check the parameters, the models and files that they name, and free space", default=False
+    )
 
     def run(self) -> int:
         """Print the plan line by line, as it is computed.
@@ -50,12 +61,30 @@ class Plan(Command):
             raise UserError(
                 f"{self.params} cannot be read ({error.strerror}), so there are no parameters to plan with; name another file."
             ) from None
-        corpus, machines = corpus_of(params, Path.cwd()), find_machines()
+        if self.price is not None and (self.machines is None or not 0 <= self.price < float("inf")):
+            raise UserError(
+                f"--price {self.price:g} needs --machines and a number of at least 0, so there is nothing to multiply; write, "
+                "for example, --machines 1x8xH100 --price 2.5."
+            )
+        if self.machines is not None and (self.check or self.no_measure):
+            raise UserError(
+                "--machines is about other machines, where nothing is checked or measured; leave the other option out."
+            )
+        corpus = corpus_of(params, Path.cwd())
+        if self.machines is not None:
+            from pipelib.inspection.costs import Rented, costs_there
+
+            rented = Rented.parse(self.machines)
+            tell(f"{self.params}, with {rented.machines * rented.gpus} ranks on {plural(rented.machines, 'machine')}\n")
+            for name, text in costs_there(params, corpus, rented, self.price):
+                tell(f"{name:<12}{text}")
+            return 0
+        machines = find_machines()
         ranks = machines.world_size
         if self.check:
             tell(check_all(self.params, params, corpus, ranks))
             return 0
-        from pipelib.inspection.costs import costs, time_here, with_micro_batch
+        from pipelib.inspection.costs import costs, time_here, with_micro_batch  # slow, and a check does without it
 
         params = with_micro_batch(params, machines)
         where = "this machine" if machines.count == 1 else f"{machines.count} machines"

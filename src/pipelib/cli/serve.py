@@ -92,6 +92,12 @@ class Serve(Command):
 
         if self.slots < 1:
             raise UserError(f"--slots {self.slots}: no text could be generated; give 1 or more.")
+        if not 0 <= self.port < 1 << 16:
+            raise UserError(f"--port {self.port} is not a port; give 0 to 65535.")
+        if self.api_key == "":
+            raise UserError(
+                "--api-key is empty, so everyone could use this server; give a key, or leave the option out."
+            )
         if self.queue < 0:
             raise UserError(f"--queue {self.queue} is negative; give 0 or more.")
         with ExitStack() as stack:

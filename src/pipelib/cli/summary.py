@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelib.cli.command import Command
-from pipelib.errors import UserError, with_venv_paths
+from pipelib.errors import UserError, tell, with_venv_paths
 from pipelib.files import read_json
 from pipelib.workspace.places import HERE, ChatPlaces
 
@@ -45,6 +45,8 @@ class Summary(Command):
         tuned = HERE.result("finetune")
         if tuned.is_file() and "answers" in (found := read_json(tuned)):
             lines.append(f"  {'answers that end':<22}{found['answers']['ended']:.0%} of {found['answers']['count']}")
+        if not HERE.model.is_dir():
+            tell("These numbers came with the checkout, and nothing ran here yet: make repro.")
         print("", *lines, sep="\n")
         if sample := first_sample(HERE.evaluation):
             print("It writes", *(f"  | {shorten(line)}" for line in sample.splitlines()[:SAMPLE_LINES]), sep="\n")
@@ -98,9 +100,7 @@ def family() -> str:
 
 def rows(evaluate: dict[str, Any], speed: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the summary as (name, value)."""
-    from pipelib.vocabulary.choice import chosen_tokenizer
-
-    size = chosen_tokenizer().size  # an untrained model guesses uniformly: its loss is ln(size)
+    size = read_json(HERE.result("vocabulary"))["size"]  # an untrained model guesses uniformly: its loss is ln(size)
     lines = [
         ("validation loss", f"{evaluate['val_loss']:.4f} (it starts near ln {size:,} = {math.log(size):.2f})"),
         ("bits per byte", f"{evaluate['bits_per_byte']:.3f}"),

@@ -75,8 +75,8 @@ class Dataset:
 class Counts:
     """What became of the conversations."""
 
-    conversations: int = 0
-    """Those that were kept."""
+    kept: int = 0
+    """Those that are trained on or held out."""
     held_out: int = 0
     turns: int = 0
     tokens: int = 0
@@ -182,7 +182,7 @@ def encode(
         np.array(answers, np.int64),
         held_out,
     )
-    counts.conversations, counts.held_out = len(dataset), int(held_out.sum())
+    counts.kept, counts.held_out = len(dataset), int(held_out.sum())
     counts.tokens, counts.trained_tokens = len(dataset.token_ids), int(dataset.trained.sum())
     return dataset, counts
 

@@ -123,7 +123,7 @@ def _encode(params: FinetuneParams, template: ChatTemplate) -> tuple[Dataset, Co
     source.finish()
     counts.report(params.sequence_length)
     tell(
-        f"finetune: {counts.conversations:,} conversations, {counts.held_out:,} of them held out; {counts.tokens:,} tokens, "
+        f"finetune: {counts.kept:,} conversations, {counts.held_out:,} of them held out; {counts.tokens:,} tokens, "
         f"{counts.trained_tokens / counts.tokens:.0%} of them trained"
     )
     return dataset, counts, dict(sorted(source.bad_rows.items()))

@@ -2,8 +2,10 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Self
 
+from pipelib.errors import UserError
 from pipelib.files import format_bytes, nearest_folder, plural
 from pipelib.inspection.disk import Corpus, disk_of
 from pipelib.inspection.speed import measure_speed
@@ -11,10 +13,14 @@ from pipelib.model.device import pick_device, total_memory
 from pipelib.params import Params
 from pipelib.progress import format_seconds
 from pipelib.training.batches import check_shares
+from pipelib.training.hardware import Peak, known_gpus, known_peak
 from pipelib.training.launch.machines import Machines
 from pipelib.training.memory import USABLE, Footprint
 from pipelib.vocabulary.planned import planned_size
 from pipelib.workspace.places import state_root
+
+ASSUMED_MFU = 0.4
+"""Of the peak, for machines that are not here."""
 
 
 def costs(params: Params, corpus: Corpus | None, machines: Machines) -> Iterator[tuple[str, str]]:
@@ -46,16 +52,22 @@ def _footprint(params: Params, machines: Machines) -> Footprint:
 
 
 def _model_and_steps(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
-    model, train, vocab_size = params.model, params.train, planned_size(params.vocabulary)
-    yield "model", f"{model.title}, {model.parameters(vocab_size):,} parameters: {model.description}"
-    tokens = train.max_steps * train.global_batch_tokens
-    yield "steps", f"{train.max_steps:,} of {train.global_batch_tokens:,} tokens = {tokens:,} tokens"
+    train = params.train
+    yield from _training(params)
     micro_steps = train.rows_per_step / (train.micro_batch_rows(ranks) * ranks)
     yield (
         "each step",
         f"{plural(micro_steps, 'micro-step')} a rank, of {plural(train.micro_batch_rows(ranks), 'row')} of "
         f"{train.sequence_length:,} tokens",
     )
+
+
+def _training(params: Params) -> Iterator[tuple[str, str]]:
+    """What is the same on every machine."""
+    model, train, vocab_size = params.model, params.train, planned_size(params.vocabulary)
+    yield "model", f"{model.title}, {model.parameters(vocab_size):,} parameters: {model.description}"
+    tokens = train.max_steps * train.global_batch_tokens
+    yield "steps", f"{train.max_steps:,} of {train.global_batch_tokens:,} tokens = {tokens:,} tokens"
     flops = model.flops_per_token(vocab_size, train.sequence_length)
     yield "compute", f"{_scaled(flops)}FLOP a token, {_scaled(flops * tokens)}FLOP in total, forward and backward"
 
@@ -122,3 +134,70 @@ def time_here(params: Params, ranks: int) -> Iterator[tuple[str, str]]:
     rate = f"{speed.tokens_per_second:,.0f} tokens/s a rank"
     yield "time", f"{format_seconds(seconds)} of training and validation, at {rate}"
     yield "", speed.how
+
+
+@dataclass(frozen=True)
+class Rented:
+    """Machines that are not here: so many, each with so many GPUs of a kind."""
+
+    machines: int
+    gpus: int
+    gpu: str
+    peak: Peak
+    """Of one GPU."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse `2x8xH100`.
+
+        Raises:
+            UserError: the text has another form, or the GPU is unknown.
+        """
+        machines, _, rest = text.partition("x")
+        gpus, _, gpu = rest.partition("x")
+        if not (gpu and all(count.isdecimal() and int(count) for count in (machines, gpus))):
+            raise UserError(
+                f"--machines {text} is not MACHINESxGPUSxGPU, so there is nothing to estimate for; write, for example, "
+                "--machines 2x8xH100."
+            )
+        if (peak := known_peak(gpu)) is None:
+            raise UserError(
+                f"--machines {text}: the peak of a GPU {gpu!r} is not known here, so its time cannot be estimated; the known "
+                f"ones are {known_gpus()}."
+            )
+        return cls(int(machines), int(gpus), gpu, peak)
+
+
+def costs_there(
+    params: Params, corpus: Corpus | None, rented: Rented, price: float | None
+) -> Iterator[tuple[str, str]]:
+    """All costs on other machines, with the time of the training by arithmetic.
+
+    Args:
+        price: of a GPU and hour, in any currency.
+
+    Raises:
+        UserError: the training is not in bf16, for which the peaks are.
+    """
+    if params.train.precision != "bf16":
+        raise UserError(
+            f"train.precision = {params.train.precision}, and --machines knows the peaks of GPUs for bf16, so the time would be "
+            "wrong; estimate with a preset for GPUs, such as --params presets/gpt2-124m.yaml."
+        )
+    yield from _training(params)
+    yield from _data(params, corpus)
+    train, vocab_size = params.train, planned_size(params.vocabulary)
+    flops = (
+        params.model.flops_per_token(vocab_size, train.sequence_length) * train.max_steps * train.global_batch_tokens
+    )
+    gpus = rented.machines * rented.gpus
+    seconds = flops / (gpus * rented.peak.flops * ASSUMED_MFU)
+    where = f"{plural(rented.machines, 'machine')} with {rented.gpus} {rented.gpu} each"
+    yield (
+        "there",
+        f"{format_seconds(seconds)} of training on {where}, if they reach {ASSUMED_MFU:.0%} of the peak ({rented.peak.source})",
+    )
+    yield "", "that share is assumed, not measured; several machines reach less, by what their network takes"
+    if price is not None:
+        cost = seconds / 3600 * gpus * price
+        yield "price", f"{cost:,.2f}, at {price:g} for a GPU and hour, without download, tokenize and evaluate"

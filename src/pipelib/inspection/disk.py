@@ -107,7 +107,7 @@ def _is_of(manifest: Manifest, params: VocabularyParams) -> bool:
     tokenizer = planned_tokenizer(params)
     if tokenizer:
         return manifest.encoding == tokenizer.encoding
-    return manifest.encoding["name"] == f"bpe-{params.size}"
+    return manifest.encoding["name"] == f"bpe-{params.vocab_size}"
 
 
 def manifest_of(corpus: Corpus, shard_tokens: int) -> Manifest:

@@ -177,9 +177,9 @@ def _commit(name: str) -> str:
         # refs/exps/exec/ is DVC's own bookkeeping
         commits = {ref.split(" ")[0] for ref in refs if ref.endswith(f"/{name}") and "/exec/" not in ref}
         if len(commits) != 1:
-            many = "is the name of several experiments" if commits else "is not a folder, git revision or experiment"
+            many = "is the name of several experiments" if commits else "is not a checkout, git revision or experiment"
             raise UserError(
-                f"{name} {many}, so there is nothing to compare; `dvc exp list --all-commits` names the experiments, and "
+                f"{name} {many}, so it names no run; `dvc exp list --all-commits` names the experiments, and "
                 "`workspace` is the folder you are in."
             ) from None
         return commits.pop()

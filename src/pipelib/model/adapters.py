@@ -207,7 +207,7 @@ def with_adapter(model: Decoder, folder: Path, base_sha256: str, base: Path) -> 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder / name} does not exist, so there is no adapter; name a folder with it, such as chat/adapter."
+                f"{folder / name} does not exist, so there is no adapter; name a folder with one (finetune.adapter makes one)."
             )
     config = read_json(folder / CONFIG)
     origin = read_json(folder / ORIGIN).get("sha256") if (folder / ORIGIN).is_file() else None

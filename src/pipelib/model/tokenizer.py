@@ -25,6 +25,11 @@ def resize_command(tokenizer: Tokenizer) -> str:
 def how_to_cut_off(folder: Path, tokenizer: Tokenizer) -> str:
     """The remedy for a model with more tokens than the vocabulary."""
     name, size = shlex.quote(str(folder)), tokenizer.size
+    if not any(_vocabularies(folder)):
+        return (
+            "it has no tokenizer, so it was taken for one of the data's vocabulary; put the files of its own beside it "
+            "(tokenizer.json, or GPT-2's vocab.json and merges.txt)."
+        )
     return (
         f"if it is {tokenizer.title}'s vocabulary with tokens added, `{resize_command(tokenizer)} {name} {name}-{size}` makes a "
         "copy without them; otherwise use another model."

@@ -12,6 +12,7 @@ the text, so several machines that share the state folder can encode a share eac
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -24,12 +25,13 @@ from pipelib.files import plural, require_free_space, write_atomic
 from pipelib.progress import Progress
 from pipelib.stage import Build
 from pipelib.tokens.dedup import find_duplicates
+from pipelib.tokens.encoding import Encoding, chosen_executor
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Counts, Manifest, Shard, shard_name, write_shard
 from pipelib.tokens.unit_file import UnitCounts, check_unit, read_documents, read_tokens
 from pipelib.tokens.unit_store import Share, unit_store
-from pipelib.tokens.units import Seconds, Unit, encode_unit, plan_units
-from pipelib.tokens.workers import Workers, worker_engine
+from pipelib.tokens.units import DoneUnit, Seconds, Unit, plan_units
+from pipelib.tokens.workers import Workers
 from pipelib.vocabulary.choice import Vocabulary
 from pipelib.vocabulary.engines import load_engine
 from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
@@ -143,17 +145,6 @@ def _unit_code(code: Mapping[str, str], tokenizer: Tokenizer) -> dict[str, str]:
 # ---- Text to units ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DoneUnit:
-    """A unit whose file is complete."""
-
-    path: Path
-    identity: str
-    counts: UnitCounts
-    seconds: Seconds | None
-    """The time that each step of encoding took; None if the unit existed before."""
-
-
 def encode_missing_units(
     raw: Path, units: Sequence[Unit], store: Path, workers: Workers, tokenizer: Tokenizer
 ) -> list[DoneUnit]:
@@ -171,17 +162,28 @@ def encode_missing_units(
     workers.each("verify", _require_file, [file for file in read_raw_manifest(raw).files if file.name in names], raw)
     if missing:
         load_engine(workers.engine, tokenizer)  # checks the engine once here, so that an error gives one message
-    by = f"{workers.count} worker{'' if workers.count == 1 else 's'}"
-    progress = Progress(f"encoding with {workers.engine}, {by}", _text_bytes(missing), "bytes")
-    done = workers.each("units", _encode_unit, missing, store, done=lambda unit: progress.add(unit.text_bytes))
-    there = f", {len(units) - len(missing)} of {len(units)} units were there" if len(missing) < len(units) else ""
-    progress.close(f"{sum(unit.counts.tokens for unit in done):,} tokens{there}")
-    # Merge the earlier units and the new ones, in the order of the corpus.
-    encoded = iter(done)
+    done = _encode(Encoding(missing, store, tokenizer, workers), len(units))
     return [
-        DoneUnit(unit.file(store), unit.identity, counts, None) if counts else next(encoded)
+        DoneUnit(path, unit.identity, counts, None) if counts else done[path]
         for unit, counts in zip(units, found, strict=True)
+        for path in [unit.file(store)]
     ]
+
+
+def _encode(task: Encoding, units: int) -> dict[Path, DoneUnit]:
+    """Have the chosen executor encode what is missing of so many units."""
+    name, executor = chosen_executor()
+    by = f"{task.workers.count} worker{'' if task.workers.count == 1 else 's'}" if name == "local" else name
+    progress = Progress(f"encoding with {task.engine}, {by}", _text_bytes(task.units), "bytes")
+    sizes = {unit.file(task.store): unit.text_bytes for unit in task.units}
+    done: dict[Path, DoneUnit] = {}
+    with closing(executor(task)) as encoded:  # at once if this stops: jobs elsewhere would go on
+        for unit in encoded:
+            done[unit.path] = unit
+            progress.add(sizes[unit.path])
+    there = f", {units - len(done)} of {units} units were there" if len(done) < units else ""
+    progress.close(f"{sum(unit.counts.tokens for unit in done.values()):,} tokens{there}")
+    return done
 
 
 def _text_bytes(units: Sequence[Unit]) -> int:
@@ -199,11 +201,6 @@ def _check_unit(unit: Unit, store: Path) -> UnitCounts | None:
 
 def _require_file(file: RawFile, raw: Path) -> None:
     require_file(raw, file)
-
-
-def _encode_unit(unit: Unit, store: Path) -> DoneUnit:
-    path = unit.file(store)
-    return DoneUnit(path, unit.identity, *encode_unit(unit, worker_engine(), path))
 
 
 def sum_counts(counts: Sequence[UnitCounts]) -> UnitCounts:

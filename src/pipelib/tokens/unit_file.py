@@ -93,7 +93,7 @@ def write_unit(path: Path, identity: str) -> Iterator[UnitWriter]:
 
 def check_unit(path: Path, identity: str) -> UnitCounts | None:
     """Return the counts of a unit if every byte of its file is right; None if not, or if there is no file."""
-    counts = _read_counts(path)
+    counts = read_counts(path)
     if counts is None:
         return None
     checksum = xxhash.xxh3_64(identity.encode())
@@ -105,7 +105,7 @@ def check_unit(path: Path, identity: str) -> UnitCounts | None:
         return counts if checksum.digest() == file.read() else None
 
 
-def _read_counts(path: Path) -> UnitCounts | None:
+def read_counts(path: Path) -> UnitCounts | None:
     """Read the counts in the trailer; None if they do not match the size of the file."""
     try:
         with path.open("rb") as file:

@@ -4,7 +4,7 @@ A unit is a run of row groups of one parquet file, about 32 MB of text, and depe
 on any machine can encode it, a killed run resumes with the missing units, and a corpus that grows keeps its units.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -74,6 +74,17 @@ class Seconds:
     """Computing the checksum and writing."""
 
 
+@dataclass(frozen=True)
+class DoneUnit:
+    """A unit whose file is complete."""
+
+    path: Path
+    identity: str
+    counts: UnitCounts
+    seconds: Seconds | None
+    """The time that each step of encoding took; None if the unit existed before."""
+
+
 def plan_units(folder: Path, manifest: RawManifest) -> list[Unit]:
     """Cut the files of a corpus into units, by the metadata of each file.
 
@@ -114,17 +125,33 @@ def _plan_file(path: Path, file: RawFile, column: str) -> Iterator[Unit]:
         yield Unit(path, file.sha256, first, end, rows, size)
 
 
-def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, Seconds]:
-    """Encode a unit into its file.
+def read_unit(unit: Unit) -> Iterator[Texts]:
+    """Yield the documents of a unit, a few megabytes at a time.
 
     Raises:
-        UserError: a row is not text or cannot be read (the message names file and row), or the engine's tokens differ from
-            tiktoken's.
+        UserError: a row is not text or cannot be read; the message names file and row.
+    """
+    return read_texts(unit.path, unit.first_group, unit.end_group, unit.rows, unit.column, unit.skip_bad)
+
+
+def encode_unit(unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, Seconds]:
+    """Encode a unit into its file. For the errors see `read_unit` and `encode_texts`."""
+    return encode_texts(read_unit(unit), unit, engine, target)
+
+
+def encode_texts(texts: Iterable[Texts], unit: Unit, engine: Engine, target: Path) -> tuple[UnitCounts, Seconds]:
+    """Encode the documents of a unit into its file.
+
+    Args:
+        texts: what `read_unit` yields, here or on the machine that has the text.
+
+    Raises:
+        UserError: the engine's tokens differ from tiktoken's.
     """
     clock = _Clock()
     documents = text_bytes = 0
     with write_unit(target, unit.identity) as writer:
-        for batch in read_texts(unit.path, unit.first_group, unit.end_group, unit.rows, unit.column, unit.skip_bad):
+        for batch in texts:
             clock.add("read")
             if not documents:  # once per unit: comparing all documents would be as slow as tiktoken
                 assert_same_tokens(engine, _heads(batch))

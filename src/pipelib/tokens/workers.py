@@ -3,13 +3,15 @@
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from pipelib.pool import Pool
 from pipelib.processes import keep_freed_memory, peak_memory, worker_count
+from pipelib.tokens.units import DoneUnit, Unit, encode_unit
 from pipelib.vocabulary.engines import Engine, load_engine
 from pipelib.vocabulary.tokenizer import Tokenizer
 
@@ -60,13 +62,26 @@ class Workers:
         """
         # Results arrive in any order, so collect them by the index of their item.
         results: dict[int, Result] = {}
-        calls = [(task, item, *arguments) for item in items]
-        for number, (result, seconds, peak) in self._pool.run(_timed, calls):
+        for number, result in self._run(step, task, items, *arguments):
             results[number] = result
-            self.seconds[step] += seconds
-            self.peak_memory = max(self.peak_memory, peak)
             done(items[number])
         return [results[number] for number in range(len(items))]
+
+    def stream(
+        self, step: str, task: Callable[..., Result], items: Sequence[Item], *arguments: Any
+    ) -> Iterator[Result]:
+        """Yield `task(item, *arguments)` for every item, as the calls finish; otherwise as `each`."""
+        for _, result in self._run(step, task, items, *arguments):
+            yield result
+
+    def _run(
+        self, step: str, task: Callable[..., Result], items: Sequence[Item], *arguments: Any
+    ) -> Iterator[tuple[int, Result]]:
+        calls = [(task, item, *arguments) for item in items]
+        for number, (result, seconds, peak) in self._pool.run(_timed, calls):
+            self.seconds[step] += seconds
+            self.peak_memory = max(self.peak_memory, peak)
+            yield number, result
 
 
 def _timed(task: Callable[..., Result], *arguments: Any) -> tuple[Result, float, int]:
@@ -89,3 +104,9 @@ def _start(name: str, tokenizer: Tokenizer) -> None:
 def worker_engine() -> Engine:
     """Return the engine of the worker that calls this. It is loaded on first use."""
     return load_engine(*_engine)
+
+
+def encode_here(unit: Unit, store: Path) -> DoneUnit:
+    """Encode a unit in the worker that calls this."""
+    path = unit.file(store)
+    return DoneUnit(path, unit.identity, *encode_unit(unit, worker_engine(), path))

@@ -34,16 +34,26 @@ class Peak:
 
 def peak_of(device: torch.device, precision: str) -> Peak:
     """The peak of a device: the data sheet's figure for bf16 on a known GPU, else the measured speed of a large product."""
-    if device.type == "cuda" and precision == "bf16":
-        name = torch.cuda.get_device_name(device)
-        for part, teraflops in _PEAK_BF16.items():
-            if re.search(rf"\b{part}\b(?! Laptop)", name) and " MIG " not in name:  # a MIG slice is a part of a GPU
-                return Peak(teraflops * 1e12, f"data sheet of {part}, dense bf16")
+    if device.type == "cuda" and precision == "bf16" and (peak := known_peak(torch.cuda.get_device_name(device))):
+        return peak
     size = 8192 if device.type == "cuda" else 1024  # large enough that the launch of a kernel does not matter
     return Peak(
         _measured_matmul(device, precision, size),
         f"measured: the best of up to 40 products of {size} x {size} matrices",
     )
+
+
+def known_peak(name: str) -> Peak | None:
+    """The peak of a GPU of this name, as its data sheet has it for bf16; None if it is not listed."""
+    for part, teraflops in _PEAK_BF16.items():
+        if re.search(rf"\b{part}\b(?! Laptop)", name) and " MIG " not in name:  # a MIG slice is a part of a GPU
+            return Peak(teraflops * 1e12, f"data sheet of {part}, dense bf16")
+    return None
+
+
+def known_gpus() -> str:
+    """The names of the GPUs that `known_peak` lists."""
+    return ", ".join(_PEAK_BF16)
 
 
 def peak_gpu_memory() -> int:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pipelib.errors import tell
+from pipelib.files import sha256_json
 from pipelib.model.decoder import Decoder
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import InitialisedModelParams, ModelParams
@@ -29,7 +30,7 @@ from pipelib.training.task import Task
 from pipelib.training.training_log import MainLog
 from pipelib.training.trunk import Trunk
 from pipelib.vocabulary.tokenizer import Tokenizer
-from pipelib.workspace.places import Places
+from pipelib.workspace.places import Places, StatePlaces
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,9 @@ def pretrain(
     machines = find_machines()
     require_gpu(train.precision)
     check_plan(train, manifest, machines.world_size)
-    verify_shards(tokens, manifest)  # takes seconds for 20 GB; an out-of-range token would silently corrupt training
+    # An out-of-range token would silently corrupt training. Reading takes seconds for 20 GB, and once is enough.
+    key = sha256_json([manifest.fingerprint, str(tokens.absolute())])[:16]
+    verify_shards(tokens, manifest, StatePlaces.chosen().verified / f"{key}.json")
     trunk = Trunk(train, {**inputs, "code": build.code, "world_size": machines.world_size}, build.work)
     trunk_step = 0 if os.environ.get("PIPELIB_RESUME") == "fresh" else trunk.take_over()
     if trunk_step:

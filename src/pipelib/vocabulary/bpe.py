@@ -32,13 +32,13 @@ def train_bpe(texts: Iterable[str], params: VocabularyParams) -> bytes:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer_of(params.pre_tokenizer), ByteLevel()
     special = [END, *params.special_tokens]
-    ordinary = params.size - len(special)
+    ordinary = params.vocab_size - len(special)
     # Trained without special tokens, since they would take the first ids.
     trainer = BpeTrainer(
         vocab_size=ordinary, min_frequency=2, initial_alphabet=list(byte_characters()), show_progress=False
     )
     tokenizer.train_from_iterator(_batches(texts), trainer)
-    _require_size(tokenizer, ordinary, params.size)
+    _require_size(tokenizer, ordinary, params.vocab_size)
     _require_free(tokenizer, special)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return str(tokenizer.to_str(pretty=True)).encode("utf-8")
@@ -70,8 +70,8 @@ def _require_size(tokenizer: "HuggingFaceTokenizer", ordinary: int, size: int) -
     if found < ordinary:
         most = size - (ordinary - found)
         raise UserError(
-            f"vocabulary.size: {size:,} tokens are more than the text can give ({most:,}: every pair that occurs twice is "
-            f"merged), so some would never occur; set it to {most:,} or less, or add text."
+            f"vocabulary.vocab_size: {size:,} tokens are more than the text can give ({most:,}: every pair that occurs twice "
+            f"is merged), so some would never occur; set it to {most:,} or less, or add text."
         )
 
 

@@ -100,7 +100,7 @@ def _train(raw: Path, params: VocabularyParams, skip: int) -> tuple[bytes, dict[
             progress.add(size)
             yield text
         progress.close()
-        tell(f"vocabulary: training {params.size:,} tokens on {format_bytes(counts['training_bytes'])} of text")
+        tell(f"vocabulary: training {params.vocab_size:,} tokens on {format_bytes(counts['training_bytes'])} of text")
 
     return train_bpe(texts(), params), counts
 

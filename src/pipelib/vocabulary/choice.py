@@ -96,7 +96,8 @@ def tokenizer_of_model(folder: Path, otherwise: Tokenizer) -> Tokenizer:
     """
     try:
         if not (folder / TOKENIZER).is_file():
-            return GPT2_TOKENIZER if (folder / "vocab.json").is_file() else otherwise
+            is_gpt2s = (folder / "vocab.json").is_file() or folder.absolute().parent == HERE.published_models.absolute()
+            return GPT2_TOKENIZER if is_gpt2s else otherwise
         found = read_tokenizer(folder)
         rows = read_json(folder / "config.json").get("vocab_size")
     except (UserError, OSError, ValueError):  # the last two: a name that no file can have

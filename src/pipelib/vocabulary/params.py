@@ -14,8 +14,9 @@ class VocabularyParams:
 
     source: str
     """`gpt2`, `train` (byte-level BPE, trained on the corpus), or a folder with a `tokenizer.json`, such as `./DIR`."""
-    size: Annotated[int, Bounds(minimum=BYTES + 1, maximum=MAX_SIZE)]
-    """`train`: the number of tokens: 256 bytes, merges, `<|endoftext|>` and `special_tokens`."""
+    vocab_size: Annotated[int, Bounds(minimum=BYTES + 1, maximum=MAX_SIZE)]
+    """`train`: the number of tokens: 256 bytes, merges, `<|endoftext|>` and `special_tokens`. It cannot be named `size`: DVC's
+    run cache does not compare a parameter of that name."""
     pre_tokenizer: Literal["gpt2", "gpt4", "qwen2"]
     """`train`: how text is split into words, which no token crosses. The rules differ in numbers (gpt2: any length, gpt4: three
     digits at most, qwen2: one), upper-case contractions, and line ends."""
@@ -58,8 +59,8 @@ class VocabularyParams:
                 f"special_tokens: {bad[0]!r} is too short, or has white space at an end, so it would be mistaken for text; "
                 "use a name such as <|im_start|>."
             )
-        if self.source == "train" and self.size < BYTES + len(tokens):
+        if self.source == "train" and self.vocab_size < BYTES + len(tokens):
             yield (
-                f"size: {self.size} has no room for {BYTES} bytes and {len(tokens)} special tokens, so text could not be "
-                f"encoded; use at least {BYTES + len(tokens)}."
+                f"vocab_size: {self.vocab_size} has no room for {BYTES} bytes and {len(tokens)} special tokens, so text could "
+                f"not be encoded; use at least {BYTES + len(tokens)}."
             )

@@ -30,7 +30,7 @@ def planned_size(params: VocabularyParams) -> int:
         UserError: they name a folder without a vocabulary that can be used.
     """
     tokenizer = planned_tokenizer(params)
-    return tokenizer.size if tokenizer else params.size
+    return tokenizer.size if tokenizer else params.vocab_size
 
 
 def _require_usable(tokenizer: Tokenizer, folder: str) -> None:

@@ -239,6 +239,16 @@ class StatePlaces:
         return self.root / "trunks"
 
     @property
+    def slurm(self) -> Path:
+        """The logs of the last jobs of tokenize."""
+        return self.root / "slurm"
+
+    @property
+    def verified(self) -> Path:
+        """Which shards were found right, and their times then, by the hash of their manifest."""
+        return self.root / "verified"
+
+    @property
     def vocabulary(self) -> Path:
         """Vocabularies in the format of the fast engine."""
         return self.root / "vocabulary"
