@@ -7,10 +7,9 @@ import shlex
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 import yaml
 from small_project import CHECKOUT
@@ -52,15 +51,18 @@ def test_without_a_disk_that_stays_nothing_runs(tmp_path: Path) -> None:
     assert "STATE: is not set, so the work would be lost with the machine" in done.stderr
 
 
-def machine(root: Path, state: Path) -> tuple[Clone, dict[str, Any]]:
-    """A fresh clone whose training takes some seconds, and how its recipe is started."""
+def start(root: Path, state: Path) -> tuple[Clone, "subprocess.Popen[bytes]"]:
+    """A recipe in a fresh clone whose training takes some seconds; it prints into `root/log.txt`."""
     root.mkdir()
     clone = Clone(root / "clone")
     clone.edit("params.yaml", "max_tokens: 2560", "max_tokens: 64000")
     clone.edit("params.yaml", "max_epochs: 1.0", "max_epochs: 100.0")
-    log = (root / "log.txt").open("wb")
-    options = {"cwd": clone.root, "env": {**clone.environment, "STATE": str(state)}, "stdout": log, "stderr": log}
-    return clone, options
+    with (root / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            shlex.split(commands()["kubernetes"]),
+            cwd=clone.root, env={**clone.environment, "STATE": str(state)}, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    return clone, process
 
 
 def outs(clone: Clone) -> dict[str, bytes]:
@@ -74,12 +76,10 @@ def outs(clone: Clone) -> dict[str, bytes]:
 
 @pytest.mark.long
 def test_a_second_machine_finishes_what_the_first_was_taken_from(tmp_path: Path) -> None:
-    whole, options = machine(tmp_path / "whole", tmp_path / "state-whole")
-    command = ["sh", "-c", commands()["kubernetes"]]
-    subprocess.run(command, check=True, **options)
+    whole, process = start(tmp_path / "whole", tmp_path / "state-whole")
+    assert process.wait(300) == 0, (tmp_path / "whole/log.txt").read_text(errors="replace")
 
-    first, options = machine(tmp_path / "first", tmp_path / "state")
-    process = subprocess.Popen(command, start_new_session=True, **options)
+    first, process = start(tmp_path / "first", tmp_path / "state")
     log, deadline = tmp_path / "first/log.txt", time.monotonic() + 300
     while not re.search(r"^step 1\d\d/", log.read_text(errors="replace"), re.MULTILINE):
         assert time.monotonic() < deadline, log.read_text(errors="replace")
@@ -87,14 +87,16 @@ def test_a_second_machine_finishes_what_the_first_was_taken_from(tmp_path: Path)
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # to the first process alone, as a container's runtime does
     time.sleep(5)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    for left in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        left.kill()  # the machine is gone
     assert process.wait() != 0
     assert "stopped by SIGTERM" in log.read_text(errors="replace")
     assert not (first.root / "models").exists()
 
-    second, options = machine(tmp_path / "second", tmp_path / "state")
-    subprocess.run(command, check=True, **options)
-    assert re.search(r"resumes from step 1\d\d", (tmp_path / "second/log.txt").read_text(errors="replace"))
+    second, process = start(tmp_path / "second", tmp_path / "state")
+    said = tmp_path / "second/log.txt"
+    assert process.wait(300) == 0, said.read_text(errors="replace")
+    assert re.search(r"resumes after step 1\d\d", said.read_text(errors="replace"))
+    assert (tmp_path / "state/dvc.lock").read_bytes() == (second.root / "dvc.lock").read_bytes()
     assert outs(second).keys() == outs(whole).keys()
     assert [name for name, content in outs(second).items() if content != outs(whole)[name]] == []

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -55,7 +56,7 @@ class Clone:
             source, target = CHECKOUT / name, root / name
             if source.is_file() and name.split("/")[0] not in ("dvc.lock", "metrics", "tests", "bench", "docs"):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(source.read_bytes())
+                shutil.copy(source, target)  # which keeps what may be executed
         write_params(root, train__min_lr=1e-6)
         write_jsonl(root / "texts/a.jsonl", make_texts(70))
         (root / ".venv").symlink_to(sys.prefix)
