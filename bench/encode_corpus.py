@@ -97,7 +97,7 @@ def write_corpus(folder: Path, max_bytes: int) -> int:
         (folder / "raw" / file.name).rename(folder / "raw" / files[-1].name)
     for file in first.files:
         os.link(folder / "first" / file.name, folder / "raw" / file.name)
-    write_manifest(folder / "raw", {"kind": "bench"}, files)
+    write_manifest(folder / "raw", {"kind": "bench"}, replace(repeats, files=tuple(files)))
     return first.counts["text_bytes"] + repeats.counts["text_bytes"]
 
 
