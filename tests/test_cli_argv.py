@@ -89,7 +89,7 @@ PARSED = [
     ("verify ''", Verify(folder=Path())),
     # with =, and beginnings
     ("clean --older=7 --dry", Clean(older_than=7.0, dry_run=True)),
-    ("plan --p x --c", Plan(params=Path("x"), check=True)),
+    ("plan --pa x --c", Plan(params=Path("x"), check=True)),
     ("evaluate --m m --t a b --base gpt2", Evaluate(model=Path("m"), tasks=("a", "b"), baselines=("gpt2",))),
     ("sample --p a --tok 0 --num=2", Sample(prompt=("a",), tokens=0, num_samples=2)),
     ("sample --prompt==a", Sample(prompt=("=a",))),

@@ -75,6 +75,7 @@ def test_the_choice_of_the_device(requested: str, cuda: bool, mps: bool) -> None
 
 def test_a_gpu_is_set_up_before_cuda_starts(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setattr(module, "available_cores", lambda: 16)
+    monkeypatch.delenv("PIPELIB_THREADS")
     before = torch.get_num_threads()
     assert pick_device(3, 4) == torch.device("cuda", 3)
     assert torch.get_num_threads() == 4, "else each rank would draw the initial weights on one thread"

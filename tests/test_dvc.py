@@ -221,6 +221,7 @@ def test_a_vocabulary_reruns_what_follows_and_nothing_before(clone: Clone) -> No
     assert ran(clone.dvc("repro", "vocabulary")) == ["vocabulary"]  # and not taken out of DVC's run cache
     assert json.loads(clone.text("metrics/vocabulary.json"))["size"] == 310
     (clone.root / "params.yaml").write_text(before, encoding="utf-8")
+    assert ran(clone.dvc("repro")) == []
     clone.edit("params.yaml", "source: train", "source: gpt2")
     assert clone.changed_stages() == {"vocabulary"}
     said = clone.dvc("repro", "tokenize")

@@ -270,6 +270,10 @@ def test_jobs_make_the_same_bytes(project: Project) -> None:
     assert len(list((project.root / ".pipelib/slurm").rglob("share-*.log"))) == 3
     assert f"{project.root}/bin/scancel 7\n" in (project.root / "asked").read_text()
     made = shards(project)
+    shutil.rmtree(project.root / ".pipelib/tokenize")
+    shutil.rmtree(project.root / "data/tokens")
+    project.runs("tokenize", **with_slurm(project, "sys.exit('all units are there, so there is no job')"))
+    assert shards(project) == made
     assert local_shards(project) == made
 
 

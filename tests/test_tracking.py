@@ -233,7 +233,7 @@ def test_a_whole_pipeline_in_mlflow(client: Any, root: Path) -> None:
     assert parent.info.status == train.info.status == evaluate.info.status == "FINISHED"
     finals = {
         "download.documents": 5,
-        "vocabulary.vocab_size": 300,
+        "vocabulary.size": 300,
         "tokenize.tokens": 70,
         "train.val_loss": 3.25,
         "evaluate.hellaswag.acc_none": 0.28,

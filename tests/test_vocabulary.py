@@ -45,7 +45,7 @@ def vocabulary_params(**changes: Any) -> VocabularyParams:
     values = {
         **PARAMS["vocabulary"],
         "source": "train",
-        "size": 400,
+        "vocab_size": 400,
         "special_tokens": ["<|im_start|>", "<|im_end|>"],
         **changes,
     }
@@ -194,7 +194,7 @@ def test_all_engines_have_the_same_ids(tmp_path: Path, pre_tokenizer: str) -> No
     import tokenizers
     import transformers
 
-    params = vocabulary_params(pre_tokenizer=pre_tokenizer, size=600)
+    params = vocabulary_params(pre_tokenizer=pre_tokenizer, vocab_size=600)
     (tmp_path / "tokenizer.json").write_bytes(train_bpe([*TEXTS, *PIECES * 3], params))
     tokenizer = read_tokenizer(tmp_path)
     assert tokenizer.pre_tokenizer == pre_tokenizer
@@ -408,7 +408,7 @@ def test_a_corpus_that_is_too_small_is_refused(raw: Path, tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r"size: 60,000 tokens are more than the text can give \(([\d,]+):.*set it to \1 or less"
     ):
-        make(tmp_path / "a", raw, size=60_000)
+        make(tmp_path / "a", raw, vocab_size=60_000)
     with pytest.raises(UserError, match="no text behind the 600 documents"):
         make(tmp_path / "b", raw, validation_documents=5000)
     with pytest.raises(UserError, match="5 documents are fewer than the 8 that the benchmark is made of"):
@@ -430,8 +430,8 @@ def test_a_special_token_that_text_has_too_is_refused(raw: Path, tmp_path: Path)
         ({"special_tokens": ["<|endoftext|>"]}, r"<\|endoftext\|> would be there twice"),
         ({"special_tokens": [" x"]}, "' x' is too short, or has white space"),
         ({"special_tokens": [""]}, "'' is too short"),
-        ({"size": 258}, "size: 258 has no room for 256 bytes and 3 special tokens"),
-        ({"size": 65_537}, "size: 65537"),
+        ({"vocab_size": 258}, "vocab_size: 258 has no room for 256 bytes and 3 special tokens"),
+        ({"vocab_size": 65_537}, "vocab_size: 65537"),
         ({"pre_tokenizer": "llama"}, "pre_tokenizer"),
     ],
 )
@@ -447,9 +447,11 @@ def test_parameters_that_cannot_go_together(changes: dict[str, Any], message: st
 def test_what_a_source_does_not_use_starts_nothing() -> None:
     gpt2 = vocabulary_params(source="gpt2")
     assert (
-        gpt2.decides() == dataclasses.replace(gpt2, size=5000, validation_documents=7).decides() == {"source": "gpt2"}
+        gpt2.decides()
+        == dataclasses.replace(gpt2, vocab_size=5000, validation_documents=7).decides()
+        == {"source": "gpt2"}
     )
-    assert vocabulary_params().decides() != vocabulary_params(size=500).decides()
+    assert vocabulary_params().decides() != vocabulary_params(vocab_size=500).decides()
 
 
 def test_gpt2s_vocabulary_needs_no_text(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_loss_of_another_vocabulary_is_not_drawn_beside_ours() -> None:
 def test_plan_does_not_take_the_shards_of_another_vocabulary_for_the_corpus(project: Project) -> None:
     params = load_params(project.root / "params.yaml")
     assert corpus_of(params, project.root) is not None
-    other = replace(params, vocabulary=replace(params.vocabulary, size=390))
+    other = replace(params, vocabulary=replace(params.vocabulary, vocab_size=390))
     assert corpus_of(other, project.root) is None
 
 

@@ -25,7 +25,7 @@ def resize_command(tokenizer: Tokenizer) -> str:
 def how_to_cut_off(folder: Path, tokenizer: Tokenizer) -> str:
     """The remedy for a model with more tokens than the vocabulary."""
     name, size = shlex.quote(str(folder)), tokenizer.size
-    if not any(_vocabularies(folder)):
+    if not any(_vocabularies(folder)) and not any(_added(folder)):
         return (
             "it has no tokenizer, so it was taken for one of the data's vocabulary; put the files of its own beside it "
             "(tokenizer.json, or GPT-2's vocab.json and merges.txt)."

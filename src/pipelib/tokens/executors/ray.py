@@ -25,9 +25,9 @@ from pipelib.files import format_bytes, write_atomic
 from pipelib.tokens.encoding import Encoding, package_versions, require_same_packages
 from pipelib.tokens.unit_file import UnitCounts
 from pipelib.tokens.units import UNIT_BYTES, DoneUnit, Seconds, Unit, encode_texts, read_unit
+from pipelib.vocabulary.choice import published_tokenizer
 from pipelib.vocabulary.engines import Engine, Texts, load_engine
 from pipelib.vocabulary.folder import read_tokenizer
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.workspace.places import HERE
 
 RETRIES = 10
@@ -43,6 +43,8 @@ def encode(task: Encoding) -> Generator[DoneUnit]:
     Raises:
         UserError: Ray or its cluster cannot be used, or a unit cannot be encoded.
     """
+    if not task.units:
+        return
     with _cluster() as ray:
         cpus, room = _cpus_and_room(ray)
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(encode_remotely)
@@ -152,7 +154,7 @@ def _first_line(error: Exception) -> str:
 
 def _vocabulary_files(task: Encoding) -> dict[str, bytes]:
     """Return the files of the vocabulary; none for GPT-2's, which every machine has."""
-    if task.tokenizer == GPT2_TOKENIZER:
+    if task.tokenizer == published_tokenizer():
         return {}
     return {path.name: path.read_bytes() for path in HERE.vocabulary.iterdir() if path.suffix == ".json"}
 
@@ -192,7 +194,7 @@ def _engine(name: str, fingerprint: str, vocabulary: tuple[tuple[str, bytes], ..
     os.environ["PIPELIB_STATE_DIR"] = str(folder / "state")
     for file, content in vocabulary:
         (folder / file).write_bytes(content)
-    tokenizer = read_tokenizer(folder) if vocabulary else GPT2_TOKENIZER
+    tokenizer = read_tokenizer(folder) if vocabulary else published_tokenizer()
     if tokenizer.fingerprint != fingerprint:
         raise UserError(
             f"{os.uname().nodename} has the vocabulary {tokenizer.fingerprint[:16]} where {fingerprint[:16]} is wanted, so its "

@@ -44,6 +44,8 @@ def encode(task: Encoding) -> Generator[DoneUnit]:
     Raises:
         UserError: Slurm is not there, a unit cannot be encoded, or jobs keep dying.
     """
+    if not task.units:
+        return
     if not shutil.which("sbatch"):
         raise UserError(
             f"{EXECUTOR}=slurm found no `sbatch`, so no job was submitted; start the stage on a machine from which jobs are "
