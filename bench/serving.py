@@ -162,9 +162,15 @@ def main() -> None:
     parser.add_argument(
         "--model", default=str(workspace_model()), help="Hugging Face folder, or gpt2 for its shape with random weights"
     )
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--tokens", type=int, default=96, help="of each text")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32],
+        help="how many ask at once; default: 1 2 4 8 16 32",
+    )
+    parser.add_argument("--tokens", type=int, default=96, help="most tokens of an answer; default: 96")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each number of clients; default: 3")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = model_folder(options.model, Path(temporary))

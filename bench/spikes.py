@@ -98,12 +98,19 @@ class Outcome:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--tokens", type=Path, default=Path("data/tokens"))
-    parser.add_argument("--damage", choices=("uniform", "repeated", "bytes"), default="uniform")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
+    parser.add_argument(
+        "--tokens", type=Path, default=Path("data/tokens"), help="folder of shards; default: data/tokens"
+    )
+    parser.add_argument(
+        "--damage",
+        choices=("uniform", "repeated", "bytes"),
+        default="uniform",
+        help="what the tokens of a bad batch become; default: uniform, drawn from the whole vocabulary",
+    )
     parser.add_argument("--rate", type=float, help="peak learning rate; default: train.max_lr")
     parser.add_argument("--clip", type=float, help="most norm of a gradient; default: train.grad_clip_norm")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind; default: 1")
     arguments = parser.parse_args()
     params = load_params(arguments.params)
     train = replace(

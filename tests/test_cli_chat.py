@@ -149,8 +149,8 @@ def test_in_a_terminal_commands_are_followed_and_ctrl_c_stops_the_answer_alone(f
 def test_what_cannot_be_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, words in (
         (["--tokens", "0"], "--tokens 0 would answer nothing"),
-        (["--temperature", "-1"], "temperature -1 is negative"),
-        (["--top-k", "0"], "top_k 0 leaves no token"),
+        (["--temperature", "-1"], "--temperature -1 is negative"),
+        (["--top-k", "0"], "--top-k 0 leaves no token"),
     ):
         assert main(["chat", "--model", str(folder / "chat"), *options]) == 1
         assert words in capsys.readouterr().err

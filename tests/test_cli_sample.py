@@ -66,10 +66,11 @@ def test_top_p_draws_among_all_tokens_unless_top_k_is_given(model: Path, capsys:
     [
         (["--device", "warp"], "--device warp cannot be used here"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--device", "mps"], " from the 'MPS' backend); use --device cpu."),
         (["--tokens", "0"], "--tokens 0 would write nothing"),
-        (["--temperature", "-1"], "temperature -1 is negative"),
-        (["--top-k", "0"], "top_k 0 leaves no token"),
-        (["--top-p", "1.2"], "top_p 1.2 is not a probability above 0"),
+        (["--temperature", "-1"], "--temperature -1 is negative"),
+        (["--top-k", "0"], "--top-k 0 leaves no token"),
+        (["--top-p", "1.2"], "--top-p 1.2 is not a probability above 0"),
         (["--seed", "-1"], "seed -1 is out of range"),
         (["--seed", str(2**63)], "seed 9223372036854775808 is out of range"),
         (["--seed", str(2**64)], "seed 18446744073709551616 is out of range"),
@@ -83,3 +84,12 @@ def test_mistakes(arguments: list[str], words: str, model: Path, capsys: pytest.
     said = capsys.readouterr()
     assert words in said.err
     assert said.out == ""
+
+
+def test_a_prompt_that_is_longer_than_the_context_is_continued_with_a_word_about_it(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", "--prompt", "The " * 200, "--tokens", "1", "--model", str(model), "--device", "cpu"]) == 0
+    assert "tokens and the model sees 16, so it continues the end without" in capsys.readouterr().err
+    assert main(["sample", "--prompt", "The", "--tokens", "1", "--model", str(model), "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == ""

@@ -130,6 +130,20 @@ def known_options(parser: object, words: list[str]) -> str | None:
 # ---- Completeness ----------------------------------------------------------------------------------------------------
 
 
+def test_every_option_of_a_command_is_in_its_rows_of_the_reference_or_on_a_page_that_it_names() -> None:
+    from pipelib.cli.main import make_parser
+
+    rows = REFERENCE.read_text(encoding="utf-8").splitlines()
+    subparsers = next(a for a in make_parser()._actions if a.metavar == "COMMAND")
+    assert isinstance(subparsers.choices, dict)
+    for command, parser in subparsers.choices.items():
+        row = "\n".join(row for row in rows if row.startswith(f"| `pipelib {command}"))
+        pages = [REFERENCE.parent / link for link in re.findall(r"\]\((how-to/[\w-]+\.md)", row)]
+        text = "\n".join([row, *(page.read_text(encoding="utf-8") for page in pages)])
+        for option in (name for action in parser._actions for name in action.option_strings if name.startswith("--")):
+            assert option == "--help" or option in text, f"docs/reference.md lacks {option} of pipelib {command}"
+
+
 def test_every_command_and_target_is_in_the_reference() -> None:
     from pipelib.cli.main import make_parser
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelib.cli.command import Command, option
+from pipelib.cli.command import Command, name_the_option, option
 from pipelib.errors import UserError, tell
 from pipelib.workspace.places import HERE
 
@@ -119,7 +119,7 @@ class Chat(Command):
         model = import_adapted(folder, tokenizer, self.adapter).to(pick_device())
         sampling = Sampling(self.temperature, self.top_k, repetition_penalty=self.repetition_penalty)
         if problem := sampling.problem():
-            raise UserError(problem)
+            raise UserError(name_the_option(problem))
         dialogue = Dialogue(
             model, tokenizer, bool(read_chat_template(self.adapter or folder)), self.tokens, sampling, self.seed
         )

@@ -125,10 +125,20 @@ def _add_argument(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any
         action = parser.add_argument(field.name, **settings)
     else:
         settings["required"] = field.default is dataclasses.MISSING
-        flag = f"--{field.name.rstrip('_').replace('_', '-')}"
-        action = parser.add_argument(flag, dest=field.name, **settings)
+        action = parser.add_argument(_flag(field.name), dest=field.name, **settings)
     if kind is Path:  # shtab reads this attribute
         action.complete = FOLDERS if action.metavar == "DIR" else FILES  # type: ignore[attr-defined]
+
+
+def _flag(name: str) -> str:
+    """How a field is passed: `--top-k` for top_k, `--run` for run_."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
+
+def name_the_option(problem: str) -> str:
+    """Let a message that begins with the name of a field begin with the option: "--top-k 0 ..." for "top_k 0 ..."."""
+    name, _, rest = problem.partition(" ")
+    return f"{_flag(name)} {rest}"
 
 
 def _kind(hint: Any) -> Any:

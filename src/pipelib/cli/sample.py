@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelib.cli.command import Command, option
-from pipelib.errors import UserError
+from pipelib.cli.command import Command, name_the_option, option
+from pipelib.errors import UserError, tell
 from pipelib.workspace.places import HERE, ChatPlaces
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ class Sample(Command):
         from pipelib.vocabulary.chat import USER, ChatTemplate, Message
         from pipelib.vocabulary.choice import chosen_tokenizer, tokenizer_of_model
 
+        top_k = TOP_K if self.top_k is None and self.top_p is None else self.top_k
+        sampling = Sampling(self.temperature, top_k, self.top_p, self.min_p, self.repetition_penalty)
+        if problem := sampling.problem():
+            raise UserError(name_the_option(problem))
         tuned = self.chat and self.adapter is None
         folder = self.model or (ChatPlaces(HERE.chat).model if tuned else HERE.model)
         tokenizer = tokenizer_of_model(folder, chosen_tokenizer())
@@ -103,8 +107,13 @@ class Sample(Command):
             token_ids = [template.prompt([Message(USER, prompt)]) for prompt in self.prompt]
         else:
             token_ids = [[tokenizer.end_token_id, *tokenizer.encode(prompt)] for prompt in self.prompt]
-        top_k = TOP_K if self.top_k is None and self.top_p is None else self.top_k
-        sampling = Sampling(self.temperature, top_k, self.top_p, self.min_p, self.repetition_penalty)
+        context = model.params.context_length
+        if (longest := max(map(len, token_ids))) > context:
+            tell(
+                f"sample: the longest prompt has {longest:,} tokens and the model sees {context:,}, so it continues the end "
+                "without the beginning",
+                error=True,
+            )
         texts = generate(
             model,
             token_ids
@@ -137,11 +146,7 @@ def _device(name: str | None) -> "torch.device":
     try:
         device = torch.device(name or device_type())
         torch.zeros(1, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # what torch raises depends on how it was built
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        reason = str(error).splitlines()[0].partition(". ")[0]  # the rest of a long one is for torch's developers
         raise UserError(f"--device {name} cannot be used here ({reason}); use --device cpu.") from None
     return device
