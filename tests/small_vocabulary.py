@@ -31,12 +31,13 @@ def train_tokenizer(folder: Path, pre_tokenizer: Any = "gpt2") -> Tokenizer:
     return read_tokenizer(folder)
 
 
-_FOLDER = Path(tempfile.mkdtemp(prefix="small-vocabulary"))
-atexit.register(shutil.rmtree, _FOLDER)
-TOKENIZER = train_tokenizer(_FOLDER)
+FOLDER = Path(tempfile.mkdtemp(prefix="small-vocabulary"))
+"""The files of `TOKENIZER`, for other processes."""
+atexit.register(shutil.rmtree, FOLDER)
+TOKENIZER = train_tokenizer(FOLDER)
 
 
 def write_small_vocabulary(folder: Path) -> None:
     """Write `TOKENIZER` as data/vocabulary has it."""
-    shutil.copytree(_FOLDER, folder, dirs_exist_ok=True)
+    shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
     write_vocabulary(folder, Vocabulary(TOKENIZER, None))

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import make_texts, write_raw_files
 from small_project import hold
+from small_vocabulary import FOLDER, TOKENIZER
 from test_tokens_shards import read_as_llm_c
 from warm_pool import fork_workers
 
@@ -37,6 +38,7 @@ from pipelib.tracking.run import NullRun
 from pipelib.vocabulary.choice import Vocabulary
 from pipelib.vocabulary.engines import TiktokenEngine
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.places import state_root
 
 SHARD_TOKENS = 100_000
@@ -61,11 +63,15 @@ def build_in(folder: Path) -> Build:
 
 
 def run(
-    raw: Path, build: Build, shard_tokens: Any = SHARD_TOKENS, benchmark_documents: int = 0, dedup: Any = "none"
+    raw: Path,
+    build: Build,
+    shard_tokens: Any = SHARD_TOKENS,
+    benchmark_documents: int = 0,
+    dedup: Any = "none",
+    tokenizer: Tokenizer = TOKENIZER,
 ) -> Any:
-    return encode_corpus(
-        build, raw, TokenizeParams(shard_tokens, dedup), benchmark_documents, Vocabulary(GPT2_TOKENIZER, None)
-    )
+    params = TokenizeParams(shard_tokens, dedup)
+    return encode_corpus(build, raw, params, benchmark_documents, Vocabulary(tokenizer, None))
 
 
 # ---- What it makes ---------------------------------------------------------------------------------------------------
@@ -90,9 +96,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, raw: Path, state: None) -> tu
 
 @pytest.fixture(scope="module")
 def expected(state: None) -> list[int]:  # noqa: ARG001
-    """The whole corpus as tiktoken encodes it, each document led by <|endoftext|>."""
-    encoding = GPT2_TOKENIZER
-    return [token for text in TEXTS for token in (GPT2_TOKENIZER.end_token_id, *encoding.encode(text))]
+    return as_tiktoken_does(TOKENIZER, TEXTS)
+
+
+def as_tiktoken_does(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+    """The tokens of a corpus, each document led by the end token."""
+    return [token for text in texts for token in (tokenizer.end_token_id, *tokenizer.encode(text))]
 
 
 def test_shards_hold_the_tokens_of_every_document(made: tuple[Path, Any, Any], expected: list[int]) -> None:
@@ -102,14 +111,23 @@ def test_shards_hold_the_tokens_of_every_document(made: tuple[Path, Any, Any], e
     assert {shard.tokens for shard in manifest.shards[:-1]} == {SHARD_TOKENS}
     assert len(manifest.shards) > 3
     assert manifest.shards[0].name == "val_000000.bin"
-    assert all(shard_problems(folder, shard, GPT2_TOKENIZER) == [] for shard in manifest.shards)
+    assert all(shard_problems(folder, shard, TOKENIZER) == [] for shard in manifest.shards)
+
+
+def test_with_gpt2s_vocabulary_they_hold_what_tiktoken_gives(tmp_path: Path) -> None:
+    build = build_in(tmp_path)
+    raw = write_raw_files(tmp_path / "raw", [TEXTS[:1000]], row_group_rows=100)
+    run(raw, build, tokenizer=GPT2_TOKENIZER)
+    folder = build.outs / "data/tokens"
+    tokens = [token for shard in read_manifest(folder).shards for token in read_as_llm_c(folder / shard.name)]
+    assert tokens == as_tiktoken_does(GPT2_TOKENIZER, TEXTS[:1000])
 
 
 def test_a_document_is_split_where_a_shard_ends(made: tuple[Path, Any, Any], expected: list[int]) -> None:
     folder, _, _ = made
-    assert any(
-        expected[end] != GPT2_TOKENIZER.end_token_id for end in range(SHARD_TOKENS, len(expected), SHARD_TOKENS)
-    ), "the corpus proves nothing"
+    assert any(expected[end] != TOKENIZER.end_token_id for end in range(SHARD_TOKENS, len(expected), SHARD_TOKENS)), (
+        "the corpus proves nothing"
+    )
     manifest = read_manifest(folder)
     assert sum(shard.documents for shard in manifest.shards) == len(TEXTS)
 
@@ -117,7 +135,7 @@ def test_a_document_is_split_where_a_shard_ends(made: tuple[Path, Any, Any], exp
 def test_manifest_counts_and_metrics(made: tuple[Path, Any, Any], expected: list[int]) -> None:
     folder, result, speed = made
     manifest = read_manifest(folder)
-    assert manifest.encoding == {"name": "gpt2", "vocabulary_sha256": GPT2_TOKENIZER.fingerprint}
+    assert manifest.encoding == {"name": TOKENIZER.name, "vocabulary_sha256": TOKENIZER.fingerprint}
     assert manifest.source == {"kind": "test"}
     counts = np.load(folder / UNIGRAM_COUNTS)
     assert np.array_equal(counts, np.bincount(expected[SHARD_TOKENS:], minlength=len(counts)))
@@ -190,9 +208,10 @@ def test_a_longer_corpus_encodes_only_what_is_new(tmp_path: Path, made: tuple[Pa
     assert after == hashes(made[0])
     assert speed["units_encoded"] == 20  # of the last file's 2,000 rows in groups of 100
     assert speed["units"] > 40
-    full = [name for name in sorted(before) if name.endswith(".bin") and name != "train_000008.bin"]
-    assert len(full) == 8
+    *full, _ = sorted(name for name in before if name.startswith("train_"))
+    assert len(full) == 5
     assert [after[name] for name in full] == [before[name] for name in full]
+    assert after["val_000000.bin"] == before["val_000000.bin"]
 
 
 def test_other_shards_of_the_same_text_encode_nothing(tmp_path: Path, raw: Path) -> None:
@@ -239,7 +258,7 @@ def test_a_unit_that_changes_between_its_encoding_and_its_use(
 
 def units_of(code: Mapping[str, str]) -> Path:
     """The folder of units that a run with this code uses."""
-    return state_root() / "units" / sha256_json({**code, "vocabulary": GPT2_TOKENIZER.fingerprint})[:16]
+    return state_root() / "units" / sha256_json({**code, "vocabulary": TOKENIZER.fingerprint})[:16]
 
 
 def test_two_units_that_were_swapped_are_encoded_again(tmp_path: Path, raw: Path, made: tuple[Path, Any, Any]) -> None:
@@ -275,7 +294,7 @@ def test_shares_in_several_processes_give_the_same_shards(
     tmp_path: Path, raw: Path, made: tuple[Path, Any, Any]
 ) -> None:
     build = build_in(tmp_path)
-    counts = [encode_share(build.code, raw, Share(index, 3), GPT2_TOKENIZER) for index in range(3)]
+    counts = [encode_share(build.code, raw, Share(index, 3), TOKENIZER) for index in range(3)]
     assert max(counts) - min(counts) <= 1
     result, speed = run(raw, build)
     assert speed["units_encoded"] == 0
@@ -286,7 +305,7 @@ def test_shares_in_several_processes_give_the_same_shards(
 
 def test_a_missing_share_is_made_by_the_stage(tmp_path: Path, raw: Path, made: tuple[Path, Any, Any]) -> None:
     build = build_in(tmp_path)
-    encode_share(build.code, raw, Share(1, 2), GPT2_TOKENIZER)
+    encode_share(build.code, raw, Share(1, 2), TOKENIZER)
     _, speed = run(raw, build)
     assert 0 < speed["units_encoded"] < speed["units"]
     assert hashes(build.outs / "data/tokens") == hashes(made[0])
@@ -355,7 +374,7 @@ def test_parts_are_cut_exactly(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, shard_tokens: int
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
-    engine = TiktokenEngine(GPT2_TOKENIZER)
+    engine = TiktokenEngine(TOKENIZER)
     parts: list[Part] = []
     expected: list[int] = []
     for number in range(data.draw(st.integers(0, 3))):
@@ -366,7 +385,7 @@ def test_parts_are_cut_exactly(
         counts, seconds = encode_unit(unit, engine, path)
         done = DoneUnit(path, unit.identity, counts, seconds)
         dropped = sorted(data.draw(st.sets(st.integers(0, len(texts) - 1))))
-        lists = [[GPT2_TOKENIZER.end_token_id, *GPT2_TOKENIZER.encode(text)] for text in texts]
+        lists = [[TOKENIZER.end_token_id, *TOKENIZER.encode(text)] for text in texts]
         parts.append(Part(done, np.array(dropped, np.uint32), sum(len(lists[index]) for index in dropped)))
         kept = np.array([len(tokens) for index, tokens in enumerate(lists) if index not in dropped], np.int64)
         assert parts[-1].starts().tolist() == (np.cumsum(kept) - kept).tolist()
@@ -388,13 +407,13 @@ from pipelib.tokens.encode_corpus import encode_corpus
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tracking.run import NullRun
 from pipelib.vocabulary.choice import Vocabulary
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
+from pipelib.vocabulary.folder import read_tokenizer
 
 if __name__ == "__main__":
-    folder, raw = Path(sys.argv[1]), Path(sys.argv[2])
+    folder, raw, vocabulary = map(Path, sys.argv[1:])
     (folder / "outs").mkdir(exist_ok=True)
     build = Build(folder / "outs", folder / "work", NullRun(), {"folder": str(folder)}, False)
-    encode_corpus(build, raw, TokenizeParams(100_000, "none"), 0, Vocabulary(GPT2_TOKENIZER, None))
+    encode_corpus(build, raw, TokenizeParams(100_000, "none"), 0, Vocabulary(read_tokenizer(vocabulary), None))
 """
 
 
@@ -412,12 +431,12 @@ def test_killed_at_any_instant_it_goes_on(tmp_path: Path, raw: Path, made: tuple
         store = units_of({"folder": str(folder)})
         for attempt in range(5):
             before = {path: path.stat().st_mtime_ns for path in store.rglob("*.unit")}
-            command = [sys.executable, str(script), str(folder), str(raw)]
+            command = [sys.executable, str(script), str(folder), str(raw), str(FOLDER)]
             process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
             # the last attempt is left alone
             enough = draw.randint(len(before), made[2]["units"]) if attempt < 4 else made[2]["units"] + 1
             while process.poll() is None and sum(1 for _ in store.rglob("*.unit")) < enough:
-                pass
+                time.sleep(0.001)  # for ever would take a core from the workers
             time.sleep(draw.choice([0.0, 0.0, 0.01, 0.1]))
             victim = draw.choice([process.pid, *children_of(process.pid)])
             killed = process.poll() is None
@@ -470,14 +489,14 @@ def test_a_validation_shard_that_takes_everything(tmp_path: Path) -> None:
 def test_benchmarks_out_of_training_text(tmp_path: Path) -> None:
     raw = write_raw_files(tmp_path / "raw", [["one two three " * 500] * 10])
     words = (
-        r"only the first 2 documents are entirely in the validation shard of 4000 tokens.*raise tokenize\.shard_tokens"
+        r"only the first 2 documents are entirely in the validation shard of 12000 tokens.*raise tokenize\.shard_tokens"
     )
-    refused(tmp_path, raw, words, shard_tokens=4000, benchmark_documents=3)
+    refused(tmp_path, raw, words, shard_tokens=12_000, benchmark_documents=3)
 
 
 def test_as_many_benchmark_documents_as_lie_in_the_validation_shard(tmp_path: Path) -> None:
     raw = write_raw_files(tmp_path / "raw", [["one two three " * 500] * 10])
-    run(raw, build_in(tmp_path / "build"), shard_tokens=4000, benchmark_documents=2)
+    run(raw, build_in(tmp_path / "build"), shard_tokens=12_000, benchmark_documents=2)
 
 
 def damage(path: Path, how: str) -> None:
@@ -570,8 +589,8 @@ def test_auto_keeps_the_documents_of_the_benchmark_in_the_validation_shard(tmp_p
     long, short = "one two three " * 500, ["a short document"] * 300
     raw = write_raw_files(tmp_path / "raw", [[long] * 2 + make_texts(1) + [long] * 2, short])
     result, _ = run(raw, build_in(tmp_path / "build"), "auto", 4, dedup)
-    benchmark = sum(len(GPT2_TOKENIZER.encode(text)) + 1 for text in ([long] if dedup == "exact" else [long] * 3))
-    benchmark += len(GPT2_TOKENIZER.encode(make_texts(1)[0])) + 1
+    benchmark = sum(len(TOKENIZER.encode(text)) + 1 for text in ([long] if dedup == "exact" else [long] * 3))
+    benchmark += len(TOKENIZER.encode(make_texts(1)[0])) + 1
     assert result["val_tokens"] == result["shard_tokens"] == benchmark
 
 
@@ -585,7 +604,7 @@ def test_the_validation_split_are_the_first_documents_if_the_user_names_them(tmp
         build = build_in(tmp_path / f"build {number}")
         result, _ = run(raw, build, 4096, len(held), dedup)
         kept = held[:50] if dedup == "exact" else held
-        assert result["val_tokens"] == sum(len(GPT2_TOKENIZER.encode(text)) + 1 for text in kept)
+        assert result["val_tokens"] == sum(len(TOKENIZER.encode(text)) + 1 for text in kept)
         shards.append((build.outs / "data/tokens/val_000000.bin").read_bytes())
         sizes = [shard.tokens for shard in read_manifest(build.outs / "data/tokens").split("train")]
         assert sizes[:-1] == [4096] * (len(sizes) - 1)

@@ -8,7 +8,7 @@ import pytest
 
 from pipelib import pool
 
-IMPORTED = ["pipelib.tokens.encode_corpus", "pipelib.vocabulary.engines", "gigatoken", "tiktoken", "pyarrow.parquet"]
+IMPORTED = ["pytest", "pipelib.tokens.encode_corpus", "pipelib.vocabulary.engines", "gigatoken", "tiktoken", "pyarrow.parquet"]
 
 
 def fork_workers(patch: pytest.MonkeyPatch) -> None:
