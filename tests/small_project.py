@@ -1,5 +1,6 @@
 """A checkout with small parameters and small data, in which stages run as processes of their own."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -9,10 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from small_params import write_params
+from small_params import PARAMS, write_params
 from warm_python import run_python
 
+from pipelib.schema import flatten
 from pipelib.workspace.locks import LOCK, locked
+from pipelib.workspace.provenance import code_hashes
+from pipelib.workspace.stages import STAGES
 
 CHECKOUT = Path(__file__).absolute().parents[1]
 
@@ -26,8 +30,7 @@ class Project:
     @classmethod
     def make(cls, root: Path) -> "Project":
         """`stages/`, `src/` and params.yaml."""
-        for name in ("src", "stages"):
-            shutil.copytree(CHECKOUT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        copy_code(root)
         write_params(root)
         return cls(root)
 
@@ -67,6 +70,20 @@ class Project:
         """What the stages made, outside of their state."""
         made = (self.root / top for top in ("data", "models", "curves", "reports", "metrics"))
         return {path.relative_to(self.root).as_posix() for top in made for path in top.rglob("*") if path.is_file()}
+
+
+def copy_code(root: Path) -> None:
+    """Copy `stages/` and `src/` with what Python has compiled, and what is known of the sources: else each copy begins anew."""
+    _know_the_sources()
+    for name in ("stages", "src"):
+        shutil.copytree(CHECKOUT / name, root / name, ignore=shutil.ignore_patterns("*.egg-info"), dirs_exist_ok=True)
+
+
+@functools.cache
+def _know_the_sources() -> None:
+    params = dict(flatten(PARAMS))
+    for stage in STAGES:
+        code_hashes(stage, params, CHECKOUT)
 
 
 def without_pythonpath(changes: Mapping[str, str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from small_corpus import write_shards
 from small_params import model_params, write_params
-from small_project import CHECKOUT
+from small_project import copy_code
 from small_vocabulary import TOKENIZER, write_small_vocabulary
 
 from pipelib.files import files_under
@@ -200,9 +200,7 @@ class SmallProject:
     @classmethod
     def make(cls, folder: Path, **changes: object) -> "SmallProject":
         """Copy the code of this checkout and write shards beside it, and params.yaml with `section__key=value` changed."""
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(CHECKOUT / "stages", folder / "stages", ignore=ignore)
-        shutil.copytree(CHECKOUT / "src/pipelib", folder / "src/pipelib", ignore=ignore)
+        copy_code(folder)
         write_tokens(folder / "data/tokens")
         write_params(folder, **changes)
         return cls(folder, folder / "state")

@@ -23,7 +23,7 @@ import yaml
 from small_browser import CHROMIUM, Browser
 from small_corpus import make_texts, write_jsonl
 from small_params import PARAMS, write_params
-from small_project import CHECKOUT
+from small_project import CHECKOUT, copy_code
 from test_extending import add
 from warm_python import run_python, write_python
 
@@ -57,6 +57,7 @@ class Clone:
             if source.is_file() and name.split("/")[0] not in ("dvc.lock", "metrics", "tests", "bench", "docs"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, target)  # which keeps what may be executed
+        copy_code(root)  # as it is compiled
         write_params(root, train__min_lr=1e-6)
         write_jsonl(root / "texts/a.jsonl", make_texts(70))
         (root / ".venv").symlink_to(sys.prefix)

@@ -227,14 +227,21 @@ print("7;cluster")
 RUN = 'subprocess.run(["sh", "-c", options["wrap"]], cwd=options["chdir"], env=environment, stdout=log, stderr=log)'
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout that is ready for the tokenize stage."""
-    made = Project.make(tmp_path)
-    write_jsonl(tmp_path / "texts/a.jsonl", make_texts(6000))
+    root = tmp_path_factory.mktemp("ready") / "checkout"
+    made = Project.make(root)
+    write_jsonl(root / "texts/a.jsonl", make_texts(6000))
     for stage in ("download", "vocabulary"):
         made.runs(stage)
-    return made
+    return root
+
+
+@pytest.fixture
+def project(tmp_path: Path, ready: Path) -> Project:
+    """A copy of it."""
+    return Project(shutil.copytree(ready, tmp_path / "checkout", symlinks=True))
 
 
 def with_slurm(project: Project, run: str = RUN) -> dict[str, str]:
@@ -246,7 +253,8 @@ def with_slurm(project: Project, run: str = RUN) -> dict[str, str]:
         program.parent.mkdir(exist_ok=True)
         program.write_text(content)
         program.chmod(0o755)
-    return {"PIPELIB_EXECUTOR": "slurm", "PIPELIB_SLURM_JOBS": "3", "PATH": f"{project.root}/bin:{os.environ['PATH']}"}
+    path = f"{project.root}/bin:{os.environ['PATH']}"
+    return {"PIPELIB_EXECUTOR": "slurm", "PIPELIB_SLURM_JOBS": "3", "PIPELIB_SLURM_CPUS": "1", "PATH": path}
 
 
 def shards(project: Project) -> dict[str, str]:

@@ -5,11 +5,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_params import PARAMS
 from small_project import CHECKOUT
 
+from pipelib.schema import flatten
+from pipelib.workspace import provenance
 from pipelib.workspace.provenance import NAMED, changed, code_hash, code_hashes
 
 PROGRAM = '''
@@ -149,3 +153,52 @@ if __name__ == "__main__":  # python tests/test_workspace_provenance.py: after t
     kept = json.loads(SAMPLES.read_text(encoding="utf-8"))
     SAMPLES.write_text(json.dumps({source: code_hash(source) for source in kept}, indent=2) + "\n", encoding="utf-8")
     sys.exit()
+
+
+# ---- What is remembered ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a process that has parsed nothing remembers what it finds."""
+    monkeypatch.setattr(provenance, "REMEMBERED", tmp_path / "code_hashes.json")
+    forget()
+    yield tmp_path / "code_hashes.json"
+    forget()
+
+
+def forget() -> None:
+    provenance._memory.cache_clear()
+    provenance._parsed.cache_clear()
+
+
+def hashes_of_train() -> dict[str, str]:
+    forget()
+    return code_hashes("train", dict(flatten(PARAMS)), CHECKOUT)
+
+
+@pytest.mark.usefixtures("remembered")
+def test_sources_are_parsed_once_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = hashes_of_train()
+    parsed: list[str] = []
+    parse = provenance._parse
+    monkeypatch.setattr(provenance, "_parse", lambda source: parsed.append(source) or parse(source))
+    assert hashes_of_train() == first
+    assert parsed == []
+    forget()
+    code_hash("y = 1")
+    assert parsed == ["y = 1"]
+    monkeypatch.setattr(provenance, "__file__", __file__)  # this program itself has changed
+    assert hashes_of_train() == first
+    assert len(parsed) > 50
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"by": 3, "parsed": []}', b"\xff", None])
+def test_a_memory_that_cannot_be_read_or_written_is_left_aside(remembered: Path, content: bytes | None) -> None:
+    first = hashes_of_train()
+    if content is None:
+        remembered.unlink()
+        remembered.mkdir()
+    else:
+        remembered.write_bytes(content)
+    assert hashes_of_train() == first

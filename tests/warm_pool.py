@@ -8,7 +8,14 @@ import pytest
 
 from pipelib import pool
 
-IMPORTED = ["pytest", "pipelib.tokens.encode_corpus", "pipelib.vocabulary.engines", "gigatoken", "tiktoken", "pyarrow.parquet"]
+IMPORTED = [
+    "pytest",
+    "pipelib.tokens.encode_corpus",
+    "pipelib.vocabulary.engines",
+    "gigatoken",
+    "tiktoken",
+    "pyarrow.parquet",
+]
 
 
 def fork_workers(patch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,15 @@ re-runs the stages whose results it can change, and no others. DVC compares byte
 import ast
 import hashlib
 import importlib.metadata
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+from pipelib.files import write_text
 from pipelib.workspace.places import HERE
 from pipelib.workspace.stages import STAGES
 
@@ -30,6 +33,8 @@ EXEMPT = {
     "src/pipelib/workspace/stages.py": "lists the stages; a test compares it with dvc.yaml",
 }
 """Files that no stage depends on, with the reason. The closure ends at them: files that only they import are exempt too."""
+REMEMBERED = Path(__file__).parent / "__pycache__/code_hashes.json"
+"""What was found in sources: it follows from them, as what Python keeps there does."""
 NAMED = 10
 """The most changed files that a message names."""
 
@@ -76,12 +81,49 @@ class _Parsed:
     sha256: str
 
 
-@cache  # the closures of the stages overlap, and parsing is slow
+@cache  # the closures of the stages overlap
 def _parsed(source: str) -> _Parsed:
+    memory, key = _memory(), _sha256(source)
+    if key not in memory.parsed:
+        memory.parsed[key], memory.has_grown = _parse(source), True
+    return memory.parsed[key]
+
+
+def _parse(source: str) -> _Parsed:
     imports: set[str] = set()
     text: list[str] = []
     _write(ast.parse(source), text, imports)
-    return _Parsed(frozenset(imports), hashlib.sha256("".join(text).encode("utf-8", "surrogatepass")).hexdigest())
+    return _Parsed(frozenset(imports), _sha256("".join(text)))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass
+class _Memory:
+    """What earlier processes have found in sources: to parse all of them takes the better part of a second."""
+
+    parsed: dict[str, _Parsed]
+    """By the SHA-256 of the source."""
+    has_grown: bool = False
+
+    def save(self) -> None:
+        """Write the file, if there is something new and it can be written."""
+        if self.has_grown:
+            with suppress(OSError):
+                found = {key: [sorted(one.imports), one.sha256] for key, one in self.parsed.items()}
+                write_text(REMEMBERED, json.dumps({"by": _sha256(_read(Path(__file__))), "parsed": found}))
+                self.has_grown = False
+
+
+@cache
+def _memory() -> _Memory:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it is missing or damaged: everything is parsed again
+        found = json.loads(REMEMBERED.read_bytes())
+        if found["by"] == _sha256(_read(Path(__file__))):
+            return _Memory({key: _Parsed(frozenset(names), sha256) for key, (names, sha256) in found["parsed"].items()})
+    return _Memory({})
 
 
 def _write(node: object, text: list[str], imports: set[str]) -> None:
@@ -149,6 +191,7 @@ def code_hashes(stage: str, params: Mapping[str, object], root: Path = Path()) -
     """
     closure = import_closure(root, HERE.stage(stage), *chosen_files(stage, params))
     files = {path.as_posix(): code_hash(_read(root / path)) for path in closure}
+    _memory().save()
     return files | {f"package {name}": version for name, version in versions(*STAGES[stage].packages).items()}
 
 
