@@ -171,7 +171,7 @@ class Training:
             if self.process.poll() is not None:
                 return condition()
             assert time.monotonic() < deadline, f"nothing happened in {seconds} s:\n{self.output()}"
-            time.sleep(0.002)
+            time.sleep(0.01)
         return True
 
     def end(self, seconds: float = 90) -> int:
@@ -180,7 +180,7 @@ class Training:
         deadline = time.monotonic() + seconds
         while left := self.processes():
             assert time.monotonic() < deadline, f"the training has ended with {status}, and {left} run on"
-            time.sleep(0.02)
+            time.sleep(0.05)  # each look reads what /proc has of all processes
         return status
 
 
