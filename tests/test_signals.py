@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from small_corpus import make_texts, write_raw_files
 from small_params import write_params
 from small_project import Project
+from small_vocabulary import write_small_vocabulary
 
 import pipelib
 from pipelib import processes
@@ -24,8 +25,6 @@ from pipelib.files import write_json
 from pipelib.pool import Pool
 from pipelib.processes import STOP_SIGNALS, WARNING_SIGNALS, on_first_signal, signals_blocked
 from pipelib.stage import run_stage
-from pipelib.vocabulary.choice import Vocabulary, write_vocabulary
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 SIGNALS = (*STOP_SIGNALS, *WARNING_SIGNALS)
 SEED = int(os.environ.get("PIPELIB_TEST_SEED") or random.SystemRandom().randrange(10**6))
@@ -223,7 +222,7 @@ def test_signalled_at_any_phase_it_ends_quietly_and_the_next_run_resumes(
     shutil.copytree(source.root, project.root)
     if "download" not in stages:
         write_raw_files(project.root / "data/raw", [make_texts(60), make_texts(40, seed=1)])
-        write_vocabulary(project.root / "data/vocabulary", Vocabulary(GPT2_TOKENIZER, None))
+        write_small_vocabulary(project.root / "data/vocabulary")
     for name in stages:
         before = outs(project)
         done = project.stage(name, PYTHONPATH=str(watched), TEST_SIGNAL="0 0")
