@@ -116,10 +116,8 @@ def wait_for_first(running: list[Any]) -> int:
         try:
             status: int = ray.get(ended)
         except ray.exceptions.RayError as error:
-            print(
-                f"machine {running.index(ended)} was lost ({type(error).__name__}); run this again to resume",
-                file=sys.stderr,
-            )
+            why = error.cause if isinstance(error, ray.exceptions.RayTaskError) else type(error).__name__
+            print(f"machine {running.index(ended)} was lost ({why}); run this again to resume", file=sys.stderr)
             return 1
         if status or ended == running[0]:
             return status
