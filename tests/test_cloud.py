@@ -193,7 +193,8 @@ def test_two_machines_of_kubernetes_finish_after_one_was_taken_away(
 
 SRUN = """#!{python}
 import os, sys
-words = [word for word in sys.argv[1:] if word.startswith("--")]
+from itertools import takewhile
+words = [*takewhile(lambda word: word.startswith("--"), sys.argv[1:])]
 options = dict(word.removeprefix("--").split("=") for word in words)
 assert options["nodes"] == options["ntasks"] == "1" and "," not in options["nodelist"], options
 os.execvp(sys.argv[1 + len(words)], sys.argv[1 + len(words):])

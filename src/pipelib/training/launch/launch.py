@@ -84,8 +84,11 @@ def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
         status = _wait(start_torchrun([*about_ranks, "-m", "pipelib.training.launch.job", str(work)]), asked)
     if status or (work / ERROR).exists():  # restarted ranks exit with 0 if the file is there, see `_rank_main`
         raise UserError(_failure(work / ERROR, status, asked))
-    if first and machines.count > 1:
-        wait_for_file(work / RESULT)
+    if first and machines.count > 1 and not wait_for_file(work / RESULT):
+        raise UserError(
+            "the machine of rank 0 was lost after the last step, before it had written the model; run dvc repro to resume from "
+            "the last checkpoint."
+        )
 
 
 def _wait(status: Future[int], asked: Sequence[int]) -> int:
