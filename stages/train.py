@@ -9,6 +9,7 @@ if not __package__:
         "and fail later; run it as a module from the root of the checkout: python -m stages.train"
     )
 
+import os
 
 from pipelib.corpus.experiment_copy import require_corpus
 from pipelib.params import Params, load_params
@@ -29,6 +30,8 @@ def main() -> None:
     options.add_argument("--join", action="store_true", help="join a training run that another machine has started")
     arguments, params = options.parse_args(), load_params()
     require_corpus(params.download)
+    # Before torch is imported: when a machine dies, its C++ warnings are pages of frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if arguments.join:
         from pipelib.training.launch.launch import join
 

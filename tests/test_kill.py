@@ -3,6 +3,7 @@
 PIPELIB_TEST_RUNS says how many random kills there are, PIPELIB_TEST_SEED which ones; `pytest -s` shows them.
 """
 
+import io
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_params import MUON, ROTARY
 from small_run import SmallProject, Training, kill, same
@@ -299,22 +301,142 @@ def test_ranks_are_started_again_after_one_was_killed(project: SmallProject) -> 
     assert not same(project.outs(), expected)
 
 
+class TwoMachines:
+    """Two machines of one rank each, played by this one: processes of their own that meet at a port."""
+
+    def __init__(self, project: SmallProject) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        self.project, self.running = project, dict[str, Training]()
+
+    def start(self, name: str, **environment: str) -> Training:
+        """Start the machine `first` or `second`."""
+        command = [sys.executable, "-m", "stages.train", *(["--join"] if name == "second" else [])]
+        several = {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": self.endpoint, "PET_LOCAL_ADDR": "127.0.0.1"}
+        self.running[name] = self.project.start(1, command, log=f"{name}.txt", **several, **environment)
+        return self.running[name]
+
+    def step(self) -> int:
+        """The last step that rank 0 has done, on whichever machine it is."""
+        return max(machine.step() for machine in self.running.values())
+
+    def die(self, name: str) -> None:
+        """Kill everything that runs on a machine at once."""
+        for pid in self.running[name].processes():
+            kill(pid)
+        self.running[name].end()
+
+
 @pytest.mark.long
 def test_two_machines_of_one_rank_train_as_one_of_two(project: SmallProject) -> None:
     expected = project.uninterrupted(2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    several = {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": endpoint, "PET_LOCAL_ADDR": "127.0.0.1"}
-    join = [sys.executable, "-m", "stages.train", "--join"]
-    second = project.start(1, join, **several, log="second.txt")
-    assert second.wait_until(lambda: f"waiting for the training on {endpoint}" in second.output())
-    first = project.start(1, **several)
+    machines = TwoMachines(project)
+    second = machines.start("second")
+    assert second.wait_until(lambda: f"waiting for the training on {machines.endpoint}" in second.output())
+    first = machines.start("first")
     assert first.end() == 0, first.output() + second.output()
     assert second.end() == 0, second.output()
     assert "on each of 2 ranks" in first.output() + second.output()
     assert "this machine is done; the first machine finishes the stage" in second.output()
     assert not same(project.outs(), expected)
+
+
+def test_when_a_machine_dies_the_other_one_ends_at_once_and_resumes_alone(project: SmallProject) -> None:
+    expected = project.uninterrupted(1)["curves/train.csv"]
+    machines = TwoMachines(project)
+    first = machines.start("first")
+    machines.start("second")
+    assert first.wait_until(lambda: machines.step() >= 12)
+    machines.die("second")
+    assert first.end(20) == 1
+    assert "lost the connection to another rank" in first.output()
+    assert "The last checkpoint is kept; run dvc repro to resume from it." in first.output()
+    assert "Traceback" not in first.output()
+    alone = project.start(1)
+    assert alone.end() == 0, alone.output()
+    assert "had 2 ranks and resumes with 1: each step has the same batch" in alone.output()
+    assert "not bit-identical" in alone.output()
+    curves = (project.outs()["curves/train.csv"], expected)
+    losses = [np.loadtxt(io.BytesIO(curve), delimiter=",", skiprows=1)[:, 2] for curve in curves]
+    assert len(losses[0]) == STEPS
+    assert np.allclose(*losses, rtol=1e-5, atol=0)
+
+
+def test_a_machine_refuses_others_with_other_packages_and_ends_when_it_is_asked_to(
+    project: SmallProject, tmp_path: Path
+) -> None:
+    project.begin_anew()
+    machines = TwoMachines(project)
+    first = machines.start("first")
+    host, _, port = machines.endpoint.partition(":")
+    assert first.wait_until(lambda: is_listening(host, int(port)))
+    (tmp_path / "numpy-0.1.dist-info").mkdir()
+    (tmp_path / "numpy-0.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
+    other = machines.start("second", PYTHONPATH=str(tmp_path))
+    assert other.end() == 1
+    assert "is in use by a machine with other code: package numpy differ" in other.output()
+    kill(first.process.pid, signal.SIGTERM)
+    assert first.end(20) == 1
+    assert "stopped by SIGTERM before the ranks could save a step" in first.output()
+
+
+def is_listening(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@pytest.mark.random
+@pytest.mark.long
+def test_one_of_two_machines_dies_at_random_instants_and_the_bytes_are_the_same(project: SmallProject) -> None:
+    """A machine that has died is started again; the other one has ended by itself, or waits for it."""
+    chance = random.Random(SEED)
+    expected = project.uninterrupted(2)
+    deaths = 0
+    while deaths < RUNS:
+        project.begin_anew()
+        machines = TwoMachines(project)
+        machines.start("first"), machines.start("second")
+        while wait_at_random(machines, chance, deaths < RUNS):
+            victim, other = chance.sample(sorted(machines.running), 2)
+            step, survivor = machines.step(), machines.running[other]
+            machines.die(victim)
+            died = time.monotonic()
+            if 0 < step < STEPS:  # they have met, and neither can train without the other
+                survivor.end(20)
+            deaths += 1
+            said = f", the other one ended in {time.monotonic() - died:.1f} s" if 0 < step < STEPS else ""
+            print(f"\nseed {SEED}, death {deaths}: the {victim} machine at step {step}{said}", end="")
+            machines.start(victim)
+        machines.die("second")  # it may wait for a training that was already done
+        assert not same(project.outs(), expected), f"not the same bytes (PIPELIB_TEST_SEED={SEED})"
+
+
+def wait_at_random(machines: TwoMachines, chance: random.Random, kill_more: bool) -> bool:
+    """Wait for a random instant of a start, or for a random step, or for the end; false where the first machine has ended well.
+
+    Meanwhile, as Slurm or Kubernetes does, start each machine again that has ended before.
+    """
+    now = time.monotonic()
+    instant, deadline = (
+        now + chance.uniform(0, 12),
+        now + 600,
+    )  # torchrun waits 300 s for one that dies after the last step
+    step = 0 if chance.random() < 0.3 else chance.randrange(1, STEPS)
+    while machines.running["first"].process.poll() != 0:
+        for name, machine in list(machines.running.items()):
+            assert "Traceback" not in machine.output(), machine.output()
+            if machine.process.poll() is not None:
+                machine.end()
+                machines.start(name)
+        if kill_more and (machines.step() >= step if step else time.monotonic() > instant):
+            return True
+        assert time.monotonic() < deadline, machines.running["first"].output() + machines.running["second"].output()
+        time.sleep(0.01)
+    return False
 
 
 def test_a_machine_that_cannot_join_says_why(project: SmallProject, tmp_path: Path) -> None:

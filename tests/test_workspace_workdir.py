@@ -1,5 +1,7 @@
 """Unfinished work is gone on with, finished work is published, and neither is mixed with other code or other data."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -167,6 +169,15 @@ def test_a_machine_with_other_code_may_not_join() -> None:
         WorkDir("train", {}, {"a.py": "1", "b.py": "1"}).require_same_code()
         with pytest.raises(UserError, match=r"by a machine with other code: a\.py, c\.py differ"):
             WorkDir("train", {}, {"a.py": "2", "b.py": "1", "c.py": "1"}).require_same_code()
+
+
+def test_a_folder_without_locks_is_refused_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"is on a file system without locks \(No locks available\).*has flock"):
+        build()
 
 
 def test_it_is_continued_on_request_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

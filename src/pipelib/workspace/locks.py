@@ -4,6 +4,7 @@ A lock file holds the number of the process that took the lock last, for people 
 the lock is held; only the system can tell.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -63,7 +64,7 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _try(descriptor, fcntl.LOCK_SH)
+        return not _try(descriptor, path, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
@@ -100,8 +101,8 @@ def _acquire(path: Path, wait: bool, quiet: bool, own: bool) -> int:
 
 def _take(descriptor: int, path: Path, wait: bool, quiet: bool) -> None:
     """Take the exclusive lock. Retry while `is_held` of another process briefly holds a shared lock."""
-    while not _try(descriptor, fcntl.LOCK_EX):
-        if _try(descriptor, fcntl.LOCK_SH):  # then only shared locks are held, which `is_held` releases at once
+    while not _try(descriptor, path, fcntl.LOCK_EX):
+        if _try(descriptor, path, fcntl.LOCK_SH):  # then only shared locks are held, which `is_held` releases at once
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             time.sleep(0.01)
         elif not wait:
@@ -116,12 +117,23 @@ def _take(descriptor: int, path: Path, wait: bool, quiet: bool) -> None:
             return
 
 
-def _try(descriptor: int, kind: int) -> bool:
-    """Try to take a lock without waiting. Return whether it was taken."""
+def _try(descriptor: int, path: Path, kind: int) -> bool:
+    """Try to take a lock without waiting. Return whether it was taken.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        raise UserError(
+            f"{path.parent} is on a file system without locks ({error.strerror}), so two runs could damage each other's work; "
+            "set PIPELIB_STATE_DIR to a folder of one that has flock: a local disk, NFS 4, or Lustre mounted with -o flock."
+        ) from None
     return True
 
 

@@ -149,3 +149,8 @@ def join_world() -> Iterator[World]:
     dist.init_process_group(backend, timeout=timeout, device_id=bound_to)
     yield World(rank, world_size, device, local_ranks)
     dist.destroy_process_group()  # not in a `finally`: after an error on this rank alone, NCCL would wait for the others
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether ranks could not communicate, as when one has died. gloo raises no type of its own."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     die_on_signals()  # before the imports below, which take seconds: a signal then ends the process without a traceback
 
 import importlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from pipelib.stage import Build
 from pipelib.tracking.run import NullRun, Run, attach_run
 from pipelib.training.build import build_trainer
 from pipelib.training.hardware import peak_gpu_memory, peak_of
-from pipelib.training.launch.distributed import World, join_world
+from pipelib.training.launch.distributed import World, is_lost_connection, join_world
 from pipelib.training.loop import Trainer
 from pipelib.training.params import TrainParams
 from pipelib.training.schedule import Cadence
@@ -164,6 +165,12 @@ def _rank_main(work: Path) -> None:
                     raise SystemExit(1) from None
     except UserError as error:
         write_text(work / ERROR, str(error))
+        sys.exit(1)
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        # No ERROR file: if torchrun restarts the ranks, they may find each other again.
+        print(f"rank {os.environ['RANK']} lost the connection to another rank ({str(error).strip()})", file=sys.stderr)
         sys.exit(1)
 
 

@@ -81,18 +81,34 @@ def _run_ranks(work: Path, machines: Machines, *, first: bool) -> None:
         ask_to_stop(work, number)
 
     with on_first_signal(stop):
-        status = _wait(start_torchrun([*about_ranks, "-m", "pipelib.training.launch.job", str(work)]))
+        status = _wait(start_torchrun([*about_ranks, "-m", "pipelib.training.launch.job", str(work)]), asked)
     if status or (work / ERROR).exists():  # restarted ranks exit with 0 if the file is there, see `_rank_main`
         raise UserError(_failure(work / ERROR, status, asked))
-    if first and machines.count > 1:
-        wait_for_file(work / RESULT)
+    if first and machines.count > 1 and not wait_for_file(work / RESULT):
+        raise UserError(
+            "the machine of rank 0 was lost after the last step, before it had written the model; run dvc repro to resume from "
+            "the last checkpoint."
+        )
 
 
-def _wait(status: Future[int]) -> int:
-    """Wait for torchrun's exit status, in short waits: a signal that arrives just before a wait is handled only after it."""
+def _wait(status: Future[int], asked: Sequence[int]) -> int:
+    """Wait for torchrun's exit status, in short waits: a signal that arrives just before a wait is handled only after it.
+
+    Return at once if a signal has asked to stop and there is no rank to do so: torchrun waits ten minutes for other machines.
+    """
     while not status.done():
         wait([status], timeout=1.0)
+        if asked and not status.done() and not _has_children():
+            return 1
     return status.result()
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _failure(error_file: Path, status: int, asked: Sequence[int]) -> str:

@@ -113,8 +113,9 @@ def require_gpu(precision: str) -> None:
     tell(f"warning: {problem}, so the model trains on the CPU; {remedy}", error=True)
 
 
-def wait_for_file(path: Path) -> None:
-    """Wait for a file that a rank has written, maybe on another machine. Return in any case after `FILE_WAIT_SECONDS`."""
+def wait_for_file(path: Path) -> bool:
+    """Wait for a file that a rank has written, maybe on another machine. Return after `FILE_WAIT_SECONDS` whether it is there."""
     deadline = time.monotonic() + FILE_WAIT_SECONDS
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.5)
+    return path.exists()

@@ -19,7 +19,7 @@ def start_torchrun(arguments: Sequence[str]) -> Future[int]:
     Ranks must call `die_with_parent`, so that they die with this process.
 
     Raises:
-        UserError: through the future: the machines did not find each other.
+        UserError: through the future: the machines did not find each other, or the first one was lost.
     """
     os.environ["PIPELIB_PARENT"] = str(
         os.getpid()
@@ -40,14 +40,20 @@ def _run(arguments: list[str], status: Future[int]) -> None:
 
 
 def _torchrun(arguments: list[str]) -> int:
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
     from torch.distributed.run import parse_args, run
 
     try:
         run(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         return max(1, *(failure.exitcode for failure in error.failures.values()))
+    except (RendezvousConnectionError, DistError) as error:
+        raise UserError(
+            f"the connection to another machine was lost ({str(error).splitlines()[0]}), so the training ended here too; the "
+            "last checkpoint is kept, and the same commands on all machines resume from it."
+        ) from None
     except RendezvousError as error:
         reason = str(error) or type(error).__name__
         raise UserError(

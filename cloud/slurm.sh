@@ -1,5 +1,5 @@
 #!/bin/bash
-# GPT-2 on two machines of eight GPUs: sbatch docs/how-to/sbatch.sh, from the root of a checkout that all machines share.
+# GPT-2 on two machines of eight GPUs: sbatch cloud/slurm.sh, from the root of a checkout that all machines share.
 # docs/how-to/several-machines.md explains it.
 #SBATCH --job-name=pipelib
 #SBATCH --nodes=2
@@ -15,12 +15,12 @@ set -uo pipefail
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${machines[0]} others=${machines[*]:1}
 export PIPELIB_NNODES=$SLURM_JOB_NUM_NODES
-export PIPELIB_RDZV_ENDPOINT=$first:29500
+export PIPELIB_RDZV_ENDPOINT=$first:$((20000 + SLURM_JOB_ID % 10000))  # two jobs on a machine have two ports
 export PIPELIB_MAX_RESTARTS=3
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over from sbatch
 
 # The first machine downloads, tokenizes, trains and evaluates; the others wait until it trains, and go when it is done.
-srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks-per-node=1 --nodelist="${others// /,}" .venv/bin/python -m stages.train --join &
+srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --nodelist="${others// /,}" .venv/bin/python -m stages.train --join &
 joined=$!
 
 # Three minutes before the end Slurm sends SIGUSR1 to every process of both steps. The training saves the step it is at and
