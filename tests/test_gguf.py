@@ -24,6 +24,7 @@ from pipelib.model.decoder import Decoder, build
 from pipelib.model.generate import GREEDY, generate
 from pipelib.model.huggingface import export_model
 from pipelib.model.params import family_params
+from pipelib.model.rotary_params import RopeScaling
 from pipelib.vocabulary.bpe import train_bpe
 from pipelib.vocabulary.chat import ChatTemplate, Message
 from pipelib.vocabulary.engines import HARD_STRINGS
@@ -39,6 +40,7 @@ ROTARY = {
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 64, "context_length": 256},
     "llama": {**ROTARY, "tie_word_embeddings": False},
+    "llama, scaled": {**ROTARY, "tie_word_embeddings": False, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64)},
     "qwen3": {**ROTARY, "tie_word_embeddings": False},
     "arcee": {**ROTARY, "tie_word_embeddings": True},
 }
@@ -66,7 +68,7 @@ def tokenizer_named(name: str, folder: Path) -> Tokenizer:
 
 def model_of(family: str, size: int) -> Decoder:
     """Weights that are large enough for confident, varied tokens."""
-    model = build(family_params(family)(**SHAPES[family]), size)
+    model = build(family_params(family.split(",")[0])(**SHAPES[family]), size)
     model.initialise(3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -100,14 +102,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_the_file_has_the_model_and_its_vocabulary(family: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, path = exported(family, tokenizer, tmp_path)
     fields, tensors = read(path)
-    assert fields["general.architecture"] == family
+    assert fields["general.architecture"] == model.architecture
     assert len(fields["tokenizer.ggml.tokens"]) == tokenizer.size
     assert fields["tokenizer.ggml.tokens"][tokenizer.end_token_id] == "<|endoftext|>"
     types = fields["tokenizer.ggml.token_type"]
     assert {number for number, kind in enumerate(types) if kind == 3} == set(tokenizer.special_tokens.values())
     assert len(fields["tokenizer.ggml.merges"]) == len(tokenizer.ranks()) - 256
     assert fields["pipelib.weights_sha256"] == sha256_file(tmp_path / "model/model.safetensors")
-    count = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+    assert ("rope_freqs.weight" in tensors) == ("scaled" in family)
+    count = sum(int(np.prod(tensor.shape)) for name, tensor in tensors.items() if name != "rope_freqs.weight")
     assert count == model.params.parameters(tokenizer.size)
     again = tmp_path / "again.gguf"
     export_gguf(tmp_path / "model", again, "f32", tokenizer)
