@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pipelib.corpus.published_models import WEIGHTS
 from pipelib.errors import UserError, tell
 from pipelib.files import read_json, write_atomic, write_json, write_text
 from pipelib.model.decoder import HEAD, Decoder, family_of
@@ -21,7 +22,6 @@ from pipelib.model.recipe import write_recipe
 from pipelib.model.tokenizer import how_to_cut_off, require_same_tokens, require_same_vocabulary
 from pipelib.model.weights import (
     CONFIG,
-    WEIGHTS,
     Entry,
     Weights,
     by_first_bytes,
