@@ -71,7 +71,7 @@ RECIPES: dict[str, dict[str, object]] = {
         **MUON_RECIPE, "train__schedule": "wsd", "train__cooldown": 0.5, "model": {"architecture": "qwen3", **ROTARY},
     },
     "llama, adamw, wsd": {
-        "train__schedule": "wsd", "train__cooldown": 0.3, "model": {"architecture": "llama", **ROTARY},
+        "train__schedule": "wsd", "train__cooldown": 0.3, "model": {"architecture": "llama", **ROTARY, "rope_scaling": None},
     },
     "arcee, adamw, linear": {"train__schedule": "linear", "model": {"architecture": "arcee", **ROTARY}},
 }  # fmt: skip

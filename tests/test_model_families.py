@@ -42,7 +42,7 @@ SHAPES = {
         family: {
             "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 8, "context_length": 24, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": True, **({"rope_scaling": None} if family == "llama" else {}),
         }
         for family in ("llama", "qwen3", "arcee")
     },

@@ -1,5 +1,6 @@
 """llama, qwen3 and arcee: the logits of transformers' classes, both ways, and what their config.json may say."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from pipelib.model.decoder import Decoder, build
 from pipelib.model.generate import GREEDY, generate
 from pipelib.model.huggingface import CONFIG, export_model, find_model, import_model
 from pipelib.model.params import family_params
+from pipelib.model.rotary import frequencies, slowing
+from pipelib.model.rotary_params import RopeScaling
 from pipelib.schema import parse
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
@@ -20,6 +23,9 @@ SHAPE = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "context_length": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
 }  # fmt: skip
+SCALING = RopeScaling(
+    factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)  # Llama 3.2's, for a context so short that heads of 8 have fast, slow and middling pairs
 FAMILIES = ("llama", "qwen3", "arcee")
 CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "arcee": "ArceeForCausalLM"}
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -130,11 +136,16 @@ def test_published_shapes_have_the_published_sizes() -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide num_attention_heads = 4"),
         ({"head_dim": 7}, "head_dim: 7 is odd"),
         ({"n_layer": 2}, "n_layer"),
+        ({"rope_scaling": {**asdict(SCALING), "high_freq_factor": 1}}, "high_freq_factor: 1.0 is not greater"),
+        ({"rope_scaling": {**asdict(SCALING), "factor": 0.5}}, "model.rope_scaling.factor: 0.5 must be at least 1"),
+        ({"rope_scaling": {**asdict(SCALING), "beta": 1}}, "model.rope_scaling.beta is not a parameter"),
     ],
 )
 def test_shapes_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     problems: list[str] = []
-    parse(family_params("llama"), {**SHAPE, **changes, "architecture": "llama"}, "model", problems)
+    parse(
+        family_params("llama"), {**SHAPE, "rope_scaling": None, **changes, "architecture": "llama"}, "model", problems
+    )
     assert len(problems) == 1
     assert message in problems[0]
 
@@ -142,7 +153,12 @@ def test_shapes_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_scaling.factor is missing"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', and only default and llama3"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "partial_rotary_factor": 0.5, **asdict(SCALING)}},
+            "partial_rotary_factor is not a parameter",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_type is 'linear'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and 'silu' is computed here"),
         ({"attention_bias": True}, "attention_bias = True"),
@@ -160,6 +176,43 @@ def test_a_config_that_says_another_model_is_refused(changes: dict[str, Any], me
     export_model(model_of("llama"), GPT2_TOKENIZER, tmp_path, {})
     write_json(tmp_path / CONFIG, {**read_json(tmp_path / CONFIG), **changes})
     with pytest.raises(UserError, match=message):
+        find_model(tmp_path, GPT2_TOKENIZER)
+
+
+def test_scaled_positions_are_transformers_and_both_spellings_are_read(tmp_path: Path) -> None:
+    import transformers
+
+    model = model_of("llama", rope_scaling=SCALING)
+    factors = slowing(model.params)  # type: ignore[arg-type]
+    assert (factors == 1).any() and (factors == 32).any() and ((factors > 1) & (factors < 32)).any()  # noqa: PT018
+    export_model(model, GPT2_TOKENIZER, tmp_path, {})
+    config = read_json(tmp_path / CONFIG)
+    both = [
+        {"rope_parameters": config["rope_parameters"]},
+        {key: config[key] for key in ("rope_theta", "rope_scaling")},
+    ]
+    for spelling in both:
+        others = {key: value for key, value in config.items() if not key.startswith("rope")}
+        write_json(tmp_path / CONFIG, {**others, **spelling})
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(tokens()).logits, logits_of(model, tokens()), atol=1e-5, rtol=1e-5)
+        theirs.save_pretrained(tmp_path / "theirs")
+        for folder in (tmp_path, tmp_path / "theirs"):
+            back = import_model(folder, GPT2_TOKENIZER)
+            assert back.params == model.params
+            assert torch.equal(logits_of(back, tokens()), logits_of(model, tokens()))
+    plain = model_of("llama")
+    assert (logits_of(plain, tokens()) - logits_of(model, tokens())).abs().max() > 0.01
+    assert torch.equal(plain.get_buffer("frequencies"), frequencies(plain.params))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "arcee"])
+def test_only_a_llama_has_scaled_positions(family: str, tmp_path: Path) -> None:
+    export_model(model_of(family), GPT2_TOKENIZER, tmp_path, {})
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, **asdict(SCALING)}
+    write_json(tmp_path / CONFIG, {**read_json(tmp_path / CONFIG), "rope_parameters": rope})
+    with pytest.raises(UserError, match="rope_type is 'llama3', and only default is computed here"):
         find_model(tmp_path, GPT2_TOKENIZER)
 
 

@@ -235,7 +235,7 @@ def test_ten_megabytes_without_a_space(tmp_path: Path) -> None:
     """The reference takes its time for such a word too; both give the same tokens."""
     unit = write_texts(tmp_path / "a.parquet", ["one", "ab" * 5_000_000, "two"])
     counts, _ = encode_unit(unit, GigatokenEngine(GPT2_TOKENIZER), tmp_path / "unit")
-    tokens = np.concatenate(list(read_tokens(tmp_path / "unit", 0, counts.tokens))).tolist()
+    tokens = np.concatenate(list(read_tokens(tmp_path / "unit", counts, 0, counts.tokens))).tolist()
     long = GPT2_TOKENIZER.encode("ab" * 5_000_000)
     assert tokens == [
         GPT2_TOKENIZER.end_token_id,
@@ -327,8 +327,8 @@ def test_what_a_file_holds(tmp_path: Path) -> None:
     tokens = [token for each in lists for token in each]
     assert counts == UnitCounts(len(tokens), 50, 1, sum(len(text.encode()) for text in texts))
     assert check_unit(target, unit.identity) == counts
-    assert np.concatenate(list(read_tokens(target, 0, counts.tokens))).tolist() == tokens
-    assert np.concatenate(list(read_tokens(target, 10, 25))).tolist() == tokens[10:25]
+    assert np.concatenate(list(read_tokens(target, counts, 0, counts.tokens))).tolist() == tokens
+    assert np.concatenate(list(read_tokens(target, counts, 10, 25))).tolist() == tokens[10:25]
     lengths, hashes = read_documents(target, counts)
     assert lengths.tolist() == list(map(len, lists))
     assert [row.tobytes() for row in hashes] == [xxhash.xxh3_128_digest(text.encode()) for text in texts]

@@ -31,7 +31,7 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 LLAMA = {
     "architecture": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "context_length": 16, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False, "init_from": "scratch",
+    "tie_word_embeddings": False, "rope_scaling": None, "init_from": "scratch",
 }  # fmt: skip
 STAGES = ("download", "vocabulary", "tokenize", "train", "evaluate")
 TEXTS = make_texts(200, words=60)

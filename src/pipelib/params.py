@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.published_models import PUBLISHED_MODELS
+from pipelib.corpus.published_models import PUBLISHED_MODELS, is_downloaded
 from pipelib.evaluation.params import EvaluateParams, benchmark_of, is_folder, known_tasks
 from pipelib.finetuning.params import BASE, FinetuneParams
 from pipelib.model.params import RANDOM, InitialisedModelParams, published_params
@@ -71,7 +71,7 @@ class Params:
                     f"evaluate.baselines: {name} is the output of train, so the model would be compared with itself; drop it, "
                     "or name a copy of an earlier model."
                 )
-            if name in PUBLISHED_MODELS and name not in self.download.models:
+            if is_downloaded(name) and name not in self.download.models:
                 yield (
                     f"evaluate.baselines: {name} is not in download.models, so there would be no weights to measure; add it "
                     "there, or drop it here."
@@ -93,7 +93,7 @@ class Params:
     def _problems_of_initial_weights(self) -> Iterator[str]:
         """Yield what the parameters alone show to be wrong with `model.init_from`. The train stage checks folders."""
         name = self.model.init_from
-        if self.model.init_is_published and name not in PUBLISHED_MODELS:
+        if self.model.init_is_published and not is_downloaded(name):
             near = difflib.get_close_matches(name, [*RANDOM, *PUBLISHED_MODELS], n=1)
             hint = f"did you mean {near[0]}?" if near else f"write ./{name} if it is a folder."
             yield (
@@ -101,7 +101,7 @@ class Params:
                 f"a slash in its name; {hint}"
             )
         elif self.model.init_is_published:
-            if self.vocabulary.source != "gpt2":
+            if name in PUBLISHED_MODELS and self.vocabulary.source != "gpt2":
                 yield (
                     f"model.init_from: {name} has GPT-2's vocabulary, and vocabulary.source = {self.vocabulary.source!r} makes "
                     "another, so its weights could not read the data; set vocabulary.source: gpt2."
@@ -111,7 +111,7 @@ class Params:
                     f"model.init_from: {name} needs weights from the hub, and download.models = "
                     f"{list(self.download.models)} does not name it; add it there."
                 )
-            if differing := self.model.difference(published_params(name)):
+            if name in PUBLISHED_MODELS and (differing := self.model.difference(published_params(name))):
                 yield f"model.init_from: {name} has {differing}"
         elif _is_trained(name):
             yield (

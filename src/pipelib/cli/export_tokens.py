@@ -11,7 +11,7 @@ EXAMPLES = """examples:
   pipelib export-tokens --format npy --out edu_fineweb10B
   pipelib export-tokens --format npy --out ../short --tokens ../other-clone/data/tokens --name text
 
-npy: NAME_val_000000.npy, NAME_train_000001.npy, ...: one uint16 array per shard, which build-nanogpt's
+npy: NAME_val_000000.npy, NAME_train_000001.npy, ...: one array per shard, which build-nanogpt's
 loader finds by these names. llm.c and modded-nanogpt read the shards in data/tokens as they are.
 """
 

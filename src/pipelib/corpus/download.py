@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelib.corpus.hub_benchmarks import COMPLETION, HUB_BENCHMARKS
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.published_models import PUBLISHED_MODELS
+from pipelib.corpus.published_models import PUBLISHED_MODELS, is_hub_model
 from pipelib.corpus.raw import Source, write_manifest
 from pipelib.errors import UserError, tell
 from pipelib.workspace.places import Places
@@ -33,7 +33,12 @@ def download_inputs(params: DownloadParams, origin: Source) -> dict[str, Any]:
         if name in HUB_BENCHMARKS:
             inputs[f"benchmark {name}"] = asdict(HUB_BENCHMARKS[name])
     for name in sorted(params.models):
-        inputs[f"model {name}"] = asdict(PUBLISHED_MODELS[name])
+        if is_hub_model(name):
+            from pipelib.corpus.baselines import hub_model_files  # asks the hub, if its list is not stored
+
+            inputs[f"model {name}"] = {"files": [file.identity() for file in hub_model_files(name)]}
+        else:
+            inputs[f"model {name}"] = asdict(PUBLISHED_MODELS[name])
     if COMPLETION in params.benchmarks:
         inputs["completion"] = {"documents": params.benchmark_documents, "seed": params.seed}
     if params.conversations:

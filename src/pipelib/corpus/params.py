@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pipelib.corpus.hub_benchmarks import known_benchmarks
-from pipelib.corpus.published_models import PUBLISHED_MODELS
+from pipelib.corpus.published_models import PUBLISHED_MODELS, is_downloaded
 from pipelib.schema import NaturalInt, OneOf, PositiveInt
 
 SOURCES = Path(__file__).with_name("sources")
@@ -127,8 +127,8 @@ class DownloadParams:
     benchmark_documents: NaturalInt | Literal["auto"]
     """How many documents at the start of the corpus the completion benchmark is made from. `auto`: 480, or fewer if they
     have more than 1 MB of text or a tenth of the corpus."""
-    models: tuple[Annotated[str, OneOf(PUBLISHED_MODELS.keys)], ...]
-    """The published models to download from the hub."""
+    models: tuple[str, ...]
+    """The published models to download from the hub: OpenAI's by name, others as OWNER/NAME@COMMIT."""
     conversations: HubConversationsParams | None
     """The conversations to download from the hub, for `finetune.source: hub`; null: none."""
     seed: NaturalInt
@@ -158,6 +158,17 @@ class DownloadParams:
                 f"benchmark_documents: {self.benchmark_documents} documents would be held out for a benchmark that is not "
                 "made; set it to 0, or add completion to benchmarks."
             )
+        for place, name in enumerate(self.models):
+            if is_downloaded(name):
+                continue
+            if name.partition("@")[0].count("/") == 1:
+                yield (
+                    f"models[{place}]: {name!r} is not pinned, so the weights could change under you; write OWNER/NAME@COMMIT, "
+                    "with the 40 hexadecimal digits that the model's page shows under 'History'."
+                )
+            else:
+                problem = OneOf(PUBLISHED_MODELS.keys).problem(name)
+                yield f"models[{place}]: {name!r} {problem} Models of others are written OWNER/NAME@COMMIT."
         for key, names in (("benchmarks", self.benchmarks), ("models", self.models)):
             if len(set(names)) < len(names):
                 yield f"{key}: {list(names)} lists a name twice; list each name once."

@@ -1,10 +1,13 @@
-"""The published models: the location of their weights, and their shapes. `published_models.yaml` is the only list of them."""
+"""Published models: OpenAI's by name, whose shapes `published_models.yaml` lists, and any of the hub as OWNER/NAME@COMMIT."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from pipelib.files import sha256_json
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,27 @@ class PublishedModel:
 _LIST = Path(__file__).with_suffix(".yaml")
 PUBLISHED_MODELS = {name: PublishedModel(**entry) for name, entry in yaml.safe_load(_LIST.read_bytes()).items()}
 """The models by their names in `download.models`, `model.init_from` and `evaluate.baselines`."""
+
+_HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*@[0-9a-f]{40}", re.ASCII)
+WEIGHTS = "model.safetensors"
+"""The file of a model's weights, if they are in one file."""
+
+
+def is_hub_model(name: str) -> bool:
+    """Return whether a name is OWNER/NAME@COMMIT: a model of the hub at a commit."""
+    return _HUB_MODEL.fullmatch(name) is not None
+
+
+def is_downloaded(name: str) -> bool:
+    """Return whether `download.models` can name such a model. Other names with a slash are folders."""
+    return name in PUBLISHED_MODELS or is_hub_model(name)
+
+
+def folder_name(name: str) -> str:
+    """Return the name of a downloaded model's folder in data/models."""
+    return name.replace("/", "--")
+
+
+def hash_of_weights(hashes: Mapping[str, str]) -> str:
+    """Return one SHA-256 for the weight files of a model, by their names and hashes: that of the file, if it is one."""
+    return hashes.get(WEIGHTS) or sha256_json(dict(hashes))

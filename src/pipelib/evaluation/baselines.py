@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelib.corpus.published_models import WEIGHTS, folder_name, is_hub_model
 from pipelib.errors import UserError, tell
 from pipelib.evaluation.items import Measured, read_items_file, write_items
 from pipelib.evaluation.params import is_folder
 from pipelib.files import read_json, sha256_file, sha256_json, write_json
 from pipelib.model.params import ModelParams, published_params
-from pipelib.model.weights import CONFIG, MODELS, WEIGHTS, is_file, published_sha256, require_published, weights_sha256
+from pipelib.model.weights import CONFIG, MODELS, is_file, published_sha256, require_published, weights_sha256
 from pipelib.vocabulary.choice import published_tokenizer, tokenizer_of_model
 from pipelib.vocabulary.tokenizer import Tokenizer
 from pipelib.workspace.locks import LOCK, locked
@@ -88,6 +89,10 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
                     f"evaluate.baselines: {name} is not in {MODELS / MANIFEST}, so its weights are missing; name it in "
                     "download.models and run dvc repro."
                 )
+            if is_hub_model(name):
+                found.append(require_baseline(name, tokenizer, MODELS / folder_name(name)))
+                require_published(name, found[-1].sha256)
+                continue
             found.append(
                 Baseline(name, MODELS / name, sha256, published_params(name), published_tokenizer(), is_published=True)
             )
@@ -110,14 +115,17 @@ def of_folder(name: str, folder: Path, tokenizer: Tokenizer) -> Baseline:
     return Baseline(name, folder, weights_sha256(folder), params, own)
 
 
-def require_baseline(name: str, tokenizer: Tokenizer) -> Baseline:
+def require_baseline(name: str, tokenizer: Tokenizer, folder: Path | None = None) -> Baseline:
     """Find the model in a folder that `evaluate.baselines` names.
+
+    Args:
+        folder: where it is; None if that is its name.
 
     Raises:
         UserError: the model is missing, or cannot be read.
     """
     try:
-        return of_folder(name, Path(name), tokenizer)
+        return of_folder(name, folder or Path(name), tokenizer)
     except UserError as error:
         raise UserError(f"evaluate.baselines: {error}") from None
 

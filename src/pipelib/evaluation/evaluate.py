@@ -65,7 +65,7 @@ def evaluate(
     device = pick_device()
     manifest = require_validation(tokens)
     tokenizer = manifest.tokenizer
-    data = Data(tokens, benchmarks, tokenizer)
+    data = Data(tokens, benchmarks, tokenizer, manifest.validation_bytes)
     # What was measured of a model is kept: a change of `finetune` measures the chat model alone.
     chat_model = ChatPlaces(chat).model
     ours = [of_folder(str(path), path, tokenizer) for path in (models, chat_model) if path.is_dir()]

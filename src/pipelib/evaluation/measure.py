@@ -29,7 +29,7 @@ from pipelib.pool import Pool, worker_number
 from pipelib.progress import Progress
 from pipelib.tokens.loader import Batch, validation_batches
 from pipelib.tokens.shards import VALIDATION_SHARD, count_tokens, open_shard, write_shard
-from pipelib.vocabulary.tokenizer import MAX_SIZE, Tokenizer, Tokens
+from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
 
 COMPLETIONS = ("completion", "hellaswag")
 """Benchmarks with four endings, scored in completion style."""
@@ -45,6 +45,8 @@ class Data:
     """The folder of the benchmarks' JSON-lines files."""
     tokenizer: Tokenizer
     """The tokenizer of the shards, which also encodes the benchmarks' text."""
+    text_bytes: int | None = None
+    """Bytes of the validation text; None for those that its tokens stand for, which normalisation may have changed."""
 
     @property
     def completions(self) -> dict[str, Path]:
@@ -97,28 +99,21 @@ def encoded_anew(data: Data, tokenizer: Tokenizer, folder: Path) -> Data:
 
     Args:
         folder: for the new validation shard.
-
-    Raises:
-        UserError: the vocabulary has more tokens than a shard can hold.
     """
     if data.tokens is None:
         return Data(None, data.benchmarks, tokenizer)
-    if tokenizer.size > MAX_SIZE:
-        raise UserError(
-            f"{tokenizer.title} has {tokenizer.size:,} tokens, and shards hold at most {MAX_SIZE:,}, so the model cannot be "
-            "measured on this data; leave it out."
-        )
     tokens = open_shard(data.tokens / VALIDATION_SHARD)
     starts = np.flatnonzero(tokens == data.tokenizer.end_token_id)
     progress = Progress(f"encoding the validation text with {tokenizer.title}", len(starts), "documents")
     pieces: list[Tokens] = []
     for start, end in pairwise([*starts.tolist(), len(tokens)]):
         text = data.tokenizer.decode_bytes(tokens[start + 1 : end]).decode("utf-8", errors="ignore")
-        pieces.append(np.array([tokenizer.end_token_id, *tokenizer.encode(text)], np.uint16))
+        pieces.append(np.array([tokenizer.end_token_id, *tokenizer.encode(text)], tokenizer.token_type))
         progress.add(1)
     progress.close()
     write_shard(folder / VALIDATION_SHARD, sum(map(len, pieces)), pieces, tokenizer)
-    return Data(folder, data.benchmarks, tokenizer)
+    same_text = data.text_bytes or count_text_bytes(tokens, data.tokenizer)
+    return Data(folder, data.benchmarks, tokenizer, same_text if tokenizer.normalizer else None)
 
 
 _model: Decoder | None = None
@@ -165,7 +160,8 @@ Part = tuple[dict[str, Any], dict[str, ItemScores]]
 def _loss_part(name: str, model: Decoder, params: EvaluateParams, data: Data) -> Part:
     assert data.tokens is not None
     loss, items = measure_loss(name, model, params, data)
-    text_bytes = count_text_bytes(open_shard(data.tokens / VALIDATION_SHARD)[1:], data.tokenizer)
+    shard = open_shard(data.tokens / VALIDATION_SHARD)
+    text_bytes = data.text_bytes or count_text_bytes(shard[1:], data.tokenizer)
     result = {
         "val_loss": round(loss.mean, 6),
         "perplexity": round(loss.perplexity, 4),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipelib.corpus.published_models import folder_name
 from pipelib.errors import UserError, tell
 from pipelib.files import read_json, sha256_file, sha256_json
 from pipelib.finetuning.docs import DocsConversations
@@ -72,7 +73,7 @@ def base_folder(params: FinetuneParams) -> Path:
     """Return the folder of the model that `finetune.init_from` names."""
     if params.init_from == BASE:
         return HERE.model
-    return Path(params.init_from) if params.init_is_folder else MODELS / params.init_from
+    return Path(params.init_from) if params.init_is_folder else MODELS / folder_name(params.init_from)
 
 
 def finetune_inputs(params: FinetuneParams) -> dict[str, object]:

@@ -68,7 +68,9 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
         yield partial(require_readable, Path(params.finetune.path), links=False, section="finetune")
     yield partial(planned_tokenizer, params.vocabulary)
     tokenizer = _tokenizer_of(params)
-    if "/" in params.model.init_from and tokenizer:  # other names are models that download fetches
+    if (
+        "/" in params.model.init_from and not params.model.init_is_published and tokenizer
+    ):  # other names are models that download fetches
         yield partial(require_weights, params.model, tokenizer)
     for name in params.evaluate.baselines:
         if is_folder(name):

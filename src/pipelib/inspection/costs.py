@@ -99,7 +99,10 @@ def _disk(params: Params, corpus: Corpus | None) -> Iterator[tuple[str, str]]:
         return "unknown" if count is None else format_bytes(count)
 
     yield "disk", f"download  data/raw     {size(disk.raw)}"
-    yield "", f"tokenize  data/tokens  {size(disk.tokens)}, 2 bytes a token; while it runs {size(disk.units)} more"
+    yield (
+        "",
+        f"tokenize  data/tokens  {size(disk.tokens)}, {disk.token_bytes} bytes a token; while it runs {size(disk.units)} more",
+    )
     yield "", f"train     models       {size(disk.model)}; while it runs {size(disk.checkpoints)} of checkpoints"
     free = shutil.disk_usage(nearest_folder(state_root())).free
     yield "", f"at most {size(disk.total)} in total, if hard links work; {size(free)} are free"

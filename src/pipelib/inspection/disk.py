@@ -17,6 +17,7 @@ from pipelib.training.checkpoint import checkpoint_bytes
 from pipelib.training.memory import Footprint
 from pipelib.vocabulary.params import VocabularyParams
 from pipelib.vocabulary.planned import planned_size, planned_tokenizer
+from pipelib.vocabulary.tokenizer import token_type
 from pipelib.workspace.places import HERE, MANIFEST, Places, state_root
 
 
@@ -128,6 +129,8 @@ class Disk:
     checkpoints: int
     """Checkpoints, while train runs."""
     model: int
+    token_bytes: int
+    """Of a token in a shard."""
 
     @property
     def total(self) -> int:
@@ -136,17 +139,19 @@ class Disk:
 
 
 def disk_of(params: Params, corpus: Corpus | None) -> Disk:
-    """Compute the bytes: 2 per token and a header per shard; a checkpoint's fp32 weights and optimizer state, 12 per parameter
-    with AdamW; 4 per parameter in models/.
+    """Compute the bytes: 2 or 4 per token and a header per shard; a checkpoint's fp32 weights and optimizer state, 12 per
+    parameter with AdamW; 4 per parameter in models/.
     """
     vocab_size = planned_size(params.vocabulary)
     footprint = Footprint(params.model, vocab_size, params.train)
     checkpoints = checkpoint_bytes(footprint, params.logging.checkpoint_every)
     model = 4 * params.model.parameters(vocab_size)
+    width = token_type(vocab_size).itemsize
     if corpus is None:
-        return Disk(None, None, None, checkpoints, model)
+        return Disk(None, None, None, checkpoints, model, width)
     shards = -(-corpus.tokens // params.tokenize.shard_size(corpus.tokens))
-    return Disk(corpus.raw_bytes, 2 * corpus.tokens + HEADER_BYTES * shards, 2 * corpus.tokens, checkpoints, model)
+    tokens = width * corpus.tokens
+    return Disk(corpus.raw_bytes, tokens + HEADER_BYTES * shards, tokens, checkpoints, model, width)
 
 
 def check_disk(file: Path, params: Params, corpus: Corpus | None) -> str:

@@ -16,7 +16,9 @@ LONGEST_NAME = 200
 
 
 def export_npy(tokens: Path, out: Path, name: str) -> None:
-    """Write each shard as a uint16 array, NAME_val_000000.npy, NAME_train_000001.npy, ..., as build-nanogpt reads them.
+    """Write each shard as an array, NAME_val_000000.npy, NAME_train_000001.npy, ..., as build-nanogpt reads them.
+
+    They are uint16, or uint32 if the vocabulary needs it.
 
     Args:
         tokens: a folder of shards with its manifest; each shard is checked against it first.
@@ -39,7 +41,8 @@ def export_npy(tokens: Path, out: Path, name: str) -> None:
         )
     manifest = read_manifest(tokens)
     make_out(out, empty=True)
-    total = 2 * sum(shard.tokens for shard in manifest.shards)
+    kind = manifest.tokenizer.token_type
+    total = kind.itemsize * sum(shard.tokens for shard in manifest.shards)
     require_free_space(out, total, "the export")
     progress = Progress(f"writing {out}", len(manifest.shards), "shards")
     for shard in manifest.shards:
@@ -48,6 +51,6 @@ def export_npy(tokens: Path, out: Path, name: str) -> None:
         if problems:
             raise UserError("\n".join(problems))
         with write_atomic(out / f"{name}_{Path(shard.name).stem}.npy") as file:
-            np.save(file, open_shard(tokens / shard.name).astype(np.uint16, copy=False))
+            np.save(file, open_shard(tokens / shard.name).astype(kind, copy=False))
         progress.add(1)
     progress.close(f"{len(manifest.shards)} shards, {format_bytes(total)}")

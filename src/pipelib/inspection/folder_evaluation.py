@@ -45,7 +45,12 @@ def evaluate_folder(folder: Path, params: EvaluateParams, out: Path | None) -> S
         UserError: there is no such model, a baseline or the data of a task is missing, or there is nothing to measure.
     """
     tokens, benchmarks = HERE.tokens if (HERE.tokens / VALIDATION_SHARD).is_file() else None, HERE.benchmarks
-    data = Data(tokens, benchmarks, read_manifest(tokens).tokenizer if tokens else chosen_tokenizer())
+    made_of = read_manifest(tokens) if tokens else None
+    data = (
+        Data(tokens, benchmarks, made_of.tokenizer, made_of.validation_bytes)
+        if made_of
+        else Data(None, benchmarks, chosen_tokenizer())
+    )
     require_data(params, benchmarks)
     if not (data.tokens or data.completions or params.tasks):
         raise UserError(

@@ -18,6 +18,7 @@ from pipelib.files import format_bytes, require_free_space, sha256_file, sync_fo
 from pipelib.model.decoder import HEAD, Decoder
 from pipelib.model.huggingface import import_model, read_chat_template
 from pipelib.model.recipe import read_recipe
+from pipelib.model.rotary import slowing
 from pipelib.model.rotary_params import RotaryParams
 from pipelib.model.shapes.gpt2 import GPT2Params
 from pipelib.model.weights import weights_sha256
@@ -200,6 +201,8 @@ def _tensors(model: Decoder) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
             tensor = tensor[: model.vocab_size]
         values: npt.NDArray[np.float32] = tensor.detach().float().numpy()
         yield name, np.ascontiguousarray(_turned(values, ours, model.params))
+    if isinstance(model.params, RotaryParams) and model.params.scaling:
+        yield f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight", slowing(model.params).numpy()
 
 
 def _turned(values: npt.NDArray[np.float32], name: str, params: Any) -> npt.NDArray[np.float32]:

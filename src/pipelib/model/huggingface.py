@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pipelib.corpus.published_models import WEIGHTS
 from pipelib.errors import UserError, tell
 from pipelib.files import read_json, write_atomic, write_json, write_text
 from pipelib.model.decoder import HEAD, Decoder, family_of
@@ -21,7 +22,6 @@ from pipelib.model.recipe import write_recipe
 from pipelib.model.tokenizer import how_to_cut_off, require_same_tokens, require_same_vocabulary
 from pipelib.model.weights import (
     CONFIG,
-    WEIGHTS,
     Entry,
     Weights,
     by_first_bytes,
@@ -32,7 +32,7 @@ from pipelib.model.weights import (
     weight_files,
 )
 from pipelib.vocabulary.chat import ChatTemplate
-from pipelib.vocabulary.tokenizer import Tokenizer
+from pipelib.vocabulary.tokenizer import TILE, Tokenizer
 
 GENERATION, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -217,8 +217,12 @@ def _describe(folder: Path, tokenizer: Tokenizer) -> _Described:
 
 
 def _sizes(tokenizer: Tokenizer) -> list[int]:
-    """The numbers of rows that an embedding may have: exact, or padded for the hardware, as 50,304 in nanoGPT's GPT-2."""
-    return [-(-tokenizer.size // multiple) * multiple for multiple in (1, 8, 16, 32, 64, 128, 256, 512, 1024)]
+    """The numbers of rows that an embedding may have: exact, or padded for the hardware, as 50,304 in nanoGPT's GPT-2.
+
+    Qwen3's padding is larger than the hardware wants: 151,936 rows for 151,669 tokens.
+    """
+    exact = [-(-tokenizer.size // multiple) * multiple for multiple in (1, 8, 16, 32, 64, 256, 512, 1024)]
+    return [*exact, *range(tokenizer.padded_size, tokenizer.size + 1024, TILE)]
 
 
 def _check_tensors(folder: Path, described: _Described, weights: Weights, tokenizer: Tokenizer) -> Found:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import Field, asdict, dataclass
 from typing import Any, ClassVar
 
-from pipelib.corpus.published_models import PUBLISHED_MODELS
+from pipelib.corpus.published_models import PUBLISHED_MODELS, is_hub_model
 from pipelib.model import shapes
 from pipelib.schema import Choice
 
@@ -97,12 +97,12 @@ class InitialisedModelParams(ModelParams):
     choice: ClassVar[Choice] = Choice("architecture", known_families, _section)
     init_from: str
     """`scratch` for random weights; `zero_projections` for random weights with zeros where blocks and an untied output layer
-    write; a name in `download.models`; or a Hugging Face folder, which has a slash in it."""
+    write; a name in `download.models`; or a Hugging Face folder, which has a slash in it and no commit."""
 
     @property
     def init_is_published(self) -> bool:
-        """Whether the weights are OpenAI's, from data/models."""
-        return self.init_from not in RANDOM and "/" not in self.init_from
+        """Whether download fetches the weights, to data/models."""
+        return self.init_from not in RANDOM and ("/" not in self.init_from or is_hub_model(self.init_from))
 
     def difference(self, found: ModelParams) -> str:
         """How weights with the parameters `found` differ from this section, and what to write; empty if they fit."""

@@ -5,7 +5,9 @@ Ainslie et al., 2023. It computes what Hugging Face's classes of the same names 
 families differ in the MLP and in whether queries and keys are normed; see `families/`.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +38,24 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of numbers (i, i + half) by the angle of its position: (B, heads, T, head_dim) -> the same."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def frequencies(params: RotaryParams) -> Tensor:
+    """How far each pair of numbers turns from one position to the next, in radians, before it is slowed: (head_dim / 2,)."""
+    return params.rope_theta ** -(torch.arange(0, params.head_dim, 2, dtype=torch.float32) / params.head_dim)
+
+
+def slowing(params: RotaryParams) -> Tensor:
+    """What `params.scaling` divides each of the `frequencies` by: 1 for fast pairs, `factor` for slow ones (head_dim / 2,).
+
+    The formula of `rope_type: llama3` in transformers' `modeling_rope_utils.py`.
+    """
+    fast = frequencies(params)
+    if (scaling := params.scaling) is None:
+        return torch.ones_like(fast)
+    turns = scaling.original_max_position_embeddings * fast / (2 * math.pi)
+    kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return 1 / (kept + (1 - kept) / scaling.factor)
 
 
 class Attention(nn.Module):
@@ -135,8 +155,7 @@ class RotaryDecoder(Decoder):
         if not params.tie_word_embeddings:
             self.lm_head = nn.Linear(params.hidden_size, rows, bias=False)
             self.embedding_names = (*self.embedding_names, HEAD)
-        exponents = torch.arange(0, params.head_dim, 2, dtype=torch.float32) / params.head_dim
-        self.register_buffer("frequencies", params.rope_theta**-exponents, persistent=False)
+        self.register_buffer("frequencies", frequencies(params) / slowing(params), persistent=False)
 
     def hidden(self, inputs: Tensor, positions: Tensor | None = None, attend: Attend = causal) -> Tensor:
         """See `Decoder.hidden`."""
@@ -183,6 +202,7 @@ class RotaryDecoder(Decoder):
     def config(cls, params: ModelParams, vocab_size: int, end_token_id: int) -> dict[str, Any]:
         """See `Decoder.config`."""
         assert isinstance(params, RotaryParams)
+        scaling = {"rope_type": "llama3", **asdict(params.scaling)} if params.scaling else None
         return {
             "architectures": [cls.class_name],
             "model_type": cls.architecture,
@@ -201,9 +221,10 @@ class RotaryDecoder(Decoder):
             "num_hidden_layers": params.num_hidden_layers,
             "num_key_value_heads": params.num_key_value_heads,
             "rms_norm_eps": params.rms_norm_eps,
-            # the second is for readers older than transformers 5
-            "rope_parameters": {"rope_theta": params.rope_theta, "rope_type": "default"},
+            "rope_parameters": {"rope_theta": params.rope_theta, **(scaling or {"rope_type": "default"})},
+            # the same for readers older than transformers 5
             "rope_theta": params.rope_theta,
+            **({"rope_scaling": scaling} if scaling else {}),
             "tie_word_embeddings": params.tie_word_embeddings,
             "dtype": "float32",
             "vocab_size": vocab_size,
@@ -215,8 +236,6 @@ class RotaryDecoder(Decoder):
         heads, width = config.get("num_attention_heads"), config.get("hidden_size")
         per_head = width // heads if isinstance(heads, int) and isinstance(width, int) and heads > 0 else None
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-            problems.append(f"rope_type is {kind!r}, and only default is computed here.")
         values = {
             "hidden_size": width,
             "intermediate_size": config.get("intermediate_size"),
@@ -228,6 +247,7 @@ class RotaryDecoder(Decoder):
             "rope_theta": _float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
             "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
             "tie_word_embeddings": config.get("tie_word_embeddings", False),
+            **cls._scaling(rope, problems),
         }
         if config.get("hidden_act", cls.activation) != cls.activation:
             problems.append(f"hidden_act is {config['hidden_act']!r}, and {cls.activation!r} is computed here.")
@@ -239,6 +259,22 @@ class RotaryDecoder(Decoder):
         )
         problems += [line.replace("context_length", "max_position_embeddings") for line in found]
         return params
+
+    @classmethod
+    def _scaling(cls, rope: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+        """The key `rope_scaling` of the families that have it; `rope` is a mapping of config.json."""
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        known = (
+            ("default", "llama3")
+            if "rope_scaling" in family_params(cls.architecture).__dataclass_fields__
+            else ("default",)
+        )
+        if kind not in known:
+            problems.append(f"rope_type is {kind!r}, and only {' and '.join(known)} is computed here.")
+        if kind not in known or len(known) == 1:
+            return {}
+        scaling = {key: _float(value) for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
+        return {"rope_scaling": None if kind == "default" else scaling}
 
     @classmethod
     def outer_shapes(cls, params: ModelParams, rows: int) -> dict[str, tuple[int, ...]]:

@@ -2,11 +2,36 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pipelib.model.params import ModelParams
-from pipelib.schema import PositiveFloat, PositiveInt
+from pipelib.schema import Bounds, PositiveFloat, PositiveInt
 from pipelib.vocabulary.tokenizer import padded_size
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Section `model.rope_scaling`: slower rotary positions, for longer texts than a model was first trained on.
+
+    It is Hugging Face's `rope_type: llama3` (Llama 3.1 and later); `rotary.py` has the formula.
+    """
+
+    factor: Annotated[float, Bounds(minimum=1)]
+    """How many times slower the slow pairs of numbers turn."""
+    low_freq_factor: PositiveFloat
+    """Pairs that turn fewer times than this within the original context are the slow ones."""
+    high_freq_factor: PositiveFloat
+    """Pairs that turn more often than this keep their speed; those in between are slowed in part."""
+    original_max_position_embeddings: PositiveInt
+    """The original context."""
+
+    def problems(self) -> Iterator[str]:
+        """Values that do not fit together."""
+        if self.high_freq_factor <= self.low_freq_factor:
+            yield (
+                f"high_freq_factor: {self.high_freq_factor} is not greater than low_freq_factor = {self.low_freq_factor}, so no "
+                "pair would be between slow and fast; Llama 3.1 has 4.0 and 1.0."
+            )
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,11 @@ class RotaryParams(ModelParams):
     """Added to the mean square in every norm."""
     tie_word_embeddings: bool
     """Whether the output layer is the token embedding."""
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """How rotary positions are slowed; None, as in most families, if they are not."""
+        return None
 
     def problems(self) -> Iterator[str]:
         """Values that do not fit together."""

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelib.corpus.published_models import PUBLISHED_MODELS
+from pipelib.corpus.published_models import PUBLISHED_MODELS, WEIGHTS, folder_name, hash_of_weights
 from pipelib.errors import UserError, how_to_repair
-from pipelib.files import plural, read_json, sha256_file, sha256_files, sha256_json
+from pipelib.files import plural, read_json, sha256_files
 from pipelib.workspace.places import HERE, MANIFEST
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MODELS, OWN_MODEL, CHAT = HERE.published_models, HERE.model, HERE.chat
 """The published models that download fetches, the model that train makes, and what finetune makes."""
 GUIDE = "docs/how-to/initial-weights.md"
@@ -158,9 +158,7 @@ def weights_sha256(folder: Path) -> str:
         UserError: there are no weights.
     """
     paths = weight_files(folder)
-    if paths == [folder / WEIGHTS]:
-        return sha256_file(paths[0])
-    return sha256_json(dict(zip((path.name for path in paths), sha256_files(paths), strict=True)))
+    return hash_of_weights(dict(zip((path.name for path in paths), sha256_files(paths), strict=True)))
 
 
 def require_published(name: str, sha256: str) -> None:
@@ -171,7 +169,8 @@ def require_published(name: str, sha256: str) -> None:
     """
     if published_sha256(name) != sha256:
         raise UserError(
-            f"{MODELS / name / WEIGHTS} is not the file that {MODELS / MANIFEST} names, so its weights cannot be trusted; "
+            f"{MODELS / folder_name(name) / WEIGHTS} is not the file that {MODELS / MANIFEST} names, so its weights cannot be "
+            "trusted; "
             f"{how_to_repair(str(MODELS))}."
         )
 
@@ -227,7 +226,8 @@ def _meant(folder: Path) -> str:
         ours = (
             f"write {published} and add it to download.models, or " if published and folder.parent.name == HUB else ""
         )
-        return f"if it is a model of the Hugging Face hub, {ours}{fetched}"
+        pinned = f"write {name}@COMMIT and add it to download.models, or "
+        return f"if it is a model of the Hugging Face hub, {ours or pinned}{fetched}"
     return "name a folder with a model, for example ./gpt2"
 
 

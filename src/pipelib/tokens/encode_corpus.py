@@ -28,7 +28,7 @@ from pipelib.tokens.dedup import find_duplicates
 from pipelib.tokens.encoding import Encoding, chosen_executor
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tokens.shards import UNIGRAM_COUNTS, Counts, Manifest, Shard, shard_name, write_shard
-from pipelib.tokens.unit_file import UnitCounts, check_unit, read_documents, read_tokens
+from pipelib.tokens.unit_file import UnitCounts, check_unit, read_documents, read_sizes, read_tokens
 from pipelib.tokens.unit_store import Share, unit_store
 from pipelib.tokens.units import DoneUnit, Seconds, Unit, plan_units
 from pipelib.tokens.workers import Workers
@@ -83,10 +83,11 @@ def encode_corpus(
         by_documents = vocabulary.validation_documents is not None or source.validation_documents is not None
         require_training_data(parts, val_tokens, benchmark_documents, by_documents=by_documents)
         shards, counts = write_shards(out, parts, val_tokens, size, workers, tokenizer)
+        val_bytes = bytes_to_token(parts, val_tokens) if tokenizer.normalizer else None
 
     dropped = sum(len(part.dropped) for part in parts)
     dedup = None if params.dedup == "none" else {"method": params.dedup, "dropped_documents": dropped}
-    manifest = Manifest(tokenizer.encoding, source.source, tuple(shards), dedup)
+    manifest = Manifest(tokenizer.encoding, source.source, tuple(shards), dedup, val_bytes)
     with write_atomic(out / UNIGRAM_COUNTS) as file:
         np.save(file, counts)
     manifest.write(out)  # last, because it declares the folder complete
@@ -156,7 +157,8 @@ def encode_missing_units(
     # Verify the units of earlier runs: their files are not synced, so a power cut may have damaged them.
     found = workers.each("check", _check_unit, units, store)
     missing = [unit for unit, counts in zip(units, found, strict=True) if counts is None]
-    require_free_space(store, _token_bytes(missing) + _token_bytes(units), "tokenization")
+    need = sum(_token_bytes(some, tokenizer.token_type.itemsize) for some in (missing, units))
+    require_free_space(store, need, "tokenization")
     # Verify only the raw files that must be read again.
     names = {unit.path.name for unit in missing}
     workers.each("verify", _require_file, [file for file in read_raw_manifest(raw).files if file.name in names], raw)
@@ -190,9 +192,9 @@ def _text_bytes(units: Sequence[Unit]) -> int:
     return sum(unit.text_bytes for unit in units)
 
 
-def _token_bytes(units: Sequence[Unit]) -> int:
+def _token_bytes(units: Sequence[Unit], width: int) -> int:
     """Estimate the bytes that the tokens of units will take: a token is 4 to 5 bytes of English, or 3 of source code."""
-    return _text_bytes(units) * 2 // 3 + 22 * sum(unit.rows for unit in units)
+    return _text_bytes(units) * width // 3 + (24 + width) * sum(unit.rows for unit in units)
 
 
 def _check_unit(unit: Unit, store: Path) -> UnitCounts | None:
@@ -246,7 +248,7 @@ class Part:
         for first, last in self._runs():
             begin, stop = max(0, start - before), min(last - first, end - before)
             if begin < stop:
-                yield from read_tokens(self.unit.path, first + begin, first + stop)
+                yield from read_tokens(self.unit.path, self.unit.counts, first + begin, first + stop)
             before += last - first
 
     def _runs(self) -> Iterator[tuple[int, int]]:
@@ -285,6 +287,16 @@ def tokens_to_start_of(parts: Sequence[Part], document: int) -> int:
             return tokens + int(lengths[:document][kept[:document]].sum())
         tokens, document = tokens + part.tokens, document - len(lengths)
     return tokens
+
+
+def bytes_to_token(parts: Sequence[Part], token: int) -> int:
+    """Count the bytes of text of the documents that start before a token of the corpus."""
+    size = 0
+    for part in parts:
+        sizes = np.delete(read_sizes(part.unit.path, part.unit.counts), part.dropped)
+        size += int(sizes[part.starts() < token].sum(dtype=np.int64))
+        token -= part.tokens
+    return size
 
 
 def write_shards(

@@ -2,7 +2,8 @@
 
 A shard is a header of 256 little-endian int32 (20240520, 1, number of tokens, zeros), then the tokens as little-endian
 uint16 (https://github.com/karpathy/llm.c, `dev/data/data_common.py`). So llm.c's and modded-nanogpt's loaders read our
-shards, and ours reads theirs. The first shard is always the validation split, however much training data there is.
+shards, and ours reads theirs. A vocabulary of more than 65,536 tokens has llm.c's format for Llama 3: 20240801, 7, and uint32.
+The first shard is always the validation split, however much training data there is.
 """
 
 import hashlib
@@ -21,10 +22,12 @@ from pipelib.errors import UserError, how_to_repair
 from pipelib.files import format_json, read_json, sha256_file, write_atomic, write_json, write_text
 from pipelib.processes import available_cores
 from pipelib.vocabulary.choice import find_tokenizer
-from pipelib.vocabulary.tokenizer import Tokenizer, Tokens
+from pipelib.vocabulary.tokenizer import Tokenizer, Tokens, token_type
 from pipelib.workspace.places import HERE, MANIFEST
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+VERSION, HEADER_BYTES = 1, 1024
+HEADERS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}
+"""The first two numbers of a shard, by the type of its tokens."""
 VALIDATION_SHARD = "val_000000.bin"
 UNIGRAM_COUNTS = "unigram_counts.npy"
 _CHUNK = 1 << 20
@@ -55,6 +58,8 @@ class Manifest:
     shards: tuple[Shard, ...]
     dedup: dict[str, Any] | None = None
     """How duplicates were found, and how many documents were left out; None without deduplication."""
+    validation_bytes: int | None = None
+    """Bytes of the validation text before it was normalised; None if the vocabulary normalises no text: its tokens show it."""
     vocabulary: Path | None = field(default=None, compare=False)
     """The folder of the vocabulary, if it is not data/vocabulary. It is not part of the file."""
 
@@ -86,8 +91,9 @@ class Manifest:
 
     def _text(self) -> str:
         fields = asdict(self)
-        dedup, _ = fields.pop("dedup"), fields.pop("vocabulary")
-        return format_json({"version": VERSION, **fields, **({"dedup": dedup} if dedup else {})})
+        del fields["vocabulary"]
+        found = {key: fields.pop(key) for key in ("dedup", "validation_bytes")}
+        return format_json({"version": VERSION, **fields, **{key: value for key, value in found.items() if value}})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -107,7 +113,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         shards = tuple(Shard(**shard) for shard in value["shards"])
         beside = folder.with_name(HERE.vocabulary.name)
-        manifest = Manifest(value["encoding"], value["source"], shards, value.get("dedup"), beside)
+        text_bytes = value.get("validation_bytes")
+        manifest = Manifest(value["encoding"], value["source"], shards, value.get("dedup"), text_bytes, beside)
         # JSON may hold values of any type; a wrong one would fail much later, and less clearly.
         for shard in shards:
             for name, kind in Shard.__annotations__.items():
@@ -115,6 +122,8 @@ def read_manifest(folder: Path) -> Manifest:
                     raise TypeError(f"{name} is {getattr(shard, name)!r}")
         if not (isinstance(manifest.source, dict) and isinstance(manifest.dedup, dict | None)):
             raise TypeError("source or dedup is not an object")
+        if not isinstance(text_bytes, int | None):
+            raise TypeError(f"validation_bytes is {text_bytes!r}")
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a manifest of shards ({error!r}), so they cannot be trusted; {_REPAIR}"
@@ -135,11 +144,12 @@ def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens], tokenizer: To
         pieces: the tokens in order, in arrays of any length. A document starts at each end token.
     """
     counts = np.zeros(tokenizer.size, np.int64)
-    digest = hashlib.sha256(header(tokens))  # hash while writing, so that the file is not read again
+    start = header(tokens, tokenizer.size)
+    digest = hashlib.sha256(start)  # hash while writing, so that the file is not read again
     with write_atomic(path) as file:
-        file.write(header(tokens))
+        file.write(start)
         for piece in pieces:
-            data = piece.astype("<u2", copy=False).data
+            data = piece.astype(tokenizer.token_type, copy=False).data
             file.write(data)
             digest.update(data)
             counts += count_tokens([piece], tokenizer.size)
@@ -148,10 +158,10 @@ def write_shard(path: Path, tokens: int, pieces: Iterable[Tokens], tokenizer: To
     return Shard(path.name, split, tokens, int(counts[tokenizer.end_token_id]), digest.hexdigest()), counts
 
 
-def header(tokens: int) -> bytes:
-    """Return the first 1,024 bytes of a shard."""
+def header(tokens: int, vocab_size: int = 0) -> bytes:
+    """Return the first 1,024 bytes of a shard with tokens of a vocabulary of this size."""
     numbers = np.zeros(HEADER_BYTES // 4, "<i4")
-    numbers[:3] = MAGIC, VERSION, tokens
+    numbers[:3] = *HEADERS[token_type(vocab_size).str], tokens
     return numbers.tobytes()
 
 
@@ -161,8 +171,8 @@ def open_shard(path: Path) -> Tokens:
     Raises:
         UserError: see `shard_tokens`.
     """
-    shard_tokens(path)
-    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
+    kind, _ = _read_header(path)
+    return np.memmap(path, kind, "r", offset=HEADER_BYTES)
 
 
 class ShardFile:
@@ -173,7 +183,7 @@ class ShardFile:
     """
 
     def __init__(self, path: Path) -> None:
-        shard_tokens(path)
+        self._kind, _ = _read_header(path)
         self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -186,12 +196,13 @@ class ShardFile:
         Raises:
             UserError: the file ends before them.
         """
-        data = os.pread(self._descriptor, 2 * count, HEADER_BYTES + 2 * start)
-        if len(data) != 2 * count:
+        width = self._kind.itemsize
+        data = os.pread(self._descriptor, width * count, HEADER_BYTES + width * start)
+        if len(data) != width * count:
             raise UserError(
                 f"{self._path} ends before token {start + count}, so it was cut short after it was checked; {_REPAIR}"
             )
-        return np.frombuffer(data, "<u2")
+        return np.frombuffer(data, self._kind)
 
 
 def shard_tokens(path: Path) -> int:
@@ -200,6 +211,11 @@ def shard_tokens(path: Path) -> int:
     Raises:
         UserError: the file is missing, its header is not a shard's, or its length does not match the header.
     """
+    return _read_header(path)[1]
+
+
+def _read_header(path: Path) -> tuple["np.dtype[Any]", int]:
+    """Return the type and the number of a shard's tokens. For the errors see `shard_tokens`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -208,16 +224,18 @@ def shard_tokens(path: Path) -> int:
         raise UserError(f"{path} is missing, so its tokens cannot be read; run dvc repro.") from None
     except ValueError:  # not a whole number of int32
         numbers = np.zeros(0, "<i4")
-    if len(numbers) != HEADER_BYTES // 4 or numbers[0] != MAGIC or numbers[1] != VERSION:
+    kind = next((kind for kind, start in HEADERS.items() if start == tuple(numbers[:2].tolist())), None)
+    if len(numbers) != HEADER_BYTES // 4 or kind is None:
         raise UserError(f"{path} does not begin with a shard's header, so it is not a shard; {_REPAIR}")
-    if size != HEADER_BYTES + 2 * int(numbers[2]):
+    expected = HEADER_BYTES + np.dtype(kind).itemsize * int(numbers[2])
+    if size != expected:
         raise UserError(
-            f"{path} has {size} bytes where its header's {numbers[2]} tokens need {HEADER_BYTES + 2 * int(numbers[2])}, "
+            f"{path} has {size} bytes where its header's {numbers[2]} tokens need {expected}, "
             f"so it has too few or too many tokens; {_REPAIR}"
         )
     if not numbers[2]:
         raise UserError(f"{path} holds no tokens, so there is nothing to read; {_REPAIR}")
-    return int(numbers[2])
+    return np.dtype(kind), int(numbers[2])
 
 
 _REPAIR = how_to_repair(str(HERE.tokens)) + "."

@@ -1,7 +1,8 @@
 """The file of an encoded unit: its tokens, and what is needed to leave out duplicate documents later.
 
-    tokens       uint16 each; every document begins with the end token
+    tokens       uint16 each, or uint32 if the vocabulary needs it; every document begins with the end token
     lengths      uint32 per document: its number of tokens, <|endoftext|> included
+    sizes        uint32 per document: the UTF-8 bytes of its text
     hashes       16 bytes per document: XXH3-128 of its text
     trailer      the counts, and XXH3-64 of all of the above and of the unit's identity
 
@@ -25,7 +26,7 @@ from pipelib.vocabulary.tokenizer import Tokens
 _COUNTS = np.dtype(
     [("magic", "S8"), ("tokens", "<u8"), ("documents", "<u8"), ("empty_documents", "<u8"), ("text_bytes", "<u8")]
 )
-_MAGIC = b"units 1\n"
+_MAGIC = b"units 2\n"
 _TRAILER_BYTES = _COUNTS.itemsize + 8
 _BLOCK = 1 << 22
 
@@ -51,24 +52,26 @@ class UnitWriter:
     def __init__(self, file: IO[bytes], identity: str) -> None:
         self._file, self._checksum = file, xxhash.xxh3_64(identity.encode())
         self._lengths: list[Lengths] = []
+        self._sizes: list[Lengths] = []
         self._hashes: list[bytes] = []
         self._tokens = 0
 
     def add_tokens(self, tokens: Tokens) -> None:
         """Append tokens."""
         self._tokens += len(tokens)
-        self._write(tokens.astype("<u2", copy=False).data)
+        self._write(tokens.data)
 
-    def add_documents(self, lengths: Lengths, hashes: Sequence[bytes]) -> None:
+    def add_documents(self, lengths: Lengths, sizes: Lengths, hashes: Sequence[bytes]) -> None:
         """Record the documents whose tokens were appended."""
         self._lengths.append(lengths)
+        self._sizes.append(sizes)
         self._hashes += hashes
 
     def finish(self, empty_documents: int, text_bytes: int) -> UnitCounts:
         """Write everything that follows the tokens."""
         counts = UnitCounts(self._tokens, len(self._hashes), empty_documents, text_bytes)
-        for lengths in self._lengths:
-            self._write(lengths.astype("<u4", copy=False).data)
+        for numbers in (*self._lengths, *self._sizes):
+            self._write(numbers.astype("<u4", copy=False).data)
         self._write(b"".join(self._hashes))
         self._write(np.array([(_MAGIC, *astuple(counts))], _COUNTS).tobytes())
         self._file.write(self._checksum.digest())
@@ -116,18 +119,35 @@ def read_counts(path: Path) -> UnitCounts | None:
         return None
     magic, *counted = numbers.tolist()
     counts = UnitCounts(*counted)
-    expected = 2 * counts.tokens + 20 * counts.documents + _TRAILER_BYTES  # 20 = 4 for the length + 16 for the hash
-    return counts if magic == _MAGIC and size == expected else None
+    return counts if magic == _MAGIC and size in (_size(counts, 2), _size(counts, 4)) else None
 
 
-def read_tokens(path: Path, start: int, end: int) -> Iterator[Tokens]:
+def _size(counts: UnitCounts, token_bytes: int) -> int:
+    """Return the size of a unit's file. 24 = 4 for a document's length + 4 for its size + 16 for its hash."""
+    return token_bytes * counts.tokens + 24 * counts.documents + _TRAILER_BYTES
+
+
+def _token_bytes(path: Path, counts: UnitCounts) -> int:
+    """Return the bytes of a token in a file, which its size shows."""
+    return 4 if path.stat().st_size == _size(counts, 4) else 2
+
+
+def read_tokens(path: Path, counts: UnitCounts, start: int, end: int) -> Iterator[Tokens]:
     """Yield tokens [start, end) of a unit, a few megabytes at a time."""
-    for at in range(start, end, _BLOCK // 2):
-        yield np.fromfile(path, "<u2", min(_BLOCK // 2, end - at), offset=2 * at)
+    width = _token_bytes(path, counts)
+    for at in range(start, end, _BLOCK // width):
+        yield np.fromfile(path, f"<u{width}", min(_BLOCK // width, end - at), offset=width * at)
 
 
 def read_documents(path: Path, counts: UnitCounts) -> tuple[Lengths, Hashes]:
     """Return the length in tokens (documents,) and the hash (documents, 2) of every document of a unit."""
-    lengths = np.fromfile(path, "<u4", counts.documents, offset=2 * counts.tokens)
-    hashes = np.fromfile(path, "<u8", 2 * counts.documents, offset=2 * counts.tokens + 4 * counts.documents)
+    start = _token_bytes(path, counts) * counts.tokens
+    lengths = np.fromfile(path, "<u4", counts.documents, offset=start)
+    hashes = np.fromfile(path, "<u8", 2 * counts.documents, offset=start + 8 * counts.documents)
     return lengths, hashes.reshape(-1, 2)
+
+
+def read_sizes(path: Path, counts: UnitCounts) -> Lengths:
+    """Return the UTF-8 bytes of every document of a unit (documents,)."""
+    start = _token_bytes(path, counts) * counts.tokens + 4 * counts.documents
+    return np.fromfile(path, "<u4", counts.documents, offset=start)

@@ -165,7 +165,7 @@ def encode_texts(texts: Iterable[Texts], unit: Unit, engine: Engine, target: Pat
                 clock.add("join")
                 writer.add_tokens(joined)
                 clock.add("write")
-            writer.add_documents(lengths, hash_texts(batch))
+            writer.add_documents(lengths, np.diff(batch.offsets).astype(np.uint32), hash_texts(batch))
             documents, text_bytes = documents + len(batch), text_bytes + len(batch.data)
             clock.add("join")
         counts = writer.finish(unit.rows - documents, text_bytes)
@@ -193,7 +193,7 @@ def _heads(texts: Texts) -> Iterator[str]:
 
 def _insert_end_tokens(tokens: Tokens, starts: Offsets, end_token_id: int) -> Tokens:
     """Return the tokens with the end token inserted before each of the given positions."""
-    joined = np.empty(len(tokens) + len(starts), np.uint16)
+    joined = np.empty(len(tokens) + len(starts), tokens.dtype)
     leads = starts + np.arange(len(starts))  # each end token moves all later positions by one
     is_token = np.ones(len(joined), bool)
     is_token[leads] = False

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelib.corpus.published_models import folder_name
 from pipelib.errors import UserError
 from pipelib.evaluation.benchmark_items import holds_items
 from pipelib.files import sha256_file
@@ -76,7 +77,7 @@ def require_weights(model: InitialisedModelParams, tokenizer: Tokenizer) -> str:
 
 
 def _folder_of(model: InitialisedModelParams) -> Path:
-    return MODELS / model.init_from if model.init_is_published else Path(model.init_from)
+    return MODELS / folder_name(model.init_from) if model.init_is_published else Path(model.init_from)
 
 
 def require_hellaswag(params: TrainParams, benchmarks: Path) -> dict[str, object]:

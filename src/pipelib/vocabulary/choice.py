@@ -104,7 +104,8 @@ def tokenizer_of_model(folder: Path, otherwise: Tokenizer) -> Tokenizer:
         return otherwise
     # Tokens that were added without rows in the embedding, [PAD] for example, are not the model's.
     has_no_more = isinstance(rows, int) and rows <= GPT2_TOKENIZER.padded_size
-    return GPT2_TOKENIZER if has_no_more and found.ranks() == GPT2_TOKENIZER.ranks() else found
+    is_gpt2s = has_no_more and not found.normalizer and found.ranks() == GPT2_TOKENIZER.ranks()
+    return GPT2_TOKENIZER if is_gpt2s else found
 
 
 def is_gpt2(tokenizer: Tokenizer) -> bool:

@@ -49,6 +49,12 @@ class Texts:
         offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
+    def normalised(self, tokenizer: Tokenizer) -> "Texts":
+        """Return the texts in the form that a tokenizer encodes. Texts of ASCII alone have every form."""
+        if not tokenizer.normalizer or not (self.data >= 0x80).any():
+            return self
+        return Texts.of(map(tokenizer.normalise, self))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -79,9 +85,11 @@ class TiktokenEngine:
     def encode(self, texts: Texts) -> tuple[Tokens, Offsets]:
         """See `Engine.encode`."""
         # Like encode_ordinary, but returns an array: with no special token disallowed or allowed, all of them are text.
-        encoded = [self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16) for text in texts]
+        texts = texts.normalised(self.tokenizer)
+        encoded = [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
         offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        return np.concatenate([np.zeros(0, np.uint16), *encoded]), offsets
+        joined = np.concatenate([np.zeros(0, np.uint32), *encoded])
+        return joined.astype(self.tokenizer.token_type), offsets
 
 
 class GigatokenEngine:
@@ -124,7 +132,8 @@ class GigatokenEngine:
         from awkward.index import Index64
 
         if not len(texts):
-            return np.zeros(0, np.uint16), np.zeros(1, np.int64)
+            return np.zeros(0, self.tokenizer.token_type), np.zeros(1, np.int64)
+        texts = texts.normalised(self.tokenizer)
         # gigatoken takes Awkward arrays, which can wrap our arrays without a copy.
         characters = NumpyArray(texts.data, parameters={"__array__": "char"})
         strings = ListOffsetArray(Index64(texts.offsets), characters, parameters={"__array__": "string"})
@@ -134,7 +143,7 @@ class GigatokenEngine:
         self._text += len(texts.data)
         if self._text > self.MIN_TEXT_BYTES and _memory() > self._memory + self.MAX_GROWTH_BYTES:
             self._load()
-        return tokens.astype(np.uint16), offsets - offsets[0]
+        return tokens.astype(self.tokenizer.token_type), offsets - offsets[0]
 
 
 def _memory() -> int:

@@ -1,7 +1,7 @@
 """A vocabulary in a folder: `tokenizer.json`, the file of Hugging Face's `tokenizers`, which transformers and others load.
 
 Only byte-level BPE whose tokens are a function of ids and pre-tokenizer is read, so that tiktoken, gigatoken, tokenizers and
-llama.cpp give equal tokens: no normalizer, a pre-tokenizer that all of them know, merges in the order of their ids.
+llama.cpp give equal tokens: no normalizer but NFC, a pre-tokenizer that all of them know, merges in the order of their ids.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelib.errors import UserError
 from pipelib.files import format_json, read_json
@@ -37,17 +37,27 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         end_token_id=end_token_id,
         pre_tokenizer=found.pre_tokenizer,
         special_tokens=found.special_tokens,
-        fingerprint=fingerprint(found.ranks, found.pre_tokenizer, found.special_tokens, end_token_id),
+        fingerprint=fingerprint(found.ranks, found.pre_tokenizer, found.special_tokens, end_token_id, found.normalizer),
+        normalizer=found.normalizer,
         ranks=partial(_ranks, folder / TOKENIZER),
         files=partial(model_files, folder / TOKENIZER, end),
     )
 
 
 def fingerprint(
-    ranks: Mapping[bytes, int], pre_tokenizer: str, special_tokens: Mapping[str, int], end_token_id: int
+    ranks: Mapping[bytes, int],
+    pre_tokenizer: str,
+    special_tokens: Mapping[str, int],
+    end_token_id: int,
+    normalizer: str = "",
 ) -> str:
     """Return the SHA-256 of what decides the tokens of documents."""
-    others = {"pre_tokenizer": pre_tokenizer, "special_tokens": dict(special_tokens), "end_token_id": end_token_id}
+    others = {
+        "pre_tokenizer": pre_tokenizer,
+        "special_tokens": dict(special_tokens),
+        "end_token_id": end_token_id,
+        **({"normalizer": normalizer} if normalizer else {}),
+    }
     return hashlib.sha256(tiktoken_lines(ranks) + format_json(others).encode("utf-8")).hexdigest()
 
 
@@ -85,6 +95,7 @@ class _File:
     ranks: Mapping[bytes, int]
     special_tokens: Mapping[str, int]
     pre_tokenizer: str
+    normalizer: Literal["", "NFC"]
 
 
 def _ranks(path: Path) -> Mapping[bytes, int]:
@@ -121,8 +132,9 @@ def _parse(path: Path, _size: int, _modified: int) -> _File:
         raise _unusable(path, f"is not a tokenizer of bytes ({error!r})") from None
     for token in added:
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
-        if flags or token.get("special") is not True:
-            why = " and ".join(flags) or "not special"
+        # One that is not special, as Qwen3's <think>, is special here: no text of the corpus is encoded to it.
+        if flags or (token.get("special") is not True and token.get("normalized") is not False):
+            why = " and ".join(flags) or "an ordinary word"
             raise _unusable(
                 path, f"has the added token {token['content']!r}, which is {why} and so changes ordinary text"
             )
@@ -133,9 +145,11 @@ def _parse(path: Path, _size: int, _modified: int) -> _File:
     ids = sorted([*ranks.values(), *special.values()])
     if ids != list(range(len(ids))) or sorted(ranks.values()) != list(range(len(ranks))):
         raise _unusable(path, "has ids that leave gaps, or special tokens before ordinary ones")
-    if merged != list(range(BYTES, len(ranks))):
+    # Llama 3's file has each merge that gives a token, one after another.
+    if list(dict.fromkeys(merged)) != list(range(BYTES, len(ranks))) or merged != sorted(merged):
         raise _unusable(path, "has merges in another order than its ids, so engines would not agree on the tokens")
-    return _File(ranks, special, _pre_tokenizer(path, value.get("pre_tokenizer")))
+    normalizer: Literal["", "NFC"] = "NFC" if value.get("normalizer") else ""
+    return _File(ranks, special, _pre_tokenizer(path, value.get("pre_tokenizer")), normalizer)
 
 
 def _require_byte_level_bpe(path: Path, value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -143,7 +157,7 @@ def _require_byte_level_bpe(path: Path, value: Mapping[str, Any]) -> Mapping[str
     model: Mapping[str, Any] = value["model"]
     if model.get("type", "BPE") != "BPE":
         raise _unusable(path, f"is of the kind {model['type']}")
-    if value.get("normalizer") is not None:
+    if value.get("normalizer") not in (None, {"type": "NFC"}):
         raise _unusable(path, f"changes the text first (normalizer {value['normalizer'].get('type')})")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk"):
         if model.get(key):

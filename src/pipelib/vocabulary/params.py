@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from pipelib.schema import Bounds, PositiveInt
-from pipelib.vocabulary.tokenizer import BYTES, END, MAX_SIZE
+from pipelib.schema import MAX_INT, Bounds, PositiveInt
+from pipelib.vocabulary.tokenizer import BYTES, END
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class VocabularyParams:
 
     source: str
     """`gpt2`, `train` (byte-level BPE, trained on the corpus), or a folder with a `tokenizer.json`, such as `./DIR`."""
-    vocab_size: Annotated[int, Bounds(minimum=BYTES + 1, maximum=MAX_SIZE)]
+    vocab_size: Annotated[int, Bounds(minimum=BYTES + 1, maximum=MAX_INT)]
     """`train`: the number of tokens: 256 bytes, merges, `<|endoftext|>` and `special_tokens`. It cannot be named `size`: DVC's
     run cache does not compare a parameter of that name."""
     pre_tokenizer: Literal["gpt2", "gpt4", "qwen2"]

@@ -7,7 +7,7 @@ from pipelib.vocabulary.choice import is_gpt2
 from pipelib.vocabulary.folder import read_tokenizer
 from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 from pipelib.vocabulary.params import VocabularyParams
-from pipelib.vocabulary.tokenizer import MAX_SIZE, Tokenizer
+from pipelib.vocabulary.tokenizer import Tokenizer
 
 
 def planned_tokenizer(params: VocabularyParams) -> Tokenizer | None:
@@ -34,7 +34,7 @@ def planned_size(params: VocabularyParams) -> int:
 
 
 def _require_usable(tokenizer: Tokenizer, folder: str) -> None:
-    """Refuse the vocabulary of a folder if it is GPT-2's or too large.
+    """Refuse the vocabulary of a folder if it is GPT-2's.
 
     Raises:
         UserError: with what to write instead.
@@ -43,9 +43,4 @@ def _require_usable(tokenizer: Tokenizer, folder: str) -> None:
         raise UserError(
             f"vocabulary.source: {folder} has GPT-2's vocabulary, and only with vocabulary.source: gpt2 is the validation "
             "split that of published runs, so losses could not be compared with theirs; set vocabulary.source: gpt2."
-        )
-    if tokenizer.size > MAX_SIZE:
-        raise UserError(
-            f"vocabulary.source: {folder} has {tokenizer.size:,} tokens, and shards hold at most {MAX_SIZE:,}, so the corpus "
-            "could not be written; use a smaller vocabulary."
         )

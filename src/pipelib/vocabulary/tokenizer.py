@@ -4,24 +4,24 @@ tiktoken is the reference for the tokens of a text. It is imported when text is 
 only needs the sizes works without it.
 """
 
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelib.errors import UserError
 
-Tokens = npt.NDArray[np.uint16]
-"""Token ids (N,)."""
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+"""Token ids (N,), of the type that `token_type` says."""
 END = "<|endoftext|>"
 """The end token of GPT-2's vocabulary and of those that are trained here."""
 BYTES = 256
 """Tokens of one byte, which every vocabulary has."""
-MAX_SIZE = 1 << 16
-"""The most tokens of a vocabulary: shards hold 16 bits a token."""
 TILE = 128
 """The widest tile of a GPU's matrix units; a vocabulary is padded to a multiple of it."""
 
@@ -32,6 +32,11 @@ def padded_size(vocab_size: int) -> int:
     The added tokens occur in no text, and no model predicts them.
     """
     return -(-vocab_size // TILE) * TILE  # -(-a // b) rounds up
+
+
+def token_type(vocab_size: int) -> "np.dtype[np.unsignedinteger[Any]]":
+    """Return the type of token ids in arrays and files: 16 bits if they hold every id, else 32, little-endian."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,18 @@ class Tokenizer:
     """Reads the id of every token except the special ones, by its bytes. Tokens are merged in this order."""
     files: Callable[[int], Mapping[str, bytes]] = field(compare=False, repr=False)
     """Reads the tokenizer files for a Hugging Face model folder, by file name. The argument is the context length."""
+    normalizer: Literal["", "NFC"] = ""
+    """The form of Unicode that a text gets before it is encoded, as in Qwen's vocabularies; empty if it stays as it is."""
 
     @property
     def padded_size(self) -> int:
         """See the function `padded_size`."""
         return padded_size(self.size)
+
+    @property
+    def token_type(self) -> "np.dtype[np.unsignedinteger[Any]]":
+        """See the function `token_type`."""
+        return token_type(self.size)
 
     @property
     def encoding(self) -> dict[str, str]:
@@ -75,8 +87,15 @@ class Tokenizer:
                 tiktoken's `encode_ordinary`.
         """
         if with_special:
-            return list(reference(self).encode(text, allowed_special="all"))
-        return list(reference(self).encode_ordinary(text))
+            # the spelling of a special token stays whole: a combining mark behind it must not join its last character
+            spellings = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
+            parts = [self.normalise(part) for part in re.split(f"({spellings})", text)]
+            return list(reference(self).encode("".join(parts), allowed_special="all"))
+        return list(reference(self).encode_ordinary(self.normalise(text)))
+
+    def normalise(self, text: str) -> str:
+        """Return a text in the form that is encoded; see `normalizer`."""
+        return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode tokens to text. Bytes that are not UTF-8 become U+FFFD."""
