@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from fake_hub import FakeHub, flip
-from small_params import PARAMS, ROTARY
+from small_corpus import make_texts, write_jsonl
+from small_params import PARAMS, ROTARY, write_params
+from small_project import Project
 from small_vocabulary import TOKENIZER
 from test_corpus_hub import point_at
 
@@ -18,7 +20,7 @@ from pipelib.corpus.params import DownloadParams
 from pipelib.corpus.published_models import folder_name, is_downloaded, is_hub_model
 from pipelib.errors import UserError
 from pipelib.evaluation.baselines import find_baselines
-from pipelib.files import sha256_file
+from pipelib.files import read_json, sha256_file
 from pipelib.model import weights as weights_module
 from pipelib.model.decoder import build
 from pipelib.model.huggingface import export_model
@@ -140,3 +142,23 @@ def test_parameters_that_do_not_fit(section: str, changes: dict[str, Any], messa
     else:
         parse(Params, values, "", problems)
     assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.long
+def test_every_stage_works_with_a_model_of_the_hub(tmp_path: Path) -> None:
+    """It is fetched, its vocabulary makes the data, training starts from it, and it is measured beside the result."""
+    project = Project.make(tmp_path / "project")
+    write_jsonl(project.root / "texts/a.jsonl", make_texts(200, words=60))
+    with FakeHub("Someone/Tiny-0.1B", COMMIT, files_of(tmp_path / "made"), kind="model") as hub:
+        write_params(project.root, download__models=[NAME])
+        project.runs("download", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
+    write_params(
+        project.root, download__models=[NAME], vocabulary__source=f"./data/models/{folder_name(NAME)}",
+        model={"architecture": "qwen3", **ROTARY, "init_from": NAME}, evaluate__baselines=[NAME],
+    )  # fmt: skip
+    for stage in ("vocabulary", "tokenize", "train", "evaluate"):
+        project.runs(stage)
+    recipe = read_json(project.root / "models/recipe.json")
+    sha256 = read_json(project.root / "data/models/manifest.json")[NAME]["sha256"]
+    assert recipe["initial_weights_sha256"] == sha256
+    assert NAME in read_json(project.root / "metrics/evaluate.json")["baselines"]

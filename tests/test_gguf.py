@@ -1,7 +1,6 @@
 """`pipelib export`: a GGUF file, and what llama.cpp itself makes of it, where `xllamacpp` is installed."""
 
 import json
-import os
 import random
 import urllib.request
 from collections.abc import Iterator
@@ -190,7 +189,7 @@ def llama(path: Path) -> Iterator[Any]:
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install '.[llamacpp]'")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 256, 1, False
-    params.cpuparams.n_threads, params.port, params.verbosity = 2, 0, -1
+    params.cpuparams.n_threads, params.port, params.verbosity = 1, 0, -1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
@@ -249,7 +248,7 @@ def test_losses_in_llama_cpp_are_ours(family: str, kind: Any, most: float, tmp_p
     """Of the token that comes next, at places all over a text."""
     tokenizer = tokenizer_named("own, gpt2", tmp_path)
     model, path = exported(family, tokenizer, tmp_path, kind)
-    count = int(os.environ.get("PIPELIB_TEST_TOKENS", "300"))
+    count = 20_000
     ascii_token = tokenizer.encode("a")[0]
     ids = [number for text in make_texts(200, seed=9) for number in tokenizer.encode(text)][: count + count // 100 + 8]
     ours, theirs = [], []

@@ -26,7 +26,8 @@ class EvaluateParams:
     task_limit: PositiveInt | None
     """Examples of each of these tasks, from its start; null for all."""
     baselines: tuple[str, ...]
-    """Models to measure beside ours: names in `download.models`, or Hugging Face folders, which have a slash in them."""
+    """Models to measure beside ours: names in `download.models`, or Hugging Face folders, which have a slash in them and no
+    commit."""
     sample_prompts: tuple[str, ...]
     """The prompts that the report's samples continue."""
 
