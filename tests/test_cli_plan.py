@@ -109,10 +109,10 @@ def test_ranks_share_the_step(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def test_what_the_train_stage_refuses_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    write_params({**PRESET, "train.max_tokens": 20_000_000_000})
+    write_params({**PRESET, "train.max_epochs": 0.001})
     assert main(["plan"]) == 1
     said = capsys.readouterr()
-    assert "2.024 passes over the 9,882,590,278 training tokens" in said.err
+    assert "have 9,882,590,278 tokens, so the training ends after 18 steps, which are too few (warmup_steps" in said.err
     assert "124,439,808 parameters" in said.out
 
 
@@ -180,7 +180,7 @@ def test_a_check_of_models_that_are_there_is_a_line(capsys: pytest.CaptureFixtur
         ({"evaluate.baselines": ["./mamba"]}, "mamba/config.json has model_type = 'mamba', and this code knows only arcee, gpt2"),
         ({"evaluate.baselines": ["gpt2"]}, "evaluate.baselines: gpt2 is not in download.models"),
         ({"evaluate.tasks": ["piqa"]}, "evaluate.tasks: piqa needs the data of the benchmark piqa"),
-        ({"train.max_tokens": 30 * 7_400_214}, "passes over the 7,"),
+        ({"train.max_epochs": 1e-6}, "so the training ends after 0 steps, which are too few (max_tokens"),
         ({"train.max_tokens": 10**6, "train.global_batch_tokens": 10**6, "train.micro_batch_size": 3,
           "train.sequence_length": 125, "train.warmup_steps": 0}, "do not divide"),
     ],
@@ -208,7 +208,7 @@ def test_a_check_says_all_that_is_wrong_at_once(
         pytest.skip("a rank needs a GPU of its own")
     monkeypatch.setenv("PIPELIB_NPROC", "7")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    write_params({"model.init_from": "a/b", "evaluate.baselines": ["./c", "./d"], "train.max_tokens": 30 * 7_400_214})
+    write_params({"model.init_from": "a/b", "evaluate.baselines": ["./c", "./d"], "train.max_epochs": 1e-6})
     assert main(["plan", "--check"]) == 1
     said = capsys.readouterr().err
     for words in (
@@ -216,7 +216,7 @@ def test_a_check_says_all_that_is_wrong_at_once(
         "evaluate.baselines: c is not a folder",
         "evaluate.baselines: d is not a folder",
         "7 ranks with train.micro_batch_size",
-        "passes over the",
+        "so the training ends after 0 steps",
         "too little, so a stage would stop half-way",
     ):
         assert words in said
@@ -233,28 +233,33 @@ def test_the_plan_refuses_what_the_check_refuses(capsys: pytest.CaptureFixture[s
 
 def test_an_estimate_refuses_nothing_that_could_fit(capsys: pytest.CaptureFixture[str]) -> None:
     """The offline corpus varies with versions; what the hub counted does not."""
-    params = read_yaml(QUICK)
-    step = params["train"]["global_batch_tokens"]
-    tokens = 7_400_214 - 256_000
-    for factor, status in ((1.015, 0), (1.04, 1)):
-        write_params({"train.max_tokens": int(factor * tokens) // step * step, "train.max_epochs": 1.0})
+    for tokens, status in ((7_200_000, 0), (7_300_000, 1)):  # it has 7,144,214 besides the validation shard
+        write_params({
+            "train.global_batch_tokens": tokens // 32 * 32, "train.max_tokens": 8_000_000, "train.warmup_steps": 0,
+            "train.sequence_length": 32, "train.micro_batch_size": 1,
+        })  # fmt: skip
         assert main(["plan", "--check"]) == status
-    capsys.readouterr()
-    write_params({**PRESET, "train.max_tokens": 9_990_000_000})  # 1.011 passes
-    assert main(["plan", "--check"]) == 1
-    assert "passes over the 9,882,590,278 training tokens" in capsys.readouterr().err
+    assert "so no step can be trained" in capsys.readouterr().err
+
+
+def test_a_plan_says_where_the_training_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    write_params({**PRESET, "train.max_tokens": 99_000_000_000})
+    said = plan(capsys, "--no-measure")
+    passes = "train.max_epochs = 1, and the training shards have 9,882,590,278 tokens"
+    assert f"train: {passes}, so the training ends after 9,882," in said
+    assert "\nepochs      1 of the 9,882,590,278" in said
 
 
 def test_text_that_may_have_grown_refuses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """With `source: local`, data/tokens may be of text that is no longer all there is."""
-    changes = {"download.source": "local", "tokenize.shard_tokens": 100_000, "train.max_tokens": 20 * 400_000}
+    changes = {"download.source": "local", "tokenize.shard_tokens": 100_000, "train.max_epochs": 1e-6}
     write_params(changes)
     Manifest(GPT2_TOKENIZER.encoding, {"kind": "local", "max_tokens": None}, tuple(
         write_shards(Path("data/tokens"), [np.zeros(500_000, np.uint16)], 100_000)
     )).write(Path("data/tokens"))  # fmt: skip
     assert len(plan(capsys, "--check").splitlines()) == 1
     assert main(["plan", "--no-measure"]) == 1
-    assert "20.005 passes over the 400,000 training tokens" in capsys.readouterr().err
+    assert "the training shards have 400,000 tokens, so the training ends after 0 steps" in capsys.readouterr().err
     write_params({**changes, "tokenize.dedup": "exact"})
     assert "unknown until tokenize has run" in plan(capsys, "--no-measure"), "duplicates may have been counted"
 

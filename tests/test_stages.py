@@ -1,5 +1,6 @@
 """Stages as processes: bad input gets one message and a status, no traceback, and leaves nothing half-written."""
 
+import csv
 import errno
 import os
 import shutil
@@ -192,9 +193,17 @@ def test_a_corpus_shorter_than_one_batch(project: Project) -> None:
     )
 
 
-def test_more_passes_over_the_corpus_than_allowed(project: Project) -> None:
-    write_params(project.root, train__max_tokens=10**6)
-    project.refuses("train", "train.max_tokens = 1,000,000 is", "and train.max_epochs allows")
+def test_a_training_ends_after_the_passes_that_are_allowed(project: Project) -> None:
+    """Its learning rate falls to its end, as in a training that asks for no more tokens."""
+    write_params(project.root, train__max_tokens=10**6, train__max_epochs=0.5)
+    done = project.stage("train")
+    assert done.returncode == 0, done.stderr
+    steps = read_json(project.root / "metrics/train.json")["steps"]
+    assert f"so the training ends after {64 * steps:,} of train.max_tokens = 1,000,000\n" in done.stdout
+    with (project.root / "curves/train.csv").open(newline="") as file:
+        rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
+    assert len(rates) == steps
+    assert rates[-1] < 0.2 * max(rates)
 
 
 def test_ranks_that_cannot_share_a_step(project: Project) -> None:

@@ -18,7 +18,7 @@ from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.schema import parse
 from pipelib.tokens.shards import read_manifest
-from pipelib.training.batches import check_plan
+from pipelib.training.batches import check_shares
 from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.launch.distributed import World
 from pipelib.training.launch.job import Job
@@ -211,9 +211,9 @@ def test_other_errors_stay_what_they_are(folder: Path, monkeypatch: pytest.Monke
 
 def test_ranks_that_cannot_share_a_step_are_refused_without_a_number_too(folder: Path) -> None:
     manifest = read_manifest(folder / "tokens")
-    check_plan(params(), manifest, 4)
+    check_shares(params(), 4)
     with pytest.raises(UserError, match=r"3 ranks .* cannot share the 4 rows of a step equally, .* lost; start fewer"):
-        check_plan(params(), manifest, 3)
+        check_shares(params(), 3)
 
 
 @pytest.mark.parametrize(

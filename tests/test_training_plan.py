@@ -1,5 +1,6 @@
 """What cannot be trained is refused before it starts: data too short, ranks that do not divide, settings of machines."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from small_run import ALONE, train_small
 
 from pipelib.errors import UserError
 from pipelib.tokens.shards import read_manifest
-from pipelib.training.batches import check_plan, make_loader
+from pipelib.training.batches import check_shares, fit_tokens, make_loader
 from pipelib.training.launch.launch import join
 from pipelib.training.launch.machines import find_machines, process_count
 
@@ -21,10 +22,11 @@ from pipelib.training.launch.machines import find_machines, process_count
     [
         ({"max_tokens": 16384, "global_batch_tokens": 16384}, 1, r"have 6,144 tokens, 383 rows of 16, .* needs 1024"),
         (
-            {"max_tokens": 64 * 192, "max_epochs": 2.0},
+            {"max_epochs": 0.02, "warmup_steps": 2},
             1,
-            r"is 2.005 passes .* allows 2, .*; raise train.max_epochs to 2.006",
+            r"max_epochs = 0.02, .* 6,144 tokens, .* after 1 steps, .* \(warmup_steps: .*\); raise train.max_epochs, or add",
         ),
+        ({"max_epochs": 0.005}, 1, r"after 0 steps, .* \(max_tokens: 0 is less than one step"),
         ({}, 3, r"3 ranks with train.micro_batch_size = 2 cannot share the 4 rows"),
         ({"micro_batch_size": 1}, 8, r"8 ranks with train.micro_batch_size = 1 cannot share the 4 rows"),
     ],
@@ -33,12 +35,19 @@ def test_a_plan_that_does_not_fit_the_data_is_refused(
     folder: Path, changes: dict[str, Any], ranks: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        check_plan(train_params(**changes), read_manifest(folder / "tokens"), ranks)
+        check_shares(fit_tokens(train_params(**changes), read_manifest(folder / "tokens")), ranks)
 
 
-def test_the_epochs_that_the_message_names_are_enough(folder: Path) -> None:
-    manifest = read_manifest(folder / "tokens")
-    check_plan(train_params(max_tokens=64 * 192, max_epochs=2.006), manifest, 1)
+def test_a_training_ends_after_the_passes_that_are_allowed(folder: Path) -> None:
+    manifest, said = read_manifest(folder / "tokens"), []  # 383 rows, 4 a step
+    for epochs, steps in ((1.0, 95), (2.0, 191), (2.006, 192), (9.0, 192)):
+        asked = train_params(max_tokens=64 * 192 + 1, max_epochs=epochs)
+        fitted = fit_tokens(asked, manifest, said.append)
+        assert fitted == (asked if steps == 192 else replace(asked, max_tokens=64 * steps))
+    assert said[1:] == [
+        "train: train.max_epochs = 2, and the training shards have 6,144 tokens, so the training ends after 12,224 of "
+        "train.max_tokens = 12,289"
+    ]
 
 
 def test_a_second_epoch_is_announced_when_it_begins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

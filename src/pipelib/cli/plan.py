@@ -72,11 +72,11 @@ class Plan(Command):
             )
         corpus = corpus_of(params, Path.cwd())
         if self.machines is not None:
-            from pipelib.inspection.costs import Rented, costs_there
+            from pipelib.inspection.costs import Rented, costs_there, within_epochs
 
             rented = Rented.parse(self.machines)
             tell(f"{self.params}, with {rented.machines * rented.gpus} ranks on {plural(rented.machines, 'machine')}\n")
-            for name, text in costs_there(params, corpus, rented, self.price):
+            for name, text in costs_there(within_epochs(params, corpus), corpus, rented, self.price):
                 tell(f"{name:<12}{text}")
             return 0
         machines = find_machines()
@@ -84,9 +84,9 @@ class Plan(Command):
         if self.check:
             tell(check_all(self.params, params, corpus, ranks))
             return 0
-        from pipelib.inspection.costs import costs, time_here, with_micro_batch  # slow, and a check does without it
+        from pipelib.inspection.costs import costs, time_here, with_micro_batch, within_epochs  # slow, unlike the check
 
-        params = with_micro_batch(params, machines)
+        params = within_epochs(with_micro_batch(params, machines), corpus)
         where = "this machine" if machines.count == 1 else f"{machines.count} machines"
         tell(f"{self.params}, with {plural(ranks, 'rank')} on {where}\n")
         for name, text in costs(params, corpus, machines):

@@ -105,11 +105,8 @@ def _find_conversations(params: FinetuneParams) -> None:
 
 
 def _check_tokens(params: Params, corpus: Corpus) -> None:
-    """Refuse more passes than `train.max_epochs`. If the corpus is an estimate, allow `SLACK` more text."""
-    from pipelib.training.batches import check_tokens
+    """Refuse a text that is too short. If the corpus is an estimate, allow `SLACK` more text."""
+    from pipelib.training.batches import fit_tokens
 
-    if not corpus.is_exact:
-        with suppress(UserError):
-            more = replace(corpus, tokens=math.ceil(SLACK * corpus.tokens))
-            return check_tokens(params.train, manifest_of(more, params.tokenize.shard_size(more.tokens)))
-    return check_tokens(params.train, manifest_of(corpus, params.tokenize.shard_size(corpus.tokens)))
+    tokens = corpus.tokens if corpus.is_exact else math.ceil(SLACK * corpus.tokens)
+    fit_tokens(params.train, manifest_of(replace(corpus, tokens=tokens), params.tokenize.shard_size(tokens)))

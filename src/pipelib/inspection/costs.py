@@ -2,17 +2,18 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
-from pipelib.errors import UserError
+from pipelib.errors import UserError, tell
 from pipelib.files import format_bytes, nearest_folder, plural
-from pipelib.inspection.disk import Corpus, disk_of
+from pipelib.inspection.disk import Corpus, disk_of, manifest_of
 from pipelib.inspection.speed import measure_speed
 from pipelib.model.device import pick_device, total_memory
 from pipelib.params import Params
 from pipelib.progress import format_seconds
-from pipelib.training.batches import check_shares
+from pipelib.training.batches import check_shares, fit_tokens
 from pipelib.training.hardware import Peak, known_gpus, known_peak
 from pipelib.training.launch.machines import Machines
 from pipelib.training.memory import USABLE, Footprint
@@ -45,6 +46,16 @@ def with_micro_batch(params: Params, machines: Machines) -> Params:
     free = footprint.free_per_rank(pick_device(local_world_size=local_ranks), local_ranks)
     rows = footprint.rows_that_fit(free) or 1
     return replace(params, train=replace(params.train, micro_batch_size=rows))
+
+
+def within_epochs(params: Params, corpus: Corpus | None) -> Params:
+    """Lower `train.max_tokens` to what `train.max_epochs` allows, as the stage does. A corpus that is too short changes nothing."""
+    if corpus is None:
+        return params
+    with suppress(UserError):  # `checks` says what is wrong
+        manifest = manifest_of(corpus, params.tokenize.shard_size(corpus.tokens))
+        return replace(params, train=fit_tokens(params.train, manifest, tell))
+    return params
 
 
 def _footprint(params: Params, machines: Machines) -> Footprint:

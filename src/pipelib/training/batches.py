@@ -1,6 +1,6 @@
 """The batches of a training: whether data, parameters and ranks fit together, and this rank's share of every step."""
 
-import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,21 +47,16 @@ def tensors(batch: tuple[npt.NDArray[np.int64], ...], device: torch.device) -> T
     return made
 
 
-def check_plan(params: TrainParams, manifest: Manifest, world_size: int) -> None:
-    """Refuse data or parameters that cannot be trained, before anything starts.
+def fit_tokens(
+    params: TrainParams, manifest: Manifest, say: Callable[[str], object] = lambda _: None
+) -> TrainParams:
+    """Return the parameters of the training that these shards allow: with fewer tokens, if `max_tokens` is too many passes.
+
+    Args:
+        say: is told so.
 
     Raises:
-        UserError: there are too few tokens for one batch or for `max_tokens`, or the ranks cannot share a batch equally.
-    """
-    check_tokens(params, manifest)
-    check_shares(params, world_size)
-
-
-def check_tokens(params: TrainParams, manifest: Manifest) -> None:
-    """Refuse more steps than the training tokens allow.
-
-    Raises:
-        UserError: there are too few tokens for one batch, or for `max_tokens`.
+        UserError: there are too few tokens for one step, or for warmup and cooldown.
     """
     available = manifest.tokens("train")
     row_count = (available - 1) // params.sequence_length
@@ -70,15 +65,17 @@ def check_tokens(params: TrainParams, manifest: Manifest) -> None:
             f"the training shards have {available:,} tokens, {row_count} rows of {params.sequence_length}, and one step needs "
             f"{params.rows_per_step} rows, so no step can be trained; lower train.global_batch_tokens or add text."
         )
-    epochs = params.max_batches * params.rows_per_step / row_count
-    if epochs > params.max_epochs:
-        skipped = params.max_batches - params.max_steps
-        extra = f", with {skipped} more batches that train.spike may skip," if skipped else ""
+    fitted = params.within_epochs(row_count)
+    if fitted is params:
+        return params
+    passes = f"train.max_epochs = {params.max_epochs:g}, and the training shards have {available:,} tokens"
+    if problem := next(fitted.problems(), None):
         raise UserError(
-            f"train.max_tokens = {params.max_tokens:,}{extra} is {epochs:.3f} passes over the {available:,} training tokens, and "
-            f"train.max_epochs allows {params.max_epochs:g}, so the text would be repeated more often than you allow; raise "
-            f"train.max_epochs to {math.ceil(epochs * 1000) / 1000:g}, lower max_tokens, or add text."
+            f"{passes}, so the training ends after {fitted.max_steps:,} steps, which are too few ({problem.rstrip('.')}); raise "
+            "train.max_epochs, or add text."
         )
+    say(f"train: {passes}, so the training ends after {fitted.max_tokens:,} of train.max_tokens = {params.max_tokens:,}")
+    return fitted
 
 
 def check_shares(params: TrainParams, world_size: int) -> None:

@@ -2,8 +2,8 @@
 
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, ClassVar, Literal, Self
 
 from pipelib.schema import Bounds, NaturalFloat, NaturalInt, OneOf, PositiveFloat, PositiveInt
 from pipelib.training import optim
@@ -147,7 +147,7 @@ class TrainParams(StepParams):
     max_tokens: PositiveInt
     """Tokens to train on; the number of steps follows from it."""
     max_epochs: PositiveFloat
-    """The most passes over the training tokens that `max_tokens` may need."""
+    """The most passes over the training tokens. A training whose `max_tokens` are more passes ends earlier."""
     optimizer: Annotated[str, OneOf(known_optimizers)]
     """The optimizer: the name of a file in `training/optim`."""
     muon: MuonParams | None
@@ -258,6 +258,12 @@ class TrainParams(StepParams):
     def max_batches(self) -> int:
         """The most batches that a run may read: one per step, and those that `spike` may skip."""
         return self.max_steps + (self.spike.batches * self.spike.rollbacks if self.spike else 0)
+
+    def within_epochs(self, row_count: int) -> Self:
+        """Return these parameters, with as many tokens as `max_epochs` passes over so many rows have, if `max_tokens` is more."""
+        skipped = self.max_batches - self.max_steps
+        steps = int(self.max_epochs * row_count / self.rows_per_step) - skipped
+        return self if self.max_steps <= steps else replace(self, max_tokens=max(0, steps) * self.global_batch_tokens)
 
     def micro_batch_rows(self, world_size: int) -> int:
         """Rows that each of `world_size` ranks runs at a time: `micro_batch_size`, but no more than its share of a step.

@@ -14,7 +14,7 @@ from pipelib.model.params import InitialisedModelParams, ModelParams
 from pipelib.stage import Build, WorkResult
 from pipelib.tokens.loader import RowSource, training_rows
 from pipelib.tokens.shards import Manifest, read_manifest, verify_shards
-from pipelib.training.batches import check_plan
+from pipelib.training.batches import check_shares, fit_tokens
 from pipelib.training.initial_weights import initial_model
 from pipelib.training.inputs import RANDOM_WEIGHTS, InitialWeights, require_weights
 from pipelib.training.launch.distributed import World
@@ -150,7 +150,8 @@ def pretrain(
     # Check everything that can be checked before the ranks start.
     machines = find_machines()
     require_gpu(train.precision)
-    check_plan(train, manifest, machines.world_size)
+    train = fit_tokens(train, manifest, tell)
+    check_shares(train, machines.world_size)
     # An out-of-range token would silently corrupt training. Reading takes seconds for 20 GB, and once is enough.
     key = sha256_json([manifest.fingerprint, str(tokens.absolute())])[:16]
     verify_shards(tokens, manifest, StatePlaces.chosen().verified / f"{key}.json")
