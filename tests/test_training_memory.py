@@ -17,7 +17,6 @@ from pipelib.errors import UserError
 from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.shapes.gpt2 import GPT2Section
 from pipelib.schema import parse
-from pipelib.tokens.shards import read_manifest
 from pipelib.training.batches import check_shares
 from pipelib.training.inputs import RANDOM_WEIGHTS
 from pipelib.training.launch.distributed import World
@@ -209,8 +208,7 @@ def test_other_errors_stay_what_they_are(folder: Path, monkeypatch: pytest.Monke
         train_small(folder, params())
 
 
-def test_ranks_that_cannot_share_a_step_are_refused_without_a_number_too(folder: Path) -> None:
-    manifest = read_manifest(folder / "tokens")
+def test_ranks_that_cannot_share_a_step_are_refused_without_a_number_too() -> None:
     check_shares(params(), 4)
     with pytest.raises(UserError, match=r"3 ranks .* cannot share the 4 rows of a step equally, .* lost; start fewer"):
         check_shares(params(), 3)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelib.corpus.params import DownloadParams
-from pipelib.corpus.published_models import PUBLISHED_MODELS, is_downloaded
-from pipelib.evaluation.params import EvaluateParams, benchmark_of, is_folder, known_tasks
+from pipelib.corpus.published_models import PUBLISHED_MODELS, is_downloaded, is_model_folder
+from pipelib.evaluation.params import EvaluateParams, benchmark_of, known_tasks
 from pipelib.finetuning.params import BASE, FinetuneParams
 from pipelib.model.params import RANDOM, InitialisedModelParams, published_params
 from pipelib.schema import ParamsError, PositiveInt, parse, read_yaml
@@ -66,7 +66,7 @@ class Params:
                     f"download.benchmarks; add it there, or drop the task."
                 )
         for name in self.evaluate.baselines:
-            if is_folder(name) and _is_trained(name):
+            if is_model_folder(name) and _is_trained(name):
                 yield (
                     f"evaluate.baselines: {name} is the output of train, so the model would be compared with itself; drop it, "
                     "or name a copy of an earlier model."

@@ -44,6 +44,11 @@ def is_hub_model(name: str) -> bool:
     return _HUB_MODEL.fullmatch(name) is not None
 
 
+def is_model_folder(name: str) -> bool:
+    """Return whether the name of a model is a folder of the user: it has a slash and no commit."""
+    return "/" in name and not is_hub_model(name)
+
+
 def is_downloaded(name: str) -> bool:
     """Return whether `download.models` can name such a model. Other names with a slash are folders."""
     return name in PUBLISHED_MODELS or is_hub_model(name)

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelib.corpus.published_models import WEIGHTS, folder_name, is_hub_model
+from pipelib.corpus.published_models import WEIGHTS, folder_name, is_hub_model, is_model_folder
 from pipelib.errors import UserError, tell
 from pipelib.evaluation.items import Measured, read_items_file, write_items
-from pipelib.evaluation.params import is_folder
 from pipelib.files import read_json, sha256_file, sha256_json, write_json
 from pipelib.model.params import ModelParams, published_params
 from pipelib.model.weights import CONFIG, MODELS, is_file, published_sha256, require_published, weights_sha256
@@ -80,7 +79,7 @@ def find_baselines(names: Sequence[str], tokenizer: Tokenizer) -> list[Baseline]
     """
     found = []
     for name in names:
-        if is_folder(name):
+        if is_model_folder(name):
             found.append(require_baseline(name, tokenizer))
         else:
             sha256 = published_sha256(name)

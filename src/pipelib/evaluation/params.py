@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelib.corpus.published_models import PUBLISHED_MODELS, is_downloaded, is_hub_model
+from pipelib.corpus.published_models import PUBLISHED_MODELS, is_downloaded, is_model_folder
 from pipelib.schema import PositiveInt
 
 TASKS = Path(__file__).parent / "tasks"
@@ -38,7 +38,7 @@ class EvaluateParams:
                 hint = suggest(task, known_tasks())
                 yield f"tasks: {task!r} is not a task that runs offline, so it could not be scored; {hint}"
         for name in self.baselines:
-            if not is_folder(name) and not is_downloaded(name):
+            if not is_model_folder(name) and not is_downloaded(name):
                 hint = suggest(name, list(PUBLISHED_MODELS))
                 yield f"baselines: {name!r} is neither a published model nor a folder (./{name}); {hint}"
         for key, names in (("tasks", self.tasks), ("baselines", self.baselines)):
@@ -54,11 +54,6 @@ def known_tasks() -> list[str]:
 def benchmark_of(task: str) -> str:
     """The name in `download.benchmarks` that a task's data comes with."""
     return "completion" if task == "heldout" else task
-
-
-def is_folder(name: str) -> bool:
-    """Whether a baseline is a folder. If not, it is a published model."""
-    return "/" in name and not is_hub_model(name)
 
 
 def suggest(name: str, known: list[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
-from pipelib.corpus.published_models import is_hub_model
+from pipelib.corpus.published_models import is_model_folder
 from pipelib.schema import Bounds, NaturalInt, PositiveFloat, PositiveInt
 from pipelib.training.params import StepParams, TrainParams
 
@@ -82,7 +82,7 @@ class FinetuneParams(StepParams):
     @property
     def init_is_folder(self) -> bool:
         """Whether `init_from` names a folder of the user."""
-        return "/" in self.init_from and not is_hub_model(self.init_from)
+        return is_model_folder(self.init_from)
 
     def decides(self) -> dict[str, object]:
         """The parameters that decide the result, as JSON values: those that the chosen source uses."""

@@ -50,8 +50,8 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
         corpus: None if its size is unknown.
     """
     from pipelib.corpus.local_files import require_readable
+    from pipelib.corpus.published_models import is_model_folder
     from pipelib.evaluation.baselines import require_baseline
-    from pipelib.evaluation.params import is_folder
     from pipelib.training.batches import check_shares
     from pipelib.training.inputs import require_weights
     from pipelib.vocabulary.choice import chosen_tokenizer
@@ -68,12 +68,10 @@ def checks(params: Params, corpus: Corpus | None, ranks: int) -> Iterator[Callab
         yield partial(require_readable, Path(params.finetune.path), links=False, section="finetune")
     yield partial(planned_tokenizer, params.vocabulary)
     tokenizer = _tokenizer_of(params)
-    if (
-        "/" in params.model.init_from and not params.model.init_is_published and tokenizer
-    ):  # other names are models that download fetches
+    if is_model_folder(params.model.init_from) and tokenizer:  # other names are models that download fetches
         yield partial(require_weights, params.model, tokenizer)
     for name in params.evaluate.baselines:
-        if is_folder(name):
+        if is_model_folder(name):
             yield partial(require_baseline, name, tokenizer or chosen_tokenizer())
     yield partial(check_shares, params.train, ranks)
     if corpus is not None and (corpus.is_exact or params.vocabulary.source == "gpt2"):

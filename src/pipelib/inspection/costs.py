@@ -49,7 +49,7 @@ def with_micro_batch(params: Params, machines: Machines) -> Params:
 
 
 def within_epochs(params: Params, corpus: Corpus | None) -> Params:
-    """Lower `train.max_tokens` to what `train.max_epochs` allows, as the stage does. A corpus that is too short changes nothing."""
+    """Lower `train.max_tokens` to what `train.max_epochs` allows, as the stage does. Too short a corpus changes nothing."""
     if corpus is None:
         return params
     with suppress(UserError):  # `checks` says what is wrong

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import Field, asdict, dataclass
 from typing import Any, ClassVar
 
-from pipelib.corpus.published_models import PUBLISHED_MODELS, is_hub_model
+from pipelib.corpus.published_models import PUBLISHED_MODELS, is_model_folder
 from pipelib.model import shapes
 from pipelib.schema import Choice
 
@@ -102,7 +102,7 @@ class InitialisedModelParams(ModelParams):
     @property
     def init_is_published(self) -> bool:
         """Whether download fetches the weights, to data/models."""
-        return self.init_from not in RANDOM and ("/" not in self.init_from or is_hub_model(self.init_from))
+        return self.init_from not in RANDOM and not is_model_folder(self.init_from)
 
     def difference(self, found: ModelParams) -> str:
         """How weights with the parameters `found` differ from this section, and what to write; empty if they fit."""

@@ -47,9 +47,7 @@ def tensors(batch: tuple[npt.NDArray[np.int64], ...], device: torch.device) -> T
     return made
 
 
-def fit_tokens(
-    params: TrainParams, manifest: Manifest, say: Callable[[str], object] = lambda _: None
-) -> TrainParams:
+def fit_tokens(params: TrainParams, manifest: Manifest, say: Callable[[str], object] = lambda _: None) -> TrainParams:
     """Return the parameters of the training that these shards allow: with fewer tokens, if `max_tokens` is too many passes.
 
     Args:
@@ -74,7 +72,9 @@ def fit_tokens(
             f"{passes}, so the training ends after {fitted.max_steps:,} steps, which are too few ({problem.rstrip('.')}); raise "
             "train.max_epochs, or add text."
         )
-    say(f"train: {passes}, so the training ends after {fitted.max_tokens:,} of train.max_tokens = {params.max_tokens:,}")
+    say(
+        f"train: {passes}, so the training ends after {fitted.max_tokens:,} of train.max_tokens = {params.max_tokens:,}"
+    )
     return fitted
 
 

@@ -86,12 +86,13 @@ class Tokenizer:
             with_special: encode the spelling of a special token as that token. Otherwise it is ordinary text, as in
                 tiktoken's `encode_ordinary`.
         """
-        if with_special:
+        if not with_special:
+            return list(reference(self).encode_ordinary(self.normalise(text)))
+        if self.normalizer:
             # the spelling of a special token stays whole: a combining mark behind it must not join its last character
             spellings = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
-            parts = [self.normalise(part) for part in re.split(f"({spellings})", text)]
-            return list(reference(self).encode("".join(parts), allowed_special="all"))
-        return list(reference(self).encode_ordinary(self.normalise(text)))
+            text = "".join(map(self.normalise, re.split(f"({spellings})", text)))
+        return list(reference(self).encode(text, allowed_special="all"))
 
     def normalise(self, text: str) -> str:
         """Return a text in the form that is encoded; see `normalizer`."""
