@@ -9,8 +9,7 @@ import multiprocessing
 import pickle
 import signal
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -60,7 +59,17 @@ class Pool:
         for process in self._processes:
             process.join()
 
-    def run(self, task: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def in_order(self, task: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yield the results in the order of the calls; otherwise as `run`. Results that come too early wait in memory."""
+        early: dict[int, Any] = {}
+        after = 0
+        for number, result in self.run(task, calls):
+            early[number] = result
+            while after in early:
+                yield early.pop(after)
+                after += 1
+
+    def run(self, task: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Yield the index of each call and the result of `task(*call)`, as the calls finish.
 
         An error in a task or in `start` is raised here too, as a RuntimeError if it cannot be pickled. After an error the
@@ -68,11 +77,12 @@ class Pool:
 
         Args:
             task: a module-level function.
+            calls: taken one by one, when there is a worker for them.
 
         Raises:
             UserError: a worker was killed.
         """
-        waiting = deque(enumerate(calls))
+        waiting = enumerate(calls)
         self._dispatch(task, waiting)
         while self._busy:
             for ready in wait([*self._busy]):
@@ -88,11 +98,13 @@ class Pool:
                 )  # before the yield, so that no worker is idle while the caller uses the result
                 yield number, result
 
-    def _dispatch(self, task: Callable[..., Any], waiting: "deque[tuple[int, tuple[Any, ...]]]") -> None:
+    def _dispatch(self, task: Callable[..., Any], waiting: Iterator[tuple[int, tuple[Any, ...]]]) -> None:
         """Give a waiting call to every idle worker, and to new workers up to the limit."""
-        while waiting and (self._idle or len(self._processes) < self._max_processes):
+        while self._idle or len(self._processes) < self._max_processes:
+            if (numbered := next(waiting, None)) is None:
+                return
+            number, call = numbered
             connection = self._idle.pop() if self._idle else self._start_process()
-            number, call = waiting.popleft()
             self._busy[connection] = number
             with _explain_dead_worker():
                 connection.send((task, call))

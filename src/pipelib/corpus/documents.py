@@ -1,25 +1,111 @@
-"""Read files as documents, in order, and write them as the corpus."""
+"""Read files as documents, in order and on all cores, and write them as the corpus."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelib.corpus.local_files import saved_parts, validation_names
-from pipelib.corpus.local_formats import Reading, read_rows
+from pipelib.corpus.local_files import validation_names
+from pipelib.corpus.local_formats import WHOLE, Reading, read_rows
 from pipelib.corpus.local_rows import BadRowError, Tally, document_of
 from pipelib.corpus.options import Options
-from pipelib.corpus.params import PACKED, kind_of_name
-from pipelib.corpus.parquet import write_raw
+from pipelib.corpus.params import kind_of_name
+from pipelib.corpus.parquet import file_name, write_raw
+from pipelib.corpus.parts import UNIT_BYTES, FilePart, text_bytes, units_of
 from pipelib.corpus.raw import Document, Written, first_documents
 from pipelib.corpus.shuffle import shuffle
 from pipelib.corpus.split import Cut
 from pipelib.corpus.text_files import Decoding
 from pipelib.errors import UserError
+from pipelib.files import sync_folder
+from pipelib.pool import Pool
+from pipelib.processes import worker_count
 from pipelib.progress import Progress
 
-_UNPACKED = 5
-"""Bytes of text in a byte of a compressed file, about."""
+
+@dataclass(frozen=True)
+class Unit:
+    """What was made of a part of the files."""
+
+    written: Written
+    tally: Tally
+
+
+@dataclass(frozen=True)
+class FileImport:
+    """How files become the corpus. Its units can be written in any process."""
+
+    root: Path
+    """The folder that the names are relative to."""
+    validation: Reading
+    """How the files for validation are read."""
+    training: Reading
+    """How the others are read. Each split has its own `split: auto`, so that more text for training leaves the documents for
+    validation as they are."""
+    for_validation: frozenset[str]
+    """The names of the files for validation."""
+    options: Options
+    max_tokens: int | None
+    """Of the text for training, see `first_documents`."""
+    scratch: Path
+    """For text that waits for its place in the order."""
+
+    @property
+    def is_in_one_piece(self) -> bool:
+        """Whether a document's place depends on those before it."""
+        return self.max_tokens is not None or self.options.shuffle_seed is not None
+
+    def write(self, unit: Sequence[FilePart], folder: Path, progress: Progress | None = None) -> Unit:
+        """Write the documents of a unit, which has files for validation before those for training.
+
+        Raises:
+            UserError: a file or row cannot be used; the message names the file and the row.
+        """
+        tally, counts = Tally(), dict[str, Any]()
+        decoding, replaced = self.training.decoding, self.training.decoding.replaced
+        held_out = [part for part in unit if part.name in self.for_validation]
+        others = unit[len(held_out) :]
+        validation_documents = 0
+
+        def documents() -> Iterator[Document]:
+            nonlocal validation_documents
+            for _, document in self._read(held_out, self.validation, tally, progress):
+                validation_documents += 1
+                yield document
+            named = self._read(others, self.training, tally, progress)
+            yield from first_documents(self._in_order(named, others), self.max_tokens, counts)
+
+        written = write_raw(documents(), folder)  # `documents` is lazy, so only one row group is in memory at a time
+        tally.replaced = decoding.replaced - replaced
+        counts = {**written.counts, **counts}
+        return Unit(replace(written, counts=counts, validation_documents=validation_documents), tally)
+
+    def _in_order(self, named: Iterator[tuple[str, Document]], parts: Sequence[FilePart]) -> Iterator[Document]:
+        if self.options.shuffle_seed is None:
+            return (document for _, document in named)
+        return shuffle(named, self.options.shuffle_seed, sum(part.text_bytes for part in parts), self.scratch)
+
+    def _read(
+        self, parts: Sequence[FilePart], reading: Reading, tally: Tally, progress: Progress | None
+    ) -> Iterator[tuple[str, Document]]:
+        """Yield the documents of some parts, each with its file and row."""
+        for part in parts:
+            for number, row in read_rows(self.root / part.name, part.name, reading, part.part):
+                tally.rows += 1
+                try:
+                    if isinstance(row, BadRowError):
+                        raise row
+                    document = document_of(row, self.options.text_column, part.name, number, tally)
+                except BadRowError as bad:
+                    if self.options.bad_rows == "refuse":
+                        raise
+                    tally.skip(bad)
+                    continue
+                if document is not None:
+                    if progress:
+                        progress.add(1)
+                    yield f"{part.name}:{number}", document
 
 
 def write_documents(
@@ -44,69 +130,94 @@ def write_documents(
     Raises:
         UserError: a file or row cannot be used; the message names the file and the row.
     """
-    tally, decoding = Tally(source), Decoding(options.encoding, options.stray_bytes)
+    decoding = Decoding(options.encoding, options.stray_bytes)
     for_validation = validation_names(root, names, options.validation)
     for_training = [name for name in names if name not in for_validation]
-    counts: dict[str, Any] = {}
-    validation_documents = 0
 
-    def read(names: Sequence[str]) -> Iterator[tuple[str, Document]]:
-        # Each split has its own `auto`, so that more text for training leaves the documents for validation as they are.
+    def reading(names: Sequence[str]) -> Reading:
         txt_bytes = sum(text_bytes(root / name) for name in names if kind_of_name(name) == ".txt")
-        reading = Reading(options.text_column, decoding, Cut.of(options.split, options.separator, txt_bytes))
-        return _read(root, names, reading, options, tally)
+        return Reading(options.text_column, decoding, Cut.of(options.split, options.separator, txt_bytes))
 
-    def training() -> Iterator[Document]:
-        if options.shuffle_seed is None:
-            return (document for _, document in read(for_training))
-        total = sum(text_bytes(root / name) for name in for_training)
-        return shuffle(read(for_training), options.shuffle_seed, total, work / "shuffle")
-
-    def documents() -> Iterator[Document]:
-        nonlocal validation_documents
-        for _, document in read(for_validation):
-            validation_documents += 1
-            yield document
-        yield from first_documents(training(), max_tokens, counts)
-
-    # `documents` is lazy, so only one row group is in memory at a time.
-    written = write_raw(documents(), folder)
+    task = FileImport(
+        root,
+        reading(for_validation),
+        reading(for_training),
+        frozenset(for_validation),
+        options,
+        max_tokens,
+        work / "shuffle",
+    )
+    units = _write_units(task, [*for_validation, *for_training], folder, source)
+    tally = Tally(source)
+    for unit in units:
+        tally.add(unit.tally)
     tally.require_few_bad()
-    tally.report(decoding)
-    if for_validation and not validation_documents:
+    tally.report(decoding.encoding)
+    held_out = sum(unit.written.validation_documents or 0 for unit in units)
+    if for_validation and not held_out:
         raise UserError(
             f"download.validation: {', '.join(for_validation[:5])} has no text, so nothing could be validated; name other files."
         )
-    more = {"stray_bytes_replaced": decoding.replaced} if options.stray_bytes == "replace" else {}
-    counts = {**written.counts, **tally.counts(), **counts, **more}
-    return replace(written, counts=counts, validation_documents=validation_documents if for_validation else None)
+    counts = Counter[str]()
+    for unit in units:
+        counts.update(unit.written.counts)
+    more = {"stray_bytes_replaced": tally.replaced} if options.stray_bytes == "replace" else {}
+    files = tuple(file for unit in units for file in unit.written.files)
+    return Written(
+        files, {**counts, **tally.counts(), **more}, validation_documents=held_out if for_validation else None
+    )
 
 
-def _read(
-    root: Path, names: Sequence[str], reading: Reading, options: Options, tally: Tally
-) -> Iterator[tuple[str, Document]]:
-    """Yield the documents of some files, each with its file and row."""
-    progress = Progress(f"{tally.source}: reading files", None, "documents")
-    for name in names:
-        for number, row in read_rows(root / name, name, reading):
-            tally.rows += 1
-            try:
-                if isinstance(row, BadRowError):
-                    raise row
-                document = document_of(row, options.text_column, name, number, tally)
-            except BadRowError as bad:
-                if options.bad_rows == "refuse":
-                    raise
-                tally.skip(bad)
-                continue
-            if document is not None:
-                progress.add(1)
-                yield f"{name}:{number}", document
-    if names:
+def _write_units(task: FileImport, names: Sequence[str], folder: Path, source: str) -> list[Unit]:
+    """Write the documents of some files, with several processes if there is enough text."""
+    parts = [FilePart(name, WHOLE, text_bytes(task.root / name)) for name in names]
+    written: list[Unit] = []
+    total, label = sum(part.text_bytes for part in parts), f"{source}: reading files"
+    if task.is_in_one_piece or total <= UNIT_BYTES:
+        progress = Progress(label, None, "documents")
+        written.append(task.write(parts, folder, progress))
         progress.close()
+        return written
+    progress = Progress(label, total, "bytes")
+    with Pool(worker_count(-(-total // UNIT_BYTES)), _start, task, finish_tasks=False) as pool:
+        units = list(units_of(task.root, names, task.training, pool.in_order))
+        drafts = [folder / f"unit {number}" for number in range(len(units))]
+        for unit, done in zip(units, pool.in_order(_write_here, zip(units, drafts, strict=True)), strict=True):
+            if isinstance(done, UserError):
+                raise done
+            progress.add(sum(part.text_bytes for part in unit))
+            written.append(done)
+    progress.close()
+    return _named_as_one(written, drafts, folder)
 
 
-def text_bytes(path: Path) -> int:
-    """Return the bytes of a file's text, about."""
-    size = sum(part.stat().st_size for part in [path, *saved_parts(path)])
-    return size * _UNPACKED if path.name.lower().endswith((*PACKED, ".parquet")) else size
+def _named_as_one(units: Sequence[Unit], drafts: Sequence[Path], folder: Path) -> list[Unit]:
+    """Move the parquet files of all units into one folder, with names as if one process had written them."""
+    named: list[Unit] = []
+    number = 0
+    for unit, draft in zip(units, drafts, strict=True):
+        files = []
+        for file in unit.written.files:
+            files.append(replace(file, name=file_name(number)))
+            (draft / file.name).rename(folder / files[-1].name)
+            number += 1
+        draft.rmdir()
+        named.append(replace(unit, written=replace(unit.written, files=tuple(files))))
+    sync_folder(folder)
+    return named
+
+
+_task: FileImport
+
+
+def _start(task: FileImport) -> None:
+    global _task
+    _task = task
+
+
+def _write_here(unit: Sequence[FilePart], folder: Path) -> Unit | UserError:
+    """Write a unit in the worker that calls this. An error is returned, because one of an earlier unit comes first."""
+    try:
+        return _task.write(unit, folder)
+    except UserError as error:
+        return UserError(str(error))

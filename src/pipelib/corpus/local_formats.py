@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +43,23 @@ class Reading:
     """How txt files are cut into documents."""
 
 
-def read_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
+@dataclass(frozen=True)
+class Part:
+    """A part of a large file, so that several processes can read it. A file whose rows cannot be found has one part."""
+
+    start: int = 0
+    """Where it begins: a row group of a parquet file, a byte of a jsonl file."""
+    before: int = 0
+    """The file's rows before it."""
+    rows: int | None = None
+    """How many rows it has; None for those up to the end."""
+
+
+WHOLE = Part()
+"""The part that is a whole file."""
+
+
+def read_rows(path: Path, name: str, reading: Reading, part: Part = WHOLE) -> Iterator[Numbered]:
     """Yield the rows of one file. A txt file has one row per document, with its text in the text column.
 
     Args:
@@ -51,10 +68,10 @@ def read_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
     Raises:
         UserError: the file is damaged, cut short, has another encoding, or is not what its name says.
     """
-    number = 0
+    number = part.before
     try:
         require_intact(path, name)
-        for number, row in _reader(path)(path, name, reading):
+        for number, row in _reader(path)(path, name, reading, part):
             yield number, row
     except UserError:
         raise
@@ -64,25 +81,42 @@ def read_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
         raise damaged_file(name, number, error) from None
 
 
-def _reader(path: Path) -> Callable[[Path, str, Reading], Iterator[Numbered]]:
+def _reader(path: Path) -> Callable[[Path, str, Reading, Part], Iterator[Numbered]]:
     """Return what reads a file, by the ending of its name."""
     if saved_parts(path):
-        return _saved_rows
-    return {
-        ".parquet": _parquet_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _txt_rows,
-    }.get(kind_of_name(path.name), _jsonl_rows)  # fmt: skip
+        return _whole(_saved_rows)
+    match kind_of_name(path.name):
+        case ".parquet":
+            return _parquet_rows
+        case ".json":
+            return _whole(_json_rows)
+        case ".csv" | ".tsv":
+            return _whole(_csv_rows)
+        case ".txt":
+            return _whole(_txt_rows)
+        case _:
+            return _jsonl_rows
+
+
+def _whole(
+    read: Callable[[Path, str, Reading], Iterator[Numbered]],
+) -> Callable[[Path, str, Reading, Part], Iterator[Numbered]]:
+    """Make a reader of parts of one whose files have a single part."""
+    return lambda path, name, reading, _: read(path, name, reading)
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:  # noqa: ARG001  (the signature of all readers)
+def _parquet_rows(path: Path, name: str, reading: Reading, part: Part) -> Iterator[Numbered]:  # noqa: ARG001  (as all readers)
     with open_parquet(path, column=reading.text_column) as parquet:
         if reading.text_column is None:
             yield from _whole_rows(parquet.iter_batches(_BATCH_ROWS))
             return
         columns = _columns(parquet.schema_arrow.names, reading)
-        yield from _arrow_rows(parquet.iter_batches(_BATCH_ROWS, columns=columns), reading)
+        groups = range(part.start, parquet.num_row_groups)
+        batches = parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns)
+        yield from islice(_arrow_rows(batches, reading, part.before), part.rows)
 
 
 def _saved_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
@@ -110,8 +144,8 @@ def _columns(names: list[str], reading: Reading) -> list[str]:
     return [name for name in dict.fromkeys((*SCHEMA.names, reading.text_column)) if names.count(str(name)) == 1]
 
 
-def _arrow_rows(batches: Iterator[pa.RecordBatch], reading: Reading) -> Iterator[Numbered]:
-    number = 0
+def _arrow_rows(batches: Iterator[pa.RecordBatch], reading: Reading, before: int = 0) -> Iterator[Numbered]:
+    number = before
     for batch in batches:
         columns = [
             _values(column, reading.decoding if name == reading.text_column else None)
@@ -223,10 +257,10 @@ def _number(value: str) -> object:
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _jsonl_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
+def _jsonl_rows(path: Path, name: str, reading: Reading, part: Part) -> Iterator[Numbered]:
     """Yield each line as a row. Lines are read as text, so that errors can name them and rows may have different columns."""
-    with reading.decoding.open(path, name) as file:
-        for number, line in enumerate(file, start=1):
+    with reading.decoding.open(path, name, start=part.start) as file:
+        for number, line in enumerate(islice(file, part.rows), start=part.before + 1):
             if line.isspace():
                 continue
             try:

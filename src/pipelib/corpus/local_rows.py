@@ -3,15 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelib.corpus.raw import Document
 from pipelib.errors import UserError, tell
 from pipelib.files import is_unicode
 from pipelib.schema import kind_of
-
-if TYPE_CHECKING:
-    from pipelib.corpus.text_files import Decoding
 
 END_OF_TEXT = "<|endoftext|>"
 BAD_SHARE, BAD_ROWS = 0.01, 10
@@ -47,6 +44,8 @@ class Tally:
     """Rows of all files."""
     empty: int = 0
     """Texts that are null or only white space."""
+    replaced: int = 0
+    """Stray bytes that became U+FFFD."""
     bad: Counter[str] = field(default_factory=Counter)
     """Rows that were skipped, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -74,6 +73,14 @@ class Tally:
         self.with_separator += 1
         self.first.setdefault(END_OF_TEXT, where)
 
+    def add(self, other: "Tally") -> None:
+        """Add the counts of rows that come after these."""
+        for name in ("rows", "empty", "replaced", "separators", "with_separator"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.bad.update(other.bad)
+        self.dropped.update(other.dropped)
+        self.first = {**other.first, **self.first}
+
     def require_few_bad(self) -> None:
         """Refuse a corpus of which too many rows are bad.
 
@@ -97,16 +104,18 @@ class Tally:
             **({"bad_rows": dict(sorted(self.bad.items()))} if self.bad else {}),
         }
 
-    def report(self, decoding: "Decoding") -> None:
-        """Print what the user should know."""
+    def report(self, encoding: str) -> None:
+        """Print what the user should know.
+
+        Args:
+            encoding: of the text files.
+        """
         from pipelib.corpus.parquet import SCHEMA
 
         for reason, count in self.bad.most_common():
             tell(f"{self.source}: bad rows are left out ({reason}): {count:,}; the first is {self.first[reason]}")
-        if decoding.replaced:
-            tell(
-                f"{self.source}: bytes that are not {decoding.encoding} were replaced by U+FFFD: {decoding.replaced:,}"
-            )
+        if self.replaced:
+            tell(f"{self.source}: bytes that are not {encoding} were replaced by U+FFFD: {self.replaced:,}")
         for column, count in self.dropped.items():
             tell(
                 f"{self.source}: values that do not fit the column `{column}` ({SCHEMA.field(column).type}) are null in the "

@@ -75,7 +75,7 @@ def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FIL
                 if writer is None or written + group_bytes > file_bytes:
                     if writer is not None:
                         writer.close()
-                    paths.append(folder / f"{len(paths):03d}_00000.parquet")
+                    paths.append(folder / file_name(len(paths)))
                     writer, written = _open_writer(paths[-1]), 0
                 writing = thread.submit(writer.write_table, table, len(group))
                 written += group_bytes
@@ -88,6 +88,11 @@ def write_raw(documents: Iterable[Document], folder: Path, file_bytes: int = FIL
             writer.close()
     sync_folder(folder)
     return Written(tuple(map(describe_file, paths, sha256_files(paths))), counts)
+
+
+def file_name(number: int) -> str:
+    """Return the name of the corpus's file with this number, from 0."""
+    return f"{number:03d}_00000.parquet"
 
 
 def first_rows(path: Path, max_tokens: int, column: str = TEXT) -> tuple[int, int]:

@@ -58,7 +58,7 @@ class Decoding:
     """
 
     def __init__(self, encoding: str, stray_bytes: str, section: str = "download") -> None:
-        self._section = section
+        self._section, self._stray_bytes = section, stray_bytes
         self.encoding = encoding_name(encoding) or encoding
         self.replaced = 0
         """Stray bytes so far."""
@@ -67,6 +67,10 @@ class Decoding:
         if stray_bytes == "replace":
             self.errors = f"pipelib {id(self)}"
             codecs.register_error(self.errors, self._replace)
+
+    def __reduce__(self) -> tuple[type["Decoding"], tuple[str, str, str]]:
+        """Another process gets one that has replaced nothing yet: codecs know the error handler by its name."""
+        return Decoding, (self.encoding, self._stray_bytes, self._section)
 
     def _replace(self, error: UnicodeError) -> tuple[str, int]:
         assert isinstance(error, UnicodeDecodeError)
@@ -85,12 +89,13 @@ class Decoding:
         return value.decode("utf-8" if is_utf8 else self.encoding, self.errors)
 
     @contextmanager
-    def open(self, path: Path, name: str, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    def open(self, path: Path, name: str, newline: str | None = None, start: int = 0) -> Iterator[io.TextIOWrapper]:
         """Open a file as text: unpacked if its name says so, and without a byte order mark.
 
         Args:
             name: what messages call the file.
             newline: None makes every line end `\\n`; "" leaves them as they are.
+            start: the byte from which to read.
 
         Raises:
             UserError: it has another encoding, is empty although compressed, or is of another kind than its name says.
@@ -108,6 +113,8 @@ class Decoding:
                     f"{what} is {marked.upper()}. It was not read, because its text would be wrong; "
                     f"{self._remedy(f'encoding: {marked}, or {remedy}', remedy)}."
                 )
+            if start:
+                file.seek(start)
             if marked:
                 encoding = "utf-8-sig" if marked == "utf-8" else marked  # these leave out the mark
             yield io.TextIOWrapper(file, encoding=encoding, errors=self.errors, newline=newline)

@@ -135,16 +135,10 @@ def _read_all(files: Sequence[_File]) -> Iterator[list[Document]]:
     """Yield the documents of each file, in the order of the files. Several processes read them."""
     tasks = [(files[start : start + _FILES_PER_TASK],) for start in range(0, len(files), _FILES_PER_TASK)]
     progress = Progress("docs: reading docstrings", len(files), "files")
-    done: dict[int, list[list[Document]]] = {}
-    after = 0
     with Pool(worker_count(max_useful=len(tasks)), _start_worker) as pool:
-        for number, documents in pool.run(_read_some, tasks):
-            # Results come in any order; pass them on in the order of the files.
-            done[number] = documents
+        for documents in pool.in_order(_read_some, tasks):
             progress.add(len(documents))
-            while after in done:
-                yield from done.pop(after)
-                after += 1
+            yield from documents
     progress.close()
 
 

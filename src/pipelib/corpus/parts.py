@@ -1,0 +1,122 @@
+"""Share files out among processes: large files are cut into parts, and parts are put together to units of about equal size.
+
+Parts and units depend on the files alone, so any number of processes makes the same documents.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelib.corpus.local_files import saved_parts
+from pipelib.corpus.local_formats import WHOLE, Part, Reading
+from pipelib.corpus.params import PACKED
+from pipelib.corpus.parquet import open_parquet, text_column
+from pipelib.errors import UserError
+
+UNIT_BYTES = 128 << 20
+"""Bytes of text in a unit, about."""
+_UNPACKED = 5
+"""Bytes of text in a byte of a compressed file, about."""
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A part of one of the files."""
+
+    name: str
+    part: Part
+    text_bytes: int
+    """The bytes of its text, about."""
+
+
+Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+"""Calls a function for each of some arguments, on all cores, and yields the results in order."""
+
+
+def units_of(root: Path, names: Sequence[str], reading: Reading, run: Run) -> Iterator[list[FilePart]]:
+    """Yield the units of some files, in order."""
+    unit: list[FilePart] = []
+    for name in names:
+        for part in _parts_of(root / name, name, reading, run):
+            unit.append(part)
+            if sum(part.text_bytes for part in unit) >= UNIT_BYTES:
+                yield unit
+                unit = []
+    if unit:
+        yield unit
+
+
+def text_bytes(path: Path) -> int:
+    """Return the bytes of a file's text, about."""
+    size = sum(part.stat().st_size for part in [path, *saved_parts(path)])
+    return size * _UNPACKED if path.name.lower().endswith((*PACKED, ".parquet")) else size
+
+
+def _parts_of(path: Path, name: str, reading: Reading, run: Run) -> list[FilePart]:
+    """Return the parts of a file. It has one, unless it is large and of a kind whose rows can be found."""
+    size, ending = text_bytes(path), path.suffix.lower()
+    parts: list[_Cut] = []
+    if size > UNIT_BYTES and ending == ".parquet":
+        parts = _row_groups(path, str(reading.text_column))
+    # in other encodings, a byte of a line end may be part of a character
+    if size > UNIT_BYTES and ending in (".jsonl", ".ndjson") and reading.decoding.encoding == "utf-8":
+        parts = _lines(path, size, run)
+    if len(parts) < 2:
+        return [FilePart(name, WHOLE, size)]
+    before = accumulate((part.rows for part in parts), initial=0)
+    rows = [*(part.rows for part in parts[:-1]), None]  # the last one has whatever is left
+    return [
+        FilePart(name, Part(part.start, first, count), part.text_bytes)
+        for part, first, count in zip(parts, before, rows, strict=False)
+    ]
+
+
+class _Cut(NamedTuple):
+    start: int
+    rows: int
+    text_bytes: int
+
+
+def _row_groups(path: Path, column: str) -> list[_Cut]:
+    """Cut a parquet file at row groups."""
+    parts: list[_Cut] = []
+    with suppress(UserError), open_parquet(path, column=column) as parquet:  # the error is for who reads the file
+        for group in range(parquet.num_row_groups):
+            if not parts or parts[-1].text_bytes >= UNIT_BYTES:
+                parts.append(_Cut(group, 0, 0))
+            start, rows, size = parts[-1]
+            size += text_column(parquet.metadata, group, column).total_uncompressed_size
+            parts[-1] = _Cut(start, rows + parquet.metadata.row_group(group).num_rows, size)
+    return parts
+
+
+def _lines(path: Path, size: int, run: Run) -> list[_Cut]:
+    """Cut a text file at line ends, and count its lines, since rows are named by their numbers."""
+    starts = [0]
+    with path.open("rb") as file:
+        while starts[-1] + UNIT_BYTES < size:
+            file.seek(starts[-1] + UNIT_BYTES)
+            file.readline()
+            starts.append(file.tell())
+    ends = [*starts[1:], size]
+    rows = run(_count_lines, zip(repeat(path), starts, ends))
+    return [
+        _Cut(start, count, end - start) for start, end, count in zip(starts, ends, rows, strict=True) if start < end
+    ]
+
+
+def _count_lines(path: Path, start: int, end: int) -> int:
+    """Count the lines between two bytes as Python's text files do: they end at \\n, \\r\\n or \\r."""
+    count, before = 0, b""
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(min(_BLOCK, end - file.tell())):
+            block = before + block
+            before = block[-1:] if block.endswith(b"\r") else b""  # it may be followed by \n
+            block = block.removesuffix(b"\r")
+            count += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+    return count + len(before)
