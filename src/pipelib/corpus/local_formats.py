@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import orjson
 import pyarrow as pa
@@ -23,6 +23,7 @@ from pipelib.corpus.parquet import SCHEMA, open_parquet, require_text
 from pipelib.corpus.split import Cut, cut_text
 from pipelib.corpus.text_files import Decoding, damaged_file, require_intact
 from pipelib.errors import UserError
+from pipelib.schema import kind_of
 
 _BATCH_ROWS = 1000
 _BLOCK_CHARACTERS = 1 << 20
@@ -156,9 +157,12 @@ def _decoded(value: bytes | None, decoding: Decoding, is_utf8: bool) -> str | by
 def _csv_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
     """Yield the rows of a csv or tsv file, whose first line names the columns."""
     csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if kind_of_name(name) == ".tsv" else ","
+    kind = kind_of_name(name)[1:]
+    delimiter = {"csv": ",", "tsv": "\t"}[kind]
+    has_quoting = kind == "csv" or _has_quoting(path, name, reading.decoding)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE
     with reading.decoding.open(path, name, newline="") as file:  # a line end may be part of a text
-        lines = csv.reader(file, delimiter=delimiter, strict=True)
+        lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         header = next(lines, [])
         _require_text_column(header, name, reading.text_column)
         number = 0
@@ -172,14 +176,62 @@ def _csv_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
                 if lines.line_num - before > 1:  # the lines after an open quote are in this row
                     raise ValueError(f"line {before + 1} opens a quote that is not closed well: {error}") from None
                 number += 1
-                what = f"{name}, row {number}: line {lines.line_num} is not csv ({error}), so its text is unknown"
-                yield number, BadRowError("not csv", what)
+                what = f"{name}, row {number}: line {lines.line_num} is not {kind} ({error}), so its text is unknown"
+                yield number, BadRowError(f"not {kind}", what)
                 continue
             if any("\0" in value for value in values):
                 raise reading.decoding.not_text(path, name)
             if values:  # not for an empty line
                 number += 1
                 yield number, _csv_row(f"{name}, row {number}", header, values)
+
+
+def _has_quoting(path: Path, name: str, decoding: Decoding) -> bool:
+    """Whether a tsv file quotes values as csv does; otherwise a quote is a character like any other.
+
+    It does if all of it can be read so. If not, it still does if a value has doubled quotes inside of quotes, which nobody
+    writes otherwise: then the file has an error, and its reader names the line.
+
+    Raises:
+        UserError: it can be read both ways, into different rows.
+    """
+    with decoding.open(path, name, newline="") as file:
+        file.reconfigure(errors="replace")  # stray bytes count when the rows are read
+        try:
+            doubtful_line = _doubtful_line(csv.reader(file, delimiter="\t", strict=True))
+        except csv.Error:
+            doubtful_line = None
+    if doubtful_line == 0:
+        return True
+    with decoding.open(path, name) as file:
+        file.reconfigure(errors="replace")
+        if any('""' in value for line in file if '""' in line for value in _QUOTED.findall(line)):
+            return True
+    if doubtful_line:
+        raise UserError(
+            f"{name}, line {doubtful_line}: it is unknown whether a quote here is text, or ends a text that began on a line "
+            "before, because the number of values fits both; write the file as .jsonl, or as .csv, where quotes are never text."
+        )
+    return False
+
+
+def _doubtful_line(rows: Any) -> int:
+    """Return where the first value of several lines ends, if each line of all such values could be a row; otherwise 0.
+
+    Args:
+        rows: what `csv.reader` returns.
+    """
+    tabs = len(next(rows, [])) - 1
+    line_of: dict[bool, int] = {}
+    for values in rows:
+        lines = "\t".join(values).split("\n")
+        if len(lines) > 1:
+            line_of.setdefault(tabs > 0 and all(line.count("\t") == tabs for line in lines), rows.line_num)
+    return 0 if False in line_of else line_of.get(True, 0)
+
+
+_QUOTED = re.compile(r'(?<![^\t])"((?:[^"\t]++|"")*+)"?(?![^\t\n])')
+"""What is inside the quotes of a value that takes a whole column of a line, or is continued on the next."""
 
 
 def _require_text_column(header: list[str], name: str, text_column: str | None) -> None:
@@ -234,12 +286,8 @@ def _jsonl_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
             except (ValueError, RecursionError) as error:
                 if "\0" in line:
                     raise reading.decoding.not_text(path, name) from None
-                yield (
-                    number,
-                    BadRowError(
-                        "not JSON", f"{name}, row {number}: this line is not JSON ({error}), so its text is unknown"
-                    ),
-                )
+                what = f"{name}, row {number}: this line is not JSON ({error}), so its text is unknown"
+                yield number, BadRowError(_json_defect(line, error), what)
             else:
                 yield number, _object(row, f"{name}, row {number}")
 
@@ -252,6 +300,18 @@ def _parse(line: str) -> Any:
         return json.loads(line)
 
 
+def _json_defect(line: str, error: Exception) -> str:
+    """Return a name for what is wrong with a line, for counting."""
+    if isinstance(error, RecursionError):
+        return "JSON is nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        if error.msg == "Extra data":
+            return "text after JSON"
+        if error.msg.startswith("Unterminated string") or error.pos >= len(line.rstrip()):
+            return "JSON is cut short"
+    return "not JSON"
+
+
 def _json_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
     """Yield each object as a row: those of an array, or those that follow each other."""
     with reading.decoding.open(path, name) as file:
@@ -262,9 +322,8 @@ def _json_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
 def _object(value: Any, where: str) -> Row | BadRowError:
     if isinstance(value, dict):
         return value
-    return BadRowError(
-        "not an object", f"{where}: {value!r:.60} is not an object with a text, so the row is not a document"
-    )
+    what = f"{where}: {value!r:.60} is not an object with a text, so the row is not a document"
+    return BadRowError(f"row is {kind_of(value)}", what)
 
 
 def _json_values(file: io.TextIOBase) -> Iterator[Any]:
