@@ -404,6 +404,7 @@ PLANTED: list[tuple[str, bytes, str]] = [
     ("f", b"it\x92s", "stray bytes"),
 ]
 """File, bad row, reason. `f` is a saved dataset."""
+FILES = sorted({name for name, _, _ in PLANTED})
 REASONS = [reason for _, _, reason in PLANTED]
 
 
@@ -432,9 +433,8 @@ def write_rows(path: Path, rows: Sequence[bytes]) -> None:
             path.write_bytes(b"\n".join([*header, *rows]))
 
 
-def plant(folder: Path, good: int) -> list[str]:
+def plant(folder: Path, names: Sequence[str], good: int) -> list[str]:
     """Write files with the planted rows among `good` good ones each, and return the good texts."""
-    names = sorted({name for name, _, _ in PLANTED})
     for name in names:
         rows = [good_row(name, number) for number in range(good)]
         for number, row in enumerate(row for file, row, _ in PLANTED if file == name):
@@ -445,7 +445,7 @@ def plant(folder: Path, good: int) -> list[str]:
 
 def test_bad_rows_are_skipped_and_counted_by_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(set(REASONS)) > 20
-    good = plant(folder, good=600)
+    good = plant(folder, FILES, good=600)
     written, texts = read(folder, bad_rows="skip")
     assert texts == good
     assert written.counts["bad_rows"] == {reason: REASONS.count(reason) for reason in set(REASONS)}
@@ -465,7 +465,7 @@ def test_a_bad_row_is_refused_by_its_file_and_row(folder: Path, place: int) -> N
 
 
 def test_too_many_bad_rows_are_another_corpus(folder: Path) -> None:
-    plant(folder, good=400)
+    plant(folder, FILES, good=400)
     with pytest.raises(UserError, match=r"30 of 2,430 rows are bad, more than 1%, .*\n  - 3 not JSON: a\.jsonl, row 3"):
         read(folder, bad_rows="skip")
 
