@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_corpus import make_novel
 from small_vocabulary import TOKENIZER
 
 from pipelib.corpus import local_formats
@@ -588,6 +589,16 @@ def test_a_long_line_is_cut_too(folder: Path, between: str) -> None:
     _, texts = read(folder, split="auto")
     assert "".join(texts) == text
     assert len(texts) > 100
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n", ""])
+def test_chinese_is_cut_into_as_many_documents(folder: Path, between: str) -> None:
+    text = make_novel(5000, between)
+    (folder / "a.txt").write_text(text)
+    _, texts = read(folder, split="auto")
+    assert "".join(texts) == text
+    assert 100 < len(texts) < 510
+    assert all(text.rstrip("\n").endswith("。") for text in texts)
 
 
 def test_much_text_is_cut_as_without_auto() -> None:
