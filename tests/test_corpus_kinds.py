@@ -215,7 +215,8 @@ def test_a_tsv_file_without_quoting_is_read_as_it_is(folder: Path) -> None:
     pd.DataFrame(rows).to_csv(folder / "a.tsv", index=False, sep="\t", quoting=csv.QUOTE_NONE)
     by_csv(folder / "b.tsv", rows, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
     (folder / "c.tsv").write_text("text\n" + "\n".join(LITERAL))
-    assert read(folder)[1] == LITERAL * 3
+    (folder / "d.tsv").write_text('text\tid\n"Hello\tthere"\n')
+    assert read(folder)[1] == [*LITERAL * 3, '"Hello']
 
 
 PAIRED = 'text\tid\n"to be\t0\nor not"\t1\nthat is\t2\n'
@@ -276,6 +277,11 @@ def test_tsv_without_quoting_is_read_as_written(texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         by_csv(Path(folder) / "a.tsv", literal_rows(*texts), delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
         assert texts_of(Path(folder) / "a.tsv") == texts
+
+
+def test_a_tsv_file_of_one_column_may_have_empty_lines(folder: Path) -> None:
+    (folder / "a.tsv").write_text('text\n"two\nlines"\n\nlast\n')
+    assert read(folder)[1] == ["two\nlines", "last"]
 
 
 def test_stray_bytes_of_a_tsv_file_are_counted_once(folder: Path) -> None:

@@ -220,13 +220,20 @@ def _doubtful_line(rows: Any) -> int:
 
     Args:
         rows: what `csv.reader` returns.
+
+    Raises:
+        csv.Error: the quotes do not fit: something follows a closing one, one is not closed, or values are missing where the
+            line has enough tabs.
     """
     tabs = len(next(rows, [])) - 1
     line_of: dict[bool, int] = {}
     for values in rows:
         lines = "\t".join(values).split("\n")
+        are_rows = all(line.count("\t") == tabs for line in lines)
+        if are_rows and 0 < len(values) <= tabs:
+            raise csv.Error
         if len(lines) > 1:
-            line_of.setdefault(tabs > 0 and all(line.count("\t") == tabs for line in lines), rows.line_num)
+            line_of.setdefault(are_rows and tabs > 0, rows.line_num)
     return 0 if False in line_of else line_of.get(True, 0)
 
 
