@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import make_novel
 from small_vocabulary import TOKENIZER
+from test_tokens_encode_corpus import build_in
 
 from pipelib.corpus import local_formats
 from pipelib.corpus.local_formats import Reading, _json_values, read_rows
@@ -34,6 +35,9 @@ from pipelib.corpus.sources.local import LocalSource
 from pipelib.corpus.split import Cut, cut_text
 from pipelib.corpus.text_files import Decoding
 from pipelib.errors import UserError
+from pipelib.tokens.encode_corpus import encode_corpus
+from pipelib.tokens.params import TokenizeParams
+from pipelib.vocabulary.choice import Vocabulary
 
 TEXTS = [
     'He said "no", and\tleft.\n\nTwo lines later: naïve, 東京, 🎲.', "a,b;c|d", "'single' and \\ backslash \\n", "x\u2028y\x85z",
@@ -103,6 +107,10 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "c.json": lambda path: FRAME.to_json(path, orient="records", lines=True),
     "a.json.xz": lambda path: path.write_bytes(lzma.compress(json.dumps(ROWS).encode())),
     "a.jsonl": by_datasets,
+    "b.jsonl": lambda path: FRAME.to_json(path, orient="records", lines=True),
+    "b.jsonl.gz": lambda path: FRAME.to_json(path, orient="records", lines=True),
+    "e.csv": lambda path: datasets.Dataset.from_list(ROWS).to_csv(path),
+    "c.parquet": lambda path: datasets.Dataset.from_list(ROWS).to_parquet(path),
     "a.ndjson": lambda path: path.write_bytes(lines(*ROWS)),
     "a.ndjson.bz2": lambda path: path.write_bytes(bz2.compress(lines(*ROWS))),
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(*ROWS))),
@@ -122,16 +130,21 @@ def test_each_kind_of_file_gives_the_same_texts(folder: Path, name: str) -> None
     assert read(folder)[1] == TEXTS
 
 
-def test_the_tokens_of_all_kinds_are_those_of_jsonl(folder: Path) -> None:
+def test_the_shards_of_all_kinds_are_those_of_jsonl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELIB_STATE_DIR", str(folder.parent / "state"))
     for name, write in KINDS.items():
         write(folder / name)
-    _, texts = read(folder)
-    (folder.parent / "plain").mkdir()
-    plain = folder.parent / "plain/a.jsonl"
-    plain.write_bytes(lines(*ROWS) * len(KINDS))
-    assert texts == read(plain.parent)[1]
-    tokens = [TOKENIZER.encode(text) for text in texts]
-    assert tokens == [TOKENIZER.encode(text) for text in TEXTS] * len(KINDS)
+    plain = folder.parent / "plain/texts"
+    plain.mkdir(parents=True)
+    (plain / "a.jsonl").write_bytes(lines(*ROWS) * len(KINDS))
+    shards = []
+    for texts in (folder, plain):
+        read(texts)
+        build = build_in(texts.parent / "build")
+        encode_corpus(build, texts.parent / "out/raw", TokenizeParams(1000, "none"), 0, Vocabulary(TOKENIZER, None))
+        shards.append({path.name: path.read_bytes() for path in build.outs.rglob("*.bin")})
+    assert len(shards[0]) > 2
+    assert shards[0] == shards[1]
 
 
 @pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
