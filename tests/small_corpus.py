@@ -20,6 +20,21 @@ WORDS = [
     "\n\n", "function()", "<|endoftext|>",
 ]  # fmt: skip
 
+CHARACTERS = (
+    "的一是不了人我在有他这中大来上个国到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可她里后小么心多天而能好都然没日于起还发"
+    "成事只作当想看文无开手十用主行方又如前所本见经头面公同三已老从动两长知民样现分将外但身些与高意进把法此实回二理美点月明其种声全工己话儿"
+)
+"""Common Chinese characters."""
+
+
+def make_novel(paragraphs: int, between: str = "\n", seed: int = 0) -> str:
+    """Chinese text without a space: paragraphs of random characters with punctuation, 100 of them about 30 KB."""
+    draw = random.Random(seed)
+    return between.join(
+        "，".join("".join(draw.choices(CHARACTERS, k=draw.randint(4, 12))) for _ in range(draw.randint(5, 16))) + "。"
+        for _ in range(paragraphs)
+    )
+
 
 def make_texts(count: int, words: int = 100, seed: int = 0) -> list[str]:
     """Documents of `words` words, each of them different from all others, with a hard string in every tenth."""

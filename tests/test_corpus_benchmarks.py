@@ -1,5 +1,6 @@
 """The completion benchmark: nothing but the text tells the right ending from the wrong ones."""
 
+import hashlib
 import json
 import random
 import re
@@ -14,6 +15,7 @@ import lm_eval
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_corpus import make_novel, make_texts
 from small_params import PARAMS
 
 from pipelib.corpus.benchmarks import (
@@ -21,6 +23,7 @@ from pipelib.corpus.benchmarks import (
     ENDING_WORDS,
     ITEMS_PER_DOCUMENT,
     SLOT_WORDS,
+    _text,
     completion_items,
     write_benchmarks,
 )
@@ -110,6 +113,50 @@ def test_short_documents_give_no_item_and_no_ending() -> None:
     items = completion_items(make_documents(20) + short, seed=1)
     assert {item["document"] for item in items} == set(range(20))
     assert "short" not in json.dumps(items)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        ("「他说，你好。」用 GPT-2，再见！" * 9, "「", "见！"),
+        ("東京とカタカナ。" * 9, "東", "ナ。"),
+        ("ไทยที่นี่" * 9, "ไ", "นี่"),  # the last three code points are a letter and two marks
+    ],
+)
+def test_words_of_a_text_without_spaces_are_letters(text: str, first: str, last: str) -> None:
+    found = _text(0, {"id": "a", "text": text})
+    words = [found.stretch(place, 1) for place in range(len(found.words))]
+    assert "".join(words) == text.replace(" ", "")
+    assert (words[0], words[-1]) == (first, last)
+    assert len(words) > 44
+    assert not any(word[0] in "，。！" for word in words)
+
+
+def test_words_of_a_text_with_spaces_are_between_them() -> None:
+    text = "In Japanese, Tokyo is 東京 and means eastern capital. Это по-русски, 한국어는 띄어쓰기를 한다."
+    found = _text(0, {"id": "a", "text": text})
+    assert [found.stretch(place, 1) for place in range(len(found.words))] == text.split()
+
+
+def test_items_of_a_chinese_text() -> None:
+    documents = [{"id": None, "text": make_novel(12, seed=number)} for number in range(30)]
+    items = completion_items(documents, seed=1)
+    assert len(items) == 30 * ITEMS_PER_DOCUMENT
+    for item in items:
+        text = documents[item["document"]]["text"]
+        right = item["endings"][item["label"]]
+        assert (item["ctx"] + right).replace("\n", "") in text.replace("\n", "")
+        assert {len(re.findall(r"\w", ending)) for ending in item["endings"]} == {len(re.findall(r"\w", right))}
+        assert ENDING_WORDS[0] <= len(re.findall(r"\w", right)) <= ENDING_WORDS[1]
+
+
+def test_items_of_english_text_keep_their_bytes() -> None:
+    """Of before each letter of a text without spaces was a word, for text that has some of them."""
+    rows = [{"id": None, "text": text} for text in make_texts(60, words=150)]
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in completion_items(rows, seed=1337))
+    assert (
+        hashlib.sha256(lines.encode()).hexdigest() == "ba5acdff46087b3410519cd59bdd883c6cd10751a2703874973eeaf2b24fb999"
+    )
 
 
 def test_templates_give_no_two_equal_endings() -> None:

@@ -25,6 +25,7 @@ import pytest
 from fake_hub import Answer, FakeHub, cut, entry_of, flip, stall
 from small_params import PARAMS
 from small_project import hold
+from test_corpus_kinds import PLANTED, plant
 
 from pipelib.corpus import hub_transfer
 from pipelib.corpus.benchmarks import hellaswag_items, hub_rows
@@ -809,6 +810,19 @@ def test_a_folder_of_text_files_becomes_parquet(hub: FakeHub, tmp_path: Path) ->
     assert [file["path"] for file in chosen.identity()["files"]] == ["text/a.jsonl", "text/b.jsonl.gz"]
     with pytest.raises(UserError, match="there is no `text`"):
         source(folder="text").write(tmp_path / "again", tmp_path / "work")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.csv", "c.tsv", "d.json"])
+def test_bad_rows_of_text_files_are_counted_by_reason(hub: FakeHub, tmp_path: Path, name: str) -> None:
+    (tmp_path / "files").mkdir()
+    good = plant(tmp_path / "files", [name], good=1600)
+    hub.files[f"text/{name}"] = (tmp_path / "files" / name).read_bytes()
+    chosen = source(folder="text", bad_rows="skip")
+    written = chosen.write(tmp_path / "raw", tmp_path / "work")
+    reasons = [reason for file, _, reason in PLANTED if file == name]
+    assert written.counts["bad_rows"] == {reason: reasons.count(reason) for reason in reasons}
+    write_manifest(tmp_path / "raw", chosen.identity(), written)
+    assert [row["text"] for row in iterate_raw(tmp_path / "raw")] == good
 
 
 def test_subfolders_count_if_the_folder_has_no_files_itself(

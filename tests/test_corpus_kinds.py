@@ -1,12 +1,15 @@
 """Text in the shape that people have it: kinds of files, encodings, bad rows, documents of a txt file, their order."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
 import lzma
+import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_corpus import make_novel
+from small_vocabulary import TOKENIZER
+from test_tokens_encode_corpus import build_in
 
 from pipelib.corpus import local_formats
-from pipelib.corpus.local_formats import _json_values
+from pipelib.corpus.local_formats import Reading, _json_values, read_rows
 from pipelib.corpus.options import Options
 from pipelib.corpus.params import encoding_name, kind_of_name
 from pipelib.corpus.parquet import iterate_raw
@@ -27,7 +33,11 @@ from pipelib.corpus.raw import Document, Written, read_raw_manifest, write_manif
 from pipelib.corpus.shuffle import shuffle
 from pipelib.corpus.sources.local import LocalSource
 from pipelib.corpus.split import Cut, cut_text
+from pipelib.corpus.text_files import Decoding
 from pipelib.errors import UserError
+from pipelib.tokens.encode_corpus import encode_corpus
+from pipelib.tokens.params import TokenizeParams
+from pipelib.vocabulary.choice import Vocabulary
 
 TEXTS = [
     'He said "no", and\tleft.\n\nTwo lines later: naïve, 東京, 🎲.', "a,b;c|d", "'single' and \\ backslash \\n", "x\u2028y\x85z",
@@ -75,17 +85,32 @@ def binary_parquet(path: Path) -> None:
     pq.write_table(pa.table({"text": [text.encode() for text in TEXTS], "id": [b"x"] * len(TEXTS)}), path)
 
 
+def by_csv(path: Path, rows: Sequence[dict[str, Any]] = ROWS, **options: Any) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), **options)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 FRAME = pd.DataFrame(ROWS)
 KINDS: dict[str, Callable[[Path], Any]] = {
     "a.csv": lambda path: FRAME.to_csv(path, index=False),
     "b.csv": lambda path: FRAME.to_csv(path),  # with pandas' column without a name
     "a.tsv": lambda path: FRAME.to_csv(path, index=False, sep="\t"),
+    "b.tsv": lambda path: FRAME.to_csv(path, index=False, sep="\t", quoting=csv.QUOTE_ALL),
     "a.csv.gz": lambda path: FRAME.to_csv(path, index=False),
+    "c.csv": by_csv,
+    "c.tsv": lambda path: by_csv(path, dialect="excel-tab"),
+    "d.tsv": lambda path: by_csv(path, delimiter="\t", quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"),
     "a.json": lambda path: FRAME.to_json(path, orient="records"),
     "b.json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
     "c.json": lambda path: FRAME.to_json(path, orient="records", lines=True),
     "a.json.xz": lambda path: path.write_bytes(lzma.compress(json.dumps(ROWS).encode())),
     "a.jsonl": by_datasets,
+    "b.jsonl": lambda path: FRAME.to_json(path, orient="records", lines=True),
+    "b.jsonl.gz": lambda path: FRAME.to_json(path, orient="records", lines=True),
+    "e.csv": lambda path: datasets.Dataset.from_list(ROWS).to_csv(path),
+    "c.parquet": lambda path: datasets.Dataset.from_list(ROWS).to_parquet(path),
     "a.ndjson": lambda path: path.write_bytes(lines(*ROWS)),
     "a.ndjson.bz2": lambda path: path.write_bytes(bz2.compress(lines(*ROWS))),
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(*ROWS))),
@@ -105,13 +130,43 @@ def test_each_kind_of_file_gives_the_same_texts(folder: Path, name: str) -> None
     assert read(folder)[1] == TEXTS
 
 
-@pytest.mark.parametrize("options", [(), ("--compact-output",)])
+def test_the_shards_of_all_kinds_are_those_of_jsonl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELIB_STATE_DIR", str(folder.parent / "state"))
+    for name, write in KINDS.items():
+        write(folder / name)
+    plain = folder.parent / "plain/texts"
+    plain.mkdir(parents=True)
+    (plain / "a.jsonl").write_bytes(lines(*ROWS) * len(KINDS))
+    shards = []
+    for texts in (folder, plain):
+        read(texts)
+        build = build_in(texts.parent / "build")
+        encode_corpus(build, texts.parent / "out/raw", TokenizeParams(1000, "none"), 0, Vocabulary(TOKENIZER, None))
+        shards.append({path.name: path.read_bytes() for path in build.outs.rglob("*.bin")})
+    assert len(shards[0]) > 2
+    assert shards[0] == shards[1]
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
+@pytest.mark.parametrize("options", [(), ("--compact-output",), ("--slurp",)])
 def test_what_jq_prints(folder: Path, options: tuple[str, ...]) -> None:
-    try:
-        by_jq(folder / "a.json", *options)
-    except FileNotFoundError:
-        pytest.skip("jq is not installed")
+    by_jq(folder / "a.json", *options)
     assert read(folder)[1] == TEXTS
+
+
+PACKERS = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz", "zstd": ".zst"}
+
+
+@pytest.mark.parametrize("program", PACKERS)
+def test_what_programs_compress(folder: Path, program: str) -> None:
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    for name in ("a.csv", "a.jsonl", "a.tsv", "b.json", "c.txt"):
+        KINDS.get(name, lambda path: path.write_text("a book\n"))(folder / name)
+        subprocess.run([program, name], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+        (folder / name).unlink(missing_ok=True)  # zstd leaves it
+    assert {path.suffix for path in folder.iterdir()} == {PACKERS[program]}
+    assert read(folder)[1] == [*TEXTS * 4, "a book\n"]
 
 
 @pytest.mark.parametrize(("ending", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
@@ -155,6 +210,98 @@ def test_an_open_quote_does_not_swallow_rows(folder: Path) -> None:
     (folder / "a.csv").write_text(f'text,id\n{rows}"open,1\n{rows}"ok then",5\n')
     with pytest.raises(UserError, match=r"cannot be read after row 100 \(line 102 opens a quote"):
         read(folder, bad_rows="skip")
+
+
+LITERAL = [
+    '"Hello," she said.', '"Quoted as a whole"', "plain", 'an inch: 5"', '"', 'the "middle"', '"" twice', '"to be', 'or not"',
+    "back\\slash",
+]  # fmt: skip
+"""Texts without tabs and line ends, whose quotes are text where nothing is quoted."""
+
+
+def literal_rows(*texts: str) -> list[dict[str, Any]]:
+    return [{"text": text, "number": number} for number, text in enumerate(texts)]
+
+
+def test_a_tsv_file_without_quoting_is_read_as_it_is(folder: Path) -> None:
+    rows = literal_rows(*LITERAL)
+    pd.DataFrame(rows).to_csv(folder / "a.tsv", index=False, sep="\t", quoting=csv.QUOTE_NONE)
+    by_csv(folder / "b.tsv", rows, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
+    (folder / "c.tsv").write_text("text\n" + "\n".join(LITERAL))
+    (folder / "d.tsv").write_text('text\tid\n"Hello\tthere"\n')
+    assert read(folder)[1] == [*LITERAL * 3, '"Hello']
+
+
+PAIRED = 'text\tid\n"to be\t0\nor not"\t1\nthat is\t2\n'
+"""Two texts with a quote each, or a text of two lines between quotes."""
+
+
+def test_quotes_that_two_texts_or_one_may_have_are_refused(folder: Path) -> None:
+    (folder / "a.tsv").write_text(PAIRED)
+    with pytest.raises(UserError, match=r"a\.tsv, line 3: it is unknown whether a quote .* write the file as \.jsonl"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("more", "texts"),
+    [
+        ('"what" else\t3\n', ['"to be', 'or not"', "that is", '"what" else']),
+        ('"say ""no"""\t3\n', ["to be\t0\nor not", "that is", 'say "no"']),
+        ('"two\nlines"\t3\n', ["to be\t0\nor not", "that is", "two\nlines"]),
+    ],
+)
+def test_another_row_decides_what_quotes_are(folder: Path, more: str, texts: list[str]) -> None:
+    (folder / "a.tsv").write_text(PAIRED + more)
+    assert read(folder)[1] == texts
+
+
+@pytest.mark.parametrize("text", ['he said ""no"""', 'he said ""no"",\nand left"'])
+def test_a_tsv_file_with_quoting_and_an_error_is_not_read_as_one_without(folder: Path, text: str) -> None:
+    (folder / "a.tsv").write_text(f'text\tid\n"{text}\t1\n"open"ed\t2\nlast\t3\n')
+    with pytest.raises(UserError, match=r"a\.tsv, row 2: line \d is not tsv .*fix this row"):
+        read(folder)
+    assert read(folder, bad_rows="skip")[1] == [f'"{text}'[1:-1].replace('""', '"'), "last"]
+
+
+def texts_of(path: Path) -> list[str]:
+    return [
+        row["text"]
+        for _, row in read_rows(path, path.name, Reading("text", Decoding("utf-8", "refuse"), Cut("whole", "")))
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text('a"\t\n', max_size=8).map("x{}".format)), st.sampled_from([0, 1, 2]))
+def test_tsv_with_quoting_is_read_as_written_or_refused(texts: list[str], quoting: int) -> None:
+    rows = literal_rows("first", *texts)
+    with tempfile.TemporaryDirectory() as folder:
+        by_csv(Path(folder) / "a.tsv", rows, delimiter="\t", quoting=quoting)
+        try:
+            found = texts_of(Path(folder) / "a.tsv")
+        except UserError as error:
+            found = [str(error)]
+    assert found == ["first", *texts] or "it is unknown whether a quote" in found[0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.from_regex('[a" ]{0,6}a[a" ]{0,6}', fullmatch=True)))
+def test_tsv_without_quoting_is_read_as_written(texts: list[str]) -> None:
+    texts = ['"So" begins a text of words', *(text.replace('""', "''") for text in texts)]
+    with tempfile.TemporaryDirectory() as folder:
+        by_csv(Path(folder) / "a.tsv", literal_rows(*texts), delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
+        assert texts_of(Path(folder) / "a.tsv") == texts
+
+
+def test_a_tsv_file_of_one_column_may_have_empty_lines(folder: Path) -> None:
+    (folder / "a.tsv").write_text('text\n"two\nlines"\n\nlast\n')
+    assert read(folder)[1] == ["two\nlines", "last"]
+
+
+def test_stray_bytes_of_a_tsv_file_are_counted_once(folder: Path) -> None:
+    (folder / "a.tsv").write_bytes(b'text\n"it\x92s\n')
+    written, texts = read(folder, stray_bytes="replace")
+    assert texts == ['"it\ufffds']
+    assert written.counts["stray_bytes_replaced"] == 1
 
 
 def test_arrays_may_follow_each_other(folder: Path) -> None:
@@ -247,69 +394,99 @@ def test_another_column_is_the_text(folder: Path, name: str) -> None:
 PLANTED: list[tuple[str, bytes, str]] = [
     ("a.jsonl", b"{half", "not JSON"),
     ("a.jsonl", b"{'text': 'x'}", "not JSON"),
-    ("a.jsonl", b'{"text": "x",}', "not JSON"),
-    ("a.jsonl", b'{"text": "x"} more', "not JSON"),
-    ("a.jsonl", b'["x"]', "not an object"),
-    ("a.jsonl", b'"x"', "not an object"),
-    ("a.jsonl", b"null", "not an object"),
-    ("a.jsonl", b"17", "not an object"),
+    ("a.jsonl", b'{"text": "a\ttab"}', "not JSON"),
+    ("a.jsonl", b'{"text": "cut', "JSON is cut short"),
+    ("a.jsonl", b'{"text": "x", "id": ', "JSON is cut short"),
+    ("a.jsonl", b'{"text": "x"} more', "text after JSON"),
+    ("a.jsonl", b'{"text": "x"}{"text": "y"}', "text after JSON"),
+    ("a.jsonl", b"[" * 100_000, "JSON is nested too deeply"),
+    ("a.jsonl", b'["x"]', "row is a list"),
+    ("a.jsonl", b'"x"', "row is text"),
+    ("a.jsonl", b"null", "row is empty"),
+    ("a.jsonl", b"17", "row is a whole number"),
     ("a.jsonl", b"{}", "no text"),
     ("a.jsonl", b'{"body": "x"}', "no text"),
     ("a.jsonl", b'{"text": 5}', "text is a whole number"),
-    ("a.jsonl", b'{"text": 0.5}', "text is a number"),
-    ("a.jsonl", b'{"text": true}', "text is true/false"),
-    ("a.jsonl", b'{"text": ["x"]}', "text is a list"),
-    ("a.jsonl", b'{"text": {"a": "x"}}', "text is a section"),
     ("a.jsonl", b'{"text": "\\ud800"}', "not Unicode"),
     ("b.csv", b"x,1,2", "too many values"),
     ("b.csv", b"x", "too few values"),
     ("b.csv", b'"x"y,1', "not csv"),
-    ("c.parquet", b"\xff", "stray bytes"),
+    ("c.tsv", b"x\t1\t2", "too many values"),
+    ("c.tsv", b"x,1", "too few values"),
+    ("c.tsv", b'"x"y\t1', "not tsv"),
+    ("d.json", b"0.5", "row is a number"),
+    ("d.json", b"true", "row is true/false"),
+    ("d.json", b'{"text": 0.5}', "text is a number"),
+    ("d.json", b'{"text": true}', "text is true/false"),
+    ("d.json", b'{"text": ["x"]}', "text is a list"),
+    ("d.json", b'{"text": {"a": "x"}}', "text is a section"),
+    ("e.parquet", b"\xff", "stray bytes"),
+    ("f", b"it\x92s", "stray bytes"),
 ]
-"""File, bad row, reason."""
+"""File, bad row, reason. `f` is a saved dataset."""
+FILES = sorted({name for name, _, _ in PLANTED})
+REASONS = [reason for _, _, reason in PLANTED]
 
 
-def plant(folder: Path, good: int) -> None:
-    """Files with the planted rows among `good` good ones each."""
-    jsonl = lines(*({"text": f"good {number}"} for number in range(good))).splitlines()
-    csv = [b"text,id", *(f"good {number},{number}".encode() for number in range(good))]
-    texts = [f"good {number}".encode() for number in range(good)]
-    for number, (name, row, _) in enumerate(PLANTED):
-        {"a.jsonl": jsonl, "b.csv": csv, "c.parquet": texts}[name].insert(2 + 3 * number % good, row)
-    (folder / "a.jsonl").write_bytes(b"\n".join(jsonl))
-    (folder / "b.csv").write_bytes(b"\n".join(csv))
-    pq.write_table(pa.table({"text": pa.array(texts, pa.binary()).view(pa.string())}), folder / "c.parquet")
+def good_text(number: int) -> str:
+    return f'good "{number}"'
+
+
+def good_row(name: str, number: int) -> bytes:
+    text = good_text(number)
+    as_json, quoted = json.dumps({"text": text}), text.replace('"', '""')
+    rows = {".csv": f'"{quoted}",1', ".tsv": f'"{quoted}"\t1', ".json": as_json, ".jsonl": as_json}
+    return rows.get(Path(name).suffix, text).encode()
+
+
+def write_rows(path: Path, rows: Sequence[bytes]) -> None:
+    table = pa.table({"text": pa.array(rows, pa.binary()).view(pa.string())})
+    match path.suffix:
+        case ".parquet":
+            pq.write_table(table, path)
+        case "":
+            datasets.Dataset(table).save_to_disk(str(path))
+        case ".json":
+            path.write_bytes(b"[" + b",\n".join(rows) + b"]")
+        case kind:
+            header = {".csv": [b"text,id"], ".tsv": [b"text\tid"]}.get(kind, [])
+            path.write_bytes(b"\n".join([*header, *rows]))
+
+
+def plant(folder: Path, names: Sequence[str], good: int) -> list[str]:
+    """Write files with the planted rows among `good` good ones each, and return the good texts."""
+    for name in names:
+        rows = [good_row(name, number) for number in range(good)]
+        for number, row in enumerate(row for file, row, _ in PLANTED if file == name):
+            rows.insert(2 + 3 * number, row)
+        write_rows(folder / name, rows)
+    return [good_text(number) for number in range(good)] * len(names)
 
 
 def test_bad_rows_are_skipped_and_counted_by_reason(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plant(folder, good=1000)
+    assert len(set(REASONS)) > 20
+    good = plant(folder, FILES, good=600)
     written, texts = read(folder, bad_rows="skip")
-    assert texts == [f"good {number}" for number in range(1000)] * 3
-    reasons = [reason for _, _, reason in PLANTED]
-    assert written.counts["bad_rows"] == {reason: reasons.count(reason) for reason in set(reasons)}
+    assert texts == good
+    assert written.counts["bad_rows"] == {reason: REASONS.count(reason) for reason in set(REASONS)}
     shown = capsys.readouterr().out
-    assert "local: bad rows are left out (not JSON): 4; the first is a.jsonl, row 3: this line is not JSON" in shown
+    assert "local: bad rows are left out (not JSON): 3; the first is a.jsonl, row 3: this line is not JSON" in shown
 
 
 @pytest.mark.parametrize("place", range(len(PLANTED)))
 def test_a_bad_row_is_refused_by_its_file_and_row(folder: Path, place: int) -> None:
     name, row, reason = PLANTED[place]
-    if name == "c.parquet":
-        column = pa.array([b"good", row], pa.binary()).view(pa.string())
-        pq.write_table(pa.table({"text": column}), folder / name)
-    else:
-        first = b"text,id\ngood,1" if name == "b.csv" else b'{"text": "good"}'
-        (folder / name).write_bytes(first + b"\n" + row + b"\n")
-    with pytest.raises(UserError, match=rf"{name}, row 2.*fix this row, skip it with download.bad_rows: skip"):
+    write_rows(folder / name, [good_row(name, 1), row])
+    with pytest.raises(UserError, match=rf"{name}.*, row 2.*fix this row, skip it with download.bad_rows: skip"):
         read(folder)
     written, texts = read(folder, bad_rows="skip")
-    assert texts == ["good"]
+    assert texts == [good_text(1)]
     assert written.counts["bad_rows"] == {reason: 1}
 
 
 def test_too_many_bad_rows_are_another_corpus(folder: Path) -> None:
-    plant(folder, good=600)
-    with pytest.raises(UserError, match=r"20 of 1,820 rows are bad, more than 1%, .*\n  - 4 not JSON: a\.jsonl, row 3"):
+    plant(folder, FILES, good=400)
+    with pytest.raises(UserError, match=r"30 of 2,430 rows are bad, more than 1%, .*\n  - 3 not JSON: a\.jsonl, row 3"):
         read(folder, bad_rows="skip")
 
 
@@ -431,6 +608,16 @@ def test_a_long_line_is_cut_too(folder: Path, between: str) -> None:
     _, texts = read(folder, split="auto")
     assert "".join(texts) == text
     assert len(texts) > 100
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n", ""])
+def test_chinese_is_cut_into_as_many_documents(folder: Path, between: str) -> None:
+    text = make_novel(5000, between)
+    (folder / "a.txt").write_text(text)
+    _, texts = read(folder, split="auto")
+    assert "".join(texts) == text
+    assert 100 < len(texts) < 510
+    assert all(text.rstrip("\n").endswith("。") for text in texts)
 
 
 def test_much_text_is_cut_as_without_auto() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from small_corpus import make_texts, write_jsonl, write_raw_files
+from small_corpus import make_novel, make_texts, write_jsonl, write_raw_files
 from small_params import PARAMS, write_params
 from small_project import Project
 from small_vocabulary import TOKENIZER
@@ -341,3 +341,21 @@ def test_a_stage_that_worked_exits_with_0() -> None:
     with pytest.raises(SystemExit) as caught:
         run_stage("train", lambda: None)
     assert caught.value.code == 0
+
+
+@pytest.mark.long
+def test_a_chinese_novel_comes_through_all_stages(bare: Project) -> None:
+    (bare.root / "texts").mkdir()
+    (bare.root / "texts/novel.txt").write_text(make_novel(1050), encoding="utf-8")
+    write_params(
+        bare.root,
+        download__split="auto",
+        download__benchmark_documents="auto",
+        vocabulary__vocab_size=1024,
+        tokenize__shard_tokens="auto",
+        evaluate__tasks=["completion", "heldout"],
+        evaluate__task_limit=10,
+    )
+    for stage in ("download", "vocabulary", "tokenize", "train", "finetune", "evaluate"):
+        bare.runs(stage)
+    assert read_json(bare.root / "metrics/evaluate.json")["completion"]["acc"]["items"] == 42

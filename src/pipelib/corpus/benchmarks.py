@@ -5,6 +5,9 @@ wrong endings have the same number of words. They come from three other document
 neither length nor position reveals the right ending. A scorer joins `ctx + " " + ending`, as HellaSwag's does. Chance is
 0.25.
 
+In a text without spaces between words, such as Chinese or Thai, each letter counts as a word. A scorer joins with a space
+there too, as lm-eval does in `xstorycloze_zh`; it stands before the wrong endings as well.
+
 Everything is a function of the documents and the seed: positions and lengths are drawn with SHA-256, which is the same in
 every version of Python. Expect 2,105 items from the first 480 documents of the offline corpus, seed 1337.
 
@@ -46,6 +49,16 @@ because half of all documents are shorter than two complete items."""
 ITEMS_PER_DOCUMENT = 6
 """Maximum items from one document, so that long documents do not dominate."""
 CHOICES = 4
+
+_WITHOUT_SPACES = (
+    r"\u0e00-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese; Khmer
+    r"\u3001-\u312f\u3400-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff"  # kana, Chinese characters, their punctuation
+)
+"""The letters of scripts without spaces between words, as ranges of a regular expression."""
+_LETTER = re.compile(rf"[{_WITHOUT_SPACES}]")
+_LETTERS = re.compile(rf"(?:[{_WITHOUT_SPACES}]|[^\s{_WITHOUT_SPACES}]+)[^\w\s]*")
+"""A letter, or a word of another script; with the marks and the punctuation that follow it."""
+_WORDS = re.compile(r"\S+")
 
 Row = Mapping[str, Any]
 
@@ -110,7 +123,8 @@ def completion_items(documents: Iterable[Row], seed: int) -> list[dict[str, Any]
 
 
 def _text(index: int, row: Row) -> _Text:
-    words = [match.span() for match in re.finditer(r"\S+", row["text"])]
+    is_without_spaces = 2 * len(_LETTER.findall(row["text"])) > len(row["text"])
+    words = [match.span() for match in (_LETTERS if is_without_spaces else _WORDS).finditer(row["text"])]
     return _Text(index, row["id"] or f"document {index}", row["text"], words)
 
 
@@ -314,7 +328,7 @@ def _require_items(items: Sequence[Row], documents: int) -> None:
     if not items:
         raise UserError(
             f"download.benchmark_documents: the first {documents} documents give no completion items, because fewer than "
-            f"four of them have {CONTEXT_WORDS[0] + SLOT_WORDS} words with spaces between them; {_MORE_DOCUMENTS}."
+            f"four of them have {CONTEXT_WORDS[0] + SLOT_WORDS} words; {_MORE_DOCUMENTS}."
         )
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import orjson
 import pyarrow as pa
@@ -23,7 +23,9 @@ from pipelib.corpus.params import kind_of_name
 from pipelib.corpus.parquet import SCHEMA, open_parquet, require_text
 from pipelib.corpus.split import Cut, cut_text
 from pipelib.corpus.text_files import Decoding, damaged_file, require_intact
+from pipelib.corpus.tsv_quotes import has_quoting
 from pipelib.errors import UserError
+from pipelib.schema import kind_of
 
 _BATCH_ROWS = 1000
 _BLOCK_CHARACTERS = 1 << 20
@@ -190,9 +192,12 @@ def _decoded(value: bytes | None, decoding: Decoding, is_utf8: bool) -> str | by
 def _csv_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
     """Yield the rows of a csv or tsv file, whose first line names the columns."""
     csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if kind_of_name(name) == ".tsv" else ","
+    kind = kind_of_name(name)[1:]
+    delimiter = {"csv": ",", "tsv": "\t"}[kind]
+    is_quoted = kind == "csv" or has_quoting(path, name, reading.decoding)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
     with reading.decoding.open(path, name, newline="") as file:  # a line end may be part of a text
-        lines = csv.reader(file, delimiter=delimiter, strict=True)
+        lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         header = next(lines, [])
         _require_text_column(header, name, reading.text_column)
         number = 0
@@ -206,8 +211,8 @@ def _csv_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
                 if lines.line_num - before > 1:  # the lines after an open quote are in this row
                     raise ValueError(f"line {before + 1} opens a quote that is not closed well: {error}") from None
                 number += 1
-                what = f"{name}, row {number}: line {lines.line_num} is not csv ({error}), so its text is unknown"
-                yield number, BadRowError("not csv", what)
+                what = f"{name}, row {number}: line {lines.line_num} is not {kind} ({error}), so its text is unknown"
+                yield number, BadRowError(f"not {kind}", what)
                 continue
             if any("\0" in value for value in values):
                 raise reading.decoding.not_text(path, name)
@@ -268,12 +273,8 @@ def _jsonl_rows(path: Path, name: str, reading: Reading, part: Part) -> Iterator
             except (ValueError, RecursionError) as error:
                 if "\0" in line:
                     raise reading.decoding.not_text(path, name) from None
-                yield (
-                    number,
-                    BadRowError(
-                        "not JSON", f"{name}, row {number}: this line is not JSON ({error}), so its text is unknown"
-                    ),
-                )
+                what = f"{name}, row {number}: this line is not JSON ({error}), so its text is unknown"
+                yield number, BadRowError(_json_defect(line, error), what)
             else:
                 yield number, _object(row, f"{name}, row {number}")
 
@@ -286,6 +287,18 @@ def _parse(line: str) -> Any:
         return json.loads(line)
 
 
+def _json_defect(line: str, error: Exception) -> str:
+    """Return a name for what is wrong with a line, for counting."""
+    if isinstance(error, RecursionError):
+        return "JSON is nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        if error.msg == "Extra data":
+            return "text after JSON"
+        if error.msg.startswith("Unterminated string") or error.pos >= len(line.rstrip()):
+            return "JSON is cut short"
+    return "not JSON"
+
+
 def _json_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
     """Yield each object as a row: those of an array, or those that follow each other."""
     with reading.decoding.open(path, name) as file:
@@ -296,9 +309,8 @@ def _json_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
 def _object(value: Any, where: str) -> Row | BadRowError:
     if isinstance(value, dict):
         return value
-    return BadRowError(
-        "not an object", f"{where}: {value!r:.60} is not an object with a text, so the row is not a document"
-    )
+    what = f"{where}: {value!r:.60} is not an object with a text, so the row is not a document"
+    return BadRowError(f"row is {kind_of(value)}", what)
 
 
 def _json_values(file: io.TextIOBase) -> Iterator[Any]:
