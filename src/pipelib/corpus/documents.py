@@ -12,7 +12,7 @@ from pipelib.corpus.local_rows import BadRowError, Tally, document_of
 from pipelib.corpus.options import Options
 from pipelib.corpus.params import kind_of_name
 from pipelib.corpus.parquet import file_name, write_raw
-from pipelib.corpus.parts import UNIT_BYTES, FilePart, text_bytes, units_of
+from pipelib.corpus.parts import FilePart, text_bytes, units_of, useful_processes
 from pipelib.corpus.raw import Document, Written, first_documents
 from pipelib.corpus.shuffle import shuffle
 from pipelib.corpus.split import Cut
@@ -173,13 +173,14 @@ def _write_units(task: FileImport, names: Sequence[str], folder: Path, source: s
     parts = [FilePart(name, WHOLE, text_bytes(task.root / name)) for name in names]
     written: list[Unit] = []
     total, label = sum(part.text_bytes for part in parts), f"{source}: reading files"
-    if task.is_in_one_piece or total <= UNIT_BYTES:
+    processes = useful_processes(total)
+    if task.is_in_one_piece or processes == 1:
         progress = Progress(label, None, "documents")
         written.append(task.write(parts, folder, progress))
         progress.close()
         return written
     progress = Progress(label, total, "bytes")
-    with Pool(worker_count(-(-total // UNIT_BYTES)), _start, task, finish_tasks=False) as pool:
+    with Pool(worker_count(processes), _start, task, finish_tasks=False) as pool:
         units = list(units_of(task.root, names, task.training, pool.in_order))
         drafts = [folder / f"unit {number}" for number in range(len(units))]
         for unit, done in zip(units, pool.in_order(_write_here, zip(units, drafts, strict=True)), strict=True):

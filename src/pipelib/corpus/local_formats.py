@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -51,10 +50,10 @@ class Part:
 
     start: int = 0
     """Where it begins: a row group of a parquet file, a byte of a jsonl file."""
+    end: int | None = None
+    """Where the next one begins; None for the last one."""
     before: int = 0
     """The file's rows before it."""
-    rows: int | None = None
-    """How many rows it has; None for those up to the end."""
 
 
 WHOLE = Part()
@@ -116,9 +115,9 @@ def _parquet_rows(path: Path, name: str, reading: Reading, part: Part) -> Iterat
             yield from _whole_rows(parquet.iter_batches(_BATCH_ROWS))
             return
         columns = _columns(parquet.schema_arrow.names, reading)
-        groups = range(part.start, parquet.num_row_groups)
+        groups = range(parquet.num_row_groups)[part.start : part.end]
         batches = parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns)
-        yield from islice(_arrow_rows(batches, reading, part.before), part.rows)
+        yield from _arrow_rows(batches, reading, part.before)
 
 
 def _saved_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
@@ -264,8 +263,8 @@ def _number(value: str) -> object:
 
 def _jsonl_rows(path: Path, name: str, reading: Reading, part: Part) -> Iterator[Numbered]:
     """Yield each line as a row. Lines are read as text, so that errors can name them and rows may have different columns."""
-    with reading.decoding.open(path, name, start=part.start) as file:
-        for number, line in enumerate(islice(file, part.rows), start=part.before + 1):
+    with reading.decoding.open(path, name, start=part.start, end=part.end) as file:
+        for number, line in enumerate(file, start=part.before + 1):
             if line.isspace():
                 continue
             try:

@@ -16,8 +16,8 @@ from pipelib.corpus.params import PACKED
 from pipelib.corpus.parquet import open_parquet, text_column
 from pipelib.errors import UserError
 
-UNIT_BYTES = 128 << 20
-"""Bytes of text in a unit, about."""
+UNIT_BYTES = 64 << 20
+"""Bytes of text in a unit, about. A process reads them in about the time in which another one starts."""
 _UNPACKED = 5
 """Bytes of text in a byte of a compressed file, about."""
 _BLOCK = 1 << 20
@@ -50,6 +50,11 @@ def units_of(root: Path, names: Sequence[str], reading: Reading, run: Run) -> It
         yield unit
 
 
+def useful_processes(size: int) -> int:
+    """Return how many processes so many bytes of text keep busy: about one for each unit."""
+    return max(1, -(-size // UNIT_BYTES))
+
+
 def text_bytes(path: Path) -> int:
     """Return the bytes of a file's text, about."""
     size = sum(part.stat().st_size for part in [path, *saved_parts(path)])
@@ -67,11 +72,11 @@ def _parts_of(path: Path, name: str, reading: Reading, run: Run) -> list[FilePar
         parts = _lines(path, size, run)
     if len(parts) < 2:
         return [FilePart(name, WHOLE, size)]
-    before = accumulate((part.rows for part in parts), initial=0)
-    rows = [*(part.rows for part in parts[:-1]), None]  # the last one has whatever is left
+    ends = [*(part.start for part in parts[1:]), None]
+    before = accumulate((part.rows for part in parts[:-1]), initial=0)
     return [
-        FilePart(name, Part(part.start, first, count), part.text_bytes)
-        for part, first, count in zip(parts, before, rows, strict=False)
+        FilePart(name, Part(part.start, end, rows), part.text_bytes)
+        for part, end, rows in zip(parts, ends, before, strict=True)
     ]
 
 

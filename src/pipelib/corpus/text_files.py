@@ -89,13 +89,16 @@ class Decoding:
         return value.decode("utf-8" if is_utf8 else self.encoding, self.errors)
 
     @contextmanager
-    def open(self, path: Path, name: str, newline: str | None = None, start: int = 0) -> Iterator[io.TextIOWrapper]:
+    def open(
+        self, path: Path, name: str, newline: str | None = None, start: int = 0, end: int | None = None
+    ) -> Iterator[io.TextIOWrapper]:
         """Open a file as text: unpacked if its name says so, and without a byte order mark.
 
         Args:
             name: what messages call the file.
             newline: None makes every line end `\\n`; "" leaves them as they are.
             start: the byte from which to read.
+            end: the byte before which to end, if not at the end. What is between is held in memory.
 
         Raises:
             UserError: it has another encoding, is empty although compressed, or is of another kind than its name says.
@@ -113,8 +116,9 @@ class Decoding:
                     f"{what} is {marked.upper()}. It was not read, because its text would be wrong; "
                     f"{self._remedy(f'encoding: {marked}, or {remedy}', remedy)}."
                 )
-            if start:
+            if start or end is not None:
                 file.seek(start)
+                file = io.BytesIO(file.read(-1 if end is None else end - start))  # a decoder reads ahead
             if marked:
                 encoding = "utf-8-sig" if marked == "utf-8" else marked  # these leave out the mark
             yield io.TextIOWrapper(file, encoding=encoding, errors=self.errors, newline=newline)
