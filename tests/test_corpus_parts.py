@@ -15,7 +15,7 @@ from pipelib.corpus.local_formats import Reading, read_rows
 from pipelib.corpus.local_rows import BadRowError
 from pipelib.corpus.options import Options
 from pipelib.corpus.parquet import iterate_raw
-from pipelib.corpus.parts import FilePart, units_of
+from pipelib.corpus.parts import FilePart, bundles_of
 from pipelib.corpus.raw import Written, write_manifest
 from pipelib.corpus.sources.local import LocalSource
 from pipelib.corpus.split import Cut
@@ -28,19 +28,19 @@ ROW = st.sampled_from(
 )
 
 
-def units(folder: Path, names: list[str], unit_bytes: int, encoding: str = "utf-8") -> list[list[FilePart]]:
+def bundles(folder: Path, names: list[str], bundle_bytes: int, encoding: str = "utf-8") -> list[list[FilePart]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "UNIT_BYTES", unit_bytes)
+        patch.setattr(parts, "BUNDLE_BYTES", bundle_bytes)
         patch.setattr(parts, "_BLOCK", 7)
-        return list(units_of(folder, names, reading(encoding), lambda task, calls: (task(*call) for call in calls)))
+        return list(bundles_of(folder, names, reading(encoding), lambda task, calls: (task(*call) for call in calls)))
 
 
 def reading(encoding: str = "utf-8") -> Reading:
     return Reading("text", Decoding(encoding, "refuse"), Cut("whole", ""))
 
 
-def rows(folder: Path, unit: list[FilePart], encoding: str = "utf-8") -> Iterator[tuple[str, int, str]]:
-    for part in unit:
+def rows(folder: Path, bundle: list[FilePart], encoding: str = "utf-8") -> Iterator[tuple[str, int, str]]:
+    for part in bundle:
         for number, row in read_rows(folder / part.name, part.name, reading(encoding), part.part):
             yield part.name, number, str(row) if isinstance(row, BadRowError) else json.dumps(dict(row))
 
@@ -53,26 +53,28 @@ def rows(folder: Path, unit: list[FilePart], encoding: str = "utf-8") -> Iterato
 )
 @settings(max_examples=60, deadline=None)
 def test_parts_of_lines_have_the_rows_of_the_file(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[str, str]], unit_bytes: int, mark: str, ended: bool
+    tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[str, str]], bundle_bytes: int, mark: str, ended: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("lines")
     text = mark + "".join(row + end for row, end in lines)
     (folder / "a.jsonl").write_bytes((text if ended else text.rstrip("\r\n")).encode())
     (folder / "b.jsonl").write_bytes(b'{"text": "next"}')
     names = ["a.jsonl", "b.jsonl"]
-    found = units(folder, names, unit_bytes)
-    assert [row for unit in found for row in rows(folder, unit)] == list(rows(folder, units(folder, names, 10**6)[0]))
-    assert len(found) >= len(text.encode()) // (unit_bytes + 200)
+    found = bundles(folder, names, bundle_bytes)
+    assert [row for bundle in found for row in rows(folder, bundle)] == list(
+        rows(folder, bundles(folder, names, 10**6)[0])
+    )
+    assert len(found) >= len(text.encode()) // (bundle_bytes + 200)
 
 
 def test_parts_of_parquet_have_the_rows_of_the_file(tmp_path: Path) -> None:
     texts = [None if number % 7 == 0 else f"text {number} " * 5 for number in range(1000)]
     table = pa.table({"text": texts, "id": [str(number) for number in range(1000)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=90)
-    for unit_bytes, count in ((1, 12), (10_000, 4), (10**6, 1)):
-        found = units(tmp_path, ["a.parquet"], unit_bytes)
+    for bundle_bytes, count in ((1, 12), (10_000, 4), (10**6, 1)):
+        found = bundles(tmp_path, ["a.parquet"], bundle_bytes)
         assert len(found) == count
-        assert [row for unit in found for row in rows(tmp_path, unit)] == [
+        assert [row for bundle in found for row in rows(tmp_path, bundle)] == [
             ("a.parquet", number + 1, json.dumps({"text": text, "id": str(number)}))
             for number, text in enumerate(texts)
         ]
@@ -83,14 +85,14 @@ def test_parts_of_parquet_have_the_rows_of_the_file(tmp_path: Path) -> None:
 )
 def test_a_file_whose_rows_cannot_be_found_is_one_part(tmp_path: Path, name: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(b"x\n" * 500)
-    assert [part.part for unit in units(tmp_path, [name], 100, encoding) for part in unit] == [parts.WHOLE]
+    assert [part.part for bundle in bundles(tmp_path, [name], 100, encoding) for part in bundle] == [parts.WHOLE]
 
 
-def test_small_files_share_a_unit(tmp_path: Path) -> None:
+def test_small_files_share_a_bundle(tmp_path: Path) -> None:
     names = [f"{number}.txt" for number in range(10)]
     for name in names:
         (tmp_path / name).write_bytes(b"x" * 40)
-    assert [len(unit) for unit in units(tmp_path, names, 100)] == [3, 3, 3, 1]
+    assert [len(bundle) for bundle in bundles(tmp_path, names, 100)] == [3, 3, 3, 1]
 
 
 # ---- With processes --------------------------------------------------------------------------------------------------
@@ -107,9 +109,9 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def imported(folder: Path, out: Path, options: Options, unit_bytes: int) -> Written:
+def imported(folder: Path, out: Path, options: Options, bundle_bytes: int) -> Written:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "UNIT_BYTES", unit_bytes)
+        patch.setattr(parts, "BUNDLE_BYTES", bundle_bytes)
         written = LocalSource(folder, "**/*", None, options).write(out, out / "work")
     write_manifest(out, {}, written)
     return written
@@ -152,7 +154,7 @@ def test_the_first_problem_is_named_whoever_finds_it(
     assert "fix this row, skip it with download.bad_rows: skip" in str(caught.value)
 
 
-def test_too_many_bad_rows_in_all_units_together_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_too_many_bad_rows_in_all_bundles_together_are_refused(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (folder / f"{name}.jsonl").write_text('{"text": "x"}\n' * 300 + "[]\n" * 6)
     with pytest.raises(UserError, match=r"12 of .* rows are bad, .*\n  - 12 row is a list: a.jsonl, row 301"):

@@ -12,7 +12,7 @@ from pipelib.corpus.local_rows import BadRowError, Tally, document_of
 from pipelib.corpus.options import Options
 from pipelib.corpus.params import kind_of_name
 from pipelib.corpus.parquet import file_name, write_raw
-from pipelib.corpus.parts import FilePart, text_bytes, units_of, useful_processes
+from pipelib.corpus.parts import FilePart, bundles_of, text_bytes, useful_processes
 from pipelib.corpus.raw import Document, Written, first_documents
 from pipelib.corpus.shuffle import shuffle
 from pipelib.corpus.split import Cut
@@ -25,8 +25,8 @@ from pipelib.progress import Progress
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What was made of a part of the files."""
+class WrittenBundle:
+    """The documents of a bundle, as parquet files."""
 
     written: Written
     tally: Tally
@@ -34,7 +34,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class FileImport:
-    """How files become the corpus. Its units can be written in any process."""
+    """How files become the corpus. Its bundles can be written in any process."""
 
     root: Path
     """The folder that the names are relative to."""
@@ -56,16 +56,16 @@ class FileImport:
         """Whether a document's place depends on those before it."""
         return self.max_tokens is not None or self.options.shuffle_seed is not None
 
-    def write(self, unit: Sequence[FilePart], folder: Path, progress: Progress | None = None) -> Unit:
-        """Write the documents of a unit, which has files for validation before those for training.
+    def write(self, bundle: Sequence[FilePart], folder: Path, progress: Progress | None = None) -> WrittenBundle:
+        """Write the documents of a bundle, which has files for validation before those for training.
 
         Raises:
             UserError: a file or row cannot be used; the message names the file and the row.
         """
         tally, counts = Tally(), dict[str, Any]()
         decoding, replaced = self.training.decoding, self.training.decoding.replaced
-        held_out = [part for part in unit if part.name in self.for_validation]
-        others = unit[len(held_out) :]
+        held_out = [part for part in bundle if part.name in self.for_validation]
+        others = bundle[len(held_out) :]
         validation_documents = 0
 
         def documents() -> Iterator[Document]:
@@ -79,7 +79,7 @@ class FileImport:
         written = write_raw(documents(), folder)  # `documents` is lazy, so only one row group is in memory at a time
         tally.replaced = decoding.replaced - replaced
         counts = {**written.counts, **counts}
-        return Unit(replace(written, counts=counts, validation_documents=validation_documents), tally)
+        return WrittenBundle(replace(written, counts=counts, validation_documents=validation_documents), tally)
 
     def _in_order(self, named: Iterator[tuple[str, Document]], parts: Sequence[FilePart]) -> Iterator[Document]:
         if self.options.shuffle_seed is None:
@@ -147,31 +147,31 @@ def write_documents(
         max_tokens,
         work / "shuffle",
     )
-    units = _write_units(task, [*for_validation, *for_training], folder, source)
+    bundles = _write_bundles(task, [*for_validation, *for_training], folder, source)
     tally = Tally(source)
-    for unit in units:
-        tally.add(unit.tally)
+    for bundle in bundles:
+        tally.add(bundle.tally)
     tally.require_few_bad()
     tally.report(decoding.encoding)
-    held_out = sum(unit.written.validation_documents or 0 for unit in units)
+    held_out = sum(bundle.written.validation_documents or 0 for bundle in bundles)
     if for_validation and not held_out:
         raise UserError(
             f"download.validation: {', '.join(for_validation[:5])} has no text, so nothing could be validated; name other files."
         )
     counts = Counter[str]()
-    for unit in units:
-        counts.update(unit.written.counts)
+    for bundle in bundles:
+        counts.update(bundle.written.counts)
     more = {"stray_bytes_replaced": tally.replaced} if options.stray_bytes == "replace" else {}
-    files = tuple(file for unit in units for file in unit.written.files)
+    files = tuple(file for bundle in bundles for file in bundle.written.files)
     return Written(
         files, {**counts, **tally.counts(), **more}, validation_documents=held_out if for_validation else None
     )
 
 
-def _write_units(task: FileImport, names: Sequence[str], folder: Path, source: str) -> list[Unit]:
+def _write_bundles(task: FileImport, names: Sequence[str], folder: Path, source: str) -> list[WrittenBundle]:
     """Write the documents of some files, with several processes if there is enough text."""
     parts = [FilePart(name, WHOLE, text_bytes(task.root / name)) for name in names]
-    written: list[Unit] = []
+    written: list[WrittenBundle] = []
     total, label = sum(part.text_bytes for part in parts), f"{source}: reading files"
     processes = useful_processes(total)
     if task.is_in_one_piece or processes == 1:
@@ -181,29 +181,29 @@ def _write_units(task: FileImport, names: Sequence[str], folder: Path, source: s
         return written
     progress = Progress(label, total, "bytes")
     with Pool(worker_count(processes), _start, task, finish_tasks=False) as pool:
-        units = list(units_of(task.root, names, task.training, pool.in_order))
-        drafts = [folder / f"unit {number}" for number in range(len(units))]
-        for unit, done in zip(units, pool.in_order(_write_here, zip(units, drafts, strict=True)), strict=True):
+        bundles = list(bundles_of(task.root, names, task.training, pool.in_order))
+        drafts = [folder / f"bundle {number}" for number in range(len(bundles))]
+        for bundle, done in zip(bundles, pool.in_order(_write_here, zip(bundles, drafts, strict=True)), strict=True):
             if isinstance(done, UserError):
                 raise done
-            progress.add(sum(part.text_bytes for part in unit))
+            progress.add(sum(part.text_bytes for part in bundle))
             written.append(done)
     progress.close()
     return _named_as_one(written, drafts, folder)
 
 
-def _named_as_one(units: Sequence[Unit], drafts: Sequence[Path], folder: Path) -> list[Unit]:
-    """Move the parquet files of all units into one folder, with names as if one process had written them."""
-    named: list[Unit] = []
+def _named_as_one(bundles: Sequence[WrittenBundle], drafts: Sequence[Path], folder: Path) -> list[WrittenBundle]:
+    """Move the parquet files of all bundles into one folder, with names as if one process had written them."""
+    named: list[WrittenBundle] = []
     number = 0
-    for unit, draft in zip(units, drafts, strict=True):
+    for bundle, draft in zip(bundles, drafts, strict=True):
         files = []
-        for file in unit.written.files:
+        for file in bundle.written.files:
             files.append(replace(file, name=file_name(number)))
             (draft / file.name).rename(folder / files[-1].name)
             number += 1
         draft.rmdir()
-        named.append(replace(unit, written=replace(unit.written, files=tuple(files))))
+        named.append(replace(bundle, written=replace(bundle.written, files=tuple(files))))
     sync_folder(folder)
     return named
 
@@ -216,9 +216,9 @@ def _start(task: FileImport) -> None:
     _task = task
 
 
-def _write_here(unit: Sequence[FilePart], folder: Path) -> Unit | UserError:
-    """Write a unit in the worker that calls this. An error is returned, because one of an earlier unit comes first."""
+def _write_here(bundle: Sequence[FilePart], folder: Path) -> WrittenBundle | UserError:
+    """Write a bundle in the worker that calls this. An error is returned, because one of an earlier bundle comes first."""
     try:
-        return _task.write(unit, folder)
+        return _task.write(bundle, folder)
     except UserError as error:
         return UserError(str(error))

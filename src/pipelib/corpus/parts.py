@@ -1,6 +1,6 @@
-"""Share files out among processes: large files are cut into parts, and parts are put together to units of about equal size.
+"""Share files out among processes: large files are cut into parts, and parts are put together in bundles of about equal size.
 
-Parts and units depend on the files alone, so any number of processes makes the same documents.
+Parts and bundles depend on the files alone, so any number of processes makes the same documents.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +16,8 @@ from pipelib.corpus.params import PACKED
 from pipelib.corpus.parquet import open_parquet, text_column
 from pipelib.errors import UserError
 
-UNIT_BYTES = 64 << 20
-"""Bytes of text in a unit, about. A process reads them in about the time in which another one starts."""
+BUNDLE_BYTES = 64 << 20
+"""Bytes of text in a bundle, about. A process reads them in about the time in which another one starts."""
 _UNPACKED = 5
 """Bytes of text in a byte of a compressed file, about."""
 _BLOCK = 1 << 20
@@ -37,22 +37,24 @@ Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 """Calls a function for each of some arguments, on all cores, and yields the results in order."""
 
 
-def units_of(root: Path, names: Sequence[str], reading: Reading, run: Run) -> Iterator[list[FilePart]]:
-    """Yield the units of some files, in order."""
-    unit: list[FilePart] = []
+def bundles_of(root: Path, names: Sequence[str], reading: Reading, run: Run) -> Iterator[list[FilePart]]:
+    """Yield the bundles of some files, in order."""
+    bundle: list[FilePart] = []
+    size = 0
     for name in names:
         for part in _parts_of(root / name, name, reading, run):
-            unit.append(part)
-            if sum(part.text_bytes for part in unit) >= UNIT_BYTES:
-                yield unit
-                unit = []
-    if unit:
-        yield unit
+            bundle.append(part)
+            size += part.text_bytes
+            if size >= BUNDLE_BYTES:
+                yield bundle
+                bundle, size = [], 0
+    if bundle:
+        yield bundle
 
 
 def useful_processes(size: int) -> int:
-    """Return how many processes so many bytes of text keep busy: about one for each unit."""
-    return max(1, -(-size // UNIT_BYTES))
+    """Return how many processes so many bytes of text keep busy: about one for each bundle."""
+    return max(1, -(-size // BUNDLE_BYTES))
 
 
 def text_bytes(path: Path) -> int:
@@ -65,10 +67,10 @@ def _parts_of(path: Path, name: str, reading: Reading, run: Run) -> list[FilePar
     """Return the parts of a file. It has one, unless it is large and of a kind whose rows can be found."""
     size, ending = text_bytes(path), path.suffix.lower()
     parts: list[_Cut] = []
-    if size > UNIT_BYTES and ending == ".parquet":
+    if size > BUNDLE_BYTES and ending == ".parquet":
         parts = _row_groups(path, str(reading.text_column))
     # in other encodings, a byte of a line end may be part of a character
-    if size > UNIT_BYTES and ending in (".jsonl", ".ndjson") and reading.decoding.encoding == "utf-8":
+    if size > BUNDLE_BYTES and ending in (".jsonl", ".ndjson") and reading.decoding.encoding == "utf-8":
         parts = _lines(path, size, run)
     if len(parts) < 2:
         return [FilePart(name, WHOLE, size)]
@@ -91,7 +93,7 @@ def _row_groups(path: Path, column: str) -> list[_Cut]:
     parts: list[_Cut] = []
     with suppress(UserError), open_parquet(path, column=column) as parquet:  # the error is for who reads the file
         for group in range(parquet.num_row_groups):
-            if not parts or parts[-1].text_bytes >= UNIT_BYTES:
+            if not parts or parts[-1].text_bytes >= BUNDLE_BYTES:
                 parts.append(_Cut(group, 0, 0))
             start, rows, size = parts[-1]
             size += text_column(parquet.metadata, group, column).total_uncompressed_size
@@ -103,8 +105,8 @@ def _lines(path: Path, size: int, run: Run) -> list[_Cut]:
     """Cut a text file at line ends, and count its lines, since rows are named by their numbers."""
     starts = [0]
     with path.open("rb") as file:
-        while starts[-1] + UNIT_BYTES < size:
-            file.seek(starts[-1] + UNIT_BYTES)
+        while starts[-1] + BUNDLE_BYTES < size:
+            file.seek(starts[-1] + BUNDLE_BYTES)
             file.readline()
             starts.append(file.tell())
     ends = [*starts[1:], size]
