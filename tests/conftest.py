@@ -1,15 +1,18 @@
 """What all tests share: an environment that nobody set up, and folders to work in."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_run import write_tokens
 from small_vocabulary import TOKENIZER
 
+from pipelib.training import determinism
 from pipelib.vocabulary.tokenizer import Tokenizer
 
 pytest_plugins = ("small_tracking",)
@@ -36,6 +39,14 @@ def one_thread() -> None:
     For every test, since commands set the number that is right for them.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trainings_collect_what_is_young() -> Iterator[None]:
+    """Before it starts, a training looks for garbage: in all that the tests have imported, that takes as long as its steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(determinism, "gc", SimpleNamespace(**{**vars(gc), "collect": lambda: gc.collect(1)}))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

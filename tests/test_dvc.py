@@ -46,6 +46,7 @@ class Clone:
             "DVC_SITE_CACHE_DIR": str(root.parent / "memo"),
             "GIT_CONFIG_GLOBAL": "/dev/null",
             "PIPELIB_THREADS": "1",
+            "PIPELIB_WORKERS": "1",
         }
         (root.parent / "home").mkdir()
         listed = subprocess.run(
@@ -182,47 +183,48 @@ def test_a_second_repro_runs_nothing(clone: Clone) -> None:
     assert clone.git("status", "--porcelain") == ""
 
 
-@pytest.mark.parametrize(
-    ("file", "stages"),
-    [
-        ("src/pipelib/progress.py", set()),
-        ("src/pipelib/workspace/places.py", set()),
-        ("src/pipelib/corpus/sources/docs.py", set()),
-        ("src/pipelib/corpus/sources/local.py", {"download"}),
-        ("src/pipelib/tracking/run.py", set()),
-        ("src/pipelib/training/params.py", {"train", "finetune"}),
-        ("src/pipelib/finetuning/docs.py", {"finetune"}),
-        ("src/pipelib/evaluation/report.py", {"evaluate"}),
-        ("src/pipelib/model/families/gpt2.py", {"train", "finetune", "evaluate"}),
-        ("src/pipelib/model/decoder.py", {"train", "finetune", "evaluate"}),
-        ("src/pipelib/tokens/encode_corpus.py", {"tokenize"}),
-        ("src/pipelib/vocabulary/bpe.py", {"vocabulary"}),
-        ("src/pipelib/vocabulary/folder.py", {"vocabulary", "tokenize", "train", "finetune", "evaluate"}),
-        ("texts/a.jsonl", {"download"}),
-    ],
-)
-def test_an_edit_reruns_what_it_can_change(clone: Clone, file: str, stages: set[str]) -> None:
-    before = clone.text(file)
-    (clone.root / file).write_text(before + "\n# a comment\n", encoding="utf-8")
-    assert clone.changed_stages() == stages
-    (clone.root / file).write_text(before, encoding="utf-8")
+EDITS: dict[str, set[str]] = {
+    "src/pipelib/progress.py": set(),
+    "src/pipelib/workspace/places.py": set(),
+    "src/pipelib/corpus/sources/docs.py": set(),
+    "src/pipelib/corpus/sources/local.py": {"download"},
+    "src/pipelib/tracking/run.py": set(),
+    "src/pipelib/training/params.py": {"train", "finetune"},
+    "src/pipelib/finetuning/docs.py": {"finetune"},
+    "src/pipelib/evaluation/report.py": {"evaluate"},
+    "src/pipelib/model/families/gpt2.py": {"train", "finetune", "evaluate"},
+    "src/pipelib/model/decoder.py": {"train", "finetune", "evaluate"},
+    "src/pipelib/tokens/encode_corpus.py": {"tokenize"},
+    "src/pipelib/vocabulary/bpe.py": {"vocabulary"},
+    "src/pipelib/vocabulary/folder.py": {"vocabulary", "tokenize", "train", "finetune", "evaluate"},
+    "texts/a.jsonl": {"download"},
+    "params.yaml": set(),
+}
 
 
-def test_reformatting_params_and_changing_logging_rerun_nothing(clone: Clone) -> None:
-    before = clone.text("params.yaml")
+def test_an_edit_reruns_what_it_can_change(clone: Clone) -> None:
+    """All of them at once: DVC names the files for which it would run a stage, and runs it for nothing else.
+
+    Of params.yaml, the logging is changed and the format.
+    """
+    before = {file: clone.text(file) for file in EDITS}
+    for file, text in before.items():
+        (clone.root / file).write_text(text + "\n# a comment\n", encoding="utf-8")
     clone.edit("params.yaml", "log_every: 1", "log_every:    2   # more lines")
-    assert clone.changed_stages() == set()
-    (clone.root / "params.yaml").write_text(before, encoding="utf-8")
+    named: dict[str, set[str]] = {file: set() for file in EDITS}
+    for stage, reasons in clone.json("status", "--json").items():
+        for reason in reasons:
+            assert reason.keys() == {"changed deps"}
+            for file in reason["changed deps"]:
+                named["texts/a.jsonl" if file == "texts" else file].add(stage.split(":")[-1])
+    assert named == EDITS
+    for file, text in before.items():
+        (clone.root / file).write_text(text, encoding="utf-8")
 
 
 def test_a_vocabulary_reruns_what_follows_and_nothing_before(clone: Clone) -> None:
     """GPT-2's is the same for every corpus, so a new corpus changes nothing of it."""
     before = clone.text("params.yaml")
-    clone.edit("params.yaml", "vocab_size: 300", "vocab_size: 310")
-    assert ran(clone.dvc("repro", "vocabulary")) == ["vocabulary"]  # and not taken out of DVC's run cache
-    assert json.loads(clone.text("metrics/vocabulary.json"))["size"] == 310
-    (clone.root / "params.yaml").write_text(before, encoding="utf-8")
-    assert ran(clone.dvc("repro")) == []
     clone.edit("params.yaml", "source: train", "source: gpt2")
     assert clone.changed_stages() == {"vocabulary"}
     said = clone.dvc("repro", "tokenize")
@@ -231,6 +233,9 @@ def test_a_vocabulary_reruns_what_follows_and_nothing_before(clone: Clone) -> No
     clone.edit("params.yaml", "vocab_size: 300", "vocab_size: 310")  # not used by gpt2, but DVC watches the section
     clone.dvc("repro", "vocabulary")
     assert clone.changed_stages() == {"train", "finetune", "evaluate"}
+    clone.edit("params.yaml", "source: gpt2", "source: train")
+    assert ran(clone.dvc("repro", "vocabulary")) == ["vocabulary"]  # and not taken out of DVC's run cache
+    assert json.loads(clone.text("metrics/vocabulary.json"))["size"] == 310
     (clone.root / "params.yaml").write_text(before, encoding="utf-8")
     assert ran(clone.dvc("repro")) == []  # DVC's run cache has the outs of before
     assert clone.changed_stages() == set()

@@ -18,6 +18,7 @@ from small_evaluation import (
 )
 from small_params import model_params, train_params
 from small_run import export_random, train_small, write_tokens
+from small_vocabulary import TOKENIZER
 
 from pipelib.errors import UserError
 from pipelib.evaluation import baselines, measure
@@ -32,16 +33,15 @@ from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
 from pipelib.stage import Build
 from pipelib.tracking.run import NullRun
-from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the stage reads, after a short training."""
     folder = tmp_path_factory.mktemp("trained")
-    write_tokens(folder / "tokens", 2048, GPT2_TOKENIZER)
+    write_tokens(folder / "tokens", 2048)
     model = train_small(folder, train_params(max_tokens=640))
-    export_model(model, GPT2_TOKENIZER, folder / "models", {})
+    export_model(model, TOKENIZER, folder / "models", {})
     (folder / "curves").mkdir()
     for name in ("train.csv", "validation.csv", "samples.csv"):
         shutil.copy(folder / "work" / name, folder / "curves")
@@ -184,8 +184,8 @@ def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateP
     """A published model as download leaves it, and a folder of the user's; the state is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
-    export_random(Path("data/models/gpt2"), model_params(), 2, tokenizer=GPT2_TOKENIZER)
-    export_random(Path("other"), model_params(n_embd=32, context_length=24), 3, tokenizer=GPT2_TOKENIZER)
+    export_random(Path("data/models/gpt2"), model_params(), 2)
+    export_random(Path("other"), model_params(n_embd=32, context_length=24), 3)
     write_json(
         Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
     )
@@ -194,9 +194,7 @@ def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateP
 
 def write_chat(folder: Path, seed: int) -> None:
     """What finetune leaves."""
-    export_random(
-        folder / "model", model_params(), seed, recipe={"finetune": {"max_lr": 0.1}}, tokenizer=GPT2_TOKENIZER
-    )
+    export_random(folder / "model", model_params(), seed, recipe={"finetune": {"max_lr": 0.1}})
     base = {"init_from": "models", "weights_sha256": "b" * 64}
     lineage = {"source": "local", "base": base, "conversations": {"sha256": "c" * 64, "tokens_sha256": "d" * 64}}
     write_json(folder / "manifest.json", lineage)
@@ -262,7 +260,7 @@ def test_baselines_are_measured_once_and_stand_beside_the_model(
 def test_a_kept_result_that_cannot_be_read_asks_for_no_action(
     tmp_path: Path, with_baselines: EvaluateParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (baseline,) = baselines.find_baselines(with_baselines.baselines[:1], GPT2_TOKENIZER)
+    (baseline,) = baselines.find_baselines(with_baselines.baselines[:1], TOKENIZER)
     measured = Measured({"val_loss": 1.0}, {}, {})
     for text in (None, "{", "[1]"):
         for path in (tmp_path / "state/baselines").glob("*/result.json"):
@@ -279,7 +277,7 @@ def only_once(name: str = "models") -> Any:
 
     def load(folder: Path, _: object) -> GPT2:
         assert folder.name == name, f"{folder} was loaded again"
-        return import_model(folder, GPT2_TOKENIZER)
+        return import_model(folder, TOKENIZER)
 
     return load
 
@@ -296,7 +294,7 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     write_lines(folder / "benchmarks/completion.jsonl", completion_rows(6))
     run_evaluation(folder, tmp_path / "items", params)
     run_evaluation(folder, tmp_path / "batch", replace(params, batch_tokens=64))
-    export_random(Path("data/models/gpt2"), model_params(), 5, tokenizer=GPT2_TOKENIZER)
+    export_random(Path("data/models/gpt2"), model_params(), 5)
     write_json(
         Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
     )
@@ -317,13 +315,13 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
 @pytest.mark.usefixtures("with_baselines")
 def test_a_baseline_that_is_not_there_is_refused(name: str, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
-        baselines.find_baselines([name], GPT2_TOKENIZER)
+        baselines.find_baselines([name], TOKENIZER)
 
 
 def test_weights_that_are_not_those_of_the_manifest_are_refused(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams
 ) -> None:
-    export_random(Path("data/models/gpt2"), model_params(), 9, tokenizer=GPT2_TOKENIZER)
+    export_random(Path("data/models/gpt2"), model_params(), 9)
     with pytest.raises(UserError, match="cannot be trusted"):
         run_evaluation(trained, tmp_path / "outs", with_baselines)
     assert files_under(tmp_path / "outs") == []
@@ -339,11 +337,11 @@ def test_weights_that_are_lost_are_an_error_and_no_score(
     monkeypatch.setattr("pipelib.evaluation.measure.gpu_count", lambda: gpus)
     folder = tmp_path / "lost"
     shutil.copytree(trained, folder, ignore=None if benchmarks else shutil.ignore_patterns("completion.jsonl"))
-    model = GPT2(model_params(), GPT2_TOKENIZER.size)
+    model = GPT2(model_params(), TOKENIZER.size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1e30)  # finite, so that it can be loaded; its logits are not
-    export_model(model, GPT2_TOKENIZER, folder / "models", {})
+    export_model(model, TOKENIZER, folder / "models", {})
     with pytest.raises(UserError, match="its weights are unusable"):
         run_evaluation(folder, tmp_path / "outs")
     assert files_under(tmp_path / "outs") == []
@@ -366,5 +364,5 @@ def test_every_file_that_is_read_decides_the_evaluation(trained: Path, with_base
         (trained / name).write_bytes(kept)
     assert evaluation_inputs(PARAMS, *folders(trained)) == before
     of_baselines = evaluation_inputs(with_baselines, *folders(trained))
-    export_random(Path("other"), model_params(), 7, tokenizer=GPT2_TOKENIZER)
+    export_random(Path("other"), model_params(), 7)
     assert evaluation_inputs(with_baselines, *folders(trained)) != of_baselines

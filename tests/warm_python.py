@@ -7,6 +7,7 @@ folder and its environment say, so a copy of the checkout runs its own code.
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -26,7 +27,10 @@ from pathlib import Path
 
 IMPORTED = (
     "torch", "torch._dynamo", "numpy", "yaml", "orjson", "tiktoken", "pyarrow.parquet", "awkward", "matplotlib.pyplot",
-    "dvc.cli.parser",
+    "dvc.cli.parser", "dvc.commands.repro", "dvc.commands.status", "dvc.repo.open_repo", "dvc.repo.reproduce",
+    "dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.metrics", "dvc.repo.params", "dvc.repo.plots", "dvc.repo.stage",
+    "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "dvc.rwlock", "dvc.scm", "dvc.utils.strictyaml",
+    "dvc_data.hashfile.db.local", "fsspec.implementations.memory", "dulwich.ignore", "dulwich.worktree", "scmrepo.git",
 )  # fmt: skip
 """What a stage, or dvc, takes seconds to import."""
 
@@ -100,6 +104,7 @@ def serve(address: str, ends_with_client: int) -> None:
     """Import, and fork for each connection, until the client has ended."""
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # a fork that looked for garbage in all this would copy it
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
