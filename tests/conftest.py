@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,9 @@ def plain_environment() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith(("PIPELIB_", "DVC_", "MLFLOW_")) and not name.startswith("PIPELIB_TEST_"):
                 patch.delenv(name)
+        # What Python compiles is kept, and copied with the sources: else each of a thousand processes compiles all of them.
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setattr(sys, "dont_write_bytecode", False)
         # One thread for stages, as `one_thread` has for the rest.
         patch.setenv("PIPELIB_THREADS", "1")
         # Tests compare the bits of a CPU; bench/gpu.py is for GPUs.

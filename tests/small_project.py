@@ -1,5 +1,6 @@
 """A checkout with small parameters and small data, in which stages run as processes of their own."""
 
+import compileall
 import functools
 import os
 import shutil
@@ -96,6 +97,7 @@ def copy_linked(source: Path, target: Path) -> None:
 
 @functools.cache
 def _know_the_sources() -> None:
+    compileall.compile_dir(CHECKOUT / "src", quiet=2)
     params = dict(flatten(PARAMS))
     for stage in STAGES:
         code_hashes(stage, params, CHECKOUT)

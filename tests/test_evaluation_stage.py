@@ -20,6 +20,7 @@ from small_params import model_params, train_params
 from small_run import export_random, train_small, write_tokens
 from small_vocabulary import TOKENIZER
 
+from pipelib.corpus.published_models import folder_name
 from pipelib.errors import UserError
 from pipelib.evaluation import baselines, measure
 from pipelib.evaluation.evaluate import evaluate
@@ -28,11 +29,12 @@ from pipelib.evaluation.items import Measured, read_items_file
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.published import FIGURES, model_sizes, published_beside
 from pipelib.evaluation.report import Subject, write_report
-from pipelib.files import files_under, sha256_file, write_json
+from pipelib.files import files_under, read_json, sha256_file, write_json
 from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
 from pipelib.stage import Build
 from pipelib.tracking.run import NullRun
+from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -178,18 +180,22 @@ def test_published_figures_stand_beside_models_of_their_size_and_text() -> None:
 
 # ---- Baselines -------------------------------------------------------------------------------------------------------
 
+BASELINE = f"Someone/Tiny@{'c' * 40}"
+DOWNLOADED = Path("data/models") / folder_name(BASELINE)
+"""A model of the hub, in the small vocabulary; a downloaded GPT-2 would have its own, in which everything takes longer."""
+
 
 @pytest.fixture
 def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateParams:
     """A published model as download leaves it, and a folder of the user's; the state is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
-    export_random(Path("data/models/gpt2"), model_params(), 2)
+    export_random(DOWNLOADED, model_params(), 2)
     export_random(Path("other"), model_params(n_embd=32, context_length=24), 3)
     write_json(
-        Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
+        Path("data/models/manifest.json"), {BASELINE: {"sha256": sha256_file(DOWNLOADED / "model.safetensors")}}
     )
-    return replace(PARAMS, baselines=("gpt2", "./other"))
+    return replace(PARAMS, baselines=(BASELINE, "./other"))
 
 
 def write_chat(folder: Path, seed: int) -> None:
@@ -230,13 +236,19 @@ def test_a_chat_model_is_measured_beside_its_base_which_is_not_measured_again(
 def test_baselines_are_measured_once_and_stand_beside_the_model(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    export_random(Path("data/models/gpt2"), model_params(), 4, tokenizer=GPT2_TOKENIZER)
+    manifest = read_json(Path("data/models/manifest.json"))
+    sha256 = sha256_file(Path("data/models/gpt2/model.safetensors"))
+    write_json(Path("data/models/manifest.json"), {**manifest, "gpt2": {"sha256": sha256}})
+    with_baselines = replace(with_baselines, baselines=("gpt2", *with_baselines.baselines))
     result, speed = run_evaluation(trained, tmp_path / "first", with_baselines)
-    assert result["baselines"].keys() == {"gpt2", "./other"}
-    assert result["baselines"]["gpt2"]["val_tokens"] == 511
-    assert result["baselines"]["gpt2"]["val_loss"] != result["val_loss"]
+    assert result["baselines"].keys() == {"gpt2", BASELINE, "./other"}
+    assert result["baselines"][BASELINE]["val_tokens"] == 511
+    assert result["baselines"][BASELINE]["val_loss"] != result["val_loss"]
     assert speed["gpt2_seconds"] > 0
+    assert speed[f"{BASELINE}_seconds"] > 0
     text = (tmp_path / "first/reports/evaluation.md").read_text(encoding="utf-8")
-    for name in ("gpt2", "./other"):
+    for name in (BASELINE, "./other"):
         value = result["baselines"][name]["val_loss"]
         assert f"| validation loss, nats per token | {name} | {value:.4f} | 511 tokens | measured here |" in text
         assert f"| completion.acc | {name} |" in text
@@ -245,14 +257,16 @@ def test_baselines_are_measured_once_and_stand_beside_the_model(
     monkeypatch.setattr("pipelib.evaluation.measure.import_model", only_once())
     again, speed = run_evaluation(trained, tmp_path / "second", with_baselines)
     assert again == result
-    assert speed["gpt2_seconds"] == 0
+    assert speed["gpt2_seconds"] == speed[f"{BASELINE}_seconds"] == 0
     assert (tmp_path / "first/reports/evaluation.md").read_text(encoding="utf-8") == text
 
     kept = sorted((tmp_path / "state/baselines").glob("*/items.npz"))
-    assert len(kept) == 3
+    assert len(kept) == 4
     for path in kept:
         path.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"gpt2: .* is missing, so it cannot be measured; run `dvc pull data/models`"):
+    with pytest.raises(
+        UserError, match=r"gpt2: .* is missing, so it cannot be measured; run `dvc pull data/models`"
+    ):
         run_evaluation(trained, tmp_path / "third", with_baselines)
     assert files_under(tmp_path / "third") == []
 
@@ -285,7 +299,7 @@ def only_once(name: str = "models") -> Any:
 def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams
 ) -> None:
-    params = replace(with_baselines, baselines=("gpt2",))
+    params = replace(with_baselines, baselines=(BASELINE,))
     folder = tmp_path / "data of this test"
     shutil.copytree(trained, folder)
     run_evaluation(folder, tmp_path / "first", params)
@@ -294,9 +308,9 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     write_lines(folder / "benchmarks/completion.jsonl", completion_rows(6))
     run_evaluation(folder, tmp_path / "items", params)
     run_evaluation(folder, tmp_path / "batch", replace(params, batch_tokens=64))
-    export_random(Path("data/models/gpt2"), model_params(), 5)
+    export_random(DOWNLOADED, model_params(), 5)
     write_json(
-        Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
+        Path("data/models/manifest.json"), {BASELINE: {"sha256": sha256_file(DOWNLOADED / "model.safetensors")}}
     )
     run_evaluation(folder, tmp_path / "weights", params)
     assert len(list((tmp_path / "state/baselines").iterdir())) == 2 * 3 + 1
@@ -321,7 +335,7 @@ def test_a_baseline_that_is_not_there_is_refused(name: str, words: str) -> None:
 def test_weights_that_are_not_those_of_the_manifest_are_refused(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams
 ) -> None:
-    export_random(Path("data/models/gpt2"), model_params(), 9)
+    export_random(DOWNLOADED, model_params(), 9)
     with pytest.raises(UserError, match="cannot be trusted"):
         run_evaluation(trained, tmp_path / "outs", with_baselines)
     assert files_under(tmp_path / "outs") == []

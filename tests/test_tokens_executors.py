@@ -238,7 +238,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout that is ready for the tokenize stage."""
     root = tmp_path_factory.mktemp("ready") / "checkout"
     made = Project.make(root)
-    write_jsonl(root / "texts/a.jsonl", make_texts(600))
+    write_jsonl(root / "texts/a.jsonl", make_texts(4000, words=50))
     for stage in ("download", "vocabulary"):
         made.runs(stage)
     return root
