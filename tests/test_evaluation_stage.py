@@ -192,9 +192,7 @@ def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateP
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
     export_random(DOWNLOADED, model_params(), 2)
     export_random(Path("other"), model_params(n_embd=32, context_length=24), 3)
-    write_json(
-        Path("data/models/manifest.json"), {BASELINE: {"sha256": sha256_file(DOWNLOADED / "model.safetensors")}}
-    )
+    write_json(Path("data/models/manifest.json"), {BASELINE: {"sha256": sha256_file(DOWNLOADED / "model.safetensors")}})
     return replace(PARAMS, baselines=(BASELINE, "./other"))
 
 
@@ -264,9 +262,7 @@ def test_baselines_are_measured_once_and_stand_beside_the_model(
     assert len(kept) == 4
     for path in kept:
         path.write_bytes(b"damaged")
-    with pytest.raises(
-        UserError, match=r"gpt2: .* is missing, so it cannot be measured; run `dvc pull data/models`"
-    ):
+    with pytest.raises(UserError, match=r"gpt2: .* is missing, so it cannot be measured; run `dvc pull data/models`"):
         run_evaluation(trained, tmp_path / "third", with_baselines)
     assert files_under(tmp_path / "third") == []
 
@@ -309,9 +305,7 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     run_evaluation(folder, tmp_path / "items", params)
     run_evaluation(folder, tmp_path / "batch", replace(params, batch_tokens=64))
     export_random(DOWNLOADED, model_params(), 5)
-    write_json(
-        Path("data/models/manifest.json"), {BASELINE: {"sha256": sha256_file(DOWNLOADED / "model.safetensors")}}
-    )
+    write_json(Path("data/models/manifest.json"), {BASELINE: {"sha256": sha256_file(DOWNLOADED / "model.safetensors")}})
     run_evaluation(folder, tmp_path / "weights", params)
     assert len(list((tmp_path / "state/baselines").iterdir())) == 2 * 3 + 1
 
