@@ -3,8 +3,9 @@
 import gc
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from small_run import write_tokens
 from small_vocabulary import TOKENIZER
+from warm_python import run_python
 
 from pipelib.training import determinism
 from pipelib.vocabulary.tokenizer import Tokenizer
+from pipelib.workspace import dvc
 
 pytest_plugins = ("small_tracking",)
 
@@ -50,6 +53,18 @@ def trainings_collect_what_is_young() -> Iterator[None]:
     """Before it starts, a training looks for garbage: in all that the tests have imported, that takes as long as its steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(determinism, "gc", SimpleNamespace(**{**vars(gc), "collect": lambda: gc.collect(1)}))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_start_dvc_warm() -> Iterator[None]:
+    """Many commands ask DVC where its cache is, and DVC takes a second to import."""
+
+    def run(command: Sequence[str], *, cwd: Path, **_: object) -> "subprocess.CompletedProcess[str]":
+        return run_python(*command[1:], cwd=cwd)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dvc, "subprocess", SimpleNamespace(run=run))
         yield
 
 

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -17,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_params import MUON, ROTARY
+from small_project import CHECKOUT
 from small_run import SmallProject, Training, kill, same
+from warm_python import run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a training in /proc")
 
@@ -437,12 +438,11 @@ def wait_at_random(machines: TwoMachines, chance: random.Random, kill_more: bool
 def test_a_machine_that_cannot_join_says_why(project: SmallProject, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as first:
         endpoint = f"127.0.0.1:{first.getsockname()[1]}"
-        join = [sys.executable, "-m", "stages.train", "--join"]
         elsewhere = {"PIPELIB_NNODES": "2", "PIPELIB_RDZV_ENDPOINT": endpoint, "PIPELIB_STATE_DIR": str(tmp_path)}
-        lonely = project.start(1, join, **elsewhere)
-        assert lonely.end() == 1
-    assert "so there is nothing to join; all machines need the same params.yaml" in lonely.output()
-    assert "Traceback" not in lonely.output()
+        lonely = project.complete("-m", "stages.train", "--join", **elsewhere)
+    assert lonely.returncode == 1
+    assert "so there is nothing to join; all machines need the same params.yaml" in lonely.stderr
+    assert "Traceback" not in lonely.stderr
 
 
 def test_a_machine_that_no_other_joins_says_so() -> None:
@@ -451,7 +451,7 @@ def test_a_machine_that_no_other_joins_says_so() -> None:
 from pipelib.training.launch.torchrun import start_torchrun
 start_torchrun([*{meeting}, "--rdzv-conf=is_host=1,join_timeout=1", "-m", "nothing"]).result(60)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_python("-c", program, env={**os.environ, "PYTHONPATH": str(CHECKOUT / "src")})
     assert "UserError: the machines of this training did not find each other (RendezvousTimeoutError)" in done.stderr
     assert "start missing machines with python -m stages.train --join" in done.stderr
 
