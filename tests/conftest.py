@@ -1,16 +1,23 @@
 """What all tests share: an environment that nobody set up, and folders to work in."""
 
+import gc
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_run import write_tokens
 from small_vocabulary import TOKENIZER
+from warm_python import run_python
 
+from pipelib.training import determinism
 from pipelib.vocabulary.tokenizer import Tokenizer
+from pipelib.workspace import dvc
 
 pytest_plugins = ("small_tracking",)
 
@@ -22,6 +29,9 @@ def plain_environment() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith(("PIPELIB_", "DVC_", "MLFLOW_")) and not name.startswith("PIPELIB_TEST_"):
                 patch.delenv(name)
+        # What Python compiles is kept, and copied with the sources: else each of a thousand processes compiles all of them.
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setattr(sys, "dont_write_bytecode", False)
         # One thread for stages, as `one_thread` has for the rest.
         patch.setenv("PIPELIB_THREADS", "1")
         # Tests compare the bits of a CPU; bench/gpu.py is for GPUs.
@@ -36,6 +46,26 @@ def one_thread() -> None:
     For every test, since commands set the number that is right for them.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trainings_collect_what_is_young() -> Iterator[None]:
+    """Before it starts, a training looks for garbage: in all that the tests have imported, that takes as long as its steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(determinism, "gc", SimpleNamespace(**{**vars(gc), "collect": lambda: gc.collect(1)}))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_start_dvc_warm() -> Iterator[None]:
+    """Many commands ask DVC where its cache is, and DVC takes a second to import."""
+
+    def run(command: Sequence[str], *, cwd: Path, **_: object) -> "subprocess.CompletedProcess[str]":
+        return run_python(*command[1:], cwd=cwd)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dvc, "subprocess", SimpleNamespace(run=run))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
 """A checkout with small parameters and small data, in which stages run as processes of their own."""
 
+import compileall
 import functools
 import os
 import shutil
@@ -48,8 +49,9 @@ class Project:
         )
 
     def stage(self, name: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a stage as dvc.yaml does, but for a start of Python."""
-        return run_python("-m", f"stages.{name}", cwd=self.root, env=without_pythonpath(environment))
+        """Run a stage as dvc.yaml does, but for a start of Python, and with one worker where nothing else is asked for."""
+        changes = {"PIPELIB_WORKERS": "1", **environment}
+        return run_python("-m", f"stages.{name}", cwd=self.root, env=without_pythonpath(changes))
 
     def refuses(self, name: str, *words: str, **environment: str) -> str:
         """Run a stage that must end with one message which has these words in it, no traceback, and status 1."""
@@ -79,8 +81,23 @@ def copy_code(root: Path) -> None:
         shutil.copytree(CHECKOUT / name, root / name, ignore=shutil.ignore_patterns("*.egg-info"), dirs_exist_ok=True)
 
 
+def copy_linked(source: Path, target: Path) -> None:
+    """Copy a folder; paths of one file there are paths of one file here."""
+    copies: dict[int, str] = {}
+
+    def copy(old: str, new: str) -> None:
+        inode = os.lstat(old).st_ino
+        if inode in copies:
+            os.link(copies[inode], new)
+        else:
+            copies[inode] = shutil.copy2(old, new)
+
+    shutil.copytree(source, target, symlinks=True, copy_function=copy)
+
+
 @functools.cache
 def _know_the_sources() -> None:
+    compileall.compile_dir(CHECKOUT / "src", quiet=2)
     params = dict(flatten(PARAMS))
     for stage in STAGES:
         code_hashes(stage, params, CHECKOUT)

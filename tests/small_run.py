@@ -20,6 +20,7 @@ from small_corpus import write_shards
 from small_params import model_params, write_params
 from small_project import copy_code
 from small_vocabulary import TOKENIZER, write_small_vocabulary
+from warm_python import run_python
 
 from pipelib.files import files_under
 from pipelib.model.families.gpt2 import GPT2
@@ -142,6 +143,8 @@ class Training:
     tag: str
     process: subprocess.Popen[bytes]
     log: Path
+    others: set[int] = field(default_factory=set)
+    """Processes that are not of it, so that another look need not read what they are."""
 
     def output(self) -> str:
         """What it has printed so far."""
@@ -155,12 +158,14 @@ class Training:
     def processes(self) -> dict[int, str]:
         """Its processes by id, each as `launcher` or `rank`; also those that lost their parent."""
         found = {}
-        for entry in Path("/proc").iterdir():
+        for pid in {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()} - self.others:
             try:
-                if f"SMALL_RUN={self.tag}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    words = (entry / "cmdline").read_bytes().decode().split("\0")
-                    found[int(entry.name)] = ROLES[words[words.index("-m") + 1]]
-            except (OSError, ValueError, KeyError):  # no process, one that has just ended, or another's (git, sh)
+                if f"SMALL_RUN={self.tag}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                    found[pid] = ROLES[words[words.index("-m") + 1]]
+                else:
+                    self.others.add(pid)
+            except (OSError, ValueError, KeyError):  # one that has just ended, or another program (git, sh)
                 continue
         return found
 
@@ -221,28 +226,36 @@ class SmallProject:
         """Start `python -m stages.STAGE`, or another command that ends up there."""
         tag = uuid.uuid4().hex
         said = self.folder / log
+        with said.open("wb") as file:
+            process = subprocess.Popen(
+                command or [sys.executable, "-m", f"stages.{self.stage}"],
+                cwd=self.folder, env=self._variables(ranks, SMALL_RUN=tag, **environment),
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True, pass_fds=pass_fds,
+            )  # fmt: skip
+        return Training(tag, process, said)
+
+    def complete(self, *arguments: str, ranks: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run it, or Python with other arguments, to whatever end, in a fork that need not import torch: nobody kills it."""
+        command = arguments or ("-m", f"stages.{self.stage}")
+        return run_python(*command, cwd=self.folder, env=self._variables(ranks, **environment))
+
+    def run(self, ranks: int = 1, **environment: str) -> dict[str, bytes]:
+        """Run it to its end, as `complete` does, which must be a success; the outs."""
+        done = self.complete(ranks=ranks, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return self.outs()
+
+    def _variables(self, ranks: int, **environment: str) -> dict[str, str]:
         kept = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("PIPELIB_", "DVC_", "MLFLOW_", "PYTEST_")) and name != "PYTHONPATH"
         }
-        variables = {
+        return {
             **kept, "PIPELIB_STATE_DIR": str(self.state), "PIPELIB_THREADS": "1", "PIPELIB_NPROC": str(ranks),
-            "CUDA_VISIBLE_DEVICES": "", "SMALL_RUN": tag, **environment,
+            "CUDA_VISIBLE_DEVICES": "", **environment,
         }  # fmt: skip
-        with said.open("wb") as file:
-            process = subprocess.Popen(
-                command or [sys.executable, "-m", f"stages.{self.stage}"],
-                cwd=self.folder, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True, pass_fds=pass_fds,
-            )  # fmt: skip
-        return Training(tag, process, said)
-
-    def run(self, ranks: int = 1, **environment: str) -> dict[str, bytes]:
-        """Run it to its end, which must be a success; the outs."""
-        training = self.start(ranks, **environment)
-        assert training.end() == 0, training.output()
-        return self.outs()
 
     def outs(self) -> dict[str, bytes]:
         """Every byte of what the stage publishes, less its speed."""

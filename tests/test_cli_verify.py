@@ -3,13 +3,15 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from small_corpus import write_shards
+from small_project import copy_linked
 from warm_python import run_python, write_python
 
 import pipelib
@@ -206,26 +208,38 @@ with WorkDir("tokenize", {{"params": 1}}, {{}}) as state:
 """
 
 
+RAW = ("data/raw/000_00000.parquet", "data/raw/manifest.json")
+OTHERS = ("data/benchmarks/completion.jsonl", "models/model.safetensors", "curves/train.csv", "reports/evaluation.md")
+FILES = (*RAW, *OTHERS)
+
+
 class Repository:
     """A DVC repository with one stage that makes data/tokens as the tokenize stage does, its cache elsewhere.
 
-    `files` are made too, and their folders are outs.
+    `FILES` are made too, and their folders are outs.
     """
 
-    def __init__(self, root: Path, cache_type: str, files: Sequence[str] = ()) -> None:
-        self.root, self.cache = root, root.with_name("cache")
-        root.mkdir()
-        subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
-        self.dvc("init", "--quiet")
-        (root / ".dvc/config").write_text(
-            f"[core]\n    analytics = false\n    check_update = false\n[cache]\n    type = {cache_type}\n    dir = {self.cache}\n"
+    def __init__(self, folder: Path) -> None:
+        self.root, self.cache = folder / "repository", folder / "cache"
+
+    @classmethod
+    def make(cls, folder: Path, cache_type: str) -> "Repository":
+        """One in which the stage ran."""
+        made = cls(folder)
+        (made.root / ".dvc").mkdir(parents=True)
+        subprocess.run(["git", "init", "--quiet"], cwd=made.root, check=True)
+        (made.root / ".dvc/.gitignore").write_text("/tmp\n")
+        (made.root / ".dvc/config").write_text(
+            f"[core]\n    analytics = false\n    check_update = false\n[cache]\n    type = {cache_type}\n    dir = ../../cache\n"
         )
-        (root / "make.py").write_text(STAGE.format(paths=[str(Path(__file__).parent), str(SOURCE)], files=files))
-        outs = ["data/tokens", *sorted({str(Path(name).parent) for name in files})]
-        write_python(root.with_name("python"))
+        program = STAGE.format(paths=[str(Path(__file__).parent), str(SOURCE)], files=FILES)
+        (made.root / "make.py").write_text(program)
+        outs = ["data/tokens", *sorted({str(Path(name).parent) for name in FILES})]
+        write_python(folder / "python")
         stage = {"cmd": "../python make.py", "deps": ["make.py"], "outs": outs}
-        (root / "dvc.yaml").write_text(json.dumps({"stages": {"tokenize": stage}}))
-        self.repro()
+        (made.root / "dvc.yaml").write_text(json.dumps({"stages": {"tokenize": stage}}))
+        made.repro()
+        return made
 
     def dvc(self, *arguments: str) -> str:
         done = run_python("-m", "dvc", *arguments, cwd=self.root)
@@ -241,24 +255,45 @@ class Repository:
 
 
 @pytest.fixture
-def make_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Repository]:
+def own_memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DVC remembers of files is the test's own."""
     for name in [name for name in os.environ if name.startswith(("DVC_", "PIPELIB_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "memo"))
 
-    def make(cache_type: str, files: Sequence[str] = ()) -> Repository:
-        repository = Repository(tmp_path / "repository", cache_type, files)
-        monkeypatch.chdir(repository.root)
-        return repository
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a repository with hard links."""
+    folder = tmp_path_factory.mktemp("original")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.mktemp("memo")))
+        Repository.make(folder, "hardlink")
+    return folder
+
+
+@pytest.fixture
+def repository(original: Path, own_memo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:  # noqa: ARG001
+    """A copy of it, of which DVC remembers no file."""
+    copy_linked(original, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy/repository")
+    return Repository(tmp_path / "copy")
+
+
+@pytest.fixture
+def make_repository(own_memo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Repository]:  # noqa: ARG001
+    """A repository of whose files DVC remembers the times."""
+
+    def make(cache_type: str) -> Repository:
+        made = Repository.make(tmp_path / "made", cache_type)
+        monkeypatch.chdir(made.root)
+        return made
 
     return make
 
 
 @pytest.mark.dvc
-def test_repair_under_hard_links(
-    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
-) -> None:
-    repository = make_repository("hardlink")
+def test_repair_under_hard_links(repository: Repository, capsys: pytest.CaptureFixture[str]) -> None:
     shard, before = Path("data/tokens") / TRAIN, repository.lock
     assert shard.stat().st_nlink == 3  # workspace, cache, finished state
 
@@ -281,7 +316,7 @@ def test_repair_under_hard_links(
 
 
 @pytest.mark.dvc
-def test_repair_of_damage_that_changes_no_time(make_repository: Callable[..., Repository]) -> None:
+def test_repair_of_damage_that_changes_no_time(make_repository: Callable[[str], Repository]) -> None:
     repository = make_repository("hardlink")
     tokens, before = Path("data/tokens"), repository.lock
     flip_bit(tokens / TRAIN, 1500, keep_time=True)
@@ -297,10 +332,13 @@ def test_repair_of_damage_that_changes_no_time(make_repository: Callable[..., Re
 
 
 @pytest.mark.dvc
-def test_repair_where_the_list_of_the_folder_is_damaged_too(make_repository: Callable[..., Repository]) -> None:
+def test_repair_where_the_list_of_the_folder_is_damaged_too(make_repository: Callable[[str], Repository]) -> None:
     repository = make_repository("hardlink")
     before = repository.lock
-    (listing,) = repository.cache.glob("files/md5/??/*.dir")
+    (md5,) = (
+        out["md5"] for out in yaml.safe_load(before)["stages"]["tokenize"]["outs"] if out["path"] == "data/tokens"
+    )
+    listing = repository.cache / "files/md5" / md5[:2] / md5[2:]
     flip_bit(listing, 20, keep_time=True)
     flip_bit(Path("data/tokens") / TRAIN, 1500, keep_time=True)
     assert main(["verify", "--repair"]) == 0
@@ -312,7 +350,7 @@ def test_repair_where_the_list_of_the_folder_is_damaged_too(make_repository: Cal
 
 
 @pytest.mark.dvc
-def test_a_sound_object_is_kept_where_dvc_copies(make_repository: Callable[..., Repository]) -> None:
+def test_a_sound_object_is_kept_where_dvc_copies(make_repository: Callable[[str], Repository]) -> None:
     repository = make_repository("copy")
     shard, before = Path("data/tokens") / TRAIN, repository.lock
     objects = sorted(repository.cache.glob("files/md5/??/*"))
@@ -325,10 +363,8 @@ def test_a_sound_object_is_kept_where_dvc_copies(make_repository: Callable[..., 
 
 
 @pytest.mark.dvc
-def test_nothing_is_removed_when_the_cache_cannot_be_found(
-    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_repository("hardlink")
+@pytest.mark.usefixtures("repository")
+def test_nothing_is_removed_when_the_cache_cannot_be_found(capsys: pytest.CaptureFixture[str]) -> None:
     shard = Path("data/tokens") / TRAIN
     flip_bit(shard, 1500)
     Path(".dvc/config").write_text("this is no configuration")
@@ -337,15 +373,8 @@ def test_nothing_is_removed_when_the_cache_cannot_be_found(
     assert shard.exists()
 
 
-RAW = ("data/raw/000_00000.parquet", "data/raw/manifest.json")
-OTHERS = ("data/benchmarks/completion.jsonl", "models/model.safetensors", "curves/train.csv", "reports/evaluation.md")
-
-
 @pytest.mark.dvc
-def test_every_out_is_verified_and_repaired(
-    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
-) -> None:
-    repository = make_repository("hardlink", (*RAW, *OTHERS))
+def test_every_out_is_verified_and_repaired(repository: Repository, capsys: pytest.CaptureFixture[str]) -> None:
     before = repository.lock
     assert main(["verify"]) == 0
     said = capsys.readouterr().out
@@ -376,10 +405,7 @@ def test_every_out_is_verified_and_repaired(
 
 
 @pytest.mark.dvc
-def test_good_files_and_the_users_files_stay(
-    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
-) -> None:
-    repository = make_repository("hardlink", RAW)
+def test_good_files_and_the_users_files_stay(repository: Repository, capsys: pytest.CaptureFixture[str]) -> None:
     objects = sorted(repository.cache.glob("files/md5/??/*"))
     assert main(["verify", "data/raw", "--repair"]) == 0  # its manifest has no version and lists no shards
     Path("data/raw/notes.txt").write_text("mine")
@@ -390,10 +416,7 @@ def test_good_files_and_the_users_files_stay(
 
 
 @pytest.mark.dvc
-def test_another_version_is_no_damage(
-    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
-) -> None:
-    repository = make_repository("hardlink", RAW)
+def test_another_version_is_no_damage(repository: Repository, capsys: pytest.CaptureFixture[str]) -> None:
     lock = repository.lock
     program = Path("make.py").read_text()
     Path("make.py").write_text(program.replace("* 1000", "* 999").replace('"params": 1', '"params": 2'))
@@ -408,9 +431,8 @@ def test_another_version_is_no_damage(
 
 @pytest.mark.dvc
 def test_where_dvcs_list_is_lost_the_folders_hash_and_the_links_tell(
-    make_repository: Callable[..., Repository], capsys: pytest.CaptureFixture[str]
+    repository: Repository, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    repository = make_repository("hardlink", RAW)
     for listing in repository.cache.glob("files/md5/??/*.dir"):
         listing.unlink()
     assert main(["verify", "data/raw"]) == 0

@@ -56,9 +56,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return files_of(tmp_path_factory.mktemp("made"), "20KB")
+
+
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with FakeHub("Someone/Tiny-0.1B", COMMIT, files_of(tmp_path / "made", "20KB"), kind="model") as fake:
+def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with FakeHub("Someone/Tiny-0.1B", COMMIT, {**files}, kind="model") as fake:
         point_at(fake.url, monkeypatch)
         yield fake
 

@@ -18,7 +18,9 @@ from small_evaluation import (
 )
 from small_params import model_params, train_params
 from small_run import export_random, train_small, write_tokens
+from small_vocabulary import TOKENIZER
 
+from pipelib.corpus.published_models import folder_name
 from pipelib.errors import UserError
 from pipelib.evaluation import baselines, measure
 from pipelib.evaluation.evaluate import evaluate
@@ -27,7 +29,7 @@ from pipelib.evaluation.items import Measured, read_items_file
 from pipelib.evaluation.params import EvaluateParams
 from pipelib.evaluation.published import FIGURES, model_sizes, published_beside
 from pipelib.evaluation.report import Subject, write_report
-from pipelib.files import files_under, sha256_file, write_json
+from pipelib.files import files_under, read_json, sha256_file, write_json
 from pipelib.model.families.gpt2 import GPT2
 from pipelib.model.huggingface import export_model
 from pipelib.stage import Build
@@ -39,9 +41,9 @@ from pipelib.vocabulary.gpt2 import GPT2_TOKENIZER
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the stage reads, after a short training."""
     folder = tmp_path_factory.mktemp("trained")
-    write_tokens(folder / "tokens", 2048, GPT2_TOKENIZER)
+    write_tokens(folder / "tokens", 2048)
     model = train_small(folder, train_params(max_tokens=640))
-    export_model(model, GPT2_TOKENIZER, folder / "models", {})
+    export_model(model, TOKENIZER, folder / "models", {})
     (folder / "curves").mkdir()
     for name in ("train.csv", "validation.csv", "samples.csv"):
         shutil.copy(folder / "work" / name, folder / "curves")
@@ -178,25 +180,25 @@ def test_published_figures_stand_beside_models_of_their_size_and_text() -> None:
 
 # ---- Baselines -------------------------------------------------------------------------------------------------------
 
+BASELINE = f"Someone/Tiny@{'c' * 40}"
+DOWNLOADED = Path("data/models") / folder_name(BASELINE)
+"""A model of the hub, in the small vocabulary; a downloaded GPT-2 would have its own, in which everything takes longer."""
+
 
 @pytest.fixture
 def with_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateParams:
     """A published model as download leaves it, and a folder of the user's; the state is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
-    export_random(Path("data/models/gpt2"), model_params(), 2, tokenizer=GPT2_TOKENIZER)
-    export_random(Path("other"), model_params(n_embd=32, context_length=24), 3, tokenizer=GPT2_TOKENIZER)
-    write_json(
-        Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
-    )
-    return replace(PARAMS, baselines=("gpt2", "./other"))
+    export_random(DOWNLOADED, model_params(), 2)
+    export_random(Path("other"), model_params(n_embd=32, context_length=24), 3)
+    write_json(Path("data/models/manifest.json"), {BASELINE: {"sha256": sha256_file(DOWNLOADED / "model.safetensors")}})
+    return replace(PARAMS, baselines=(BASELINE, "./other"))
 
 
 def write_chat(folder: Path, seed: int) -> None:
     """What finetune leaves."""
-    export_random(
-        folder / "model", model_params(), seed, recipe={"finetune": {"max_lr": 0.1}}, tokenizer=GPT2_TOKENIZER
-    )
+    export_random(folder / "model", model_params(), seed, recipe={"finetune": {"max_lr": 0.1}})
     base = {"init_from": "models", "weights_sha256": "b" * 64}
     lineage = {"source": "local", "base": base, "conversations": {"sha256": "c" * 64, "tokens_sha256": "d" * 64}}
     write_json(folder / "manifest.json", lineage)
@@ -232,13 +234,19 @@ def test_a_chat_model_is_measured_beside_its_base_which_is_not_measured_again(
 def test_baselines_are_measured_once_and_stand_beside_the_model(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    export_random(Path("data/models/gpt2"), model_params(), 4, tokenizer=GPT2_TOKENIZER)
+    manifest = read_json(Path("data/models/manifest.json"))
+    sha256 = sha256_file(Path("data/models/gpt2/model.safetensors"))
+    write_json(Path("data/models/manifest.json"), {**manifest, "gpt2": {"sha256": sha256}})
+    with_baselines = replace(with_baselines, baselines=("gpt2", *with_baselines.baselines))
     result, speed = run_evaluation(trained, tmp_path / "first", with_baselines)
-    assert result["baselines"].keys() == {"gpt2", "./other"}
-    assert result["baselines"]["gpt2"]["val_tokens"] == 511
-    assert result["baselines"]["gpt2"]["val_loss"] != result["val_loss"]
+    assert result["baselines"].keys() == {"gpt2", BASELINE, "./other"}
+    assert result["baselines"][BASELINE]["val_tokens"] == 511
+    assert result["baselines"][BASELINE]["val_loss"] != result["val_loss"]
     assert speed["gpt2_seconds"] > 0
+    assert speed[f"{BASELINE}_seconds"] > 0
     text = (tmp_path / "first/reports/evaluation.md").read_text(encoding="utf-8")
-    for name in ("gpt2", "./other"):
+    for name in (BASELINE, "./other"):
         value = result["baselines"][name]["val_loss"]
         assert f"| validation loss, nats per token | {name} | {value:.4f} | 511 tokens | measured here |" in text
         assert f"| completion.acc | {name} |" in text
@@ -247,11 +255,11 @@ def test_baselines_are_measured_once_and_stand_beside_the_model(
     monkeypatch.setattr("pipelib.evaluation.measure.import_model", only_once())
     again, speed = run_evaluation(trained, tmp_path / "second", with_baselines)
     assert again == result
-    assert speed["gpt2_seconds"] == 0
+    assert speed["gpt2_seconds"] == speed[f"{BASELINE}_seconds"] == 0
     assert (tmp_path / "first/reports/evaluation.md").read_text(encoding="utf-8") == text
 
     kept = sorted((tmp_path / "state/baselines").glob("*/items.npz"))
-    assert len(kept) == 3
+    assert len(kept) == 4
     for path in kept:
         path.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"gpt2: .* is missing, so it cannot be measured; run `dvc pull data/models`"):
@@ -262,7 +270,7 @@ def test_baselines_are_measured_once_and_stand_beside_the_model(
 def test_a_kept_result_that_cannot_be_read_asks_for_no_action(
     tmp_path: Path, with_baselines: EvaluateParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (baseline,) = baselines.find_baselines(with_baselines.baselines[:1], GPT2_TOKENIZER)
+    (baseline,) = baselines.find_baselines(with_baselines.baselines[:1], TOKENIZER)
     measured = Measured({"val_loss": 1.0}, {}, {})
     for text in (None, "{", "[1]"):
         for path in (tmp_path / "state/baselines").glob("*/result.json"):
@@ -279,7 +287,7 @@ def only_once(name: str = "models") -> Any:
 
     def load(folder: Path, _: object) -> GPT2:
         assert folder.name == name, f"{folder} was loaded again"
-        return import_model(folder, GPT2_TOKENIZER)
+        return import_model(folder, TOKENIZER)
 
     return load
 
@@ -287,7 +295,7 @@ def only_once(name: str = "models") -> Any:
 def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams
 ) -> None:
-    params = replace(with_baselines, baselines=("gpt2",))
+    params = replace(with_baselines, baselines=(BASELINE,))
     folder = tmp_path / "data of this test"
     shutil.copytree(trained, folder)
     run_evaluation(folder, tmp_path / "first", params)
@@ -296,10 +304,8 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
     write_lines(folder / "benchmarks/completion.jsonl", completion_rows(6))
     run_evaluation(folder, tmp_path / "items", params)
     run_evaluation(folder, tmp_path / "batch", replace(params, batch_tokens=64))
-    export_random(Path("data/models/gpt2"), model_params(), 5, tokenizer=GPT2_TOKENIZER)
-    write_json(
-        Path("data/models/manifest.json"), {"gpt2": {"sha256": sha256_file(Path("data/models/gpt2/model.safetensors"))}}
-    )
+    export_random(DOWNLOADED, model_params(), 5)
+    write_json(Path("data/models/manifest.json"), {BASELINE: {"sha256": sha256_file(DOWNLOADED / "model.safetensors")}})
     run_evaluation(folder, tmp_path / "weights", params)
     assert len(list((tmp_path / "state/baselines").iterdir())) == 2 * 3 + 1
 
@@ -317,13 +323,13 @@ def test_a_baseline_is_measured_again_when_anything_that_decides_it_changes(
 @pytest.mark.usefixtures("with_baselines")
 def test_a_baseline_that_is_not_there_is_refused(name: str, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
-        baselines.find_baselines([name], GPT2_TOKENIZER)
+        baselines.find_baselines([name], TOKENIZER)
 
 
 def test_weights_that_are_not_those_of_the_manifest_are_refused(
     trained: Path, tmp_path: Path, with_baselines: EvaluateParams
 ) -> None:
-    export_random(Path("data/models/gpt2"), model_params(), 9, tokenizer=GPT2_TOKENIZER)
+    export_random(DOWNLOADED, model_params(), 9)
     with pytest.raises(UserError, match="cannot be trusted"):
         run_evaluation(trained, tmp_path / "outs", with_baselines)
     assert files_under(tmp_path / "outs") == []
@@ -339,11 +345,11 @@ def test_weights_that_are_lost_are_an_error_and_no_score(
     monkeypatch.setattr("pipelib.evaluation.measure.gpu_count", lambda: gpus)
     folder = tmp_path / "lost"
     shutil.copytree(trained, folder, ignore=None if benchmarks else shutil.ignore_patterns("completion.jsonl"))
-    model = GPT2(model_params(), GPT2_TOKENIZER.size)
+    model = GPT2(model_params(), TOKENIZER.size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1e30)  # finite, so that it can be loaded; its logits are not
-    export_model(model, GPT2_TOKENIZER, folder / "models", {})
+    export_model(model, TOKENIZER, folder / "models", {})
     with pytest.raises(UserError, match="its weights are unusable"):
         run_evaluation(folder, tmp_path / "outs")
     assert files_under(tmp_path / "outs") == []
@@ -366,5 +372,5 @@ def test_every_file_that_is_read_decides_the_evaluation(trained: Path, with_base
         (trained / name).write_bytes(kept)
     assert evaluation_inputs(PARAMS, *folders(trained)) == before
     of_baselines = evaluation_inputs(with_baselines, *folders(trained))
-    export_random(Path("other"), model_params(), 7, tokenizer=GPT2_TOKENIZER)
+    export_random(Path("other"), model_params(), 7)
     assert evaluation_inputs(with_baselines, *folders(trained)) != of_baselines

@@ -297,11 +297,11 @@ def test_two_ranks_train_as_one(project: SmallProject) -> None:
     assert one["val_loss_before"] == pytest.approx(two["val_loss_before"], abs=1e-6)
 
 
-def refused(project: SmallProject, **environment: str) -> str:
-    training = project.start(**environment)
-    assert training.end() == 1, training.output()
-    assert "Traceback" not in training.output()
-    return training.output()
+def refused(project: SmallProject) -> str:
+    done = project.complete()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from small_corpus import make_texts
+from small_vocabulary import TOKENIZER
 
 from pipelib.cli.main import main
 from pipelib.errors import UserError
@@ -49,9 +50,10 @@ PIECES = [
     "a\n\n\n", "   end", "👩‍👩‍👧",
 ]  # fmt: skip
 FAMILIES = pytest.mark.parametrize("family", SHAPES)
+VOCABULARIES = ("gpt2", *(f"own, {rule}" for rule in PATTERNS))
 
 
-@pytest.fixture(scope="module", params=["gpt2", *(f"own, {rule}" for rule in PATTERNS)])
+@pytest.fixture(scope="module", params=VOCABULARIES)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return tokenizer_named(request.param, tmp_path_factory.mktemp("vocabulary"))
 
@@ -59,8 +61,10 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def tokenizer_named(name: str, folder: Path) -> Tokenizer:
     if name == "gpt2":
         return GPT2_TOKENIZER
-    rule: Any = name.removeprefix("own, ")
-    params = VocabularyParams("train", 500, rule, ("<|im_start|>", "<|im_end|>"), 10**6, "auto")
+    rule: Any
+    _, rule, *plain = name.split(", ")
+    special = () if plain else ("<|im_start|>", "<|im_end|>")
+    params = VocabularyParams("train", 500, rule, special, 10**6, "auto")
     (folder / "tokenizer.json").write_bytes(train_bpe([*make_texts(400, words=60), *PIECES * 3], params))
     return read_tokenizer(folder)
 
@@ -88,26 +92,34 @@ def exported(family: str, tokenizer: Tokenizer, folder: Path, kind: Any = "f32")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields and the tensors of a file."""
+    """The fields and the tensors of a file. To read the tokens and merges of GPT-2 takes a second."""
     reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    return fields, {tensor.name: tensor for tensor in reader.tensors}
+    return dict(reader.fields), {tensor.name: tensor for tensor in reader.tensors}
 
 
 # ---- The file --------------------------------------------------------------------------------------------------------
 
 
-@FAMILIES
+@pytest.mark.parametrize(
+    ("family", "tokenizer"),
+    [
+        # GPT-2's is large, and written for every family alike
+        pytest.param(family, name, marks=pytest.mark.long if name == "gpt2" != family else ())
+        for family in SHAPES
+        for name in VOCABULARIES
+    ],
+    indirect=["tokenizer"],
+)
 def test_the_file_has_the_model_and_its_vocabulary(family: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, path = exported(family, tokenizer, tmp_path)
     fields, tensors = read(path)
-    assert fields["general.architecture"] == model.architecture
-    assert len(fields["tokenizer.ggml.tokens"]) == tokenizer.size
-    assert fields["tokenizer.ggml.tokens"][tokenizer.end_token_id] == "<|endoftext|>"
-    types = fields["tokenizer.ggml.token_type"]
+    assert fields["general.architecture"].contents() == model.architecture
+    assert len(fields["tokenizer.ggml.tokens"].data) == tokenizer.size
+    assert fields["tokenizer.ggml.tokens"].contents(tokenizer.end_token_id) == "<|endoftext|>"
+    types = fields["tokenizer.ggml.token_type"].contents()
     assert {number for number, kind in enumerate(types) if kind == 3} == set(tokenizer.special_tokens.values())
-    assert len(fields["tokenizer.ggml.merges"]) == len(tokenizer.ranks()) - 256
-    assert fields["pipelib.weights_sha256"] == sha256_file(tmp_path / "model/model.safetensors")
+    assert len(fields["tokenizer.ggml.merges"].data) == len(tokenizer.ranks()) - 256
+    assert fields["pipelib.weights_sha256"].contents() == sha256_file(tmp_path / "model/model.safetensors")
     assert ("rope_freqs.weight" in tensors) == ("scaled" in family)
     count = sum(int(np.prod(tensor.shape)) for name, tensor in tensors.items() if name != "rope_freqs.weight")
     assert count == model.params.parameters(tokenizer.size)
@@ -116,6 +128,12 @@ def test_the_file_has_the_model_and_its_vocabulary(family: str, tokenizer: Token
     assert again.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "tokenizer",
+    # GPT-2's has no tokens of the template either, and takes seconds to write
+    [pytest.param("gpt2", marks=pytest.mark.long), *VOCABULARIES[1:], "own, gpt2, plain"],
+    indirect=True,
+)
 def test_a_model_that_answers_has_its_template_and_the_token_that_ends_an_answer(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
@@ -123,13 +141,14 @@ def test_a_model_that_answers_has_its_template_and_the_token_that_ends_an_answer
     export_model(model_of("qwen3", tokenizer.size), tokenizer, tmp_path / "model", {}, template)
     export_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32", tokenizer)
     fields, _ = read(tmp_path / "model.gguf")
-    assert fields["tokenizer.ggml.eos_token_id"] == template.stop_token_id
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == template.stop_token_id
     messages = [
         {"role": "user", "content": " Why? "},
         {"role": "assistant", "content": "So."},
         {"role": "user", "content": "x"},
     ]
-    rendered = jinja2.Template(fields["tokenizer.chat_template"]).render(messages=messages, add_generation_prompt=True)
+    written = jinja2.Template(fields["tokenizer.chat_template"].contents())
+    rendered = written.render(messages=messages, add_generation_prompt=True)
     own = template.prompt([Message(entry["role"], entry["content"]) for entry in messages])
     assert tokenizer.encode(rendered, with_special=True) == own
 
@@ -161,19 +180,19 @@ def test_types_are_what_was_asked_for_but_where_rows_do_not_fit(
 
 
 def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exported("gpt2", GPT2_TOKENIZER, tmp_path)
+    exported("gpt2", TOKENIZER, tmp_path)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
     with pytest.raises(UserError, match=r"full\.gguf cannot be written \(No space left on device\)"):
-        export_gguf(tmp_path / "model", tmp_path / "full.gguf", "f32", GPT2_TOKENIZER)
+        export_gguf(tmp_path / "model", tmp_path / "full.gguf", "f32", TOKENIZER)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exported("arcee", GPT2_TOKENIZER, tmp_path)
+    exported("arcee", TOKENIZER, tmp_path)
     out = tmp_path / "new/m.gguf"
     assert main(["export", "--model", str(tmp_path / "model"), "--type", "f16", "--out", str(out)]) == 0
     assert f"{out}: " in capsys.readouterr().out

@@ -49,6 +49,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokenizer]:
     folder = tmp_path_factory.mktemp("qwen")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIPELIB_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("PIPELIB_WORKERS", "1")
         fork_workers(patch)
         yield write_large_vocabulary(folder / "data/vocabulary", **{**QWEN3, "ordinary": 66_000})
 

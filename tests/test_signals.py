@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_corpus import make_texts, write_raw_files
+from small_corpus import make_texts, write_jsonl, write_raw_files
 from small_params import write_params
-from small_project import Project
+from small_project import Project, without_pythonpath
 from small_vocabulary import write_small_vocabulary
+from warm_python import run_python
 
 import pipelib
 from pipelib import processes
@@ -160,8 +161,8 @@ def test_ranks_of_a_job_around_this_one_are_forgotten(monkeypatch: pytest.Monkey
 
 # ---- Every phase of a stage ------------------------------------------------------------------------------------------
 
-SITECUSTOMIZE = """
-import os, sys
+WATCHED = """
+import os, runpy, signal, sys
 at, number = map(int, os.environ.pop("TEST_SIGNAL").split())
 count = 0
 
@@ -172,30 +173,31 @@ def look(event, arguments):
         if count == at:
             os.kill(os.getpid(), number)
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the stage begins; before that, Python makes an error of it
 sys.addaudithook(look)
 if not at:
     import atexit
     atexit.register(lambda: print("events:", count))
+stage = sys.argv.pop()
+sys.argv[0] = "-m"  # as `python -m` has it then
+runpy.run_module(f"stages.{stage}", run_name="__main__", alter_sys=True)
 """
-"""Signals this process at its n-th import or file operation, from Python's start to its end."""
+"""A stage that signals itself at its n-th import or file operation, from its start to its end."""
 
 
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder from which Python takes SITECUSTOMIZE."""
-    folder = tmp_path_factory.mktemp("watched")
-    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    return folder
+def run_watched(project: Project, stage: str, signal_at: str) -> "subprocess.CompletedProcess[str]":
+    environment = without_pythonpath({"PIPELIB_WORKERS": "1", "TEST_SIGNAL": signal_at})
+    return run_python("-m", "watched", stage, cwd=project.root, env=environment)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a corpus and nothing made of it; Python has compiled its files."""
     project = Project.make(tmp_path_factory.mktemp("signals") / "project")
+    (project.root / "watched.py").write_text(WATCHED)
     write_params(project.root, download__benchmarks=[], download__benchmark_documents=0)
     write_json(project.root / "data/benchmarks/manifest.json", {})
-    (project.root / "texts").mkdir()
-    (project.root / "texts/a.txt").write_text("\n\n".join(make_texts(30)))
+    write_jsonl(project.root / "texts/a.jsonl", make_texts(70))
     return project
 
 
@@ -215,7 +217,7 @@ def outs(project: Project) -> dict[str, bytes]:
     ids=["tokenize", "all"],
 )
 def test_signalled_at_any_phase_it_ends_quietly_and_the_next_run_resumes(
-    source: Project, watched: Path, tmp_path: Path, stages: list[str], times: int
+    source: Project, tmp_path: Path, stages: list[str], times: int
 ) -> None:
     chance = random.Random(SEED)
     project = Project(tmp_path / "project")
@@ -225,14 +227,14 @@ def test_signalled_at_any_phase_it_ends_quietly_and_the_next_run_resumes(
         write_small_vocabulary(project.root / "data/vocabulary")
     for name in stages:
         before = outs(project)
-        done = project.stage(name, PYTHONPATH=str(watched), TEST_SIGNAL="0 0")
+        done = run_watched(project, name, "0 0")
         assert done.returncode == 0, done.stderr
         events, expected = int(done.stdout.rpartition("events: ")[2]), outs(project)
         assert expected.items() > before.items()
         forget(project, name, before)
         for _ in range(times):
             at, number = chance.randrange(1, events), chance.choice(SIGNALS)
-            done = project.stage(name, PYTHONPATH=str(watched), TEST_SIGNAL=f"{at} {number}")
+            done = run_watched(project, name, f"{at} {number}")
             where = f"{name}: {number.name} at event {at} of {events} (PIPELIB_TEST_SEED={SEED})\n{done.stderr}"
             assert done.returncode in (-number, 128 + number, 1 if name == "train" else 0, 0), where
             assert "Traceback" not in done.stderr, where

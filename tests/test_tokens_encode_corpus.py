@@ -48,9 +48,13 @@ SEED = int(os.environ.get("PIPELIB_TEST_SEED", random.randrange(10**6)))
 
 @pytest.fixture(scope="module", autouse=True)
 def state(vocabulary_root: Path) -> Iterator[None]:
-    """The vocabulary is laid out once. Workers are forks of a process with its imports done: tests of kills start their own."""
+    """The vocabulary is laid out once. Workers are forks of a process with its imports done, one unless a test asks for more.
+
+    Tests of kills start their own.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIPELIB_STATE_DIR", str(vocabulary_root))
+        patch.setenv("PIPELIB_WORKERS", "1")
         fork_workers(patch)
         yield
 
@@ -425,14 +429,15 @@ def test_killed_at_any_instant_it_goes_on(tmp_path: Path, raw: Path, made: tuple
     script.write_text(STAGE, encoding="utf-8")
     draw = random.Random(SEED)
     partial = kills = 0
-    while kills < max(3, RUNS // 4) or not partial:
+    while kills < max(2, RUNS // 4) or not partial:
         folder = tmp_path / f"try{kills}"
         folder.mkdir()
         store = units_of({"folder": str(folder)})
         for attempt in range(5):
             before = {path: path.stat().st_mtime_ns for path in store.rglob("*.unit")}
             command = [sys.executable, str(script), str(folder), str(raw), str(FOLDER)]
-            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            environment = {**os.environ, "PIPELIB_WORKERS": "2"}
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
             # the last attempt is left alone
             enough = draw.randint(len(before), made[2]["units"]) if attempt < 4 else made[2]["units"] + 1
             while process.poll() is None and sum(1 for _ in store.rglob("*.unit")) < enough:
@@ -596,10 +601,10 @@ def test_auto_keeps_the_documents_of_the_benchmark_in_the_validation_shard(tmp_p
 
 @pytest.mark.parametrize("dedup", ["none", "exact"])
 def test_the_validation_split_are_the_first_documents_if_the_user_names_them(tmp_path: Path, dedup: str) -> None:
-    held, more = [*make_texts(50), make_texts(1)[0]], make_texts(400, seed=1)
+    held, more = [*make_texts(50), make_texts(1)[0]], make_texts(120, seed=1)
     shards = []
-    for number, texts in enumerate((more[:300], more)):
-        raw = write_raw_files(tmp_path / f"raw {number}", [[*held[:20]], [*held[20:], *texts]], row_group_rows=7)
+    for number, texts in enumerate((more[:90], more)):
+        raw = write_raw_files(tmp_path / f"raw {number}", [[*held[:20]], [*held[20:], *texts]], row_group_rows=23)
         rewrite_manifest(raw, validation_documents=len(held))
         build = build_in(tmp_path / f"build {number}")
         result, _ = run(raw, build, 4096, len(held), dedup)

@@ -17,12 +17,14 @@ import pytest
 from small_corpus import make_texts, write_jsonl, write_raw_files
 from small_project import CHECKOUT, Project
 from small_vocabulary import TOKENIZER, write_small_vocabulary
+from warm_python import write_python
 
 from pipelib.errors import UserError
 from pipelib.files import files_under, read_json, sha256_file, write_json
 from pipelib.stage import Build
 from pipelib.tokens.encode_corpus import encode_corpus
 from pipelib.tokens.encoding import package_versions, require_same_packages
+from pipelib.tokens.executors import slurm
 from pipelib.tokens.params import TokenizeParams
 from pipelib.tracking.run import NullRun
 from pipelib.vocabulary.choice import Vocabulary
@@ -214,7 +216,7 @@ def test_ray_names_a_row_that_is_not_text(raw: Path, cluster: Any) -> None:
 
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
 
-STAND_IN = """#!{python}
+STAND_IN = """#!{python} -IS
 import os, subprocess, sys
 options = dict(word.removeprefix("--").partition("=")[::2] for word in sys.argv[1:])
 assert "PIPELIB_PARENT" not in os.environ
@@ -224,7 +226,11 @@ for index in range(int(options["array"].partition("-")[2]) + 1):
         {run}
 print("7;cluster")
 """
-RUN = 'subprocess.run(["sh", "-c", options["wrap"]], cwd=options["chdir"], env=environment, stdout=log, stderr=log)'
+RUN = (
+    'subprocess.run(["sh", "-c", options["wrap"].replace(sys.executable, "python")], '
+    'cwd=options["chdir"], env=environment, stdout=log, stderr=log)'
+)
+"""A job that need not import what takes seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +238,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout that is ready for the tokenize stage."""
     root = tmp_path_factory.mktemp("ready") / "checkout"
     made = Project.make(root)
-    write_jsonl(root / "texts/a.jsonl", make_texts(6000))
+    write_jsonl(root / "texts/a.jsonl", make_texts(4000, words=50))
     for stage in ("download", "vocabulary"):
         made.runs(stage)
     return root
@@ -244,16 +250,17 @@ def project(tmp_path: Path, ready: Path) -> Project:
     return Project(shutil.copytree(ready, tmp_path / "checkout", symlinks=True))
 
 
-def with_slurm(project: Project, run: str = RUN) -> dict[str, str]:
+def with_slurm(root: Path, run: str = RUN) -> dict[str, str]:
     """The environment of a run whose `sbatch` is a stand-in: it runs the jobs here, one after the other."""
-    note = f'#!/bin/sh\necho "$0 $*" >> {project.root}/asked\n'
+    note = f'#!/bin/sh\necho "$0 $*" >> {root}/asked\n'
     programs = {"sbatch": STAND_IN.format(python=sys.executable, run=run), "scancel": note, "squeue": note}
     for name, content in programs.items():
-        program = project.root / "bin" / name
+        program = root / "bin" / name
         program.parent.mkdir(exist_ok=True)
         program.write_text(content)
         program.chmod(0o755)
-    path = f"{project.root}/bin:{os.environ['PATH']}"
+    write_python(root / "bin/python")
+    path = f"{root}/bin:{os.environ['PATH']}"
     return {"PIPELIB_EXECUTOR": "slurm", "PIPELIB_SLURM_JOBS": "3", "PIPELIB_SLURM_CPUS": "1", "PATH": path}
 
 
@@ -272,7 +279,7 @@ def local_shards(project: Project) -> dict[str, str]:
 
 
 def test_jobs_make_the_same_bytes(project: Project) -> None:
-    project.runs("tokenize", **with_slurm(project))
+    project.runs("tokenize", **with_slurm(project.root))
     speed = read_json(project.root / "metrics/speed/tokenize.json")
     assert speed["units_encoded"] == speed["units"] > 2
     assert len(list((project.root / ".pipelib/slurm").rglob("share-*.log"))) == 3
@@ -280,7 +287,7 @@ def test_jobs_make_the_same_bytes(project: Project) -> None:
     made = shards(project)
     shutil.rmtree(project.root / ".pipelib/tokenize")
     shutil.rmtree(project.root / "data/tokens")
-    project.runs("tokenize", **with_slurm(project, "sys.exit('all units are there, so there is no job')"))
+    project.runs("tokenize", **with_slurm(project.root, "sys.exit('all units are there, so there is no job')"))
     assert shards(project) == made
     assert local_shards(project) == made
 
@@ -294,12 +301,13 @@ def test_jobs_make_the_same_bytes(project: Project) -> None:
     ],
     ids=["killed", "time is up", "out of memory"],
 )
+@pytest.mark.long
 def test_what_a_dead_job_left_gets_another_one(project: Project, end: str) -> None:
     """The second share dies the first time."""
     died = project.root / "died"
     first = f"index == 1 and not os.path.exists({str(died)!r})"
     run = f"if {first}:\n            open({str(died)!r}, 'w')\n            {end}\n        {RUN}"
-    done = project.stage("tokenize", **with_slurm(project, run))
+    done = project.stage("tokenize", **with_slurm(project.root, run))
     assert done.returncode == 0, done.stderr
     assert "the jobs of round 1 have ended, and" in done.stderr
     made = shards(project)
@@ -321,14 +329,23 @@ def test_what_a_dead_job_left_gets_another_one(project: Project, end: str) -> No
     ],
     ids=["jobs do nothing", "refused", "bad row"],
 )
-def test_jobs_that_do_not_help_end_in_one_message(project: Project, run: str, words: tuple[str, ...]) -> None:
-    project.refuses("tokenize", *words, **with_slurm(project, run))
+def test_jobs_that_do_not_help_end_in_one_message(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, run: str, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
+    for name, value in with_slurm(Path.cwd(), run).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as raised:
+        tokenize("made", raw)
+    for word in words:
+        assert word in str(raised.value)
 
 
-def test_without_slurm_no_job_is_submitted(project: Project) -> None:
-    project.refuses(
-        "tokenize", "found no `sbatch`", "unset PIPELIB_EXECUTOR", PIPELIB_EXECUTOR="slurm", PATH="/nowhere"
-    )
+def test_without_slurm_no_job_is_submitted(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELIB_EXECUTOR", "slurm")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"found no `sbatch`.*unset PIPELIB_EXECUTOR"):
+        tokenize("made", raw)
 
 
 @pytest.mark.long

@@ -417,18 +417,24 @@ def test_a_database_appears_whole_or_not_at_all() -> None:
 
 def test_processes_that_find_no_database_make_one_together(tmp_path: Path) -> None:
     Path(".mlflow.db.tmp").write_text("left by a kill")
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import small_tracking as t\n"
-        "with t.start(sys.argv[2]) as run: run.log({'x': 1.0}, 1)"
-    )
+    program = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import small_tracking as t
+t.prepare_mlflow()
+from mlflow import MlflowClient  # which takes seconds, and both processes have then
+
+if other := os.fork():
+    with t.start("download") as run:
+        run.log({"x": 1.0}, 1)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
+with t.start("tokenize") as run:
+    run.log({"x": 1.0}, 1)
+"""
     environment = {**os.environ, "DVC_ROOT": str(tmp_path), "PYTHONPATH": SEARCHED}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(Path(__file__).parent), stage], env=environment, stderr=subprocess.PIPE
-        )
-        for stage in ("download", "tokenize")
-    ]
-    assert [process.communicate()[1] for process in started] == [b"", b""]
+    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
     assert not Path(".mlflow.db.tmp").exists()
     from mlflow import MlflowClient
 

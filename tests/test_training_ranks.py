@@ -94,10 +94,10 @@ def table(folder: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
 def test_losses_and_norms_depend_neither_on_the_ranks_nor_on_the_micro_batches(folder: Path) -> None:
     tables = []
     for world_size, micro_batch_size in ((1, 4), (1, 1), (2, 1), (4, 1)):
-        train_ranks(folder, world_size, max_tokens=3200, micro_batch_size=micro_batch_size)
+        train_ranks(folder, world_size, max_tokens=1280, micro_batch_size=micro_batch_size)
         tables.append(table(folder))
         shutil.rmtree(folder / "checkpoints")
-    assert tables[0].shape == (50, 5)
+    assert tables[0].shape == (20, 5)
     assert tables[0][0, 2] - tables[0][-1, 2] > 0.5  # it did learn
     for other in tables[1:]:
         assert np.allclose(other, tables[0], rtol=1e-5, atol=0)

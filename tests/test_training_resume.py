@@ -105,7 +105,8 @@ def test_activation_checkpointing_goes_with_two_ranks_and_compile(tmp_path: Path
     project.run(ranks=2)
     with (tmp_path / "curves/train.csv").open(newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    (tmp_path / "tokens").symlink_to(tmp_path / "data/tokens")
+    for name in ("tokens", "vocabulary"):
+        (tmp_path / name).symlink_to(tmp_path / "data" / name)
     train_small(tmp_path, train_params(max_tokens=640))
     assert len(losses) == 10
     assert losses == pytest.approx([row["loss"] for row in curve(tmp_path)], rel=1e-5)

@@ -7,12 +7,14 @@ folder and its environment say, so a copy of the checkout runs its own code.
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
 import runpy
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,8 +27,12 @@ from contextlib import suppress
 from pathlib import Path
 
 IMPORTED = (
-    "torch", "torch._dynamo", "numpy", "yaml", "orjson", "tiktoken", "pyarrow.parquet", "awkward", "matplotlib.pyplot",
-    "dvc.cli.parser",
+    "torch", "torch._dynamo", "numpy", "yaml", "orjson", "tiktoken", "pyarrow.parquet", "pyarrow.compute", "pandas", "xxhash",
+    "safetensors.torch", "awkward", "matplotlib.pyplot",
+    "dvc.cli.parser", "dvc.commands.repro", "dvc.commands.status", "dvc.repo.open_repo", "dvc.repo.reproduce",
+    "dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.metrics", "dvc.repo.params", "dvc.repo.plots", "dvc.repo.stage",
+    "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "dvc.rwlock", "dvc.scm", "dvc.utils.strictyaml",
+    "dvc_data.hashfile.db.local", "fsspec.implementations.memory", "dulwich.ignore", "dulwich.worktree", "scmrepo.git",
 )  # fmt: skip
 """What a stage, or dvc, takes seconds to import."""
 
@@ -68,7 +74,7 @@ def _ask(address: str, words: list[str], cwd: str, environment: Mapping[str, str
         socket.send_fds(server, [b"."], files)
         server.sendall(json.dumps({"words": words, "cwd": cwd, "env": dict(environment)}).encode())
         server.shutdown(socket.SHUT_WR)
-        return int(server.makefile().read())
+        return int(server.makefile().readline())
 
 
 @functools.cache
@@ -100,39 +106,47 @@ def serve(address: str, ends_with_client: int) -> None:
     """Import, and fork for each connection, until the client has ended."""
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # a fork that looked for garbage in all this would copy it
+    child_ended, noticed = socket.socketpair()
+    for end in (child_ended, noticed):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(noticed.fileno())
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
         print("ready", flush=True)
-        children: set[int] = set()
-        while ends_with_client not in (ready := select.select([listener, ends_with_client], [], [], 1)[0]):
-            if ready:
+        clients: dict[int, socket.socket] = {}
+        while ends_with_client not in (ready := select.select([listener, child_ended, ends_with_client], [], [])[0]):
+            if listener in ready:
                 connection = listener.accept()[0]
                 if not (child := os.fork()):
-                    listener.close()
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    for inherited in (listener, child_ended, noticed, *clients.values()):
+                        inherited.close()
                     os.close(ends_with_client)
                     answer(connection)
-                children.add(child)
-                connection.close()
-            children -= {pid for pid in children if os.waitpid(pid, os.WNOHANG)[0]}
+                clients[child] = connection
+            if child_ended in ready:
+                child_ended.recv(1000)
+            for pid in [*clients]:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    with clients.pop(pid) as client, suppress(OSError):  # it may have gone
+                        client.sendall(str(os.waitstatus_to_exitcode(status)).encode())
     shutil.rmtree(Path(address).parent)
 
 
 def answer(connection: socket.socket) -> None:
-    """Run what a client asks for in a fork of this process, tell the client its exit status, and end."""
+    """Run what a client asks for in this process, a fork of the server, which tells the client the exit status."""
     _, files, *_ = socket.recv_fds(connection, 1, 2)
     request = json.loads(connection.makefile().read())
-    child = os.fork()
-    if not child:
-        connection.close()
-        for target, file in enumerate(files, 1):
-            os.dup2(file, target)
-            os.close(file)
-        os._exit(run(request["words"], request["cwd"], request["env"]))
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with suppress(OSError):  # the client may have gone
-        connection.sendall(str(status).encode())
-    os._exit(0)
+    connection.close()
+    for target, file in enumerate(files, 1):
+        os.dup2(file, target)
+        os.close(file)
+    os._exit(run(request["words"], request["cwd"], request["env"]))
 
 
 def run(words: list[str], cwd: str, environment: dict[str, str]) -> int:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -59,7 +60,7 @@ _SECRET_SHAPES = (
 
 def redact(text: str) -> str:
     """`text` without secrets: values of environment variables with names such as TOKEN, credentials in URLs, known tokens."""
-    secrets = {value for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
+    secrets = {value for name, value in os.environ.items() if _names_a_secret(name)}
     login = _LOGIN.match(os.environ.get("MLFLOW_TRACKING_URI", ""))
     password = ""
     if login:
@@ -70,6 +71,11 @@ def redact(text: str) -> str:
     for shape, replacement in _SECRET_SHAPES:
         text = shape.sub(replacement, text)
     return text
+
+
+@cache  # a line of a record has many texts, and an environment many variables
+def _names_a_secret(variable: str) -> bool:
+    return bool(_SECRET_NAMES.search(variable))
 
 
 def _redacted(value: object) -> object:
