@@ -32,7 +32,8 @@ from typing import Any
 
 IMPORTED = (
     "torch", "torch._dynamo", "numpy", "yaml", "orjson", "tiktoken", "pyarrow.parquet", "pyarrow.compute", "pandas", "xxhash",
-    "safetensors.torch", "awkward", "matplotlib.pyplot",
+    "safetensors.torch", "awkward", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "markdown_it",
+    "networkx", "ruamel.yaml", "configobj", "platformdirs.unix", "dvc.repo.index",
     "dvc.cli.parser", "dvc.commands.repro", "dvc.commands.status", "dvc.repo.open_repo", "dvc.repo.reproduce",
     "dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.metrics", "dvc.repo.params", "dvc.repo.plots", "dvc.repo.stage",
     "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "dvc.rwlock", "dvc.scm", "dvc.utils.strictyaml",
