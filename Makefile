@@ -25,6 +25,9 @@ repro: setup     ## run the stages of the pipeline that are not up to date
 	$(BIN)/dvc repro
 	@$(BIN)/pipelib summary
 
+# Containers set it, and then each process compiles all of the tests anew.
+test test-fast test-long: export PYTHONDONTWRITEBYTECODE :=
+
 test: setup      ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2
 

@@ -84,7 +84,8 @@ class Clone:
         new = cls.__new__(cls)
         new.root, new.environment = other.root.with_name("clone-of-it"), other.environment
         other.git("clone", "--quiet", ".", str(new.root))
-        (new.root / ".venv").symlink_to(sys.prefix)
+        copy_code(new.root)  # as it is compiled
+        (new.root / ".venv").symlink_to(other.root / ".venv")
         (new.root / ".git/info/exclude").write_text("/.venv\n")
         (new.root / ".dvc/config.local").write_bytes((other.root / ".dvc/config.local").read_bytes())
         return new

@@ -19,6 +19,7 @@ from small_evaluation import (
 from small_params import model_params, train_params
 from small_run import export_random, train_small, write_tokens
 from small_vocabulary import TOKENIZER
+from warm_pool import fork_workers
 
 from pipelib.corpus.published_models import folder_name
 from pipelib.errors import UserError
@@ -53,10 +54,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_samples(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples are short, and nothing that was measured is found."""
+    """Samples are short, nothing that was measured is found, and workers are forks of a process with torch imported."""
     request.getfixturevalue("state")  # which sets the variable too
     monkeypatch.setenv("PIPELIB_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr("pipelib.evaluation.samples.SAMPLE_TOKENS", 8)
+    fork_workers(monkeypatch, "torch", "pipelib.evaluation.measure")
 
 
 def folders(root: Path) -> tuple[Path, ...]:

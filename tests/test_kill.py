@@ -246,19 +246,13 @@ def test_killed_at_every_dangerous_place_it_ends_with_the_same_bytes(
 # ---- Nothing is left running -----------------------------------------------------------------------------------------
 
 
-def test_a_second_run_says_who_holds_the_lock_and_a_killed_launcher_takes_all_ranks_with_it(
-    endless: SmallProject,
-) -> None:
+@pytest.mark.long  # with a rank that trains: test_when_a_machine_dies; with two that start: the next test
+def test_a_killed_launcher_takes_all_ranks_with_it(endless: SmallProject) -> None:
     training = endless.start(ranks=2)
     assert training.wait_until(lambda: training.step() >= 2)
     assert sorted(training.processes().values()) == ["launcher", "rank", "rank"]
-    second = endless.complete()
     kill(training.process.pid)
     assert training.end() == -signal.SIGKILL
-    assert second.returncode == 1
-    assert f"is in use by process {training.process.pid}" in second.stderr
-    assert f"kill {training.process.pid}" in second.stderr
-    assert "Traceback" not in second.stderr
 
 
 def test_ranks_that_are_only_just_starting_end_too(endless: SmallProject) -> None:
@@ -339,12 +333,15 @@ def test_two_machines_of_one_rank_train_as_one_of_two(project: SmallProject) -> 
 
 
 def test_when_a_machine_dies_the_other_one_ends_at_once_and_resumes_alone(project: SmallProject) -> None:
+    """Of that machine the launcher is killed, and takes its rank with it."""
     expected = project.uninterrupted(1)["curves/train.csv"]
     machines = TwoMachines(project)
     first = machines.start("first")
-    machines.start("second")
+    second = machines.start("second")
     assert first.wait_until(lambda: machines.step() >= 12)
-    machines.die("second")
+    assert sorted(second.processes().values()) == ["launcher", "rank"]
+    kill(second.process.pid)
+    assert second.end() == -signal.SIGKILL
     assert first.end(20) == 1
     assert "lost the connection to another rank" in first.output()
     assert "The last checkpoint is kept; run dvc repro to resume from it." in first.output()
@@ -561,12 +558,19 @@ def test_when_its_terminal_is_closed_it_saves_the_step_it_is_at(project: SmallPr
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)], ids=lambda number: number.name
 )
-def test_asked_twice_it_ends_at_once(endless: SmallProject, number: signal.Signals) -> None:
+def test_a_second_run_says_who_holds_the_lock_and_asked_twice_the_first_ends_at_once(
+    endless: SmallProject, number: signal.Signals
+) -> None:
     training = endless.start(ranks=2)
     assert training.wait_until(lambda: training.step() >= 2)
     for pid, role in training.processes().items():
         if role == "rank":
             kill(pid, signal.SIGSTOP)  # so that no step ends
+    second = endless.complete()
+    assert second.returncode == 1
+    assert f"is in use by process {training.process.pid}" in second.stderr
+    assert f"kill {training.process.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
     kill(training.process.pid, number)
     assert training.wait_until(lambda: bool(list(endless.state.glob("train/*/*/stop.txt"))))
     kill(training.process.pid, number)

@@ -195,7 +195,7 @@ def test_a_corpus_shorter_than_one_batch(project: Project) -> None:
 
 def test_a_training_ends_after_the_passes_that_are_allowed(project: Project) -> None:
     """Its learning rate falls to its end, as in a training that asks for no more tokens."""
-    write_params(project.root, train__max_tokens=10**6, train__max_epochs=0.5)
+    write_params(project.root, train__max_tokens=10**6, train__max_epochs=0.1)
     done = project.stage("train")
     assert done.returncode == 0, done.stderr
     steps = read_json(project.root / "metrics/train.json")["steps"]

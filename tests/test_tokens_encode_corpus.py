@@ -429,7 +429,11 @@ def test_killed_at_any_instant_it_goes_on(tmp_path: Path, raw: Path, made: tuple
     script.write_text(STAGE, encoding="utf-8")
     draw = random.Random(SEED)
     partial = kills = 0
-    while kills < max(2, RUNS // 4) or not partial:
+
+    def too_few() -> bool:
+        return kills < max(2, RUNS // 4) or not partial
+
+    while too_few():
         folder = tmp_path / f"try{kills}"
         folder.mkdir()
         store = units_of({"folder": str(folder)})
@@ -438,8 +442,8 @@ def test_killed_at_any_instant_it_goes_on(tmp_path: Path, raw: Path, made: tuple
             command = [sys.executable, str(script), str(folder), str(raw), str(FOLDER)]
             environment = {**os.environ, "PIPELIB_WORKERS": "2"}
             process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-            # the last attempt is left alone
-            enough = draw.randint(len(before), made[2]["units"]) if attempt < 4 else made[2]["units"] + 1
+            # the last attempt is left alone, and so is one after enough kills
+            enough = draw.randint(len(before), made[2]["units"]) if attempt < 4 and too_few() else made[2]["units"] + 1
             while process.poll() is None and sum(1 for _ in store.rglob("*.unit")) < enough:
                 time.sleep(0.001)  # for ever would take a core from the workers
             time.sleep(draw.choice([0.0, 0.0, 0.01, 0.1]))

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import multiprocessing
 import os
 import shutil
 import sqlite3
@@ -415,31 +416,30 @@ def test_a_database_appears_whole_or_not_at_all() -> None:
     assert [path.name for path in Path().iterdir()] == ["mlflow.db"]
 
 
-def test_processes_that_find_no_database_make_one_together(tmp_path: Path) -> None:
+def test_processes_that_find_no_database_make_one_together(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     Path(".mlflow.db.tmp").write_text("left by a kill")
-    program = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import small_tracking as t
-t.prepare_mlflow()
-from mlflow import MlflowClient  # which takes seconds, and both processes have then
+    monkeypatch.setenv("DVC_ROOT", str(workspace))
+    mlflow_store.prepare_mlflow()
+    from mlflow import MlflowClient  # which takes seconds, and both processes have then
 
-if other := os.fork():
-    with t.start("download") as run:
-        run.log({"x": 1.0}, 1)
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
-with t.start("tokenize") as run:
-    run.log({"x": 1.0}, 1)
-"""
-    environment = {**os.environ, "DVC_ROOT": str(tmp_path), "PYTHONPATH": SEARCHED}
-    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=log_a_number, args=(stage,)) for stage in ("download", "tokenize")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert capfd.readouterr().err == ""
     assert not Path(".mlflow.db.tmp").exists()
-    from mlflow import MlflowClient
-
-    made = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    made = MlflowClient(f"sqlite:///{workspace}/mlflow.db")
     assert len(runs(made, "download")) == len(runs(made, "tokenize")) == 1
+
+
+def log_a_number(stage: str) -> None:
+    with start(stage) as run:
+        run.log({"x": 1.0}, 1)
 
 
 # ---- Secrets ---------------------------------------------------------------------------------------------------------

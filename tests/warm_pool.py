@@ -18,10 +18,14 @@ IMPORTED = [
 ]
 
 
-def fork_workers(patch: pytest.MonkeyPatch) -> None:
-    """Have every new pool fork its workers from a server. They have the environment that this process has then."""
+def fork_workers(patch: pytest.MonkeyPatch, *imported: str) -> None:
+    """Have every new pool fork its workers from a server. They have the environment that this process has then.
+
+    Args:
+        imported: modules that they find imported, besides those of tokenization, if no pool has been forked here yet.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload([*IMPORTED, *imported])
     patch.setattr(multiprocessing, "get_context", lambda _: context)
     patch.setattr(pool, "_work", _Work())
 

@@ -10,6 +10,7 @@ import functools
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -24,11 +25,15 @@ import traceback
 import types
 from collections.abc import Mapping
 from contextlib import suppress
+from multiprocessing import connection as connections
+from multiprocessing import forkserver, spawn
 from pathlib import Path
+from typing import Any
 
 IMPORTED = (
     "torch", "torch._dynamo", "numpy", "yaml", "orjson", "tiktoken", "pyarrow.parquet", "pyarrow.compute", "pandas", "xxhash",
-    "safetensors.torch", "awkward", "matplotlib.pyplot",
+    "safetensors.torch", "awkward", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "markdown_it",
+    "networkx", "ruamel.yaml", "configobj", "platformdirs.unix", "dvc.repo.index",
     "dvc.cli.parser", "dvc.commands.repro", "dvc.commands.status", "dvc.repo.open_repo", "dvc.repo.reproduce",
     "dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.metrics", "dvc.repo.params", "dvc.repo.plots", "dvc.repo.stage",
     "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "dvc.rwlock", "dvc.scm", "dvc.utils.strictyaml",
@@ -161,6 +166,7 @@ def run(words: list[str], cwd: str, environment: dict[str, str]) -> int:
     sys.path[0:1] = [first, *searched]
     try:
         if kind == "-m":
+            fork_workers()
             sys.argv = arguments
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         elif kind == "-c":
@@ -182,6 +188,42 @@ def run(words: list[str], cwd: str, environment: dict[str, str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return status
+
+
+def fork_workers() -> None:
+    """Have the processes that this one would spawn be forks of one that has imported what this one has now, and no more.
+
+    They import the program and get its environment as spawned ones do, and have the signals of a stage blocked.
+    """
+    real_context, real_data = multiprocessing.get_context, spawn.get_preparation_data
+
+    def context(method: str | None = None) -> Any:
+        return real_context("forkserver" if method == "spawn" else method)
+
+    def data(name: str) -> dict[str, Any]:
+        return {**real_data(name), "environment": dict(os.environ)}
+
+    def prepare(data: dict[str, Any], real: Any = spawn.prepare) -> None:
+        os.environ.clear()
+        os.environ.update(data["environment"])
+        real(data)
+
+    multiprocessing.get_context, spawn.get_preparation_data, spawn.prepare = context, data, prepare  # type: ignore[assignment]
+    address = connections.arbitrary_address("AF_UNIX")
+    ends_with_us, ours = os.pipe()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        if not (server := os.fork()):
+            os.close(ours)
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGCHLD})
+            try:
+                forkserver.main(listener.detach(), ends_with_us, [])
+            finally:
+                os._exit(0)
+    os.close(ends_with_us)
+    known: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    known._forkserver_address, known._forkserver_alive_fd, known._forkserver_pid = address, ours, server
 
 
 if __name__ == "__main__":
