@@ -104,13 +104,15 @@ def vocabulary_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LONGEST = ("test_dvc.py", "test_kill.py", "test_tokens_encode_corpus.py", "test_tokens_units.py")
 """A file stays on one worker, so the longest ones start first: else the last one would keep one core waiting."""
 SLOW = (
-    "bench", "cli_compare", "cli_plan", "cli_publish", "cli_sample", "cli_verify", "corpus_docs", "corpus_hub",
-    "corpus_hub_answers", "corpus_hub_stage", "corpus_local", "dvc", "dvc_yaml", "evaluation", "evaluation_harness",
-    "evaluation_stage", "extending", "initial_weights_guide", "kill", "model", "model_families", "model_folders",
-    "pool", "signals", "stages", "tokens_encode_corpus", "tokens_loader", "tokens_units", "tracking",
-    "tracking_failures", "tracking_replay", "training_checkpoints", "training_doors", "training_experiments",
-    "training_hellaswag", "training_initial_weights", "training_memory", "training_plan", "training_precision",
-    "training_ranks", "training_resume", "training_spikes", "training_step",
+    "bench", "cli_chat", "cli_compare", "cli_doctor", "cli_plan", "cli_publish", "cli_sample", "cli_verify",
+    "corpus_benchmarks", "corpus_docs", "corpus_experiment_copy", "corpus_hub", "corpus_hub_answers", "corpus_hub_stage",
+    "corpus_kinds", "corpus_local", "corpus_parts", "dvc", "dvc_yaml", "evaluation", "evaluation_harness",
+    "evaluation_stage", "extending", "finetuning", "finetuning_training", "gguf", "initial_weights_guide", "kill",
+    "large_vocabulary", "model", "model_families", "model_folders", "model_rotary", "pool", "serving", "signals",
+    "stages", "tokens_encode_corpus", "tokens_executors", "tokens_loader", "tokens_units", "tracking",
+    "tracking_failures", "tracking_replay", "training_checkpoints", "training_hellaswag", "training_initial_weights",
+    "training_plan", "training_ranks", "training_resume", "training_schedule", "training_step", "vocabulary",
+    "vocabulary_pipeline", "workspace_dvc", "workspace_provenance",
 )  # fmt: skip
 """Files that `make test-fast` leaves out: they start processes, train, or try many inputs, and take 4 s and more."""
 
