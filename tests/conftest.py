@@ -106,7 +106,7 @@ LONGEST = ("test_dvc.py", "test_kill.py", "test_tokens_encode_corpus.py", "test_
 SLOW = (
     "bench", "cli_chat", "cli_compare", "cli_doctor", "cli_plan", "cli_publish", "cli_sample", "cli_verify",
     "corpus_benchmarks", "corpus_docs", "corpus_experiment_copy", "corpus_hub", "corpus_hub_answers", "corpus_hub_stage",
-    "corpus_kinds", "corpus_local", "corpus_parts", "dvc", "dvc_yaml", "evaluation", "evaluation_harness",
+    "corpus_kinds", "corpus_local", "corpus_bundles", "dvc", "dvc_yaml", "evaluation", "evaluation_harness",
     "evaluation_stage", "extending", "finetuning", "finetuning_training", "gguf", "initial_weights_guide", "kill",
     "large_vocabulary", "model", "model_families", "model_folders", "model_rotary", "pool", "serving", "signals",
     "stages", "tokens_encode_corpus", "tokens_executors", "tokens_loader", "tokens_units", "tracking",

@@ -251,9 +251,8 @@ def test_two_machines_of_ray_finish_after_one_was_lost(
     _, process = start(tmp_path / "first", tmp_path / "state", on_ray, **address)
     wait_for_step(logs[:1], [process])
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-    assert process.wait(180) != 0, logs[0].read_text(
-        errors="replace"
-    )  # the status of dvc, or 1 if Ray sees the loss first
+    # the status of dvc, or 1 if Ray sees the loss first
+    assert process.wait(180) != 0, logs[0].read_text(errors="replace")
     cluster.add_node(num_cpus=1)
     _, process = start(tmp_path / "second", tmp_path / "state", on_ray, **address)
     assert process.wait(300) == 0, logs[1].read_text(errors="replace")

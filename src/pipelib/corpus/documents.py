@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipelib.corpus.bundles import FileSlice, bundles_of, text_bytes, useful_processes
 from pipelib.corpus.local_files import validation_names
 from pipelib.corpus.local_formats import WHOLE, Reading, read_rows
 from pipelib.corpus.local_rows import BadRowError, Tally, document_of
 from pipelib.corpus.options import Options
 from pipelib.corpus.params import kind_of_name
 from pipelib.corpus.parquet import file_name, write_raw
-from pipelib.corpus.parts import FilePart, bundles_of, text_bytes, useful_processes
 from pipelib.corpus.raw import Document, Written, first_documents
 from pipelib.corpus.shuffle import shuffle
 from pipelib.corpus.split import Cut
@@ -56,7 +56,7 @@ class FileImport:
         """Whether a document's place depends on those before it."""
         return self.max_tokens is not None or self.options.shuffle_seed is not None
 
-    def write(self, bundle: Sequence[FilePart], folder: Path, progress: Progress | None = None) -> WrittenBundle:
+    def write(self, bundle: Sequence[FileSlice], folder: Path, progress: Progress | None = None) -> WrittenBundle:
         """Write the documents of a bundle, which has files for validation before those for training.
 
         Raises:
@@ -81,17 +81,17 @@ class FileImport:
         counts = {**written.counts, **counts}
         return WrittenBundle(replace(written, counts=counts, validation_documents=validation_documents), tally)
 
-    def _in_order(self, named: Iterator[tuple[str, Document]], parts: Sequence[FilePart]) -> Iterator[Document]:
+    def _in_order(self, named: Iterator[tuple[str, Document]], parts: Sequence[FileSlice]) -> Iterator[Document]:
         if self.options.shuffle_seed is None:
             return (document for _, document in named)
         return shuffle(named, self.options.shuffle_seed, sum(part.text_bytes for part in parts), self.scratch)
 
     def _read(
-        self, parts: Sequence[FilePart], reading: Reading, tally: Tally, progress: Progress | None
+        self, parts: Sequence[FileSlice], reading: Reading, tally: Tally, progress: Progress | None
     ) -> Iterator[tuple[str, Document]]:
-        """Yield the documents of some parts, each with its file and row."""
+        """Yield the documents of some slices, each with its file and row."""
         for part in parts:
-            for number, row in read_rows(self.root / part.name, part.name, reading, part.part):
+            for number, row in read_rows(self.root / part.name, part.name, reading, part.slice):
                 tally.rows += 1
                 try:
                     if isinstance(row, BadRowError):
@@ -170,7 +170,7 @@ def write_documents(
 
 def _write_bundles(task: FileImport, names: Sequence[str], folder: Path, source: str) -> list[WrittenBundle]:
     """Write the documents of some files, with several processes if there is enough text."""
-    parts = [FilePart(name, WHOLE, text_bytes(task.root / name)) for name in names]
+    parts = [FileSlice(name, WHOLE, text_bytes(task.root / name)) for name in names]
     written: list[WrittenBundle] = []
     total, label = sum(part.text_bytes for part in parts), f"{source}: reading files"
     processes = useful_processes(total)
@@ -216,7 +216,7 @@ def _start(task: FileImport) -> None:
     _task = task
 
 
-def _write_here(bundle: Sequence[FilePart], folder: Path) -> WrittenBundle | UserError:
+def _write_here(bundle: Sequence[FileSlice], folder: Path) -> WrittenBundle | UserError:
     """Write a bundle in the worker that calls this. An error is returned, because one of an earlier bundle comes first."""
     try:
         return _task.write(bundle, folder)

@@ -45,8 +45,8 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a large file, so that several processes can read it. A file whose rows cannot be found has one part."""
+class Slice:
+    """A part of a large file, so that several processes can read it. A file whose rows cannot be found has one slice."""
 
     start: int = 0
     """Where it begins: a row group of a parquet file, a byte of a jsonl file."""
@@ -56,11 +56,11 @@ class Part:
     """The file's rows before it."""
 
 
-WHOLE = Part()
-"""The part that is a whole file."""
+WHOLE = Slice()
+"""The slice that is a whole file."""
 
 
-def read_rows(path: Path, name: str, reading: Reading, part: Part = WHOLE) -> Iterator[Numbered]:
+def read_rows(path: Path, name: str, reading: Reading, rows: Slice = WHOLE) -> Iterator[Numbered]:
     """Yield the rows of one file. A txt file has one row per document, with its text in the text column.
 
     Args:
@@ -69,10 +69,10 @@ def read_rows(path: Path, name: str, reading: Reading, part: Part = WHOLE) -> It
     Raises:
         UserError: the file is damaged, cut short, has another encoding, or is not what its name says.
     """
-    number = part.before
+    number = rows.before
     try:
         require_intact(path, name)
-        for number, row in _reader(path)(path, name, reading, part):
+        for number, row in _reader(path)(path, name, reading, rows):
             yield number, row
     except UserError:
         raise
@@ -82,7 +82,7 @@ def read_rows(path: Path, name: str, reading: Reading, part: Part = WHOLE) -> It
         raise damaged_file(name, number, error) from None
 
 
-def _reader(path: Path) -> Callable[[Path, str, Reading, Part], Iterator[Numbered]]:
+def _reader(path: Path) -> Callable[[Path, str, Reading, Slice], Iterator[Numbered]]:
     """Return what reads a file, by the ending of its name."""
     if saved_parts(path):
         return _whole(_saved_rows)
@@ -101,23 +101,23 @@ def _reader(path: Path) -> Callable[[Path, str, Reading, Part], Iterator[Numbere
 
 def _whole(
     read: Callable[[Path, str, Reading], Iterator[Numbered]],
-) -> Callable[[Path, str, Reading, Part], Iterator[Numbered]]:
-    """Make a reader of parts of one whose files have a single part."""
+) -> Callable[[Path, str, Reading, Slice], Iterator[Numbered]]:
+    """Make a reader of slices of one whose files have a single slice."""
     return lambda path, name, reading, _: read(path, name, reading)
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: Path, name: str, reading: Reading, part: Part) -> Iterator[Numbered]:  # noqa: ARG001  (as all readers)
+def _parquet_rows(path: Path, name: str, reading: Reading, rows: Slice) -> Iterator[Numbered]:  # noqa: ARG001  (as all readers)
     with open_parquet(path, column=reading.text_column) as parquet:
         if reading.text_column is None:
             yield from _whole_rows(parquet.iter_batches(_BATCH_ROWS))
             return
         columns = _columns(parquet.schema_arrow.names, reading)
-        groups = range(parquet.num_row_groups)[part.start : part.end]
+        groups = range(parquet.num_row_groups)[rows.start : rows.end]
         batches = parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns)
-        yield from _arrow_rows(batches, reading, part.before)
+        yield from _arrow_rows(batches, reading, rows.before)
 
 
 def _saved_rows(path: Path, name: str, reading: Reading) -> Iterator[Numbered]:
@@ -261,10 +261,10 @@ def _number(value: str) -> object:
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _jsonl_rows(path: Path, name: str, reading: Reading, part: Part) -> Iterator[Numbered]:
+def _jsonl_rows(path: Path, name: str, reading: Reading, rows: Slice) -> Iterator[Numbered]:
     """Yield each line as a row. Lines are read as text, so that errors can name them and rows may have different columns."""
-    with reading.decoding.open(path, name, start=part.start, end=part.end) as file:
-        for number, line in enumerate(file, start=part.before + 1):
+    with reading.decoding.open(path, name, start=rows.start, end=rows.end) as file:
+        for number, line in enumerate(file, start=rows.before + 1):
             if line.isspace():
                 continue
             try:

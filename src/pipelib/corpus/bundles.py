@@ -1,6 +1,6 @@
-"""Share files out among processes: large files are cut into parts, and parts are put together in bundles of about equal size.
+"""Share files out among processes: large files are cut into slices, and slices are put together in bundles of about equal size.
 
-Parts and bundles depend on the files alone, so any number of processes makes the same documents.
+Slices and bundles depend on the files alone, so any number of processes makes the same documents.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelib.corpus.local_files import saved_parts
-from pipelib.corpus.local_formats import WHOLE, Part, Reading
+from pipelib.corpus.local_formats import WHOLE, Reading, Slice
 from pipelib.corpus.params import PACKED
 from pipelib.corpus.parquet import open_parquet, text_column
 from pipelib.errors import UserError
@@ -24,11 +24,11 @@ _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class FilePart:
-    """A part of one of the files."""
+class FileSlice:
+    """A slice of one of the files."""
 
     name: str
-    part: Part
+    slice: Slice
     text_bytes: int
     """The bytes of its text, about."""
 
@@ -37,14 +37,14 @@ Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 """Calls a function for each of some arguments, on all cores, and yields the results in order."""
 
 
-def bundles_of(root: Path, names: Sequence[str], reading: Reading, run: Run) -> Iterator[list[FilePart]]:
+def bundles_of(root: Path, names: Sequence[str], reading: Reading, run: Run) -> Iterator[list[FileSlice]]:
     """Yield the bundles of some files, in order."""
-    bundle: list[FilePart] = []
+    bundle: list[FileSlice] = []
     size = 0
     for name in names:
-        for part in _parts_of(root / name, name, reading, run):
-            bundle.append(part)
-            size += part.text_bytes
+        for file_slice in _slices_of(root / name, name, reading, run):
+            bundle.append(file_slice)
+            size += file_slice.text_bytes
             if size >= BUNDLE_BYTES:
                 yield bundle
                 bundle, size = [], 0
@@ -63,22 +63,22 @@ def text_bytes(path: Path) -> int:
     return size * _UNPACKED if path.name.lower().endswith((*PACKED, ".parquet")) else size
 
 
-def _parts_of(path: Path, name: str, reading: Reading, run: Run) -> list[FilePart]:
-    """Return the parts of a file. It has one, unless it is large and of a kind whose rows can be found."""
+def _slices_of(path: Path, name: str, reading: Reading, run: Run) -> list[FileSlice]:
+    """Return the slices of a file. It has one, unless it is large and of a kind whose rows can be found."""
     size, ending = text_bytes(path), path.suffix.lower()
-    parts: list[_Cut] = []
+    cuts: list[_Cut] = []
     if size > BUNDLE_BYTES and ending == ".parquet":
-        parts = _row_groups(path, str(reading.text_column))
+        cuts = _row_groups(path, str(reading.text_column))
     # in other encodings, a byte of a line end may be part of a character
     if size > BUNDLE_BYTES and ending in (".jsonl", ".ndjson") and reading.decoding.encoding == "utf-8":
-        parts = _lines(path, size, run)
-    if len(parts) < 2:
-        return [FilePart(name, WHOLE, size)]
-    ends = [*(part.start for part in parts[1:]), None]
-    before = accumulate((part.rows for part in parts[:-1]), initial=0)
+        cuts = _lines(path, size, run)
+    if len(cuts) < 2:
+        return [FileSlice(name, WHOLE, size)]
+    ends = [*(cut.start for cut in cuts[1:]), None]
+    before = accumulate((cut.rows for cut in cuts[:-1]), initial=0)
     return [
-        FilePart(name, Part(part.start, end, rows), part.text_bytes)
-        for part, end, rows in zip(parts, ends, before, strict=True)
+        FileSlice(name, Slice(cut.start, end, rows), cut.text_bytes)
+        for cut, end, rows in zip(cuts, ends, before, strict=True)
     ]
 
 
@@ -90,15 +90,15 @@ class _Cut(NamedTuple):
 
 def _row_groups(path: Path, column: str) -> list[_Cut]:
     """Cut a parquet file at row groups."""
-    parts: list[_Cut] = []
+    cuts: list[_Cut] = []
     with suppress(UserError), open_parquet(path, column=column) as parquet:  # the error is for who reads the file
         for group in range(parquet.num_row_groups):
-            if not parts or parts[-1].text_bytes >= BUNDLE_BYTES:
-                parts.append(_Cut(group, 0, 0))
-            start, rows, size = parts[-1]
+            if not cuts or cuts[-1].text_bytes >= BUNDLE_BYTES:
+                cuts.append(_Cut(group, 0, 0))
+            start, rows, size = cuts[-1]
             size += text_column(parquet.metadata, group, column).total_uncompressed_size
-            parts[-1] = _Cut(start, rows + parquet.metadata.row_group(group).num_rows, size)
-    return parts
+            cuts[-1] = _Cut(start, rows + parquet.metadata.row_group(group).num_rows, size)
+    return cuts
 
 
 def _lines(path: Path, size: int, run: Run) -> list[_Cut]:

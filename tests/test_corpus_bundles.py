@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelib.corpus import parts
+from pipelib.corpus import bundles as module
+from pipelib.corpus.bundles import FileSlice, bundles_of
 from pipelib.corpus.local_formats import Reading, read_rows
 from pipelib.corpus.local_rows import BadRowError
 from pipelib.corpus.options import Options
 from pipelib.corpus.parquet import iterate_raw
-from pipelib.corpus.parts import FilePart, bundles_of
 from pipelib.corpus.raw import Written, write_manifest
 from pipelib.corpus.sources.local import LocalSource
 from pipelib.corpus.split import Cut
@@ -28,10 +28,10 @@ ROW = st.sampled_from(
 )
 
 
-def bundles(folder: Path, names: list[str], bundle_bytes: int, encoding: str = "utf-8") -> list[list[FilePart]]:
+def bundles(folder: Path, names: list[str], bundle_bytes: int, encoding: str = "utf-8") -> list[list[FileSlice]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "BUNDLE_BYTES", bundle_bytes)
-        patch.setattr(parts, "_BLOCK", 7)
+        patch.setattr(module, "BUNDLE_BYTES", bundle_bytes)
+        patch.setattr(module, "_BLOCK", 7)
         return list(bundles_of(folder, names, reading(encoding), lambda task, calls: (task(*call) for call in calls)))
 
 
@@ -39,9 +39,9 @@ def reading(encoding: str = "utf-8") -> Reading:
     return Reading("text", Decoding(encoding, "refuse"), Cut("whole", ""))
 
 
-def rows(folder: Path, bundle: list[FilePart], encoding: str = "utf-8") -> Iterator[tuple[str, int, str]]:
+def rows(folder: Path, bundle: list[FileSlice], encoding: str = "utf-8") -> Iterator[tuple[str, int, str]]:
     for part in bundle:
-        for number, row in read_rows(folder / part.name, part.name, reading(encoding), part.part):
+        for number, row in read_rows(folder / part.name, part.name, reading(encoding), part.slice):
             yield part.name, number, str(row) if isinstance(row, BadRowError) else json.dumps(dict(row))
 
 
@@ -85,7 +85,7 @@ def test_parts_of_parquet_have_the_rows_of_the_file(tmp_path: Path) -> None:
 )
 def test_a_file_whose_rows_cannot_be_found_is_one_part(tmp_path: Path, name: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(b"x\n" * 500)
-    assert [part.part for bundle in bundles(tmp_path, [name], 100, encoding) for part in bundle] == [parts.WHOLE]
+    assert [part.slice for bundle in bundles(tmp_path, [name], 100, encoding) for part in bundle] == [module.WHOLE]
 
 
 def test_small_files_share_a_bundle(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def folder(tmp_path: Path) -> Path:
 
 def imported(folder: Path, out: Path, options: Options, bundle_bytes: int) -> Written:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "BUNDLE_BYTES", bundle_bytes)
+        patch.setattr(module, "BUNDLE_BYTES", bundle_bytes)
         written = LocalSource(folder, "**/*", None, options).write(out, out / "work")
     write_manifest(out, {}, written)
     return written
